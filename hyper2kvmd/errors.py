@@ -1,0 +1,157 @@
+"""Every way a migration can go wrong: one closed list of codes, and what each means for the job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """What becomes of a job that ends with an error."""
+
+    RETRY = "retrying"  # the cause passes by itself: tried again with growing delays
+    BLOCKED = "blocked"  # a person must change something, then say `hyper2kvmctl retry`
+    REJECTED = "rejected"  # the export is not an Artifact Manifest, or it is hostile
+    FAILED = "failed"  # trying again would end the same way
+
+
+class Code(StrEnum):
+    """The closed list of error codes: a metric's label, a report's `error.code`, a row of the manual."""
+
+    MANIFEST_UNREADABLE = "manifest_unreadable"
+    MANIFEST_INVALID = "manifest_invalid"
+    MANIFEST_CHANGED = "manifest_changed"
+    EXPORT_UNSAFE = "export_unsafe"
+    DISK_MISSING = "disk_missing"
+    DISK_SIZE = "disk_size"
+    SOURCE_CHANGED = "source_changed"
+    CHECKSUM_MISMATCH = "checksum_mismatch"
+    FORMAT_MISMATCH = "format_mismatch"
+    FORMAT_UNSUPPORTED = "format_unsupported"
+    IMAGE_UNSAFE = "image_unsafe"
+    IMAGE_CORRUPT = "image_corrupt"
+    NO_SPACE = "no_space"
+    OUTPUT_EXISTS = "output_exists"
+    OUTPUT_DENIED = "output_denied"
+    OS_UNKNOWN = "os_unknown"
+    OS_UNSUPPORTED = "os_unsupported"
+    GUEST_ENCRYPTED = "guest_encrypted"
+    GUEST_DIRTY = "guest_dirty"
+    GUEST_SPACE = "guest_space"
+    FIX_FAILED = "fix_failed"
+    FIX_UNPROVED = "fix_unproved"
+    APPLIANCE_FAILED = "appliance_failed"
+    VALIDATION_FAILED = "validation_failed"
+    DOMAIN_EXISTS = "domain_exists"
+    NETWORK_MISSING = "network_missing"
+    DEFINE_FAILED = "define_failed"
+    LIBVIRT_UNAVAILABLE = "libvirt_unavailable"
+    TOOL_MISSING = "tool_missing"
+    TOOL_FAILED = "tool_failed"
+    IO_ERROR = "io_error"
+    CLAIM_LOST = "claim_lost"
+    RUNNER_CRASHED = "runner_crashed"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a code stands for: how the job ends, and one line for the manual."""
+
+    outcome: Outcome
+    summary: str
+
+
+MEANING: dict[Code, Meaning] = {
+    Code.MANIFEST_UNREADABLE: Meaning(Outcome.REJECTED, "the manifest is not complete JSON or YAML"),
+    Code.MANIFEST_INVALID: Meaning(Outcome.REJECTED, "the manifest is not a valid Artifact Manifest 1.0"),
+    Code.MANIFEST_CHANGED: Meaning(Outcome.BLOCKED, "the report beside the manifest belongs to another manifest"),
+    Code.EXPORT_UNSAFE: Meaning(Outcome.REJECTED, "the export names a file outside itself, or is a symbolic link"),
+    Code.DISK_MISSING: Meaning(Outcome.FAILED, "a disk that the manifest names is not in the export"),
+    Code.DISK_SIZE: Meaning(Outcome.FAILED, "a disk is shorter than the manifest or its own header says"),
+    Code.SOURCE_CHANGED: Meaning(Outcome.FAILED, "a disk changed while it was being migrated"),
+    Code.CHECKSUM_MISMATCH: Meaning(Outcome.FAILED, "a disk does not have the checksum of the manifest"),
+    Code.FORMAT_MISMATCH: Meaning(Outcome.REJECTED, "a disk is not in the format that the manifest says"),
+    Code.FORMAT_UNSUPPORTED: Meaning(Outcome.BLOCKED, "a disk is in a variant of its format that is not supported"),
+    Code.IMAGE_UNSAFE: Meaning(Outcome.REJECTED, "a disk image refers to other files"),
+    Code.IMAGE_CORRUPT: Meaning(Outcome.FAILED, "a disk image is truncated or damaged"),
+    Code.NO_SPACE: Meaning(Outcome.RETRY, "there is not enough free space"),
+    Code.OUTPUT_EXISTS: Meaning(Outcome.BLOCKED, "an output file already exists and is not ours"),
+    Code.OUTPUT_DENIED: Meaning(Outcome.BLOCKED, "the output directory is not allowed, or cannot be written"),
+    Code.OS_UNKNOWN: Meaning(Outcome.BLOCKED, "no operating system was found on the disks"),
+    Code.OS_UNSUPPORTED: Meaning(Outcome.BLOCKED, "the guest's operating system cannot be fixed"),
+    Code.GUEST_ENCRYPTED: Meaning(Outcome.BLOCKED, "the guest's disks are encrypted"),
+    Code.GUEST_DIRTY: Meaning(Outcome.BLOCKED, "a file system in the guest is damaged or hibernated"),
+    Code.GUEST_SPACE: Meaning(Outcome.BLOCKED, "the guest has too little free space for a new initramfs"),
+    Code.FIX_FAILED: Meaning(Outcome.FAILED, "a change inside the guest failed"),
+    Code.FIX_UNPROVED: Meaning(Outcome.FAILED, "the changed guest does not hold what it needs to boot on virtio"),
+    Code.APPLIANCE_FAILED: Meaning(Outcome.RETRY, "the libguestfs appliance could not be started"),
+    Code.VALIDATION_FAILED: Meaning(Outcome.FAILED, "the converted disk is damaged or differs from the source"),
+    Code.DOMAIN_EXISTS: Meaning(Outcome.BLOCKED, "libvirt already has a domain of this name or UUID"),
+    Code.NETWORK_MISSING: Meaning(Outcome.BLOCKED, "a network that the VM is to be connected to does not exist"),
+    Code.DEFINE_FAILED: Meaning(Outcome.FAILED, "libvirt refused the domain"),
+    Code.LIBVIRT_UNAVAILABLE: Meaning(Outcome.RETRY, "libvirt does not answer"),
+    Code.TOOL_MISSING: Meaning(Outcome.BLOCKED, "a program or library that is needed is not installed"),
+    Code.TOOL_FAILED: Meaning(Outcome.FAILED, "a program that was run ended with an error"),
+    Code.IO_ERROR: Meaning(Outcome.RETRY, "the operating system reported an input/output error"),
+    Code.CLAIM_LOST: Meaning(Outcome.RETRY, "another runner took the export over"),
+    Code.RUNNER_CRASHED: Meaning(Outcome.FAILED, "the job's process died again and again"),
+    Code.INTERNAL: Meaning(Outcome.FAILED, "a defect in hyper2kvmd"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something a person should know: printed, reported and logged in this one shape.
+
+    `field` is the path of the manifest field or setting it is about (`disks[0].checksum`), if any.
+    """
+
+    code: str
+    message: str
+    hint: str
+    field: str | None = None
+
+    def as_json(self) -> dict[str, str]:
+        """The finding as it stands in reports and `--json` output."""
+        shape = {"code": str(self.code), "message": self.message, "hint": self.hint}
+        return shape if self.field is None else {**shape, "field": self.field}
+
+    def __str__(self) -> str:
+        where = f"{self.field}: " if self.field else ""
+        return f"{where}{self.message}" + (f"\n  {self.hint}" if self.hint else "")
+
+
+class MigrationError(Exception):
+    """A job cannot go on: `code` from the closed list, what failed with its value, and what to do.
+
+    `tail` is the end of the output of the tool that failed, if there was one.
+    """
+
+    def __init__(self, code: Code, message: str, hint: str, *, field: str | None = None, tail: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+        self.field = field
+        self.tail = tail
+
+    @property
+    def outcome(self) -> Outcome:
+        """How the job ends."""
+        return MEANING[self.code].outcome
+
+    def finding(self) -> Finding:
+        """The error without its tail, for people and reports."""
+        return Finding(self.code, self.message, self.hint, self.field)
+
+    def __str__(self) -> str:
+        return str(self.finding())
+
+
+class SettingsError(Exception):
+    """The configuration cannot be used; the message names the file, the line and the remedy."""
+
+
+class Cancelled(BaseException):
+    """The job was told to stop. Not an Exception, so that nothing between swallows it."""
