@@ -1,0 +1,126 @@
+"""What several tests need: settings on a scratch directory, exports, programs that record their arguments."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyper2kvmd.settings import Settings
+
+MakeExport = Callable[..., Path]
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Settings:
+    """Settings whose directories all lie below the test's own, and which wait for nothing."""
+    for name in ("exports", "images", "work"):
+        (tmp_path / name).mkdir()
+    return Settings.model_validate(
+        {
+            "exports_dir": tmp_path / "exports",
+            "output_dir": tmp_path / "images",
+            "work_dir": tmp_path / "work",
+            "settle_seconds": 0,
+            "scan_interval_seconds": 1,
+            "libvirt": {"import": False},
+            "metrics": {"listen": ""},
+        }
+    )
+
+
+def write_manifest(directory: Path, disks: list[dict[str, Any]], **changes: Any) -> Path:
+    """Write a small manifest in the seed's dialect, without FIX; `changes` replace top-level keys."""
+    shape: dict[str, Any] = {
+        "manifest_version": "1.0",
+        "source": {"provider": "vsphere", "vm_id": f"vm-{directory.name}", "vm_name": directory.name},
+        "vm": {"cpu": 1, "mem_gb": 1, "firmware": "bios", "os_hint": "linux"},
+        "disks": disks,
+        "pipeline": {
+            "inspect": {"enabled": False},
+            "fix": {"enabled": False},
+            "convert": {"enabled": True, "target_format": "qcow2"},
+            "validate": {"enabled": True, "verify_checksum": True},
+        },
+        **changes,
+    }
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(shape, indent=2))
+    return path
+
+
+def disk_entry(path: Path, format: str = "raw", id: str = "disk-0", **changes: Any) -> dict[str, Any]:
+    """The entry of a manifest for a disk file that is there, with its checksum."""
+    return {
+        "id": id,
+        "source_format": format,
+        "bytes": path.stat().st_size,
+        "local_path": str(path),
+        "checksum": "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest(),
+        "boot_order_hint": 0,
+        "disk_type": "boot",
+        **changes,
+    }
+
+
+@pytest.fixture
+def make_export(scratch: Settings) -> MakeExport:
+    """A function that makes an export with one raw disk of 1 MiB of random bytes."""
+
+    def make(name: str = "web01", size: int = 1 << 20, **changes: Any) -> Path:
+        directory = scratch.exports_dir / name
+        directory.mkdir()
+        disk = directory / f"{name}-disk-0.raw"
+        disk.write_bytes(os.urandom(size))
+        write_manifest(directory, [disk_entry(disk)], **changes)
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """A function that puts a shell script on PATH under the name of a program."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+    def put(name: str, script: str) -> None:
+        path = directory / name
+        path.write_text("#!/bin/sh\n" + script)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    return put
+
+
+def run_job(export: Path, settings: Settings, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run `hyper2kvmd run-job` as a process of its own."""
+    config = settings.work_dir.parent / "settings.json"
+    config.write_text(settings.model_dump_json(by_alias=True))
+    return subprocess.run(
+        [sys.executable, "-m", "hyper2kvmd", "run-job", str(export), "--config", str(config), *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def report_of(export: Path) -> dict[str, Any]:
+    """The report of an export."""
+    content: dict[str, Any] = json.loads((export / "migration-report.json").read_text())
+    return content
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Golden files are rewritten on request, and then looked at."""
+    parser.addoption("--regenerate", action="store_true", help="rewrite the golden files")

@@ -1,0 +1,79 @@
+"""Settings: one file, one place for defaults, and errors that name the line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hyper2kvmd.errors import SettingsError
+from hyper2kvmd.settings import Settings, load
+
+SHIPPED = Path(__file__).parents[2] / "etc/hyper2kvmd.yaml"
+
+
+def test_the_shipped_file_holds_every_setting_at_its_default() -> None:
+    assert yaml.safe_load(SHIPPED.read_text()) == Settings().model_dump(mode="json", by_alias=True)
+
+
+def test_every_setting_in_the_shipped_file_has_a_comment() -> None:
+    lines = SHIPPED.read_text().splitlines()
+    for section in Settings.model_fields.values():
+        name = section.alias or next(key for key, value in Settings.model_fields.items() if value is section)
+        index = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:"))
+        nearby = lines[max(index - 3, 0) : index + 2]
+        assert any(line.lstrip().startswith("#") for line in nearby), f"{name} has no comment"
+
+
+def test_a_file_overrides_defaults_and_set_overrides_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("workers: 3\nlibvirt: {import: false}\n")
+    settings = load(path, ("workers=4", "retry.max_attempts=2"))
+    assert (4, False, 2) == (settings.workers, settings.libvirt.import_, settings.retry.max_attempts)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("workers: 2\nworker: 3\n", "c.yaml:2: worker: unknown setting; did you mean workers?"),
+        ("libvirt:\n  improt: no\n", "c.yaml:2: libvirt.improt: unknown setting; did you mean import?"),
+        ("workers: 0\n", "c.yaml:1: workers: Input should be greater than or equal to 1 (found 0)"),
+        ("watch: {mode: sometimes}\n", "c.yaml:1: watch.mode: Input should be"),
+        ("workers: 2\nworkers: 3\n", "c.yaml:2: workers is set twice"),
+        ("workers: [\n", "not valid YAML"),
+        ("- a\n", "expected settings such as"),
+        ("metrics: {listen: nonsense}\n", "c.yaml:1: metrics.listen:"),
+    ],
+)
+def test_a_bad_file_is_explained_with_line_and_remedy(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load(path)
+    assert expected in str(caught.value)
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("workers: 0\nwatc: {}\n")
+    with pytest.raises(SettingsError) as caught:
+        load(path)
+    assert 2 == len(str(caught.value).splitlines())
+
+
+def test_a_file_that_is_named_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no such file"):
+        load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("override", ["workers", "=3", "workers.x=1", "workers=["])
+def test_a_bad_override_is_explained(override: str) -> None:
+    with pytest.raises(SettingsError, match="--set"):
+        load(None, ("workers=2", override))
+
+
+def test_delays_double_up_to_the_maximum() -> None:
+    retry = Settings().retry
+    assert [60, 120, 240, 480] == [retry.delay(n) for n in range(1, 5)]
+    assert 3600 == retry.delay(1000)
