@@ -1,0 +1,61 @@
+"""What a runner tells whoever started it, as JSON lines on a pipe; losing them loses no work."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+STAGES = ("plan", "verify", "inspect", "fix", "convert", "commit", "validate", "publish", "import")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line: `kind` is claimed, stage, progress, warning or finished; `data` depends on it.
+
+    claimed   job, vm, attempt
+    stage     stage, status (started, done, skipped, failed, cancelled), seconds
+    progress  stage, item, ratio (0..1), bytes (done since the last event of this item)
+    warning   code, message, hint, field
+    finished  status, code, report
+    """
+
+    kind: str
+    data: dict[str, Any]
+
+
+class Emitter:
+    """Writes events to a descriptor; with None they go nowhere. Safe to use from several threads."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+
+    def emit(self, kind: str, **data: Any) -> None:
+        """Write one event; a reader that is gone is not an error."""
+        if self._fd is None:
+            return
+        line = memoryview(json.dumps({"event": kind, **data}).encode() + b"\n")
+        with self._lock:
+            try:
+                while line:
+                    line = line[os.write(self._fd, line) :]
+            except OSError:
+                self._fd = None
+
+
+class Decoder:
+    """Turns the bytes of the pipe into events."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[Event]:
+        """Yield the events that `data` completes."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            shape = json.loads(line)
+            yield Event(shape.pop("event"), shape)

@@ -1,0 +1,120 @@
+"""The migration report: what a job did and how it ended, as written beside the manifest."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Status = Literal["succeeded", "retrying", "blocked", "failed", "rejected", "cancelled"]
+
+
+class Part(BaseModel):
+    """A part of the report."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FindingRecord(Part):
+    """Something a person should know, and what to do about it."""
+
+    code: str = Field(description="from the closed list of codes")
+    message: str = Field(description="what, with the value")
+    hint: str = Field(description="what to do")
+    field: str | None = Field(default=None, description="path of the manifest field or setting it is about")
+
+
+class ErrorRecord(FindingRecord):
+    """Why the job did not succeed."""
+
+    stage: str | None = Field(default=None, description="the stage that failed")
+    tail: str = Field(default="", description="the last lines of the output of the tool that failed")
+
+
+class StageRecord(Part):
+    """One stage of one job."""
+
+    name: str
+    status: Literal["done", "skipped", "failed", "cancelled"]
+    started_at: str | None = Field(default=None, description="RFC 3339, UTC")
+    seconds: float | None = None
+
+
+class DiskRecord(Part):
+    """One disk: where it came from and what it became."""
+
+    id: str
+    source: str = Field(description="path of the source, relative to the export")
+    source_format: str
+    source_bytes: int = Field(description="size of the source file")
+    source_sha256: str | None = Field(default=None, description="as computed; null if it was not verified")
+    virtual_size: int = Field(description="bytes the guest sees")
+    target: str | None = Field(default=None, description="absolute path of the published disk")
+    target_format: str | None = None
+    target_bytes: int | None = Field(default=None, description="bytes allocated by the published disk")
+    boot: bool = Field(default=False, description="whether the guest boots from this disk")
+
+
+class ChangeRecord(Part):
+    """One change inside the guest."""
+
+    fixer: str
+    path: str
+    summary: str
+    diff: str | None = None
+    command: str | None = None
+    evidence: str | None = None
+
+
+class DomainRecord(Part):
+    """The domain that was defined in libvirt."""
+
+    name: str
+    uuid: str
+    uri: str
+
+
+class ManifestRecord(Part):
+    """The manifest that this report belongs to."""
+
+    name: str = Field(description="file name")
+    sha256: str | None = Field(description="digest of its bytes; null if it could not be read")
+    dialect: str | None = None
+
+
+class HostRecord(Part):
+    """Where the job ran."""
+
+    name: str
+    pid: int
+
+
+class Report(Part):
+    """What became of one export. Its presence means: nothing more to do, unless the status is `retrying`."""
+
+    schema_version: Literal["1.0"] = "1.0"
+    status: Status
+    dry_run: bool = Field(default=False, description="whether everything was done on throw-away overlays only")
+    job: str = Field(description="identifier of the job: the same for every attempt at this manifest")
+    vm_name: str | None = None
+    manifest: ManifestRecord
+    attempts: int = Field(description="how many times the job was started; the last one wrote this report")
+    started_at: str = Field(description="RFC 3339, UTC")
+    finished_at: str = Field(description="RFC 3339, UTC")
+    seconds: float
+    next_attempt_at: str | None = Field(default=None, description="RFC 3339, UTC; only when the status is `retrying`")
+    error: ErrorRecord | None = None
+    warnings: tuple[FindingRecord, ...] = ()
+    stages: tuple[StageRecord, ...] = ()
+    results: dict[str, dict[str, Any]] = Field(default_factory=dict, description="results of each stage, by its name")
+    disks: tuple[DiskRecord, ...] = ()
+    changes: tuple[ChangeRecord, ...] = ()
+    domain: DomainRecord | None = None
+    tags: dict[str, str] = Field(default_factory=dict, description="tags of the manifest")
+    tools: dict[str, str] = Field(default_factory=dict, description="versions of the tools that were used")
+    host: HostRecord
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of the report; published as docs/migration-report.schema.json."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()}

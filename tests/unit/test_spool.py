@@ -1,0 +1,296 @@
+"""The queue: states that follow from what is on disk, claims that the kernel keeps, reports that are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyper2kvmd import spool
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.report import HostRecord, ManifestRecord, Report
+from hyper2kvmd.settings import Settings
+from hyper2kvmd.spool import Look, State
+from tests.conftest import MakeExport
+
+NOW = 1_000_000.0
+SETTINGS = Settings(settle_seconds=5, incomplete_grace_seconds=600)
+
+
+def state(**facts: Any) -> State:
+    look = Look(**{"manifest": "manifest.json", "manifest_sha256": "a", "settled_since": NOW - 60, **facts})
+    return spool.state(look, SETTINGS, NOW)[0]
+
+
+def report(status: str = "succeeded", **changes: Any) -> Report:
+    shape: dict[str, Any] = {
+        "status": status,
+        "job": "web01-12345678",
+        "manifest": ManifestRecord(name="manifest.json", sha256="a"),
+        "attempts": 1,
+        "started_at": "2026-01-01T00:00:00.000Z",
+        "finished_at": "2026-01-01T00:00:01.000Z",
+        "seconds": 1,
+        "host": HostRecord(name="h", pid=1),
+        **changes,
+    }
+    return Report(**shape)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"manifest": None}, State.INCOMPLETE),
+        ({"settled_since": NOW - 1}, State.WAITING),
+        ({"settled_since": NOW - 5}, State.QUEUED),
+        ({"settled_since": NOW + 4}, State.WAITING),
+        ({"settled_since": NOW + 3600}, State.QUEUED),
+        ({"held": True}, State.RUNNING),
+        ({"held": True, "report_status": "retrying"}, State.RUNNING),
+        ({"unreadable": True}, State.INCOMPLETE),
+        ({"unreadable": True, "settled_since": NOW - 601}, State.QUEUED),
+        ({"missing": ("x",)}, State.INCOMPLETE),
+        ({"missing": ("x",), "settled_since": NOW - 601}, State.QUEUED),
+        ({"report_status": "succeeded", "report_sha256": "a"}, State.SUCCEEDED),
+        ({"report_status": "failed", "report_sha256": "a"}, State.FAILED),
+        ({"report_status": "rejected", "report_sha256": None}, State.REJECTED),
+        ({"report_status": "succeeded", "report_sha256": "b"}, State.BLOCKED),
+        ({"report_status": "retrying", "report_sha256": "a", "next_attempt_at": NOW + 1}, State.RETRYING),
+        ({"report_status": "retrying", "report_sha256": "a", "next_attempt_at": NOW}, State.QUEUED),
+        ({"crashes": 1, "began_at": NOW - 30}, State.RETRYING),
+        ({"crashes": 1, "began_at": NOW - 60}, State.QUEUED),
+        ({"crashes": 2, "began_at": NOW - 60}, State.RETRYING),
+        (
+            {"report_status": "retrying", "report_sha256": "a", "next_attempt_at": NOW, "crashes": 1, "began_at": NOW},
+            State.RETRYING,
+        ),
+    ],
+)
+def test_the_state_follows_from_the_facts(facts: dict[str, Any], expected: State) -> None:
+    assert expected == state(**facts)
+
+
+@given(
+    st.builds(
+        Look,
+        manifest=st.none() | st.just("manifest.json"),
+        manifest_sha256=st.none() | st.sampled_from("ab"),
+        unreadable=st.booleans(),
+        missing=st.sampled_from([(), ("x",)]),
+        settled_since=st.floats(0, 2 * NOW),
+        held=st.booleans(),
+        crashes=st.integers(0, 100),
+        began_at=st.floats(0, 2 * NOW),
+        report_status=st.none() | st.sampled_from([*spool.FINAL, "retrying"]),
+        report_sha256=st.none() | st.sampled_from("ab"),
+        next_attempt_at=st.none() | st.floats(0, 2 * NOW),
+    )
+)
+def test_nothing_runs_twice_and_nothing_is_stuck(look: Look) -> None:
+    now, _ = spool.state(look, SETTINGS, NOW)
+    if look.held:
+        assert State.RUNNING == now
+    if look.report_status in spool.FINAL and not look.held:
+        assert now in spool.FINAL, "a final report must never lead to another run"
+    if look.manifest and not look.held and look.report_status not in spool.FINAL:
+        conflict = look.manifest_sha256 is not None and look.report_sha256 not in (None, look.manifest_sha256)
+        later, _ = spool.state(look, SETTINGS, 10 * NOW)
+        assert later == (State.BLOCKED if conflict and look.report_status else State.QUEUED)
+
+
+def test_a_fresh_export_is_queued_and_a_finished_one_is_over(make_export: MakeExport, scratch: Settings) -> None:
+    export = make_export()
+    assert State.QUEUED == spool.state(spool.look(export, scratch), scratch, time.time())[0]
+    claim = spool.claim(export)
+    assert State.RUNNING == spool.state(spool.look(export, scratch), scratch, time.time())[0]
+    claim.finish(report(manifest=ManifestRecord(name="manifest.json", sha256=None)))
+    claim.close()
+    assert State.SUCCEEDED == spool.state(spool.look(export, scratch), scratch, time.time())[0]
+
+
+def test_another_manifest_beside_a_report_is_a_conflict(make_export: MakeExport, scratch: Settings) -> None:
+    export = make_export()
+    claim = spool.claim(export)
+    claim.finish(report(manifest=ManifestRecord(name="manifest.json", sha256="0" * 64)))
+    claim.close()
+    now, finding = spool.state(spool.look(export, scratch), scratch, time.time())
+    assert State.BLOCKED == now
+    assert finding is not None and finding.code == Code.MANIFEST_CHANGED
+
+
+def test_something_else_under_the_reports_name_is_never_overwritten(make_export: MakeExport, scratch: Settings) -> None:
+    export = make_export()
+    (export / spool.REPORT).write_text("my notes")
+    assert State.BLOCKED == spool.state(spool.look(export, scratch), scratch, time.time())[0]
+
+
+def test_a_missing_disk_is_waited_for(make_export: MakeExport, scratch: Settings) -> None:
+    export = make_export()
+    (export / "web01-disk-0.raw").unlink()
+    now, finding = spool.state(spool.look(export, scratch), scratch, time.time())
+    assert State.INCOMPLETE == now
+    assert finding is not None and "web01-disk-0.raw" in finding.message
+
+
+def test_a_disk_that_was_just_written_is_waited_for(make_export: MakeExport, scratch: Settings) -> None:
+    export = make_export()
+    patient = scratch.model_copy(update={"settle_seconds": 5})
+    old = time.time() - 100
+    os.utime(export / "manifest.json", (old, old))
+    assert State.WAITING == spool.state(spool.look(export, patient), patient, time.time())[0]
+    os.utime(export / "web01-disk-0.raw", (old, old))
+    assert State.QUEUED == spool.state(spool.look(export, patient), patient, time.time())[0]
+
+
+def test_names_that_are_not_exports_are_left_alone(scratch: Settings) -> None:
+    for name in (".hidden", "-n", "a b", "a\nb", "ok"):
+        (scratch.exports_dir / name).mkdir()
+    (scratch.exports_dir / "link").symlink_to(scratch.work_dir)
+    (scratch.exports_dir / "file").touch()
+    assert ["ok"] == [path.name for path in spool.exports(scratch)]
+
+
+def test_one_of_two_claims_wins(make_export: MakeExport) -> None:
+    export = make_export()
+    first = spool.claim(export)
+    with pytest.raises(spool.Busy):
+        spool.claim(export)
+    first.close()
+    second = spool.claim(export)
+    assert (1, 2) == (first.attempt, second.attempt)
+    second.close()
+
+
+def test_of_many_processes_that_race_one_wins(make_export: MakeExport) -> None:
+    export = make_export()
+    code = (
+        "import sys, time; from pathlib import Path; from hyper2kvmd import spool\n"
+        "try: claim = spool.claim(Path(sys.argv[1]))\n"
+        "except spool.Busy: print('busy')\n"
+        "else: print('won', claim.attempt, flush=True); time.sleep(30)"
+    )
+    racers = [
+        subprocess.Popen([sys.executable, "-c", code, str(export)], stdout=subprocess.PIPE, text=True) for _ in range(8)
+    ]
+    try:
+        lines = []
+        for racer in racers:
+            assert racer.stdout is not None
+            lines.append(racer.stdout.readline().strip())
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+    assert ["busy"] * 7 + ["won 1"] == sorted(lines)
+
+
+def test_the_kernel_frees_the_claim_of_a_killed_process_and_the_death_is_counted(make_export: MakeExport) -> None:
+    export = make_export()
+    code = (
+        "import sys, time; from pathlib import Path; from hyper2kvmd import spool\n"
+        "spool.claim(Path(sys.argv[1])); print('ok', flush=True); time.sleep(60)"
+    )
+    for expected in (1, 2):
+        holder = subprocess.Popen([sys.executable, "-c", code, str(export)], stdout=subprocess.PIPE)
+        assert holder.stdout is not None and holder.stdout.readline()
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+        assert expected == spool.look(export, Settings()).crashes
+    claim = spool.claim(export)
+    assert (3, 2) == (claim.attempt, claim.crashes)
+    claim.interrupted()
+    claim.close()
+    assert 0 == spool.look(export, Settings()).crashes, "an attempt that was stopped on purpose is no crash"
+
+
+def test_a_claim_notices_that_it_was_lost(make_export: MakeExport) -> None:
+    export = make_export()
+    claim = spool.claim(export)
+    claim.check()
+    os.pwrite(claim.lock_fd, b'{"attempt": 7, ', 0)
+    with pytest.raises(MigrationError, match="attempt 7 has begun"):
+        claim.check()
+    with pytest.raises(MigrationError, match="was lost"):
+        claim.finish(report())
+    claim.close()
+    assert not (export / spool.REPORT).exists()
+
+
+def test_a_claim_notices_that_its_lock_was_replaced(make_export: MakeExport) -> None:
+    export = make_export()
+    claim = spool.claim(export)
+    (export / spool.LOCK).unlink()
+    (export / spool.LOCK).touch()
+    with pytest.raises(MigrationError, match="was replaced"):
+        claim.check()
+    claim.close()
+
+
+@pytest.mark.parametrize("plant", ["symlink", "hardlink", "fifo", "directory"])
+def test_a_planted_lock_is_refused(make_export: MakeExport, tmp_path: Path, plant: str) -> None:
+    export = make_export()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    lock = export / spool.LOCK
+    match plant:
+        case "symlink":
+            lock.symlink_to(victim)
+        case "hardlink":
+            os.link(victim, lock)
+        case "fifo":
+            os.mkfifo(lock)
+        case "directory":
+            lock.mkdir()
+    with pytest.raises((MigrationError, OSError)):
+        spool.claim(export)
+    assert "precious" == victim.read_text()
+
+
+def test_a_half_written_lock_still_tells_the_attempt(make_export: MakeExport) -> None:
+    export = make_export()
+    (export / spool.LOCK).write_text('{"attempt": 41, "cra')
+    claim = spool.claim(export)
+    assert 42 == claim.attempt
+    claim.close()
+
+
+def test_a_report_is_written_whole_or_not_at_all(make_export: MakeExport) -> None:
+    export = make_export()
+    (export / f".{spool.REPORT}.1.tmp").write_text("left by a dead attempt")
+    claim = spool.claim(export)
+    claim.finish(report())
+    claim.close()
+    assert "succeeded" == json.loads((export / spool.REPORT).read_text())["status"]
+    assert not list(export.glob(".*.tmp"))
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    spool.write_durably(fd, "report", b"old", 1)
+    os.mkdir(tmp_path / ".report.2.tmp")
+    with pytest.raises(OSError):
+        spool.write_durably(fd, "report", b"new", 2)
+    os.close(fd)
+    assert b"old" == (tmp_path / "report").read_bytes()
+
+
+def test_scan_forgives_an_export_that_vanished(make_export: MakeExport, scratch: Settings) -> None:
+    export = make_export()
+    export.rename(export.with_name("elsewhere"))
+    with pytest.raises(FileNotFoundError):
+        spool.look(export, scratch)
+
+
+def test_the_same_look_gives_the_same_state() -> None:
+    look = Look("manifest.json", "a", settled_since=NOW)
+    assert spool.state(look, SETTINGS, NOW) == spool.state(replace(look), SETTINGS, NOW)
