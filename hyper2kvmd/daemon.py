@@ -1,0 +1,251 @@
+"""The daemon: looks at the exports directory and keeps at most `workers` runners alive."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import selectors
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from hyper2kvmd import spool
+from hyper2kvmd.errors import Finding, SettingsError
+from hyper2kvmd.metrics import Metrics
+from hyper2kvmd.notify import Notifier
+from hyper2kvmd.runner import Runner
+from hyper2kvmd.settings import Settings
+from hyper2kvmd.spool import State
+from hyper2kvmd.watch import Watch
+
+log = structlog.get_logger()
+
+DEBOUNCE_SECONDS = 1.0
+BUSY_SECONDS = 1.0  # how often STATUS is refreshed while jobs run
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An export as of the last scan."""
+
+    state: State
+    finding: Finding | None
+    look: spool.Look
+
+
+class Daemon:
+    """One daemon on one exports directory. `tick` is its whole work; `run` calls it until told to stop."""
+
+    def __init__(self, settings: Settings, load: Callable[[], Settings], metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.runners: dict[Path, Runner] = {}
+        self.table: dict[Path, Seen] = {}
+        self._load = load
+        self._notifier = Notifier()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._signals: set[int] = set()
+        self._watch = Watch(settings.exports_dir, settings.watch.mode, self.wake)
+        self._last_status = ""
+        metrics.workers.set(settings.workers)
+        metrics.reload_ok.set(1)
+
+    def wake(self) -> None:
+        """Have the directory looked at soon. Safe in threads and signal handlers."""
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups already
+            os.write(self._wake_write, b"w")
+
+    def run(self, *, once: bool = False) -> int:
+        """Work until SIGTERM or SIGINT; with `once`, until there is nothing left to do. Return the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, self._signal)
+        log.info("watching", directory=str(self.settings.exports_dir), workers=self.settings.workers)
+        try:
+            self._loop(once)
+        finally:
+            self._stop()
+        return 0 if not once or all(seen.state == State.SUCCEEDED for seen in self.table.values()) else 1
+
+    def tick(self, now: float) -> float:
+        """Look at every export, start what is ready, and return the seconds until the next look is due."""
+        started = time.monotonic()
+        self._watch.ensure()
+        self.metrics.watcher_up.set(self._watch.up)
+        self._scan(now)
+        self._start(now)
+        self._count()
+        self.metrics.scan_seconds.observe(time.monotonic() - started)
+        self.metrics.last_scan.set(now)
+        return self._next_look(now)
+
+    def status(self) -> str:
+        """One line for people: what runs, what waits, what is over."""
+        states = Counter(seen.state for seen in self.table.values())
+        running = ", ".join(str(runner.progress) for runner in self.runners.values())
+        parts = [f"{len(self.runners)} running" + (f" ({running})" if running else "")]
+        parts += [f"{states[state]} {state}" for state in State if states[state] and state != State.RUNNING]
+        return ", ".join(parts)
+
+    def _loop(self, once: bool) -> None:
+        watchdog = self._notifier.watchdog_interval()
+        next_scan = 0.0  # monotonic
+        ready = False
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_read, selectors.EVENT_READ)
+            watched: dict[int, Runner] = {}
+            while not self._signals & {signal.SIGTERM, signal.SIGINT}:
+                if signal.SIGHUP in self._signals:
+                    self._signals.discard(signal.SIGHUP)
+                    self._reload()
+                    next_scan = 0
+                # Every end of a runner changes the picture: a place is free, a report is there.
+                if self._reap(selector, watched):
+                    next_scan = 0
+                if time.monotonic() >= next_scan:
+                    next_scan = time.monotonic() + self.tick(time.time())
+                    if not ready:
+                        self._notifier.ready()
+                        ready = True
+                    for runner in self.runners.values():
+                        if runner.events_fd not in watched:
+                            selector.register(runner.events_fd, selectors.EVENT_READ)
+                            watched[runner.events_fd] = runner
+                    if once and not self.runners and not self._pending():
+                        return
+                self._tell()
+                self._notifier.alive()
+                timeout = next_scan - time.monotonic()
+                for limit in (watchdog, BUSY_SECONDS if self.runners else None):
+                    timeout = timeout if limit is None else min(timeout, limit)
+                for key, _ in selector.select(max(timeout, 0)):
+                    if key.fd == self._wake_read:
+                        # The first of many events: what follows within a second is seen by the same scan.
+                        os.read(self._wake_read, 65536)
+                        next_scan = min(next_scan, time.monotonic() + DEBOUNCE_SECONDS)
+                    else:
+                        self._read(watched[key.fd])
+
+    def _signal(self, number: int, frame: object) -> None:
+        if number != signal.SIGCHLD:
+            self._signals.add(number)
+        self.wake()
+
+    def _scan(self, now: float) -> None:
+        table: dict[Path, Seen] = {}
+        try:
+            exports = list(spool.exports(self.settings))
+        except OSError as error:
+            self.metrics.scan_errors.inc()
+            log.error("cannot read the exports directory", directory=str(self.settings.exports_dir), reason=str(error))
+            exports = []
+        for export in exports:
+            try:
+                look = spool.look(export, self.settings)
+            except OSError as error:
+                self.metrics.scan_errors.inc()
+                if not isinstance(error, FileNotFoundError):  # moved away while we looked
+                    log.error("cannot read an export", directory=str(export), reason=str(error))
+                continue
+            state, finding = spool.state(look, self.settings, now)
+            before = self.table.get(export)
+            if before is None or before.state != state:
+                details = {} if finding is None else {"code": finding.code, "reason": finding.message}
+                log.debug("state", export=export.name, state=str(state), **details)
+            table[export] = Seen(state, finding, look)
+        self.table = table
+
+    def _start(self, now: float) -> None:
+        queued = [export for export, seen in self.table.items() if seen.state == State.QUEUED]
+        # Oldest first: who has waited longest is served first.
+        queued.sort(key=lambda export: (self.table[export].look.settled_since, export.name))
+        for export in queued:
+            if len(self.runners) >= self.settings.workers:
+                break
+            if export not in self.runners:
+                self.runners[export] = Runner(export, self.settings)
+                self.metrics.started.inc()
+                log.info("started", export=export.name, pid=self.runners[export].pid)
+
+    def _count(self) -> None:
+        states = Counter(State.RUNNING if export in self.runners else seen.state for export, seen in self.table.items())
+        for state in State:
+            self.metrics.jobs.labels(state).set(states[state])
+        self.metrics.workers_busy.set(len(self.runners))
+
+    def _next_look(self, now: float) -> float:
+        interval = self.settings.scan_interval_seconds * random.uniform(0.75, 1.25)
+        for seen in self.table.values():
+            if seen.state == State.WAITING:
+                interval = min(interval, seen.look.settled_since + self.settings.settle_seconds - now)
+            elif seen.state == State.RETRYING and seen.look.next_attempt_at is not None:
+                interval = min(interval, seen.look.next_attempt_at - now)
+        return max(interval, 0.1)
+
+    def _pending(self) -> bool:
+        """Whether there is something that this daemon will do soon without anybody doing anything."""
+        return any(seen.state in (State.WAITING, State.QUEUED) for seen in self.table.values())
+
+    def _read(self, runner: Runner) -> None:
+        for event in runner.read():
+            data = event.data
+            if event.kind == "stage" and data["status"] in ("done", "failed"):
+                self.metrics.stage_seconds.labels(data["stage"]).observe(data["seconds"])
+            elif event.kind == "progress":
+                self.metrics.bytes.labels(data["stage"]).inc(data["bytes"])
+
+    def _reap(self, selector: selectors.BaseSelector, watched: dict[int, Runner]) -> bool:
+        """Take leave of the runners that ended; whether there were any."""
+        ended = {export: runner for export, runner in self.runners.items() if runner.poll() is not None}
+        for export, runner in ended.items():
+            self._read(runner)
+            finished = runner.progress.finished
+            if finished is None:
+                how = runner.poll()
+                self.metrics.finished("crashed", None)
+                log.error("the runner died; it is started again later", export=export.name, pid=runner.pid, status=how)
+            elif finished["status"] not in ("busy", "nothing"):
+                self.metrics.finished(finished["status"], finished.get("code"))
+                if finished.get("seconds") is not None:
+                    self.metrics.job_seconds.observe(finished["seconds"])
+            if watched.pop(runner.events_fd, None) is not None:
+                selector.unregister(runner.events_fd)
+            runner.close()
+            del self.runners[export]
+        return bool(ended)
+
+    def _tell(self) -> None:
+        status = self.status()
+        if status != self._last_status:
+            self._notifier.status(status)
+            self._last_status = status
+
+    def _reload(self) -> None:
+        try:
+            settings = self._load()
+        except SettingsError as error:
+            self.metrics.reload_ok.set(0)
+            log.error("the new configuration is bad, the old one stays in force", reason=str(error))
+            return
+        self.metrics.reload_ok.set(1)
+        self._watch.stop()
+        self.settings = settings
+        self._watch = Watch(settings.exports_dir, settings.watch.mode, self.wake)
+        self.metrics.workers.set(settings.workers)
+        log.info("configuration reloaded", workers=settings.workers)
+
+    def _stop(self) -> None:
+        """Stop the runners and wait for them: their jobs are done again by the next start."""
+        self._notifier.stopping()
+        self._watch.stop()
+        for runner in self.runners.values():
+            runner.stop()
+        for runner in self.runners.values():
+            runner.close()
+        if self.runners:
+            log.info("stopped; the jobs that ran go on at the next start", jobs=len(self.runners))

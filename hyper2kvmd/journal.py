@@ -1,0 +1,105 @@
+"""Logging: structured events to journald in its native protocol, or to the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import stat
+import sys
+from typing import Any, TextIO
+
+import structlog
+
+JOURNAL_SOCKET = "/run/systemd/journal/socket"
+# A datagram has a limit of about 200 KiB; what is longer is cut, not lost.
+VALUE_LIMIT = 60_000
+PRIORITY = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+
+
+def configure(level: str, *, stream: TextIO | None = None) -> None:
+    """Send every log event to journald if standard error goes there, else to `stream` (standard error)."""
+    output = stream or sys.stderr
+    shared = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.format_exc_info,
+    ]
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    if stream is None and _is_journal(output):
+        final: Any = Journald(JOURNAL_SOCKET, output)
+        processors: list[Any] = [*shared, final]
+    else:
+        processors = [
+            *shared,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            structlog.dev.ConsoleRenderer(colors=output.isatty()),
+        ]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        logger_factory=structlog.PrintLoggerFactory(output),
+        cache_logger_on_first_use=False,
+    )
+
+
+class Journald:
+    """The last structlog processor: sends the event as one datagram and drops it from structlog.
+
+    Fields get the prefix H2K_, so that `journalctl H2K_JOB=...` finds them. If the journal does not take the
+    datagram, the line goes to standard error with its priority; logging never raises.
+    """
+
+    def __init__(self, path: str, fallback: TextIO) -> None:
+        self._path = path
+        self._fallback = fallback
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+
+    def __call__(self, logger: Any, method: str, event: dict[str, Any]) -> Any:
+        message = str(event.pop("event", ""))
+        priority = PRIORITY.get(str(event.pop("level", method)), 6)
+        fields = {
+            "MESSAGE": _text(message, event),
+            "PRIORITY": str(priority),
+            "SYSLOG_IDENTIFIER": "hyper2kvmd",
+            **{_field_name(key): str(value) for key, value in event.items()},
+        }
+        datagram = b"".join(_encode(name, value) for name, value in fields.items())
+        try:
+            self._socket.sendto(datagram, socket.MSG_DONTWAIT, self._path)
+        except OSError:
+            line = fields["MESSAGE"].replace("\n", "\\n")
+            try:
+                self._fallback.write(f"<{priority}>{line}\n")
+                self._fallback.flush()
+            except (OSError, ValueError):
+                pass  # nowhere left to say it
+        raise structlog.DropEvent
+
+
+def _text(message: str, event: dict[str, Any]) -> str:
+    """The line that `journalctl` shows: the message and the values that belong to it."""
+    values = " ".join(f"{key}={value}" for key, value in event.items() if key != "exception")
+    text = f"{message}: {values}" if values else message
+    return f"{text}\n{event['exception']}" if "exception" in event else text
+
+
+def _field_name(key: str) -> str:
+    return "H2K_" + re.sub(r"[^A-Z0-9]", "_", key.upper())
+
+
+def _encode(name: str, value: str) -> bytes:
+    """One field, length-prefixed, so that no value can forge another field."""
+    data = value.encode(errors="replace")[:VALUE_LIMIT]
+    return name.encode() + b"\n" + len(data).to_bytes(8, "little") + data + b"\n"
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Whether a stream is the one that systemd connected to the journal."""
+    device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISSOCK(status.st_mode) and (str(status.st_dev), str(status.st_ino)) == (device, inode)

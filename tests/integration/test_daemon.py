@@ -1,0 +1,207 @@
+"""The daemon as a process, on real directories with small real disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hyper2kvmd.settings import Settings
+from tests.conftest import MakeExport, report_of
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def done(*exports: Path) -> bool:
+    return all((export / "migration-report.json").exists() for export in exports)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def daemon(settings: Settings, *options: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    config = settings.work_dir.parent / "daemon.json"
+    config.write_text(settings.model_dump_json(by_alias=True))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hyper2kvmd", "run", "--config", str(config), *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+
+
+def change(settings: Settings, **update: object) -> Settings:
+    return Settings.model_validate({**settings.model_dump(by_alias=True), **update})
+
+
+@pytest.mark.parametrize("mode", ["auto", "poll", "off"])
+def test_what_is_there_and_what_is_dropped_later_is_migrated_in_every_mode(
+    scratch: Settings, make_export: MakeExport, mode: str
+) -> None:
+    early = make_export("early")
+    with daemon(change(scratch, watch={"mode": mode})):
+        wait_until(lambda: done(early))
+        late = make_export("late")
+        moved = scratch.exports_dir.parent / "moved"
+        shutil.copytree(early, moved)
+        (moved / "migration-report.json").unlink()
+        manifest = json.loads((moved / "manifest.json").read_text())
+        manifest["source"]["vm_name"] = "moved"
+        manifest["disks"][0]["local_path"] = "early-disk-0.raw"
+        (moved / "manifest.json").write_text(json.dumps(manifest))
+        moved.rename(scratch.exports_dir / "moved")
+        wait_until(lambda: done(late, scratch.exports_dir / "moved"))
+    for name in ("early", "late", "moved"):
+        assert "succeeded" == report_of(scratch.exports_dir / name)["status"]
+    assert 3 == len(list(scratch.output_dir.iterdir()))
+
+
+def test_with_inotify_a_drop_is_seen_long_before_the_next_scan(scratch: Settings, make_export: MakeExport) -> None:
+    with daemon(change(scratch, scan_interval_seconds=3600)) as process:
+        wait_until(lambda: bool(make_ready(process)))
+        export = make_export()
+        wait_until(lambda: done(export), 30)
+
+
+def make_ready(process: subprocess.Popen[str]) -> bool:
+    """Give the daemon the second that it needs to look for the first time."""
+    time.sleep(2)
+    return process.poll() is None
+
+
+def test_metrics_are_there_from_the_start_and_count_each_job_once(scratch: Settings, make_export: MakeExport) -> None:
+    port = free_port()
+
+    def metrics() -> dict[str, float]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+    def up() -> bool:
+        try:
+            return bool(metrics())
+        except OSError:
+            return False
+
+    with daemon(change(scratch, metrics={"listen": f"127.0.0.1:{port}"})):
+        wait_until(up)
+        before = metrics()
+        assert 0 == before['hyper2kvmd_jobs_completed_total{result="succeeded"}']
+        assert 0 == before['hyper2kvmd_job_failures_total{code="checksum_mismatch"}']
+        good = make_export("good")
+        bad = make_export("bad")
+        (bad / "bad-disk-0.raw").write_bytes(os.urandom(1 << 20))
+        wait_until(lambda: done(good, bad))
+        wait_until(lambda: metrics()['hyper2kvmd_jobs{state="succeeded"}'] == 1)
+        wait_until(lambda: metrics()['hyper2kvmd_jobs_completed_total{result="failed"}'] == 1)
+        after = metrics()
+    assert 1 == after['hyper2kvmd_jobs_completed_total{result="succeeded"}']
+    assert 1 == after['hyper2kvmd_job_failures_total{code="checksum_mismatch"}']
+    assert 1 == after['hyper2kvmd_jobs{state="failed"}']
+    assert after['hyper2kvmd_bytes_total{stage="convert"}'] >= 1 << 20
+    assert 1 <= after['hyper2kvmd_stage_duration_seconds_count{stage="validate"}']
+
+
+def test_systemd_is_told_in_clean_text(scratch: Settings, make_export: MakeExport, tmp_path: Path) -> None:
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind(str(tmp_path / "notify"))
+    receiver.settimeout(30)
+    make_export(source={"vm_id": "1", "vm_name": "wëb 日本", "provider": "vsphere"})
+    messages: list[str] = []
+    with daemon(scratch, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="2000000") as process:
+        while not any("1 succeeded" in message for message in messages):
+            messages.append(receiver.recv(65536).decode("ascii"))
+        process.send_signal(signal.SIGTERM)
+        while messages[-1] != "STOPPING=1":
+            messages.append(receiver.recv(65536).decode("ascii"))
+    assert "READY=1" in messages
+    assert messages.count("WATCHDOG=1") >= 2
+    assert all("\n" not in message for message in messages)
+
+
+def test_a_reload_takes_a_good_file_and_keeps_the_old_one_when_it_is_bad(scratch: Settings, tmp_path: Path) -> None:
+    port = free_port()
+    settings = change(scratch, metrics={"listen": f"127.0.0.1:{port}"})
+
+    def metric(name: str) -> float | None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                text = answer.read().decode()
+        except OSError:
+            return None
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
+
+    config = tmp_path / "daemon.json"
+    with daemon(settings) as process:
+        wait_until(lambda: metric("hyper2kvmd_workers") == 2)
+        config.write_text("workers: none\n")
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: metric("hyper2kvmd_config_last_reload_successful") == 0)
+        assert 2 == metric("hyper2kvmd_workers")
+        config.write_text(change(settings, workers=5).model_dump_json(by_alias=True))
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: metric("hyper2kvmd_workers") == 5)
+        assert 1 == metric("hyper2kvmd_config_last_reload_successful")
+
+
+def test_once_works_off_what_is_there_and_says_how_it_went(scratch: Settings, make_export: MakeExport) -> None:
+    exports = [make_export(f"vm{n}") for n in range(5)]
+    with daemon(scratch, "--once") as process:
+        output, _ = process.communicate(timeout=120)
+    assert 0 == process.returncode, output
+    assert done(*exports)
+    assert "5 succeeded" in output
+
+
+def test_two_daemons_on_one_directory_do_nothing_twice(scratch: Settings, make_export: MakeExport) -> None:
+    exports = [make_export(f"vm{n}") for n in range(12)]
+    with daemon(scratch), daemon(scratch):
+        wait_until(lambda: done(*exports), 120)
+    for export in exports:
+        document = report_of(export)
+        assert ("succeeded", 1) == (document["status"], document["attempts"]), document["error"]
+
+
+def test_a_bad_configuration_ends_with_78_and_the_reason(tmp_path: Path) -> None:
+    config = tmp_path / "bad.yaml"
+    config.write_text("worker: 2\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "hyper2kvmd", "run", "--config", config],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert 78 == done.returncode
+    assert "bad.yaml:1: worker: unknown setting; did you mean workers?" in done.stderr
