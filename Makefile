@@ -1,0 +1,73 @@
+# `make` alone lists what there is to make.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+PYTHON := .venv/bin/python
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+
+.PHONY: deps
+deps: ## install the Debian packages for running and testing (root or sudo)
+	@packaging/install-deps.sh run test
+
+.PHONY: bench-deps
+bench-deps: ## the same, and those for the benchmark
+	@packaging/install-deps.sh run test bench
+
+.PHONY: venv
+venv: .venv/.stamp ## make .venv and install the project into it
+
+# The distribution's interpreter and its packages: guestfs and libvirt exist for no other.
+.venv/.stamp: pyproject.toml
+	@/usr/bin/python3 -m venv --system-site-packages .venv && $(PYTHON) -m pip install -q --disable-pip-version-check -e '.[dev]' \
+		|| { echo "The virtual environment could not be made. Run 'make deps' first: it installs what pip cannot." >&2; exit 1; }
+	@touch $@
+
+.PHONY: lint
+lint: venv ## ruff and mypy
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --quiet --check . || { echo "Not formatted: run .venv/bin/ruff format ." >&2; exit 1; }
+	@.venv/bin/mypy --no-error-summary
+
+# One line for a tier that passes (and what it skipped); everything pytest said for one that fails.
+define pytest
+	@mkdir -p .cache/logs
+	@echo "$(1) tests (follow them in .cache/logs/$(1).log)"
+	@if $(PYTHON) -m pytest -q --tb=short tests/$(1) </dev/null >.cache/logs/$(1).log 2>&1; then \
+		grep -E '^(SKIPPED|XFAIL|XPASS)' .cache/logs/$(1).log || true; tail -n 1 .cache/logs/$(1).log; \
+	else \
+		cat .cache/logs/$(1).log; echo "$(1) tests failed" >&2; exit 1; \
+	fi
+endef
+
+.PHONY: test
+test: deps venv lint test-unit test-integration test-e2e ## everything, the fast first
+
+.PHONY: test-unit
+test-unit: venv ## seconds; needs nothing but Python
+	$(call pytest,unit)
+
+.PHONY: test-integration
+test-integration: deps venv ## minutes; real qemu-img, libguestfs and libvirt
+	$(call pytest,integration)
+
+.PHONY: test-e2e
+test-e2e: deps venv ## long; migrates real guests and boots them
+	$(call pytest,e2e)
+
+.PHONY: demo
+demo: deps venv ## watch one guest being migrated
+	@$(PYTHON) -m tests.demo
+
+.PHONY: bench
+bench: bench-deps venv ## measure a migration beside virt-v2v
+	@$(PYTHON) -m tests.bench
+
+.PHONY: clean
+clean: ## remove the environment, the cached guests and all that tools left behind
+	@rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

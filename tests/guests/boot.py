@@ -1,0 +1,205 @@
+"""Boot a disk image under QEMU without changing it, and read its serial console until it says what we wait for:
+
+python -m tests.guests.boot disk.qcow2 --format qcow2 --bus virtio
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import selectors
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal, get_args
+
+Bus = Literal["virtio", "virtio-scsi", "pvscsi", "sata"]
+Firmware = Literal["bios", "uefi"]
+Outcome = Literal["matched", "failed", "timeout", "exited"]
+
+BOOTED: tuple[str, ...] = ("login:",)
+# What a guest says when it will not get any further; waiting for the timeout would only cost minutes.
+STUCK: tuple[str, ...] = (
+    "(initramfs)",
+    "Kernel panic",
+    "grub rescue>",
+    "grub>",
+    "No bootable device",
+    "You are in emergency mode",
+    "Entering emergency mode",
+    # disks come first in the boot order: a firmware that tries anything else has found none of them bootable
+    "Start PXE over",
+    "Start HTTP Boot over",
+    "UEFI Interactive Shell",
+)
+OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+OVMF_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+
+# The controller, and what hangs each disk on it. The NIC is the one that goes with the platform.
+_CONTROLLER: dict[Bus, tuple[str, ...]] = {
+    "virtio": (),
+    "virtio-scsi": ("-device", "virtio-scsi-pci,id=scsi0"),
+    "pvscsi": ("-device", "pvscsi,id=scsi0"),
+    "sata": (),  # q35 has one
+}
+_DISK: dict[Bus, str] = {
+    "virtio": "virtio-blk-pci,drive=disk{n},bootindex={n}",
+    "virtio-scsi": "scsi-hd,drive=disk{n},bus=scsi0.0,bootindex={n}",
+    "pvscsi": "scsi-hd,drive=disk{n},bus=scsi0.0,scsi-id={n},bootindex={n}",
+    "sata": "ide-hd,drive=disk{n},bus=ide.{n},bootindex={n}",
+}
+_NIC: dict[Bus, str] = {
+    "virtio": "virtio-net-pci",
+    "virtio-scsi": "virtio-net-pci",
+    "pvscsi": "vmxnet3",
+    "sata": "e1000",
+}
+# Consoles are written for screens: colours, cursor moves, and what else ECMA-48 has
+_ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|[@-Z\\^_=>cNOM78])")
+
+
+@dataclass(frozen=True)
+class BootResult:
+    outcome: Outcome  # "matched": one of `until` was seen; "failed": one of `fail`
+    pattern: str  # which one, or ""
+    serial_log: str  # all of the console, without escape sequences
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return self.outcome == "matched"
+
+    @property
+    def report(self) -> dict[str, str]:
+        """What our guests' boot-report says ("root", "fstab-root", "swap", "net", "links", "canary", ...)."""
+        found = re.search(r"GUEST-BOOTED-OK (.*)", self.serial_log)
+        return dict(word.split("=", 1) for word in found[1].split()) if found else {}
+
+    def tail(self, lines: int = 30) -> str:
+        return "\n".join(self.serial_log.splitlines()[-lines:])
+
+
+def boot(
+    image: Path | Sequence[Path],
+    fmt: str,
+    bus: Bus,
+    *,
+    timeout: float = 420,
+    firmware: Firmware = "bios",
+    until: Sequence[str] = BOOTED,
+    fail: Sequence[str] = STUCK,
+    mac: str = "52:54:00:12:34:56",
+    echo: IO[str] | None = None,
+) -> BootResult:
+    """Boot the image (or images, the first being the boot disk) until a text is seen. QEMU is gone afterwards."""
+    images = [image] if isinstance(image, Path) else list(image)
+    for path in images:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there: nothing to boot")
+    with tempfile.TemporaryDirectory(prefix="boot-") as scratch:
+        command = _qemu_command(images, fmt, bus, firmware, mac, Path(scratch))
+        started = time.monotonic()
+        log = ""
+        for text in _console(command, deadline=started + timeout, scratch=scratch):
+            log += text
+            if echo:
+                echo.write(text)
+                echo.flush()
+            clean = _ESCAPES.sub("", log)
+            # failures first: "(initramfs)" is final, while `until` may be a text that also precedes it
+            for outcome, patterns in (("failed", fail), ("matched", until)):
+                for pattern in patterns:
+                    if pattern in clean:
+                        return _result(outcome, pattern, log, started)
+        if time.monotonic() - started >= timeout:
+            return _result("timeout", "", log, started)
+        return _result("exited", "", log, started)
+
+
+def _result(outcome: str, pattern: str, log: str, started: float) -> BootResult:
+    assert outcome in get_args(Outcome)
+    clean = _ESCAPES.sub("", log).replace("\r", "")
+    return BootResult(outcome, pattern, clean, time.monotonic() - started)  # type: ignore[arg-type]
+
+
+def _qemu_command(images: Sequence[Path], fmt: str, bus: Bus, firmware: Firmware, mac: str, scratch: Path) -> list[str]:
+    command = [
+        *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"),
+        *("-smp", "2", "-m", "1024", "-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"),
+        *("-netdev", "user,id=net0,restrict=on", "-device", f"{_NIC[bus]},netdev=net0,mac={mac},romfile="),
+        *_CONTROLLER[bus],
+    ]
+    if firmware == "uefi":
+        if bus == "pvscsi":
+            raise ValueError("Debian's OVMF cannot read a pvscsi disk: boot UEFI guests on sata, which VMware has too")
+        if not OVMF_CODE.is_file():
+            raise FileNotFoundError(f"{OVMF_CODE} is not there: run 'make deps' (package ovmf)")
+        variables = scratch / "vars.fd"
+        shutil.copyfile(OVMF_VARS, variables)
+        command += ["-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={OVMF_CODE}"]
+        command += ["-drive", f"if=pflash,format=raw,unit=1,file={variables}"]
+    for number, path in enumerate(images):
+        name = os.fspath(path).replace(",", ",,")  # how QEMU's options quote a comma
+        drive = f"file={name},format={fmt},if=none,id=disk{number},snapshot=on"
+        command += ["-drive", drive, "-device", _DISK[bus].format(n=number)]
+    return command
+
+
+def _console(command: Sequence[str], *, deadline: float, scratch: str) -> Iterator[str]:
+    """Yield what comes out of QEMU's serial port, until it ends or the deadline has passed."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,  # QEMU's own complaints belong in the log
+        env={**os.environ, "TMPDIR": scratch},  # where snapshot=on keeps what the guest writes
+    )
+    assert process.stdout
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while (left := deadline - time.monotonic()) > 0:
+                if not selector.select(left):
+                    return
+                data = os.read(process.stdout.fileno(), 65536)
+                if not data:
+                    return
+                yield data.decode("utf-8", errors="replace")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.guests.boot", description=__doc__)
+    parser.add_argument("image", type=Path, nargs="+", help="boot disk first")
+    parser.add_argument("--format", default="qcow2")
+    parser.add_argument("--bus", choices=get_args(Bus), default="virtio")
+    parser.add_argument("--firmware", choices=get_args(Firmware), default="bios")
+    parser.add_argument("--timeout", type=float, default=420, metavar="SECONDS")
+    parser.add_argument("--until", action="append", metavar="TEXT", help="default: login:")
+    arguments = parser.parse_args()
+    result = boot(
+        arguments.image,
+        arguments.format,
+        arguments.bus,
+        timeout=arguments.timeout,
+        firmware=arguments.firmware,
+        until=arguments.until or BOOTED,
+        echo=sys.stdout,
+    )
+    print(f"\n{result.outcome} {result.pattern!r} after {result.seconds:.0f} s")
+    sys.exit(0 if result.ok else 1)
+
+
+if __name__ == "__main__":
+    main()
