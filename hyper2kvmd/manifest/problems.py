@@ -1,0 +1,71 @@
+"""What is wrong with a manifest, and how a hostile value is shown without harm."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from hyper2kvmd.errors import Code, Finding, MigrationError
+
+PROBLEM_LIMIT = 100  # a hostile file can have a hundred thousand; nobody reads that many
+
+
+class ManifestError(MigrationError):
+    """A manifest that cannot be used. `problems` holds all that was found; the error itself is the first.
+
+    The code is MANIFEST_UNREADABLE for what is not complete JSON or YAML, which may be still being
+    written, and MANIFEST_INVALID for what was read and is wrong, which waiting does not mend.
+    """
+
+    def __init__(
+        self,
+        code: Literal[Code.MANIFEST_UNREADABLE, Code.MANIFEST_INVALID],
+        name: str,
+        problems: Sequence[Finding],
+    ) -> None:
+        first, *others = problems
+        more = f"; {len(others)} more problem{'s' * (len(others) > 1)}" if others else ""
+        super().__init__(code, f"{first.message} (in {plain(name)}{more})", first.hint, field=first.field)
+        self.problems = tuple(problems)
+
+
+def invalid(message: str, hint: str, field: str | None = None) -> Finding:
+    """A problem with the content of a manifest."""
+    return Finding(Code.MANIFEST_INVALID, message, hint, field)
+
+
+def show(value: object) -> str:
+    """A value from a manifest for a message: in quotes if it is text, short, and harmless to terminals and logs."""
+    if isinstance(value, str):
+        return f"'{plain(value)}'"
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, int | float):
+        return str(value)
+    return "a table" if isinstance(value, dict) else "a list"
+
+
+def plain(text: str, limit: int = 80) -> str:
+    """Text from a manifest without what could harm terminals and logs, cut to about `limit` characters."""
+    # Cut first: escaping a megabyte is work.
+    kept = text[:limit] + ("…" if len(text) > limit else "")
+    return kept if kept.isprintable() else ascii(kept)[1:-1]
+
+
+def place(parts: Iterable[str | int]) -> str:
+    """The path of a field as people write it: `disks[0].checksum`."""
+    path = ""
+    for part in parts:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            path += ("." if path else "") + plain(part, 40)
+    return path
+
+
+def nearest(word: object, known: Iterable[str]) -> str | None:
+    """The known word that was probably meant, if one is close."""
+    if not isinstance(word, str):
+        return None
+    return next(iter(difflib.get_close_matches(word.lower(), list(known), n=1)), None)
