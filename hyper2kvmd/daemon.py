@@ -86,10 +86,13 @@ class Daemon:
 
     def status(self) -> str:
         """One line for people: what runs, what waits, what is over."""
-        states = Counter(seen.state for seen in self.table.values())
+        # The table is as old as the last scan; who runs is known.
+        states = Counter(seen.state for export, seen in self.table.items() if export not in self.runners)
         running = ", ".join(str(runner.progress) for runner in self.runners.values())
         parts = [f"{len(self.runners)} running" + (f" ({running})" if running else "")]
         parts += [f"{states[state]} {state}" for state in State if states[state] and state != State.RUNNING]
+        if states[State.RUNNING]:
+            parts.append(f"{states[State.RUNNING]} running elsewhere")
         return ", ".join(parts)
 
     def _loop(self, once: bool) -> None:

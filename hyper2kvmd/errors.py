@@ -48,6 +48,7 @@ class Code(StrEnum):
     LIBVIRT_UNAVAILABLE = "libvirt_unavailable"
     TOOL_MISSING = "tool_missing"
     TOOL_FAILED = "tool_failed"
+    TOOL_KILLED = "tool_killed"
     IO_ERROR = "io_error"
     CLAIM_LOST = "claim_lost"
     RUNNER_CRASHED = "runner_crashed"
@@ -93,6 +94,7 @@ MEANING: dict[Code, Meaning] = {
     Code.LIBVIRT_UNAVAILABLE: Meaning(Outcome.RETRY, "libvirt does not answer"),
     Code.TOOL_MISSING: Meaning(Outcome.BLOCKED, "a program or library that is needed is not installed"),
     Code.TOOL_FAILED: Meaning(Outcome.FAILED, "a program that was run ended with an error"),
+    Code.TOOL_KILLED: Meaning(Outcome.RETRY, "a program that was run was killed from outside"),
     Code.IO_ERROR: Meaning(Outcome.RETRY, "the operating system reported an input/output error"),
     Code.CLAIM_LOST: Meaning(Outcome.RETRY, "another runner took the export over"),
     Code.RUNNER_CRASHED: Meaning(Outcome.FAILED, "the job's process died again and again"),

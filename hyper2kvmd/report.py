@@ -29,6 +29,7 @@ class ErrorRecord(FindingRecord):
 
     stage: str | None = Field(default=None, description="the stage that failed")
     tail: str = Field(default="", description="the last lines of the output of the tool that failed")
+    problems: tuple[FindingRecord, ...] = Field(default=(), description="everything that is wrong with the manifest")
 
 
 class StageRecord(Part):

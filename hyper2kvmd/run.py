@@ -196,6 +196,13 @@ def _failure(command: list[str], done: Done) -> MigrationError:
             "Free some space on that file system, or set output_dir or work_dir to a larger one.",
             tail=tail(done.stderr),
         )
+    if done.returncode in (-signal.SIGKILL, -signal.SIGTERM):
+        return MigrationError(
+            Code.TOOL_KILLED,
+            f"{shlex.join(command)} was killed by {signal.Signals(-done.returncode).name}",
+            "Most often the kernel killed it for lack of memory: see `journalctl -k`, and lower workers.",
+            tail=tail(done.stderr),
+        )
     how = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"exited {done.returncode}"
     return MigrationError(
         Code.TOOL_FAILED,

@@ -23,7 +23,7 @@ STOP_SECONDS = 30.0
 class Progress:
     """Where a job is, as of its last event. Ratios are 0..1, by item (a disk)."""
 
-    vm: str = "?"
+    vm: str
     stages: list[str] = field(default_factory=list)
     ratios: dict[tuple[str, str], float] = field(default_factory=dict)
     finished: dict[str, Any] | None = None
@@ -61,7 +61,7 @@ class Runner:
         self, export: Path, settings: Settings, options: Sequence[str] = (), *, stderr: int | None = None
     ) -> None:
         self.export = export
-        self.progress = Progress()
+        self.progress = Progress(export.name)
         self._decoder = Decoder()
         self.events_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(write_fd, True)

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.manifest import ManifestError, parse
+from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
 from hyper2kvmd.report import Report
 from hyper2kvmd.settings import Settings
 
 LOCK = ".hyper2kvmd.lock"
 REPORT = "migration-report.json"
-MANIFEST_LIMIT = 1 << 20
 EXPORT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 # A look at the lock takes it for an instant; a claimer that meets it there tries again for this long.
 CLAIM_PATIENCE_SECONDS = 0.5
@@ -245,6 +244,7 @@ def claim(directory: Path) -> Claim:
             },
         )
         os.fsync(fd)
+        _remove_leftovers(fd)
         return Claim(directory, fd, lock_fd, attempt, crashes)
     except BaseException:
         os.close(lock_fd)
@@ -296,8 +296,6 @@ def write_durably(dir_fd: int, name: str, data: bytes, attempt: int) -> None:
     Raise OSError; then the old one is still there.
     """
     temporary = f".{name}.{attempt}.tmp"
-    with contextlib.suppress(FileNotFoundError):  # left by a process that died in here; the claim is ours now
-        os.unlink(temporary, dir_fd=dir_fd)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=dir_fd)
     try:
         try:
@@ -331,6 +329,13 @@ def _unsafe_lock(directory: Path) -> MigrationError:
         f"{directory / LOCK} is not a plain file that belongs to this service",
         "Somebody put it there. Find out who, then remove it.",
     )
+
+
+def _remove_leftovers(dir_fd: int) -> None:
+    """Remove the half-written reports of attempts that died; the claim makes them ours."""
+    for name in os.listdir(dir_fd):
+        if re.fullmatch(rf"\.{re.escape(REPORT)}\.\d+\.tmp", name):
+            os.unlink(name, dir_fd=dir_fd)
 
 
 def _probe_lock(dir_fd: int) -> tuple[bool, int, float]:
@@ -393,15 +398,15 @@ def _read_manifest(
                 return name, None, _unsafe_manifest(directory / name, "is not a regular file"), status.st_mtime
             if status.st_nlink != 1:
                 return name, None, _unsafe_manifest(directory / name, "has a second name (hard link)"), status.st_mtime
-            if status.st_size > MANIFEST_LIMIT:
+            if status.st_size > SIZE_LIMIT:
                 finding = Finding(
                     Code.MANIFEST_INVALID,
-                    f"{directory / name} has {status.st_size} bytes; a manifest has at most {MANIFEST_LIMIT}",
+                    f"{directory / name} has {status.st_size} bytes; a manifest has at most {SIZE_LIMIT}",
                     "This is not a manifest. Export the VM again.",
                 )
                 return name, None, finding, status.st_mtime
             data = bytearray()
-            while block := os.read(fd, MANIFEST_LIMIT + 1 - len(data)):
+            while block := os.read(fd, SIZE_LIMIT + 1 - len(data)):
                 data += block
             return name, bytes(data), None, status.st_mtime
         finally:

@@ -80,7 +80,7 @@ def make_export(scratch: Settings) -> MakeExport:
         directory.mkdir()
         disk = directory / f"{name}-disk-0.raw"
         disk.write_bytes(os.urandom(size))
-        write_manifest(directory, [disk_entry(disk)], **changes)
+        write_manifest(directory, changes.pop("disks", [disk_entry(disk)]), **changes)
         return directory
 
     return make

@@ -1,0 +1,154 @@
+"""What belongs to one job: its claim, its settings, its tools, and the record of what it did so far."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from hyper2kvmd import report
+from hyper2kvmd.errors import Cancelled, Finding, MigrationError
+from hyper2kvmd.events import Emitter
+from hyper2kvmd.run import Tools
+from hyper2kvmd.settings import Settings
+from hyper2kvmd.spool import Claim, timestamp
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+PROGRESS_SECONDS = 0.5
+
+
+@dataclass
+class Record:
+    """What has been done so far; becomes the report, however the job ends."""
+
+    warnings: list[Finding] = field(default_factory=list)
+    stages: list[report.StageRecord] = field(default_factory=list)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    disks: list[report.DiskRecord] = field(default_factory=list)
+    changes: list[report.ChangeRecord] = field(default_factory=list)
+    domain: report.DomainRecord | None = None
+    tools: dict[str, str] = field(default_factory=dict)
+    failed_stage: str | None = None
+
+    def dump(self) -> dict[str, Any]:
+        """The record as plain data, for the journal of the job."""
+        models = {name: [item.model_dump() for item in getattr(self, name)] for name in ("stages", "disks", "changes")}
+        warnings = [finding.as_json() for finding in self.warnings]
+        return {"warnings": warnings, "results": self.results, "tools": self.tools, **models}
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Take over what an earlier attempt put on the record; what this one did so far comes last."""
+        self.warnings[:0] = [Finding(**finding) for finding in content["warnings"]]
+        self.stages[:0] = [report.StageRecord(**stage) for stage in content["stages"]]
+        self.results = {**content["results"], **self.results}
+        self.disks = [report.DiskRecord(**disk) for disk in content["disks"]]
+        self.changes = [report.ChangeRecord(**change) for change in content["changes"]]
+        self.tools = {**content["tools"], **self.tools}
+
+
+@dataclass
+class Job:
+    """One job. `id` names its work directory and everything temporary, and is the same for every attempt.
+
+    `only` limits the stages to these; `dry_run` leaves everything as it was.
+    """
+
+    id: str
+    claim: Claim
+    settings: Settings
+    tools: Tools
+    events: Emitter
+    record: Record = field(default_factory=Record)
+    only: frozenset[str] | None = None
+    dry_run: bool = False
+
+    @property
+    def work_dir(self) -> Path:
+        """Where overlays and the journal of this job are."""
+        return self.settings.work_dir / self.id
+
+    def wants(self, stage: str, enabled: bool) -> bool:
+        """Whether a stage is to run, by the manifest (`enabled`) and the command line."""
+        return enabled and (self.only is None or stage in self.only)
+
+    def warn(self, finding: Finding) -> None:
+        """Put a warning on the record."""
+        self.record.warnings.append(finding)
+        self.events.emit("warning", **finding.as_json())
+        log.warning(finding.message, code=str(finding.code), hint=finding.hint)
+
+    def skip(self, stage: str) -> None:
+        """Put it on the record that a stage was left out."""
+        self.record.stages.append(report.StageRecord(name=stage, status="skipped"))
+        self.events.emit("stage", stage=stage, status="skipped", seconds=0.0)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and tell about its begin and end."""
+        began = time.time()
+        started = time.monotonic()
+        self.events.emit("stage", stage=name, status="started", seconds=0.0)
+        log.info("stage started", stage=name)
+        status = "failed"
+        try:
+            yield
+            status = "done"
+        except Cancelled:
+            status = "cancelled"
+            raise
+        except MigrationError:
+            self.record.failed_stage = self.record.failed_stage or name
+            raise
+        finally:
+            seconds = round(time.monotonic() - started, 3)
+            self.record.stages.append(
+                report.StageRecord(name=name, status=status, started_at=timestamp(began), seconds=seconds)
+            )
+            self.events.emit("stage", stage=name, status=status, seconds=seconds)
+            log.info("stage ended", stage=name, status=status, seconds=seconds)
+
+    def progress(self, stage: str, item: str, total: int) -> Callable[[float], None]:
+        """A function that takes the ratio done of one item of `total` bytes, and tells about it now and then."""
+        last_time, last_ratio = 0.0, 0.0
+
+        def tell(ratio: float) -> None:
+            nonlocal last_time, last_ratio
+            now = time.monotonic()
+            if ratio < 1 and now - last_time < PROGRESS_SECONDS:
+                return
+            done = int((ratio - last_ratio) * total)
+            self.events.emit("progress", stage=stage, item=item, ratio=round(ratio, 4), bytes=max(done, 0))
+            last_time, last_ratio = now, ratio
+
+        return tell
+
+    def together(self, *branches: Callable[[], T]) -> list[T]:
+        """Run functions at the same time, and return what they return, in order.
+
+        The first that fails cancels the others; its error is raised when all have ended.
+        """
+        with ThreadPoolExecutor(max_workers=max(len(branches), 1)) as pool:
+            # With the context, so that log lines of every branch name the job.
+            futures = [pool.submit(contextvars.copy_context().run, branch) for branch in branches]
+            done, _ = wait_for(futures, return_when="FIRST_EXCEPTION")
+            if any(future.exception() for future in done):
+                self.tools.cancel.set()
+        errors = [error for error in (future.exception() for future in futures) if error is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, Cancelled)):
+            raise error
+        return [future.result() for future in futures]
+
+
+def finding_records(findings: Iterable[Finding]) -> tuple[report.FindingRecord, ...]:
+    """Findings as they stand in the report; each once."""
+    return tuple(report.FindingRecord(**finding.as_json()) for finding in dict.fromkeys(findings))

@@ -1,0 +1,324 @@
+"""One migration, from manifest to domain: `migrate` is the picture, to be read from top to bottom.
+
+              ┌─ VERIFY: checksums ─────────────────────────┐
+    plan ─────┼─ INSPECT ─ FIX, on an overlay per disk ─────┼─ commit ─ VALIDATE ─ publish ─ IMPORT
+              └─ CONVERT: source → partial, side by side ───┘
+
+The source is only ever read. The fix is laid onto the converted disk at the end, so a migration takes as long as
+its slowest branch, not as long as all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyper2kvmd import images, importer, publish, report
+from hyper2kvmd.domain import Domain, DomainDisk, to_xml
+from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.job import Job
+from hyper2kvmd.manifest import Manifest
+from hyper2kvmd.plan import Plan, PlannedDisk, make_plan
+
+if TYPE_CHECKING:
+    from hyper2kvmd.guest.inspect import Inspection
+
+STAGE_NAMES = ("inspect", "fix", "convert", "validate", "import")
+
+
+def migrate(job: Job, manifest: Manifest) -> None:
+    """Migrate one export. What was done is on `job.record`, also when it fails.
+
+    Raise MigrationError, OSError or Cancelled; then nothing is published that was not complete, and what is
+    published is found again by the next attempt.
+    """
+    with contextlib.ExitStack() as stack:
+        with job.stage("plan"):
+            sources = images.open_sources(job.claim.fd, job.claim.directory, manifest.disks, stack)
+            for source in sources:
+                for finding in source.warnings:
+                    job.warn(finding)
+            resumed = publish.intended(job)
+            items, facts = resumed or ((), {})
+            plan = make_plan(job, manifest, sources, ours=[Path(item.final) for item in items])
+            publish.clean(job, plan, items)
+        if resumed:
+            job.record.restore(facts)
+        else:
+            try:
+                _branches(job, plan)
+                if plan.convert:
+                    _commit(job, plan)
+                    _validate(job, plan)
+                    items = publish.intend(job, plan, job.record.dump())
+            finally:
+                _discard(plan, keep_partials=bool(items))
+    if not plan.convert:
+        return
+    with job.stage("publish"):
+        publish.publish(job, items)
+        _describe_targets(job, plan)
+    if plan.import_:
+        with job.stage("import"):
+            _import(job, plan)
+    else:
+        job.skip("import")
+
+
+def _branches(job: Job, plan: Plan) -> None:
+    """Run the three branches at the same time; the first that fails ends the others."""
+    job.record.tools.update(images.versions(job.tools))
+    digests: dict[str, str] = {}
+    branches = []
+    if plan.verify:
+        branches.append(partial(_verify, job, plan, digests))
+    else:
+        job.skip("verify")
+    if plan.looks_inside:
+        branches.append(partial(_guest, job, plan))
+    if plan.convert:
+        branches.append(partial(_convert, job, plan))
+    job.together(*branches)
+    boot = job.record.results.get("inspect", {}).get("boot_disk") or plan.manifest.boot_disk().id
+    job.record.disks = [
+        report.DiskRecord(
+            id=disk.id,
+            source=disk.source.name,
+            source_format=disk.source.disk.format,
+            source_bytes=disk.source.size,
+            source_sha256=digests.get(disk.id),
+            virtual_size=disk.source.virtual_size,
+            boot=disk.id == boot,
+        )
+        for disk in plan.disks
+    ]
+
+
+def _verify(job: Job, plan: Plan, digests: dict[str, str]) -> None:
+    """Read every disk that has a checksum, once."""
+    with job.stage("verify"):
+
+        def verify(disk: PlannedDisk) -> None:
+            if disk.source.disk.sha256 is not None:
+                tell = job.progress("verify", disk.id, disk.source.size)
+                digests[disk.id] = images.verify(disk.source, job.tools.cancel, tell)
+
+        job.together(*(partial(verify, disk) for disk in plan.disks))
+
+
+def _guest(job: Job, plan: Plan) -> None:
+    """Look into the guest, and mend it, on overlays that can be thrown away."""
+    # Imported here: a job that does not look inside needs none of it.
+    from hyper2kvmd.guest.fix import FixOptions, fix
+    from hyper2kvmd.guest.inspect import inspect
+    from hyper2kvmd.guest.session import open_guest
+
+    settings = job.settings
+    options = plan.manifest.stages.fix
+    with contextlib.ExitStack() as stack:
+        with job.stage("inspect"):
+            for disk in plan.disks:
+                images.create_overlay(job.tools, disk.overlay, disk.source)
+            session = stack.enter_context(
+                open_guest(
+                    [(disk.overlay, "qcow2") for disk in plan.disks],
+                    accel=plan.accel,
+                    memory_mb=settings.guest.memory_mb,
+                    cancel=job.tools.cancel,
+                )
+            )
+            version = session.version()
+            job.record.tools["libguestfs"] = f"{version['major']}.{version['minor']}.{version['release']}"
+            try:
+                inspection = inspect(session)
+            except MigrationError as error:
+                if not _tolerated(job, error):
+                    raise
+                return
+            _inspected(job, plan, inspection)
+        if not plan.fix:
+            job.skip("fix")
+            return
+        with job.stage("fix"):
+            wanted = FixOptions(
+                fstab=options.fstab and options.fstab_mode != "noop",
+                bootloader=options.bootloader,
+                drivers=options.drivers,
+                initramfs=options.initramfs,
+            )
+            try:
+                result = fix(session, inspection, wanted)
+            except MigrationError as error:
+                if not _tolerated(job, error):
+                    raise
+                return
+            for finding in result.warnings:
+                job.warn(finding)
+            job.record.changes = [report.ChangeRecord(**change.as_json()) for change in result.changes]
+            job.record.results["fix"] = {
+                "drivers_injected": list(result.drivers_injected),
+                "boot_updated": result.boot_updated,
+                "proofs": [proof.as_json() for proof in result.proofs],
+            }
+            stack.close()  # what the appliance could not write is an error of this stage
+
+
+def _tolerated(job: Job, error: MigrationError) -> bool:
+    """Whether a guest that cannot be fixed is converted all the same; then it gets hardware that every guest knows."""
+    if not job.settings.fix.allow_unsupported or error.code not in (Code.OS_UNKNOWN, Code.OS_UNSUPPORTED):
+        return False
+    job.warn(Finding(error.code, f"{error.message}; converted as it is, with SATA and e1000e", error.hint))
+    job.record.results["fix"] = {"drivers_injected": [], "boot_updated": False, "proofs": [], "compatible": True}
+    return True
+
+
+def _inspected(job: Job, plan: Plan, inspection: Inspection) -> None:
+    """Put on the record what was found, and where the manifest says otherwise."""
+    for finding in inspection.warnings:
+        job.warn(finding)
+    firmware = plan.manifest.vm.firmware
+    if firmware not in ("unknown", inspection.firmware):
+        job.warn(
+            Finding(
+                "firmware_differs",
+                f"the manifest says firmware {firmware}, the disks are made for {inspection.firmware}",
+                f"The domain gets {inspection.firmware}.",
+                "vm.firmware",
+            )
+        )
+    boot = plan.disks[inspection.boot_disk]
+    expected = plan.manifest.boot_disk().id
+    if expected != boot.id:
+        job.warn(
+            Finding(
+                "boot_disk_differs",
+                f"the guest boots from {boot.id}, not from {expected} as the manifest has it",
+                f"The domain boots from {boot.id}.",
+                "disks",
+            )
+        )
+    kernels = sorted(inspection.kernels, key=lambda kernel: not kernel.chosen_by_bootloader)
+    job.record.results["inspect"] = {
+        **inspection.as_json(),
+        "boot_disk": boot.id,
+        "kernel_version": kernels[0].version if kernels else None,
+    }
+
+
+def _convert(job: Job, plan: Plan) -> None:
+    """Convert every disk, side by side."""
+    with job.stage("convert"):
+        job.together(
+            *(
+                partial(
+                    images.convert,
+                    job.tools,
+                    disk.source,
+                    disk.partial,
+                    plan.format,
+                    compress=plan.compress,
+                    on_progress=job.progress("convert", disk.id, disk.source.virtual_size),
+                )
+                for disk in plan.disks
+            )
+        )
+
+
+def _commit(job: Job, plan: Plan) -> None:
+    """Lay the fix onto the converted disks."""
+    changed = [disk for disk in plan.disks if plan.fix and disk.overlay.exists()]
+    if not changed:
+        job.skip("commit")
+        return
+    with job.stage("commit"):
+        for disk in changed:
+            images.commit(job.tools, disk.overlay, disk.partial, plan.format)
+
+
+def _validate(job: Job, plan: Plan) -> None:
+    """Check what is about to be published, and that the source is still what was read."""
+    with job.stage("validate"):
+        valid: dict[str, Any] = {}
+        for disk in plan.disks:
+            if plan.check:
+                images.check_target(job.tools, disk.partial, plan.format, disk.source.virtual_size)
+            if plan.compare:
+                against = disk.overlay if plan.fix and disk.overlay.exists() else None
+                images.compare(job.tools, disk.source, against, disk.partial, plan.format)
+            images.unchanged(disk.source)
+            images.fsync_file(disk.partial)
+            valid[disk.id] = {"checked": plan.check, "compared": plan.compare}
+        job.record.results["validate"] = {"all_valid": True, "disks": valid}
+
+
+def _discard(plan: Plan, *, keep_partials: bool) -> None:
+    """Remove what is temporary, unless it is to be published."""
+    for disk in plan.disks:
+        disk.overlay.unlink(missing_ok=True)
+        if not keep_partials:
+            disk.partial.unlink(missing_ok=True)
+
+
+def _describe_targets(job: Job, plan: Plan) -> None:
+    """Put the published files on the record."""
+    finals = {disk.id: disk.final for disk in plan.disks}
+    job.record.results["convert"] = {
+        "disks": {disk: str(path) for disk, path in finals.items()},
+        "format": plan.format,
+        "compressed": plan.compress,
+    }
+    job.record.disks = [
+        disk.model_copy(
+            update={
+                "target": str(finals[disk.id]),
+                "target_format": plan.format,
+                "target_bytes": finals[disk.id].stat().st_blocks * 512,
+            }
+        )
+        for disk in job.record.disks
+    ]
+
+
+def _import(job: Job, plan: Plan) -> None:
+    """Define the domain."""
+    manifest, libvirt = plan.manifest, job.settings.libvirt
+    inspected = job.record.results.get("inspect", {})
+    boot = next(disk.id for disk in job.record.disks if disk.boot)
+    rank = [boot, *(disk.id for disk in manifest.ordered() if disk.id != boot)]
+    ordered = sorted(plan.disks, key=lambda disk: rank.index(disk.id))
+    firmware = inspected.get("firmware", manifest.vm.firmware)
+    job.claim.check()
+    with importer.connect(libvirt.uri) as connection:
+        domain = Domain(
+            name=plan.domain_name,
+            uuid=plan.domain_uuid,
+            title=manifest.vm_name,
+            cpus=manifest.vm.cpu,
+            memory_mib=manifest.vm.memory_mib,
+            firmware="uefi" if firmware == "uefi" else "bios",
+            secure_boot=bool(manifest.vm.secure_boot),
+            virt_type=importer.virt_type(connection, plan.accel),
+            disks=tuple(DomainDisk(disk.final, plan.format, disk.id, images.direct_io(disk.final)) for disk in ordered),
+            nics=plan.nics,
+            job=job.id,
+            source={
+                "provider": manifest.provider or "",
+                "vm_id": manifest.vm_id or "",
+                "vm_name": manifest.vm_name,
+                "export": job.claim.directory.name,
+            },
+            compatible=job.record.results.get("fix", {}).get("compatible", False),
+        )
+        importer.define(
+            connection,
+            to_xml(domain),
+            domain.name,
+            domain.uuid,
+            job.id,
+            autostart=libvirt.autostart,
+            start=libvirt.start,
+        )
+    job.record.domain = report.DomainRecord(name=domain.name, uuid=domain.uuid, uri=libvirt.uri)
+    job.record.results["import"] = {"domain": domain.name, "uuid": domain.uuid}

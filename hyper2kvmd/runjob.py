@@ -1,0 +1,223 @@
+"""One migration, from claim to report: what `hyper2kvmd run-job` does."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from hyper2kvmd import report, spool
+from hyper2kvmd.errors import Cancelled, Code, MigrationError, Outcome
+from hyper2kvmd.events import Emitter
+from hyper2kvmd.job import Job, finding_records
+from hyper2kvmd.manifest import Manifest, ManifestError, parse
+from hyper2kvmd.options import (
+    EXIT_BUSY,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_MANIFEST,
+    EXIT_NOT_FOUND,
+    EXIT_PERMISSION,
+    EXIT_TEMPORARY,
+    EXIT_USAGE,
+)
+from hyper2kvmd.pipeline import STAGE_NAMES, migrate
+from hyper2kvmd.run import Tools
+from hyper2kvmd.settings import Settings
+
+log = structlog.get_logger()
+
+EXIT_OF = {
+    "succeeded": EXIT_DONE,
+    "failed": EXIT_FAILED,
+    "blocked": EXIT_FAILED,
+    "rejected": EXIT_MANIFEST,
+    "retrying": EXIT_TEMPORARY,
+}
+
+
+def run_job(export: Path, settings: Settings, events_fd: int | None, *, dry_run: bool, stages: str | None) -> int:
+    """Migrate one export and return the exit status. Whatever happens to the job, its report is written."""
+    only = None if stages is None else frozenset(stages.split(","))
+    if only is not None and (unknown := only - set(STAGE_NAMES)):
+        print(f"--stages: {', '.join(sorted(unknown))}: choose from {', '.join(STAGE_NAMES)}", file=sys.stderr)
+        return EXIT_USAGE
+    tools = Tools()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: tools.cancel.set())
+    events = Emitter(events_fd)
+    export = export.resolve()
+    try:
+        claim = spool.claim(export)
+    except spool.Busy:
+        events.emit("finished", status="busy")
+        print(f"{export}: another runner works on it; see `hyper2kvmctl show {export.name}`", file=sys.stderr)
+        return EXIT_BUSY
+    except (FileNotFoundError, NotADirectoryError):
+        print(f"{export}: no such export directory", file=sys.stderr)
+        return EXIT_NOT_FOUND
+    except (OSError, MigrationError) as error:
+        # Not ours to write into: there is no report, only this.
+        events.emit("finished", status="failed", code=str(Code.EXPORT_UNSAFE))
+        print(f"{export}: cannot be claimed: {error}", file=sys.stderr)
+        return EXIT_PERMISSION
+    tools.claim_fd = claim.lock_fd
+    try:
+        return _run_claimed(claim, settings, tools, events, only, dry_run)
+    finally:
+        claim.close()
+
+
+def job_id(export: Path, digest: str) -> str:
+    """The identifier of the job: the export's name, and a hash over that and its manifest's digest."""
+    return f"{export.name[:40]}-{hashlib.sha256(f'{export.name}/{digest}'.encode()).hexdigest()[:8]}"
+
+
+def _run_claimed(
+    claim: spool.Claim, settings: Settings, tools: Tools, events: Emitter, only: frozenset[str] | None, dry_run: bool
+) -> int:
+    began = time.time()
+    # What the daemon saw may be over since: only what is found under the claim counts.
+    look = replace(spool.look(claim.directory, settings), held=False)
+    state, finding = spool.state(look, settings, began)
+    if state in spool.FINAL and not dry_run:
+        claim.interrupted()
+        # What a runner that died right after its report could not remove any more.
+        shutil.rmtree(settings.work_dir / job_id(claim.directory, look.manifest_sha256 or ""), ignore_errors=True)
+        events.emit("finished", status="nothing")
+        print(f"{claim.directory}: {state} already" + (f": {finding}" if finding else ""), file=sys.stderr)
+        return EXIT_DONE if state == spool.State.SUCCEEDED else EXIT_BUSY
+    job = Job(job_id(claim.directory, look.manifest_sha256 or ""), claim, settings, tools, events, only=only)
+    job.dry_run = dry_run
+    structlog.contextvars.bind_contextvars(job=job.id, attempt=claim.attempt)
+    manifest: Manifest | None = None
+    error: MigrationError | None = None
+    try:
+        events.emit("claimed", job=job.id, vm=claim.directory.name, attempt=claim.attempt)
+        log.info("claimed", export=str(claim.directory))
+        if claim.crashes >= settings.retry.max_attempts:
+            raise MigrationError(
+                Code.RUNNER_CRASHED,
+                f"the runner died {claim.crashes} times in a row",
+                "Look for the reason in the journal (out of memory? a crash of a library?); then `hyper2kvmctl retry`.",
+            )
+        name, data = spool.read_manifest(claim.fd, claim.directory, settings.manifest_names)
+        manifest = parse(data, name)
+        structlog.contextvars.bind_contextvars(vm=manifest.vm_name)
+        migrate(job, manifest)
+    except Cancelled:
+        claim.interrupted()
+        events.emit("finished", status="interrupted")
+        log.info("interrupted; the next attempt goes on")
+        return EXIT_TEMPORARY
+    except MigrationError as problem:
+        error = problem
+    except OSError as problem:
+        error = _from_os(problem)
+    except Exception as problem:  # the only one: a defect ends the job, with its trace in the journal
+        log.exception("defect")
+        error = MigrationError(
+            Code.INTERNAL,
+            f"{type(problem).__name__}: {problem}",
+            "This is a defect in hyper2kvmd; please report it with the trace from the journal.",
+        )
+    return _conclude(job, manifest, look, began, error)
+
+
+def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: float, error: MigrationError | None) -> int:
+    """Write the report and say how the job ended."""
+    claim, settings = job.claim, job.settings
+    outcome = _outcome(error, claim.attempt, settings)
+    now = time.time()
+    due = now + settings.retry.delay(claim.attempt) * random.uniform(1, 1.25) if outcome == Outcome.RETRY else None
+    problems = finding_records(error.problems if isinstance(error, ManifestError) else ())
+    dry_run = job.dry_run or (manifest is not None and manifest.options.dry_run)
+    document = report.Report(
+        status=outcome,
+        dry_run=dry_run,
+        job=job.id,
+        vm_name=manifest.vm_name if manifest else None,
+        manifest=report.ManifestRecord(
+            name=look.manifest or "", sha256=look.manifest_sha256, dialect=manifest.dialect if manifest else None
+        ),
+        attempts=claim.attempt,
+        started_at=spool.timestamp(began),
+        finished_at=spool.timestamp(now),
+        seconds=round(now - began, 3),
+        next_attempt_at=None if due is None else spool.timestamp(due),
+        error=None
+        if error is None
+        else report.ErrorRecord(
+            **error.finding().as_json(), stage=job.record.failed_stage, tail=error.tail, problems=problems
+        ),
+        warnings=finding_records([*(manifest.warnings if manifest else ()), *job.record.warnings]),
+        stages=tuple(job.record.stages),
+        results=job.record.results,
+        disks=tuple(job.record.disks),
+        changes=tuple(job.record.changes),
+        domain=job.record.domain,
+        tags=manifest.tags if manifest else {},
+        tools=job.record.tools,
+        host=report.HostRecord(name=socket.gethostname(), pid=os.getpid()),
+    )
+    if job.dry_run or (job.only is not None and "convert" not in job.only):
+        claim.interrupted()  # asked for on the command line: the export stays as it was, to be migrated
+    elif error is None or error.code != Code.CLAIM_LOST:
+        _write_report(job, manifest, document)
+    if outcome != Outcome.RETRY:
+        shutil.rmtree(job.work_dir, ignore_errors=True)
+    finished: dict[str, Any] = {"status": str(outcome), "seconds": document.seconds}
+    if error is not None:
+        finished["code"] = str(error.code)
+        log.error(error.message, code=str(error.code), hint=error.hint, outcome=str(outcome), tail=error.tail)
+    else:
+        log.info("succeeded", seconds=document.seconds, warnings=len(document.warnings))
+    job.events.emit("finished", **finished, report=document.model_dump(mode="json"))
+    return EXIT_OF[outcome]
+
+
+def _outcome(error: MigrationError | None, attempt: int, settings: Settings) -> str:
+    if error is None:
+        return "succeeded"
+    if error.outcome == Outcome.RETRY and attempt >= settings.retry.max_attempts:
+        return str(Outcome.FAILED)
+    return str(error.outcome)
+
+
+def _write_report(job: Job, manifest: Manifest | None, document: report.Report) -> None:
+    """Write the report, and the copy that the manifest asks for."""
+    if manifest is not None and manifest.options.report_path:
+        name = manifest.options.report_path
+        taken = {*job.settings.manifest_names, *(Path(disk.path).name for disk in manifest.disks), spool.REPORT}
+        if name in taken or name.startswith("."):
+            log.warning("no extra copy of the report: the manifest gives it the name of another file", name=name)
+        else:
+            spool.write_durably(
+                job.claim.fd, name, document.model_dump_json(indent=2).encode() + b"\n", document.attempts
+            )
+    job.claim.finish(document)
+
+
+def _from_os(error: OSError) -> MigrationError:
+    """An error of the operating system as one of ours."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MigrationError(
+            Code.NO_SPACE, f"{where}{error.strerror}", "Free some space there; the job is tried again by itself."
+        )
+    return MigrationError(
+        Code.IO_ERROR,
+        f"{where}{error.strerror or error}",
+        "Check that the path exists, its permissions and its storage.",
+    )

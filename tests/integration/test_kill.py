@@ -1,0 +1,151 @@
+"""A runner killed at any moment: nothing half-written shows, and the next run finishes the job, once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hyper2kvmd.settings import Settings
+from tests.conftest import MakeExport, report_of, run_job
+
+
+def start(export: Path, settings: Settings, *before: str) -> subprocess.Popen[bytes]:
+    config = settings.work_dir.parent / "settings.json"
+    config.write_text(settings.model_dump_json(by_alias=True))
+    return subprocess.Popen(
+        [*before, sys.executable, "-m", "hyper2kvmd", "run-job", str(export), "--config", str(config)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def is_whole(export: Path, target: Path) -> bool:
+    source = next(export.glob("*.raw"))
+    done = subprocess.run(
+        ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", source, target], capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def check_nothing_half_done(export: Path, settings: Settings) -> None:
+    final = settings.output_dir / f"{export.name}-disk-0.qcow2"
+    if final.exists():
+        assert is_whole(export, final)
+    if (export / "migration-report.json").exists():
+        assert (report_of(export)["status"] == "succeeded") == final.exists()
+
+
+def check_finished_once(export: Path, settings: Settings) -> None:
+    done = run_job(export, settings)
+    assert 0 == done.returncode, done.stderr
+    assert "succeeded" == report_of(export)["status"]
+    final = settings.output_dir / f"{export.name}-disk-0.qcow2"
+    assert [final] == list(settings.output_dir.iterdir()), "something was left behind, or done twice"
+    assert is_whole(export, final)
+    assert [] == list(settings.work_dir.iterdir())
+    assert [] == [path.name for path in export.iterdir() if path.name.endswith(".tmp")]
+
+
+# What changes something on disk: a kill before each of them is a kill at every moment that matters.
+@pytest.mark.parametrize("call", ["fsync", "link,linkat", "rename,renameat,renameat2", "unlink,unlinkat", "pwrite64"])
+def test_a_kill_before_any_step_is_harmless(scratch: Settings, make_export: MakeExport, call: str) -> None:
+    for nth in range(1, 40):
+        export = make_export(f"vm{nth}")
+        runner = start(
+            export, scratch, "strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}",
+            "-e", f"inject={call}:signal=KILL:when={nth}",
+        )  # fmt: skip
+        status = runner.wait(timeout=60)
+        # strace counts in each process by itself, so a tool may be what dies; then the job is to be tried again.
+        if status == 0:
+            assert nth > 1, f"{call} was never called: this test tests nothing"
+            check_nothing_half_done(export, scratch)
+            return
+        check_nothing_half_done(export, scratch)
+        check_finished_once(export, scratch)
+        for path in scratch.output_dir.iterdir():
+            path.unlink()
+    pytest.fail(f"more than 40 calls of {call}")
+
+
+@pytest.mark.parametrize("stage", ["measure", "convert", "check"])
+def test_a_kill_takes_the_tools_along_and_frees_the_claim(
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None], tmp_path: Path, stage: str
+) -> None:
+    export = make_export()
+    pids = tmp_path / "pids"
+    fake(
+        "qemu-img",
+        f'[ "$1" = {stage} ] && echo $$ > {pids} && exec sleep 120\nexec /usr/bin/qemu-img "$@"\n',
+    )
+    runner = start(export, scratch)
+    deadline = time.monotonic() + 30
+    while not (pids.exists() and pids.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    tool = int(pids.read_text())
+    busy = run_job(export, scratch)
+    assert 5 == busy.returncode, "the claim must be held"
+    os.kill(runner.pid, signal.SIGKILL)
+    runner.wait()
+    time.sleep(0.5)
+    assert not is_alive(tool), "the tool outlived its job"
+    check_nothing_half_done(export, scratch)
+    fake("qemu-img", 'exec /usr/bin/qemu-img "$@"\n')
+    check_finished_once(export, scratch)
+    assert 2 == report_of(export)["attempts"]
+
+
+def test_a_job_that_is_told_to_stop_leaves_nothing_and_is_no_failure(
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None]
+) -> None:
+    export = make_export()
+    fake("qemu-img", '[ "$1" = convert ] && sleep 120\nexec /usr/bin/qemu-img "$@"\n')
+    runner = start(export, scratch)
+    time.sleep(2)
+    runner.send_signal(signal.SIGTERM)
+    assert 75 == runner.wait(timeout=10)
+    assert not (export / "migration-report.json").exists()
+    assert [] == list(scratch.output_dir.iterdir())
+    fake("qemu-img", 'exec /usr/bin/qemu-img "$@"\n')
+    check_finished_once(export, scratch)
+
+
+def test_of_two_runners_that_race_one_works_and_the_other_says_so(scratch: Settings, make_export: MakeExport) -> None:
+    export = make_export(size=8 << 20)
+    racers = [start(export, scratch) for _ in range(4)]
+    statuses = sorted(racer.wait(timeout=60) for racer in racers)
+    # One that comes after the end finds nothing to do, which is no error.
+    assert set(statuses) <= {0, 5}
+    assert 0 in statuses
+    assert ("succeeded", 1) == (report_of(export)["status"], len(list(scratch.output_dir.iterdir())))
+
+
+def test_a_runner_that_dies_again_and_again_is_given_up(scratch: Settings, make_export: MakeExport) -> None:
+    settings = Settings.model_validate({**scratch.model_dump(by_alias=True), "retry": {"max_attempts": 2}})
+    export = make_export()
+    for _ in range(2):
+        runner = start(
+            export, settings, "strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=linkat",
+            "-e", "inject=linkat:signal=KILL:when=1",
+        )  # fmt: skip
+        assert 0 != runner.wait(timeout=60)
+    assert 1 == run_job(export, settings).returncode
+    error = report_of(export)["error"]
+    assert "runner_crashed" == error["code"]
+    assert "2 times" in error["message"]
