@@ -1,0 +1,53 @@
+"""hyper2kvmctl(1): what people use, with or without the daemon; it works on the same directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hyper2kvmd import __version__, journal, settings
+from hyper2kvmd.errors import Code, MigrationError, SettingsError
+from hyper2kvmd.options import EXIT_CONFIG, EXIT_FAILED, EXIT_MANIFEST, EXIT_UNAVAILABLE, add_settings_options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    from hyper2kvmd.ctl import doctor, listing, migrate, validate
+
+    parser = argparse.ArgumentParser(
+        prog="hyper2kvmctl", description="Migrates exports, checks them, shows their state."
+    )
+    parser.add_argument("--version", action="version", version=f"hyper2kvmctl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in (migrate, validate, listing, doctor):
+        for command in module.add_commands(commands):
+            command.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
+            add_settings_options(command)
+    options = parser.parse_args(argv)
+    try:
+        config = settings.load(options.config, tuple(options.overrides))
+    except SettingsError as error:
+        print(f"hyper2kvmctl: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    journal.configure("warning")
+    try:
+        status: int = options.run(options, config)
+    except MigrationError as error:
+        print(f"hyper2kvmctl: {error}", file=sys.stderr)
+        if error.code in (Code.MANIFEST_INVALID, Code.MANIFEST_UNREADABLE):
+            return EXIT_MANIFEST
+        return EXIT_UNAVAILABLE if error.code in (Code.LIBVIRT_UNAVAILABLE, Code.TOOL_MISSING) else EXIT_FAILED
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+    return status
+
+
+def print_json(shape: Any) -> None:
+    """Print the result of a command with --json."""
+    print(json.dumps(shape, indent=2, ensure_ascii=False))

@@ -1,0 +1,108 @@
+"""`hyper2kvmctl list` and `show`: the state of the exports, from the directory alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hyper2kvmd import spool
+from hyper2kvmd.ctl import print_json
+from hyper2kvmd.ctl.migrate import print_report
+from hyper2kvmd.errors import Finding
+from hyper2kvmd.options import EXIT_DONE, EXIT_NOT_FOUND, EXIT_PERMISSION
+from hyper2kvmd.settings import Settings
+from hyper2kvmd.spool import State
+
+STYLE = {
+    State.SUCCEEDED: "green",
+    State.RUNNING: "cyan",
+    State.BLOCKED: "yellow",
+    State.RETRYING: "yellow",
+    State.FAILED: "red",
+    State.REJECTED: "red",
+}
+
+
+def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the commands to the parser."""
+    list_ = commands.add_parser("list", help="list the exports and their states")
+    list_.set_defaults(run=list_exports)
+    show = commands.add_parser("show", help="show one export: its state, what was done, what to do")
+    show.add_argument("export", help="directory of the export, or its name, or the VM's name")
+    show.set_defaults(run=show_export)
+    return [list_, show]
+
+
+def list_exports(options: argparse.Namespace, config: Settings) -> int:
+    """Print a table of all exports."""
+    try:
+        rows = [_describe(export, config) for export in spool.exports(config)]
+    except OSError as error:
+        print(f"hyper2kvmctl: {config.exports_dir}: {error.strerror}; see exports_dir in the settings", file=sys.stderr)
+        return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_PERMISSION
+    if options.json:
+        print_json([{"export": str(export), "state": state, **_reason(finding)} for export, state, finding in rows])
+        return EXIT_DONE
+    table = Table(box=None, pad_edge=False)
+    for heading in ("EXPORT", "STATE", "REASON"):
+        table.add_column(heading, overflow="fold")
+    for export, state, finding in rows:
+        table.add_row(export.name, state, finding.message if finding else "", style=STYLE.get(state))
+    Console().print(table)
+    return EXIT_DONE
+
+
+def show_export(options: argparse.Namespace, config: Settings) -> int:
+    """Print all there is to know about one export."""
+    export = find(options.export, config)
+    if export is None:
+        print(
+            f"hyper2kvmctl: {options.export}: no export of this name in {config.exports_dir}; see `hyper2kvmctl list`",
+            file=sys.stderr,
+        )
+        return EXIT_NOT_FOUND
+    _, state, finding = _describe(export, config)
+    document = spool.read_report(export)
+    holder = spool.holder(export)
+    if options.json:
+        print_json({"export": str(export), "state": state, **_reason(finding), "holder": holder, "report": document})
+        return EXIT_DONE
+    console = Console()
+    console.print(f"{'export':<10} {export}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{'state':<10} {state}", style=STYLE.get(state), markup=False, highlight=False)
+    if state == State.RUNNING:
+        text = f"attempt {holder.get('attempt')}, process {holder.get('pid')} on {holder.get('host')}"
+        console.print(f"{'runner':<10} {text} since {holder.get('since')}", markup=False, highlight=False)
+    if document:
+        print_report(console, document)
+    elif finding is not None:
+        console.print(f"{'reason':<10} {finding}", markup=False, highlight=False, soft_wrap=True)
+    return EXIT_DONE
+
+
+def find(name: str, config: Settings) -> Path | None:
+    """The export that a person means: a directory, its name below the exports directory, or a VM's name."""
+    if "/" in name or Path(name).is_dir():
+        return Path(name).resolve() if Path(name).is_dir() else None
+    if spool.EXPORT_NAME.match(name) and (config.exports_dir / name).is_dir():
+        return config.exports_dir / name
+    for export in spool.exports(config):
+        report = spool.read_report(export)
+        if report and report.get("vm_name") == name:
+            return export
+    return None
+
+
+def _describe(export: Path, config: Settings) -> tuple[Path, State, Finding | None]:
+    state, finding = spool.state(spool.look(export, config), config, time.time())
+    return export, state, finding
+
+
+def _reason(finding: Finding | None) -> dict[str, Any]:
+    return {"reason": None if finding is None else finding.as_json()}

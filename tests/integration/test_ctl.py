@@ -1,0 +1,168 @@
+"""hyper2kvmctl, as people use it: real processes on real exports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyper2kvmd.settings import Settings
+from tests.conftest import MakeExport, report_of, run_job
+
+
+@pytest.fixture
+def ctl(scratch: Settings, tmp_path: Path) -> Any:
+    config = tmp_path / "ctl.json"
+    config.write_text(scratch.model_dump_json(by_alias=True))
+
+    program = (sys.executable, "-c", "import sys; from hyper2kvmd.ctl import main; sys.exit(main())")
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*program, *arguments, "--config", str(config)],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+        )
+
+    return run
+
+
+def test_migrate_works_without_the_daemon_and_prints_the_report(ctl: Any, make_export: MakeExport) -> None:
+    export = make_export()
+    done = ctl("migrate", export / "manifest.json")
+    assert 0 == done.returncode, done.stderr
+    assert "status     succeeded" in done.stdout
+    assert "succeeded" == report_of(export)["status"]
+
+
+def test_migrate_prints_json_and_nothing_else(ctl: Any, make_export: MakeExport) -> None:
+    export = make_export()
+    done = ctl("migrate", export, "--json")
+    assert report_of(export) == json.loads(done.stdout)
+
+
+def test_migrate_again_does_nothing_and_says_so(ctl: Any, make_export: MakeExport) -> None:
+    export = make_export()
+    first = ctl("migrate", export)
+    before = (export / "migration-report.json").read_bytes()
+    again = ctl("migrate", export)
+    assert (0, 0) == (first.returncode, again.returncode)
+    assert "succeeded already" in again.stderr
+    assert before == (export / "migration-report.json").read_bytes()
+
+
+def test_a_dry_run_writes_neither_disk_nor_report(ctl: Any, make_export: MakeExport, scratch: Settings) -> None:
+    export = make_export()
+    done = ctl("migrate", export, "--dry-run", "--json")
+    assert 0 == done.returncode, done.stderr
+    assert json.loads(done.stdout)["dry_run"]
+    assert not (export / "migration-report.json").exists()
+    assert [] == list(scratch.output_dir.iterdir())
+    assert 0 == ctl("migrate", export).returncode
+
+
+def test_the_output_directory_can_be_chosen(ctl: Any, make_export: MakeExport, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    done = ctl("migrate", make_export(), "--output-dir", tmp_path / "other")
+    assert 0 == done.returncode, done.stderr
+    assert (tmp_path / "other/web01-disk-0.qcow2").exists()
+
+
+def test_an_unknown_stage_is_a_usage_error(ctl: Any, make_export: MakeExport) -> None:
+    done = ctl("migrate", make_export(), "--stages", "inspect,bake")
+    assert 2 == done.returncode
+    assert "bake: choose from inspect, fix, convert, validate, import" in done.stderr
+
+
+def test_a_failure_is_shown_with_its_remedy(ctl: Any, make_export: MakeExport) -> None:
+    export = make_export()
+    (export / "web01-disk-0.raw").write_bytes(os.urandom(1 << 20))
+    done = ctl("migrate", export)
+    assert 1 == done.returncode
+    assert "checksum_mismatch in verify: disks[0].checksum" in done.stdout
+    assert "remedy" in done.stdout
+
+
+def test_list_shows_every_state(ctl: Any, make_export: MakeExport, scratch: Settings) -> None:
+    run_job(make_export("good"), scratch)
+    bad = make_export("bad")
+    (bad / "bad-disk-0.raw").write_bytes(b"x" * (1 << 20))
+    run_job(bad, scratch)
+    make_export("new")
+    (make_export("half") / "manifest.json").write_text("{")
+    rows = {Path(row["export"]).name: row for row in json.loads(ctl("list", "--json").stdout)}
+    expected = {"good": "succeeded", "bad": "failed", "new": "queued", "half": "incomplete"}
+    assert expected == {name: row["state"] for name, row in rows.items()}
+    assert "checksum_mismatch" == rows["bad"]["reason"]["code"]
+    table = ctl("list").stdout
+    assert all(name in table and state in table for name, state in expected.items())
+
+
+def test_show_finds_an_export_by_its_name_its_path_and_its_vm(
+    ctl: Any, make_export: MakeExport, scratch: Settings
+) -> None:
+    export = make_export("dir01", source={"provider": "v", "vm_id": "1", "vm_name": "The Web Server"})
+    run_job(export, scratch)
+    for name in ("dir01", str(export), "The Web Server"):
+        shown = ctl("show", name, "--json")
+        assert "succeeded" == json.loads(shown.stdout)["state"], shown.stderr
+    missing = ctl("show", "nobody")
+    assert 3 == missing.returncode
+    assert "no export of this name" in missing.stderr
+
+
+def test_validate_lists_everything_at_once(ctl: Any, make_export: MakeExport) -> None:
+    export = make_export()
+    path = export / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["disks"][0]["checksum"] = "md5:1"
+    manifest["disks"][0]["source_format"] = "vmkd"
+    path.write_text(json.dumps(manifest))
+    done = ctl("validate", path, "--json")
+    assert 65 == done.returncode
+    fields = {error["field"] for error in json.loads(done.stdout)["errors"]}
+    assert {"disks[0].checksum", "disks[0].source_format"} <= fields
+
+
+def test_validate_computes_checksums_only_when_strict(ctl: Any, make_export: MakeExport) -> None:
+    export = make_export()
+    (export / "web01-disk-0.raw").write_bytes(os.urandom(1 << 20))
+    assert 0 == ctl("validate", export / "manifest.json").returncode
+    strict = ctl("validate", export / "manifest.json", "--strict")
+    assert 1 == strict.returncode
+    assert "has sha256" in strict.stdout
+
+
+def test_validate_of_nothing_says_what_is_missing(ctl: Any, tmp_path: Path) -> None:
+    done = ctl("validate", tmp_path / "none/manifest.json")
+    assert 65 == done.returncode
+    assert "none" in done.stdout
+
+
+def test_doctor_checks_the_host_for_real(ctl: Any) -> None:
+    done = ctl("doctor", "--json")
+    results = {result["check"]: result for result in json.loads(done.stdout)}
+    assert 0 == done.returncode, results
+    assert "the appliance starts" in results["libguestfs"]["detail"]
+    assert "flock works" == results["locks"]["detail"]
+
+
+def test_doctor_names_what_is_wrong_and_the_remedy(ctl: Any, scratch: Settings) -> None:
+    scratch.output_dir.rmdir()
+    done = ctl("doctor")
+    assert 1 == done.returncode
+    assert str(scratch.output_dir) in done.stdout
+
+
+def test_a_bad_setting_ends_with_78(ctl: Any) -> None:
+    done = ctl("list", "--set", "worker=1")
+    assert 78 == done.returncode
+    assert "did you mean workers?" in done.stderr
