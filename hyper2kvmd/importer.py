@@ -55,6 +55,13 @@ def preflight(connection: Any, name: str, uuid: str, job: str, networks: set[str
         )
 
 
+def version(connection: Any) -> str:
+    """The version of libvirt at the other end."""
+    with _translated(Code.LIBVIRT_UNAVAILABLE):
+        number = connection.getLibVersion()
+    return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
+
+
 def virt_type(connection: Any, accel: str) -> str:
     """The domain type to use: `accel` (kvm or tcg) if libvirt can, else what it has for x86_64."""
     with _translated(Code.LIBVIRT_UNAVAILABLE):

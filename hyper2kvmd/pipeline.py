@@ -59,7 +59,7 @@ def migrate(job: Job, manifest: Manifest) -> None:
         return
     with job.stage("publish"):
         publish.publish(job, items)
-        _describe_targets(job, plan)
+        _describe_targets(job, plan, {item.disk: Path(item.final) for item in items})
     if plan.import_:
         with job.stage("import"):
             _import(job, plan)
@@ -261,9 +261,8 @@ def _discard(plan: Plan, *, keep_partials: bool) -> None:
             disk.partial.unlink(missing_ok=True)
 
 
-def _describe_targets(job: Job, plan: Plan) -> None:
+def _describe_targets(job: Job, plan: Plan, finals: dict[str, Path]) -> None:
     """Put the published files on the record."""
-    finals = {disk.id: disk.final for disk in plan.disks}
     job.record.results["convert"] = {
         "disks": {disk: str(path) for disk, path in finals.items()},
         "format": plan.format,
@@ -285,12 +284,12 @@ def _import(job: Job, plan: Plan) -> None:
     """Define the domain."""
     manifest, libvirt = plan.manifest, job.settings.libvirt
     inspected = job.record.results.get("inspect", {})
-    boot = next(disk.id for disk in job.record.disks if disk.boot)
-    rank = [boot, *(disk.id for disk in manifest.ordered() if disk.id != boot)]
-    ordered = sorted(plan.disks, key=lambda disk: rank.index(disk.id))
+    order = [disk.id for disk in manifest.ordered()]
+    disks = sorted(job.record.disks, key=lambda disk: (not disk.boot, order.index(disk.id)))
     firmware = inspected.get("firmware", manifest.vm.firmware)
     job.claim.check()
     with importer.connect(libvirt.uri) as connection:
+        job.record.tools["libvirt"] = importer.version(connection)
         domain = Domain(
             name=plan.domain_name,
             uuid=plan.domain_uuid,
@@ -300,7 +299,11 @@ def _import(job: Job, plan: Plan) -> None:
             firmware="uefi" if firmware == "uefi" else "bios",
             secure_boot=bool(manifest.vm.secure_boot),
             virt_type=importer.virt_type(connection, plan.accel),
-            disks=tuple(DomainDisk(disk.final, plan.format, disk.id, images.direct_io(disk.final)) for disk in ordered),
+            disks=tuple(
+                DomainDisk(target, plan.format, disk.id, images.direct_io(target))
+                for disk in disks
+                if (target := Path(disk.target or ""))
+            ),
             nics=plan.nics,
             job=job.id,
             source={

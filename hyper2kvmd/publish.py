@@ -63,6 +63,11 @@ def intended(job: Job) -> tuple[tuple[Item, ...], dict[str, Any]] | None:
     return None
 
 
+def unfinished(job: Job) -> bool:
+    """Whether something may have been published that a later attempt must know as ours."""
+    return (job.work_dir / JOURNAL).exists()
+
+
 def publish(job: Job, items: tuple[Item, ...]) -> None:
     """Give every file its final name. A file that has it already, from an earlier attempt, keeps it."""
     for item in items:

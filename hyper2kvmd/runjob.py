@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from hyper2kvmd import report, spool
+from hyper2kvmd import publish, report, spool
 from hyper2kvmd.errors import Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.events import Emitter
 from hyper2kvmd.job import Job, finding_records
@@ -174,8 +174,15 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
     if job.dry_run or (job.only is not None and "convert" not in job.only):
         claim.interrupted()  # asked for on the command line: the export stays as it was, to be migrated
     elif error is None or error.code != Code.CLAIM_LOST:
-        _write_report(job, manifest, document)
-    if outcome != Outcome.RETRY:
+        try:
+            _write_report(job, manifest, document)
+        except OSError as problem:
+            # No report, so the job is not over: the next attempt finds in the work directory what is done.
+            log.critical("the report cannot be written", directory=str(claim.directory), reason=str(problem))
+            job.events.emit("finished", status="unreported", seconds=document.seconds)
+            return EXIT_TEMPORARY
+    # What is published without a domain is ours still; the journal in the work directory says so.
+    if error is None or not publish.unfinished(job):
         shutil.rmtree(job.work_dir, ignore_errors=True)
     finished: dict[str, Any] = {"status": str(outcome), "seconds": document.seconds}
     if error is not None:

@@ -33,7 +33,7 @@ CLAIM_PATIENCE_SECONDS = 0.5
 
 
 class State(StrEnum):
-    """The states of an export; see DESIGN in docs/ for how they follow from what is on disk."""
+    """The states of an export; `state` says how they follow from what is on disk."""
 
     INCOMPLETE = "incomplete"
     WAITING = "waiting"

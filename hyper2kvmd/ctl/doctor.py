@@ -126,5 +126,4 @@ def _libvirt(config: Settings) -> str:
     if not config.libvirt.import_:
         return "not used (libvirt.import is false)"
     with importer.connect(config.libvirt.uri) as connection:
-        number = connection.getLibVersion()
-        return f"{connection.getURI()}, version {number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
+        return f"{connection.getURI()}, version {importer.version(connection)}"

@@ -28,6 +28,9 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     parser.add_argument("--stages", metavar="A,B", help=f"run only these of {', '.join(STAGE_NAMES)}")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="write the disks there")
     parser.add_argument("--no-import", action="store_true", help="do not define a domain")
+    parser.add_argument(
+        "--strict", action="store_true", help="compare every byte of the result with the source and the fix"
+    )
     parser.set_defaults(run=migrate)
     return [parser]
 
@@ -46,6 +49,8 @@ def migrate(options: argparse.Namespace, config: Settings) -> int:
         update["output_dir"] = options.output_dir.resolve()
     if options.no_import:
         update["libvirt"] = config.libvirt.model_copy(update={"import_": False})
+    if options.strict:
+        update["validate_"] = config.validate_.model_copy(update={"compare": True})
     stages = options.stages
     if options.skip_fix:
         wanted = STAGE_NAMES if stages is None else stages.split(",")

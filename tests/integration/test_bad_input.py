@@ -14,6 +14,7 @@ import pytest
 
 from hyper2kvmd.settings import Settings
 from tests.conftest import MakeExport, disk_entry, report_of, run_job, write_manifest
+from tests.libvirtd import session
 
 CANARY = b"root:CANARY-THAT-MUST-NEVER-LEAVE:0:0\n"
 
@@ -281,6 +282,54 @@ def test_an_output_that_fills_up_during_the_copy_leaves_nothing_and_is_tried_aga
     fake("qemu-img", 'exec /usr/bin/qemu-img "$@"\n')
     assert 0 == run_job(export, small_output).returncode
     assert ("succeeded", 2) == (report_of(export)["status"], report_of(export)["attempts"])
+
+
+def test_a_report_that_cannot_be_written_is_written_later_and_nothing_is_done_again(
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None]
+) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", scratch.exports_dir], check=True)
+    try:
+        export = make_export()
+        filler = scratch.exports_dir / "filler"
+        fake("qemu-img", f'[ "$1" = convert ] && head -c 9m /dev/zero > {filler}\nexec /usr/bin/qemu-img "$@"\n')
+        assert 75 == run_job(export, scratch).returncode
+        assert not (export / "migration-report.json").exists()
+        (disk,) = scratch.output_dir.iterdir()
+        before = disk.stat()
+        filler.unlink()
+        fake("qemu-img", '[ "$1" = convert ] && exit 1\nexec /usr/bin/qemu-img "$@"\n')
+        done = run_job(export, scratch)
+        assert 0 == done.returncode, done.stderr
+        assert "succeeded" == report_of(export)["status"]
+        assert (before.st_ino, before.st_mtime_ns) == (disk.stat().st_ino, disk.stat().st_mtime_ns)
+    finally:
+        subprocess.run(["umount", scratch.exports_dir], check=True)
+
+
+def test_libvirt_that_goes_away_during_the_copy_costs_only_the_import(
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    with session(tmp_path) as uri:
+        settings = Settings.model_validate(
+            {**scratch.model_dump(by_alias=True), "libvirt": {"uri": uri, "default_network": "user"}}
+        )
+        export = make_export()
+        path = uri.partition("socket=")[2]
+        fake("qemu-img", f'[ "$1" = convert ] && mv {path} {path}.away\nexec /usr/bin/qemu-img "$@"\n')
+        assert 75 == run_job(export, settings).returncode
+        document = report_of(export)
+        assert ("retrying", "libvirt_unavailable", "import") == (
+            document["status"],
+            document["error"]["code"],
+            document["error"]["stage"],
+        )
+        os.rename(f"{path}.away", path)
+        fake("qemu-img", '[ "$1" = convert ] && exit 1\nexec /usr/bin/qemu-img "$@"\n')
+        done = run_job(export, settings)
+        assert 0 == done.returncode, done.stderr
+        document = report_of(export)
+        assert ("succeeded", 2, "web01") == (document["status"], document["attempts"], document["domain"]["name"])
+        assert 1 == len(list(scratch.output_dir.iterdir()))
 
 
 def test_a_domain_of_the_same_name_is_found_before_the_copy(scratch: Settings, make_export: MakeExport) -> None:

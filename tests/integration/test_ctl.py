@@ -76,6 +76,11 @@ def test_the_output_directory_can_be_chosen(ctl: Any, make_export: MakeExport, t
     assert (tmp_path / "other/web01-disk-0.qcow2").exists()
 
 
+def test_strict_compares_every_byte_of_the_result(ctl: Any, make_export: MakeExport) -> None:
+    document = json.loads(ctl("migrate", make_export(), "--strict", "--json").stdout)
+    assert document["results"]["validate"]["disks"]["disk-0"]["compared"]
+
+
 def test_an_unknown_stage_is_a_usage_error(ctl: Any, make_export: MakeExport) -> None:
     done = ctl("migrate", make_export(), "--stages", "inspect,bake")
     assert 2 == done.returncode

@@ -175,6 +175,25 @@ def test_a_reload_takes_a_good_file_and_keeps_the_old_one_when_it_is_bad(scratch
         assert 1 == metric("hyper2kvmd_config_last_reload_successful")
 
 
+def test_a_manifest_that_is_being_written_is_waited_for_and_one_that_stays_cut_is_rejected(
+    scratch: Settings, make_export: MakeExport
+) -> None:
+    slow, stuck = make_export("slow"), make_export("stuck")
+    whole = (slow / "manifest.json").read_bytes()
+    for export in (slow, stuck):
+        (export / "manifest.json").write_bytes(whole[:50])
+    with daemon(change(scratch, incomplete_grace_seconds=4)):
+        for end in range(100, len(whole), 100):
+            (slow / "manifest.json").write_bytes(whole[:end])
+            time.sleep(0.4)
+            assert not done(slow), "a manifest that was still being written was judged"
+        (slow / "manifest.json").write_bytes(whole)
+        wait_until(lambda: done(slow, stuck))
+    assert "succeeded" == report_of(slow)["status"]
+    document = report_of(stuck)
+    assert ("rejected", "manifest_unreadable") == (document["status"], document["error"]["code"])
+
+
 def test_once_works_off_what_is_there_and_says_how_it_went(scratch: Settings, make_export: MakeExport) -> None:
     exports = [make_export(f"vm{n}") for n in range(5)]
     with daemon(scratch, "--once") as process:

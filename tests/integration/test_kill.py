@@ -149,3 +149,39 @@ def test_a_runner_that_dies_again_and_again_is_given_up(scratch: Settings, make_
     error = report_of(export)["error"]
     assert "runner_crashed" == error["code"]
     assert "2 times" in error["message"]
+
+
+def test_a_kill_takes_the_appliance_along(scratch: Settings, make_export: MakeExport) -> None:
+    """libguestfs starts QEMU by itself, not through our door; it must not outlive its job either."""
+    stages = {"inspect": {"enabled": True}, "fix": {"enabled": True}, "convert": {"enabled": True}}
+    export = make_export(pipeline=stages)
+    runner = start(export, scratch)
+
+    def appliances() -> list[int]:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if str(scratch.work_dir) in (entry / "cmdline").read_text() and is_alive(int(entry.name)):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    def qemu_runs() -> bool:
+        return any("qemu-system" in Path(f"/proc/{pid}/cmdline").read_text() for pid in appliances())
+
+    deadline = time.monotonic() + 60
+    while not qemu_runs():
+        assert time.monotonic() < deadline and runner.poll() is None
+        time.sleep(0.1)
+    os.kill(runner.pid, signal.SIGKILL)
+    runner.wait()
+    deadline = time.monotonic() + 5
+    while appliances():
+        assert time.monotonic() < deadline, "the appliance outlived its job"
+        time.sleep(0.1)
+    assert 1 == run_job(export, scratch).returncode
+    document = report_of(export)
+    assert ("blocked", "os_unknown", 2) == (document["status"], document["error"]["code"], document["attempts"])
+    assert [] == list(scratch.output_dir.iterdir())
+    assert [] == list(scratch.work_dir.iterdir())

@@ -1,0 +1,158 @@
+"""`make bench`: the figures the project promises, as ratios and counts measured in one run. Nothing here is a test."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from hyper2kvmd import journal
+from hyper2kvmd.daemon import Daemon
+from hyper2kvmd.metrics import Metrics
+from hyper2kvmd.settings import Settings
+from tests.conftest import disk_entry, report_of, run_job, write_manifest
+from tests.guests.build import export
+from tests.integration.test_daemon import daemon
+
+
+def main() -> int:
+    """Run the benchmarks that are named, or all of them, and print one line for each figure."""
+    benchmarks = {"migration": migration, "burst": burst, "scan": scan, "idle": idle}
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *benchmarks], help="which (default: all)")
+    journal.configure("warning")
+    for name in parser.parse_args().names or benchmarks:
+        with tempfile.TemporaryDirectory(prefix="hyper2kvmd-bench-", dir="/var/tmp") as scratch:
+            benchmarks[name](Path(scratch))
+    return 0
+
+
+def figure(what: str, value: float, unit: str, goal: str) -> None:
+    """Print one figure beside its goal."""
+    print(f"{what:<58} {value:>9.2f} {unit:<7} (goal {goal})", flush=True)
+
+
+def settings_in(scratch: Path, **changes: Any) -> Settings:
+    """Settings on a scratch directory, without libvirt."""
+    for name in ("exports", "images", "work"):
+        (scratch / name).mkdir()
+    shape = {
+        "exports_dir": scratch / "exports",
+        "output_dir": scratch / "images",
+        "work_dir": scratch / "work",
+        "settle_seconds": 0,
+        "libvirt": {"import": False},
+        "metrics": {"listen": ""},
+        **changes,
+    }
+    return Settings.model_validate(shape)
+
+
+def migration(scratch: Path) -> None:
+    """A whole migration beside its slowest branch alone, and beside virt-v2v, on the same guest."""
+    settings = settings_in(scratch)
+    dropped = export("debian12-bios", scratch / "exports", dialect="seed", vm_name="web01")
+    (disk,) = dropped.glob("*.vmdk")
+
+    def timed(*options: str) -> float:
+        started = time.monotonic()
+        done = run_job(dropped, settings, *options)
+        assert done.returncode == 0, done.stderr
+        return time.monotonic() - started
+
+    timed("--stages", "inspect")  # warms the page cache and libguestfs's appliance, for all three alike
+    branch = timed("--stages", "inspect,fix")
+    whole = timed()
+    stages = {stage["name"]: stage["seconds"] for stage in report_of(dropped)["stages"]}
+    started = time.monotonic()
+    subprocess.run(
+        ["virt-v2v", "-i", "disk", disk, "-o", "local", "-os", scratch / "images", "-of", "qcow2", "-on", "v2v"],
+        env={**os.environ, "LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    v2v = time.monotonic() - started
+    print(f"whole {whole:.1f} s ({json.dumps(stages)}), INSPECT and FIX alone {branch:.1f} s, virt-v2v {v2v:.1f} s")
+    figure("whole migration / slowest branch alone", whole / branch, "", "≤ 1.15")
+    figure("whole migration / virt-v2v -i disk", whole / v2v, "", "≤ 0.6")
+
+
+def burst(scratch: Path) -> None:
+    """A thousand exports dropped at once: all done, none twice."""
+    count = 1000
+    settings = settings_in(scratch)
+    for number in range(count):
+        directory = scratch / "exports" / f"vm{number:04}"
+        directory.mkdir()
+        disk = directory / "disk.raw"
+        disk.write_bytes(os.urandom(1 << 20))
+        write_manifest(directory, [disk_entry(disk)])
+    started = time.monotonic()
+    with daemon(settings, "--once") as process:
+        process.communicate()
+    seconds = time.monotonic() - started
+    reports = [report_of(directory) for directory in (scratch / "exports").iterdir()]
+    good = sum(document["status"] == "succeeded" for document in reports)
+    twice = sum(document["attempts"] != 1 for document in reports)
+    outputs = len(list((scratch / "images").iterdir()))
+    figure("1,000 tiny exports at once: succeeded", good, "jobs", "1000")
+    figure("  done more than once", twice, "jobs", "0")
+    figure("  disks published", outputs, "disks", "1000")
+    figure("  time", seconds, "s", "none set")
+
+
+def scan(scratch: Path) -> None:
+    """A scan of ten thousand finished exports."""
+    settings = settings_in(scratch, watch={"mode": "off"})
+    first = scratch / "exports" / "vm00000"
+    first.mkdir()
+    disk = first / "disk.raw"
+    disk.write_bytes(os.urandom(1 << 20))
+    write_manifest(first, [disk_entry(disk)])
+    assert run_job(first, settings).returncode == 0
+    disk.unlink()
+    report = first / "migration-report.json"
+    padded = json.loads(report.read_text())
+    # A report of a real guest carries its changes as diffs.
+    change = {"fixer": "fstab", "path": "/etc/fstab", "summary": "x" * 80, "diff": "x" * 600}
+    padded["changes"] = [{**change, "command": None, "evidence": "x" * 80}] * 12
+    report.write_text(json.dumps(padded, indent=2))
+    for number in range(1, 10_000):
+        shutil.copytree(first, scratch / "exports" / f"vm{number:05}")
+    watcher = Daemon(settings, lambda: settings, Metrics())
+    for what in ("first", "second"):
+        started = time.monotonic()
+        watcher.tick(time.time())
+        figure(f"scan of 10,000 finished exports, {what}", time.monotonic() - started, "s", "≤ 1")
+    assert len(watcher.table) == 10_000 and not watcher.runners, watcher.status()
+
+
+def idle(scratch: Path) -> None:
+    """The daemon with nothing to do, at the default scan interval."""
+    settings = settings_in(scratch, metrics={"listen": "127.0.0.1:9879"})
+    with daemon(settings) as process:
+        time.sleep(5)
+        before, watched = _cpu_seconds(process.pid), 90
+        time.sleep(watched)
+        cpu = 100 * (_cpu_seconds(process.pid) - before) / watched
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    figure("resident memory of the idle daemon", resident / 1024, "MiB", "≤ 60")
+    figure("CPU of the idle daemon", cpu, "%", "≤ 0.2")
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""A libvirt of one's own for the demo and the tests: what it defines is gone when it ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def session(directory: Path) -> Iterator[str]:
+    """The URI of a libvirt with the QEMU driver that leaves the host's own alone.
+
+    For everybody but root that is qemu:///session, which starts its own daemon. For root the same name means the
+    host's libvirt, so a daemon is started whose configuration and state are on file systems of its own, in a mount
+    namespace that ends with it.
+    """
+    if os.geteuid() != 0:
+        yield "qemu:///session"
+        return
+    for program in ("libvirtd", "unshare"):
+        if shutil.which(program) is None:
+            raise SystemExit(f"{program} is not installed; run `make deps`")
+    run = directory / "libvirt"
+    run.mkdir(parents=True, exist_ok=True)
+    config = run / "libvirtd.conf"
+    config.write_text(f'unix_sock_dir = "{run}"\nauth_unix_ro = "none"\nauth_unix_rw = "none"\nlog_level = 3\n')
+    # QEMU as root: the scratch directory belongs to root, and libvirt's user could not enter it.
+    script = (
+        "for d in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt /run/libvirt; do"
+        " mkdir -p $d && mount -t tmpfs tmpfs $d || exit 1; done;"
+        " mkdir -p /etc/libvirt/qemu;"
+        ' printf \'user = "root"\\ngroup = "root"\\nsecurity_driver = "none"\\n\' > /etc/libvirt/qemu.conf;'
+        f" exec libvirtd --config {config} --pid-file {run}/pid"
+    )
+    with (run / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        socket = run / "libvirt-sock"
+        deadline = time.monotonic() + 30
+        while not socket.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"libvirtd did not start:\n{(run / 'log').read_text()}")
+            time.sleep(0.1)
+        yield f"qemu+unix:///session?socket={socket}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
