@@ -126,7 +126,7 @@ def _guest(job: Job, plan: Plan) -> None:
                     [(disk.overlay, "qcow2") for disk in plan.disks],
                     accel=plan.accel,
                     memory_mb=settings.guest.memory_mb,
-                    cancel=job.tools.cancel,
+                    tools=job.tools,
                 )
             )
             version = session.version()

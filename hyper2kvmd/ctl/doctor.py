@@ -7,7 +7,6 @@ import fcntl
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from hyper2kvmd.options import EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 
-PROGRAMS = ("qemu-img", "qemu-system-x86_64", "setpriv", "prlimit")
+PROGRAMS = ("qemu-img", "qemu-system-x86_64", "setpriv", "prlimit", "zstd", "lz4")
 
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
@@ -115,9 +114,7 @@ def _libguestfs(config: Settings) -> str:
         disk = Path(directory) / "empty.qcow2"
         tools.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "16M")
         chosen = accel.resolve(config.guest.accel, tools)
-        with open_guest(
-            [(disk, "qcow2")], accel=chosen.name, memory_mb=config.guest.memory_mb, cancel=threading.Event()
-        ) as guest:
+        with open_guest([(disk, "qcow2")], accel=chosen.name, memory_mb=config.guest.memory_mb, tools=tools) as guest:
             version = guest.version()
     return f"version {version['major']}.{version['minor']}.{version['release']}, the appliance starts"
 

@@ -1,0 +1,1 @@
+"""Looking into and mending guests, inside a libguestfs appliance."""

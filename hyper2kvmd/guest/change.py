@@ -1,0 +1,92 @@
+"""What a fixer says it will do, what was done, and what was proved: the values that end up in the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+DIFF_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A file that a fixer wants to change; `before` None creates it, `after` None removes it."""
+
+    fixer: str
+    path: str
+    before: str | None
+    after: str | None
+    summary: str
+    evidence: str = ""
+
+    def done(self) -> Change:
+        """The edit as a change that was made."""
+        return Change(self.fixer, self.path, self.summary, diff=self._diff(), evidence=self.evidence)
+
+    def _diff(self) -> str:
+        """A unified diff in printable text, cut at 8 KiB."""
+        old, new = self.before or "", self.after or ""
+        names = (f"a{self.path}", f"b{self.path}" if self.after is not None else "/dev/null")
+        lines = difflib.unified_diff(old.split("\n"), new.split("\n"), *names, lineterm="", n=1)
+        text = "\n".join(printable(line, 400) for line in lines)
+        return text if len(text) <= DIFF_BYTES else text[:DIFF_BYTES] + "\n[cut]"
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A file that a fixer wants to copy within the guest; the directory is made if it is missing."""
+
+    fixer: str
+    source: str
+    path: str
+
+    def done(self) -> Change:
+        """The copy as a change that was made."""
+        return Change(self.fixer, self.path, f"a copy of {self.source}")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change inside the guest: a file with its unified diff, or a command that was run."""
+
+    fixer: str
+    path: str
+    summary: str
+    diff: str = ""
+    command: str = ""
+    evidence: str = ""
+
+    def as_json(self) -> dict[str, str | None]:
+        """The change as it stands in the report; what is empty is null."""
+        return {key: value or None for key, value in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One claim about the changed guest, whether it holds, and how we know."""
+
+    subject: str  # a path in the guest
+    claim: str
+    ok: bool
+    evidence: str
+
+    def as_json(self) -> dict[str, str | bool]:
+        """The proof as it stands in the report."""
+        return dataclasses.asdict(self)
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Text from a guest, made safe for terminals and logs: one line, no control characters, bounded."""
+    kept = "".join(char if char.isprintable() or char == "\t" else "�" for char in text[: limit + 1])
+    return kept if len(kept) <= limit else kept[: limit - 1] + "…"
+
+
+def decode(data: bytes) -> str:
+    """A guest's file as text from which `encode` makes the very same bytes, whatever they were."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def encode(text: str) -> bytes:
+    """The bytes of text that came from `decode`."""
+    return text.encode("utf-8", "surrogateescape")

@@ -1,0 +1,191 @@
+"""Reads an initramfs on the host, down to the names of its files, without trusting any program of the guest."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import mmap
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.run import Tools
+
+MAX_UNPACKED_BYTES = 4 << 30
+MAX_FILES = 200_000
+_CHUNK = 1 << 20
+_HEADER = 110
+_MAGICS = (b"070701", b"070702")
+_TRAILER = "TRAILER!!!"
+
+
+class _Decompressor(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+# What the standard library unpacks, and what needs a program; by the first bytes.
+_LIBRARY: dict[bytes, Callable[[], _Decompressor]] = {
+    b"\x1f\x8b": lambda: zlib.decompressobj(wbits=31),
+    b"\xfd7zXZ\x00": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+    b"\x5d\x00\x00": lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE),
+    b"BZh": bz2.BZ2Decompressor,
+}
+_PROGRAM = {b"\x28\xb5\x2f\xfd": "zstd", b"\x02\x21\x4c\x18": "lz4", b"\x89LZO": "lzop"}
+
+
+def file_names(image: Path, tools: Tools) -> frozenset[str]:
+    """The paths of all files in an initramfs, relative to its root.
+
+    An initramfs is a row of cpio archives: early ones (microcode) plain, the main one compressed.
+    Raise MigrationError (fix_unproved, tool_missing) if the image is not complete and readable to its end.
+    """
+    names: set[str] = set()
+    unpacked = 0
+    if image.stat().st_size == 0:  # which cannot be mapped
+        raise _unreadable(image, 0, "it is empty")
+    with image.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = 0
+        while at < len(data):
+            if data[at] == 0:  # padding between archives
+                at += 1
+                continue
+            walker = Walker(MAX_UNPACKED_BYTES - unpacked)
+            try:
+                at = _read_one(image, data, at, walker, tools)
+            except (ValueError, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+                raise _unreadable(image, at, str(error)) from None
+            if not walker.complete:
+                raise _unreadable(image, at, "the archive ends before its trailer")
+            unpacked += walker.read
+            names |= walker.names
+    return frozenset(names)
+
+
+def _read_one(image: Path, data: mmap.mmap, at: int, walker: Walker, tools: Tools) -> int:
+    """Walk the archive at offset `at` and return the offset of what follows it."""
+    if data[at : at + 6] in _MAGICS:
+        while True:
+            found = _entry(data, at)
+            if found is None:
+                raise ValueError("cut off")
+            name, size = found
+            walker.found(name)
+            at += size
+            if walker.complete:
+                return at
+    for magic, open_decompressor in _LIBRARY.items():
+        if data[at : at + len(magic)] == magic:
+            decompressor = open_decompressor()
+            while not decompressor.eof and at < len(data):
+                chunk = data[at : at + _CHUNK]
+                at += len(chunk)
+                for piece in _unpack(decompressor, chunk):
+                    walker.feed(piece)
+            if not decompressor.eof:
+                raise ValueError("cut off")
+            return at - len(decompressor.unused_data)
+    for magic, program in _PROGRAM.items():
+        if data[at : at + len(magic)] == magic:
+            rest = image
+            if at:
+                rest = image.with_name(image.name + ".main")
+                with image.open("rb") as source, rest.open("wb") as target:
+                    source.seek(at)
+                    shutil.copyfileobj(source, target)
+            try:
+                tools.run(program, "-dc", rest, on_output=walker.feed, timeout=600)
+            except MigrationError as error:
+                if error.code is not Code.TOOL_FAILED:
+                    raise
+                raise ValueError(error.message) from None
+            return len(data)
+    raise ValueError(f"unknown compression {data[at : at + 6].hex()}")
+
+
+def _unpack(decompressor: _Decompressor, chunk: bytes) -> Iterator[bytes]:
+    """What `chunk` unpacks to, in pieces of bounded size: it may be a bomb."""
+    rest = chunk
+    while True:
+        yield decompressor.decompress(rest, _CHUNK)
+        # zlib hands back what it has not used yet, bz2 and lzma keep it and say that they need no more.
+        rest = getattr(decompressor, "unconsumed_tail", b"")
+        if decompressor.eof or (not rest and getattr(decompressor, "needs_input", True)):
+            return
+
+
+class Walker:
+    """Collects the names of the files in a cpio archive (newc) that comes in pieces."""
+
+    def __init__(self, limit: int = MAX_UNPACKED_BYTES) -> None:
+        self.names: set[str] = set()
+        self.complete = False
+        self.read = 0
+        self._limit = limit
+        self._buffer = bytearray()
+        self._skip = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take the next piece of the unpacked archive. Raise ValueError if it is none."""
+        self.read += len(data)
+        if self.read > self._limit:
+            raise ValueError(f"unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB")
+        self._buffer += data
+        at = 0
+        while True:
+            if self._skip:
+                step = min(self._skip, len(self._buffer) - at)
+                at += step
+                self._skip -= step
+                if self._skip:
+                    break
+            while at < len(self._buffer) and self._buffer[at] == 0:  # padding after a trailer
+                at += 1
+            found = _entry(self._buffer, at)
+            if found is None:
+                break
+            name, self._skip = found
+            self.found(name)
+        del self._buffer[:at]
+
+    def found(self, name: str) -> None:
+        """Take the name of one file."""
+        self.complete = name == _TRAILER
+        if not self.complete:
+            self.names.add(name.removeprefix("./").lstrip("/"))
+            if len(self.names) > MAX_FILES:
+                raise ValueError(f"holds more than {MAX_FILES} files")
+
+
+def _entry(data: mmap.mmap | bytearray, at: int) -> tuple[str, int] | None:
+    """The name of the file whose header is at `at`, and the bytes to the next header; None if it is cut off."""
+    header = bytes(data[at : at + _HEADER])
+    if len(header) < _HEADER:
+        return None
+    if header[:6] not in _MAGICS:
+        raise ValueError(f"no cpio header but {header[:6].hex()}")
+    size, name_size = int(header[54:62], 16), int(header[94:102], 16)
+    if not 0 < name_size <= 4096:
+        raise ValueError(f"a file name of {name_size} bytes")
+    name = bytes(data[at + _HEADER : at + _HEADER + name_size])
+    if len(name) < name_size:
+        return None
+    return name[:-1].decode("utf-8", "replace"), _padded(_HEADER + name_size) + _padded(size)
+
+
+def _padded(size: int) -> int:
+    return (size + 3) & ~3
+
+
+def _unreadable(image: Path, at: int, why: str) -> MigrationError:
+    return MigrationError(
+        Code.FIX_UNPROVED,
+        f"the initramfs {image.name} cannot be read at byte {at}: {why}",
+        "Run `update-initramfs -u -k all` in the guest on VMware, see that it succeeds, and export it again.",
+    )

@@ -1,0 +1,35 @@
+"""The fixers: each looks at one thing in the guest and says which edits it wants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hyper2kvmd.errors import Finding
+from hyper2kvmd.guest.change import Copy, Edit, decode
+from hyper2kvmd.guest.devices import Names
+from hyper2kvmd.guest.inspect import Inspection
+
+
+@dataclass(frozen=True)
+class View:
+    """What a fixer may look at: the mounted guest (read only, by agreement), what is known of it, its names."""
+
+    g: Any
+    inspection: Inspection
+    names: Names
+
+    def read(self, path: str) -> str | None:
+        """The text of a file in the guest (at most 1 MiB), or None if there is no such file."""
+        if not self.g.is_file(path, followsymlinks=True) or self.g.filesize(path) > 1 << 20:
+            return None
+        return decode(self.g.read_file(path))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fixer wants to do."""
+
+    edits: tuple[Edit, ...] = ()
+    copies: tuple[Copy, ...] = ()
+    warnings: tuple[Finding, ...] = ()

@@ -1,0 +1,82 @@
+"""UEFI: a boot loader where firmware without memory of this machine looks for one, \\EFI\\BOOT on the ESP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hyper2kvmd.errors import Finding
+from hyper2kvmd.guest.change import Copy, Proof
+from hyper2kvmd.guest.fixers import Plan, View
+
+# The suffix of EFI programs, by architecture.
+_ARCH = {"x86_64": "x64", "i386": "ia32", "aarch64": "aa64"}
+
+
+def plan(view: View) -> Plan:
+    """Copy the distribution's boot loader to the fallback path if nothing is there.
+
+    VMware's firmware remembers the boot entry that the installer made; that memory does not come with the export.
+    """
+    if view.inspection.firmware != "uefi":
+        return Plan()
+    esp = _mount_point(view)
+    if esp is None or view.g.is_file(_fallback(view, esp)):
+        return Plan()
+    suffix = _suffix(view)
+    directories = [name for name in view.g.ls(f"{esp}/EFI") if name.lower() not in ("boot", "microsoft")]
+    directories.sort(key=lambda name: name.lower() != view.inspection.distro)
+    for directory in directories:
+        source = f"{esp}/EFI/{directory}"
+        present = [name for name in ("shim", "grub", "mm") if view.g.is_file(f"{source}/{name}{suffix}.efi")]
+        if copies := _copies(source, f"{esp}/EFI/BOOT", suffix, present):
+            return Plan(copies=copies)
+    return Plan(
+        warnings=(
+            Finding(
+                "no_fallback_loader",
+                f"the ESP has no {_fallback(view, esp)} and no GRUB to make it from",
+                "Run `grub-install --removable` in the guest on VMware, and export it again.",
+            ),
+        )
+    )
+
+
+def prove(view: View) -> tuple[Proof, ...]:
+    """Whether firmware that knows no boot entry finds a program to start."""
+    if view.inspection.firmware != "uefi":
+        return ()
+    claim = "firmware without a boot entry for this guest finds a boot loader"
+    esp = _mount_point(view)
+    if esp is None:
+        return (Proof(view.inspection.esp or "", claim, False, "the EFI system partition cannot be mounted"),)
+    path = _fallback(view, esp)
+    if not view.g.is_file(path):
+        return (Proof(path, claim, False, "there is no such file"),)
+    is_program = view.g.pread(path, 2, 0) == b"MZ"
+    return (Proof(path, claim, is_program, "an EFI program" if is_program else "the file is no EFI program"),)
+
+
+def _copies(source: str, target: str, suffix: str, present: Sequence[str]) -> tuple[Copy, ...]:
+    """What to copy where. Shim starts the GRUB beside it, and MokManager if it has to; GRUB alone starts itself."""
+    fallback = f"{target}/BOOT{suffix.upper()}.EFI"
+    if "grub" not in present:
+        return ()
+    if "shim" not in present:
+        return (Copy("efi", f"{source}/grub{suffix}.efi", fallback),)
+    others = (name for name in present if name != "shim")
+    return (
+        Copy("efi", f"{source}/shim{suffix}.efi", fallback),
+        *(Copy("efi", f"{source}/{name}{suffix}.efi", f"{target}/{name}{suffix}.efi") for name in others),
+    )
+
+
+def _mount_point(view: View) -> str | None:
+    return next((point for point, device in view.inspection.mounts.items() if device == view.inspection.esp), None)
+
+
+def _fallback(view: View, esp: str) -> str:
+    return f"{esp}/EFI/BOOT/BOOT{_suffix(view).upper()}.EFI"
+
+
+def _suffix(view: View) -> str:
+    return _ARCH.get(view.inspection.arch, "x64")

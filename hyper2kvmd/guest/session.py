@@ -1,0 +1,211 @@
+"""One libguestfs appliance with all disks of a guest: started, watched for cancellation, and shut down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hyper2kvmd.errors import Cancelled, Code, MigrationError
+from hyper2kvmd.guest.change import printable
+from hyper2kvmd.run import TAIL_LINES, Tools, tail
+
+CANCEL_POLL_SECONDS = 0.2
+LOG_LINES = 200
+
+
+@dataclass(frozen=True)
+class Session:
+    """A running appliance. `g` is the libguestfs handle: the disks are /dev/sda, /dev/sdb, ... in order.
+
+    `tools` are the job's, for what is done outside of the appliance.
+    """
+
+    g: Any
+    disks: tuple[Path, ...]
+    tools: Tools
+
+    def version(self) -> dict[str, Any]:
+        """The version of libguestfs: `major`, `minor`, `release`."""
+        version: dict[str, Any] = self.g.version()
+        return version
+
+
+@contextlib.contextmanager
+def open_guest(disks: Sequence[tuple[Path, str]], *, accel: str, memory_mb: int, tools: Tools) -> Iterator[Session]:
+    """Start one appliance with all `disks` (path and format, in the guest's order), writable.
+
+    accel: "kvm" or "tcg". memory_mb: the appliance's memory in MiB.
+    `tools.cancel`, set from another thread, ends the appliance within a second, also while it starts.
+    The disks must be overlays that are thrown away unless the block ends without an error.
+    Raise MigrationError (tool_missing, appliance_failed, fix_failed) or Cancelled.
+    """
+    guestfs = _load()
+    cancel = tools.cancel
+    g = guestfs.GuestFS(python_return_dict=True)
+    console = _Console()
+    with contextlib.ExitStack() as stack:
+        stack.callback(g.close)
+        g.set_event_callback(console.add, guestfs.EVENT_APPLIANCE | guestfs.EVENT_LIBRARY)
+        stack.enter_context(_killed_by(cancel, disks[0][0]))
+        with _translated(cancel, lambda error: _launch_failed(error, console, memory_mb)):
+            _configure(g, disks, accel, memory_mb)
+            g.launch()
+        with _translated(cancel, lambda error: _work_failed(error, console)):
+            yield Session(g, tuple(path for path, _ in disks), tools)
+            # What the appliance could not write to the overlays shows here, and only here.
+            g.umount_all()
+            g.shutdown()
+
+
+def _configure(g: Any, disks: Sequence[tuple[Path, str]], accel: str, memory_mb: int) -> None:
+    g.set_backend("direct")
+    g.set_backend_settings(["force_tcg"] if accel == "tcg" else [])
+    g.set_network(False)
+    g.set_autosync(True)
+    g.set_pgroup(True)  # a Ctrl-C meant for us must not end the appliance behind our back
+    g.set_memsize(memory_mb)
+    # Measured without KVM: with a second virtual CPU two initramfs rebuilds at once take 39 s instead of 68 s.
+    # It does nothing for one rebuild, and more than four kernels are rare.
+    g.set_smp(min(4, os.cpu_count() or 1))
+    for path, format in disks:
+        # "unsafe" only ignores flushes. QEMU still writes everything to the file when it ends, later steps read
+        # the file through the same page cache, and an overlay from a crashed host is never used again. So the
+        # guest's journal does not have to wait for a host disk that is busy converting.
+        g.add_drive_opts(str(path), format=format, cachemode="unsafe")
+
+
+class _Console:
+    """The last lines that the appliance and libguestfs wrote; a callback of libguestfs."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[str] = deque(maxlen=LOG_LINES)
+
+    def add(self, event: int, handle: int, chunk: str | bytes, array: Any) -> None:
+        """Keep a piece of output."""
+        text = chunk.decode(errors="replace") if isinstance(chunk, bytes) else chunk
+        self._chunks.append(text[-4096:])
+
+    def tail(self) -> str:
+        """The last lines, printable."""
+        lines = re.split(r"[\r\n]+", "".join(self._chunks))
+        return "\n".join([printable(line) for line in lines if line.strip()][-TAIL_LINES:])
+
+
+@contextlib.contextmanager
+def _translated(cancel: threading.Event, explain: Callable[[RuntimeError], MigrationError]) -> Iterator[None]:
+    """Turn libguestfs's only exception into ours, or into Cancelled if that is what ended the appliance."""
+    try:
+        yield
+    except RuntimeError as error:
+        if cancel.is_set():
+            raise Cancelled from None
+        raise explain(error) from error
+    if cancel.is_set():
+        raise Cancelled
+
+
+@contextlib.contextmanager
+def _killed_by(cancel: threading.Event, disk: Path) -> Iterator[None]:
+    """Kill the appliance that has `disk` when `cancel` is set, for as long as the block runs."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not cancel.wait(CANCEL_POLL_SECONDS):
+            if over.is_set():
+                return
+        # Again and again: while it starts, libguestfs runs one helper after the other.
+        while not over.wait(CANCEL_POLL_SECONDS):
+            for pid in _appliance(disk):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    watcher = threading.Thread(target=watch, name="guest-cancel", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _appliance(disk: Path) -> list[int]:
+    """The children of this process that libguestfs started for `disk`, and supermin, which builds the appliance.
+
+    libguestfs would say the number itself, but not to another thread while it launches.
+    """
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (entry / "cmdline").read_bytes() if parent == os.getpid() else b""
+        except (OSError, IndexError, ValueError):
+            continue  # it ended while we looked
+        program = command.partition(b"\0")[0]
+        if b"supermin" in program or (b"qemu" in program and os.fsencode(disk) in command):
+            found.append(int(entry.name))
+    return found
+
+
+def _load() -> Any:
+    """The guestfs module, which comes with the distribution's libguestfs and from nowhere else."""
+    try:
+        import guestfs
+    except ImportError as error:
+        raise MigrationError(
+            Code.TOOL_MISSING,
+            f"the Python module guestfs cannot be loaded: {error}",
+            "Install python3-guestfs (Debian) or python3-libguestfs (Fedora, RHEL, SUSE), and create the virtual "
+            "environment with /usr/bin/python3 -m venv --system-site-packages.",
+        ) from None
+    return guestfs
+
+
+def _launch_failed(error: RuntimeError, console: _Console, memory_mb: int) -> MigrationError:
+    available = _memory_available_mb()
+    if available is not None and available < memory_mb:
+        hint = (
+            f"The host has {available} MiB of memory available and the appliance needs {memory_mb}: lower workers, "
+            "or guest.memory_mb."
+        )
+    else:
+        hint = (
+            f"Run libguestfs-test-tool as this user; raise guest.memory_mb (now {memory_mb}) if the output ends "
+            "in an out-of-memory message."
+        )
+    return MigrationError(
+        Code.APPLIANCE_FAILED,
+        f"the libguestfs appliance did not start: {_last_line(error)}",
+        hint,
+        tail=console.tail(),
+    )
+
+
+def _work_failed(error: RuntimeError, console: _Console) -> MigrationError:
+    return MigrationError(
+        Code.FIX_FAILED,
+        f"libguestfs could not work on the guest: {_last_line(error)}",
+        "Run fsck in the guest on VMware, check that its file systems have free space, and export it again.",
+        tail=tail(str(error)) or console.tail(),
+    )
+
+
+def _last_line(error: RuntimeError) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return printable(lines[0] if lines else "no message", 400)
+
+
+def _memory_available_mb() -> int | None:
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.MULTILINE)
+    return int(found[1]) // 1024 if found else None

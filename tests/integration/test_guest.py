@@ -1,0 +1,174 @@
+"""A real libguestfs appliance on small disks that are made here, and on the project's own guests."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hyper2kvmd import accel
+from hyper2kvmd.errors import Cancelled, Code, MigrationError
+from hyper2kvmd.guest.fix import FixOptions, FixResult, fix
+from hyper2kvmd.guest.inspect import Inspection, inspect
+from hyper2kvmd.guest.session import open_guest
+from hyper2kvmd.run import Tools
+from tests.guests.boot import boot
+from tests.guests.build import build
+
+MEMORY_MB = 1280
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> str:
+    return accel.resolve("auto", Tools()).name
+
+
+def raw(path: Path, size: int, *mkfs: str) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size)
+    if mkfs:
+        subprocess.run([*mkfs, str(path)], check=True, capture_output=True)
+    return path
+
+
+def overlay(base: Path, directory: Path) -> Path:
+    path = directory / f"{base.stem}.qcow2"
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+def refusal(disks: list[Path], accelerator: str) -> MigrationError:
+    with (
+        pytest.raises(MigrationError) as caught,
+        open_guest([(disk, "raw") for disk in disks], accel=accelerator, memory_mb=MEMORY_MB, tools=Tools()) as session,
+    ):
+        inspect(session)
+    return caught.value
+
+
+def appliances(disk: Path) -> list[str]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(disk).encode() in (entry / "cmdline").read_bytes():
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_disks_without_a_system_are_unknown_and_say_what_is_on_them(tmp_path: Path, accelerator: str) -> None:
+    empty = raw(tmp_path / "empty.raw", 4 << 20)
+    data = raw(tmp_path / "data.raw", 16 << 20, "mkfs.ext4", "-q")
+    error = refusal([empty, data], accelerator)
+    assert error.code is Code.OS_UNKNOWN
+    assert "/dev/sda unknown, /dev/sdb ext4" in error.message
+
+
+def test_encrypted_disk_is_said_to_be_encrypted_and_nobody_is_asked(tmp_path: Path, accelerator: str) -> None:
+    disk = raw(tmp_path / "luks.raw", 32 << 20)
+    header = bytearray(592)  # of LUKS 1: what blkid reads of it
+    header[:8] = b"LUKS\xba\xbe\x00\x01"
+    header[168:204] = b"0f2c1f5e-7b1d-4c39-9a53-0c1f7f5b6a11"
+    with disk.open("r+b") as file:
+        file.write(header)
+    error = refusal([disk], accelerator)
+    assert error.code is Code.GUEST_ENCRYPTED
+    assert "/dev/sda" in error.message
+
+
+def test_hibernated_guest_is_refused(tmp_path: Path, accelerator: str) -> None:
+    disk = raw(tmp_path / "swap.raw", 16 << 20, "mkswap")
+    with disk.open("r+b") as file:
+        file.seek(4096 - 10)
+        file.write(b"S1SUSPEND\0")
+    error = refusal([disk], accelerator)
+    assert error.code is Code.GUEST_DIRTY
+    assert "hibernated" in error.message
+
+
+@pytest.mark.parametrize("seconds", [0.5, 3.0, None], ids=["at-the-start", "while-it-boots", "while-it-works"])
+def test_cancel_ends_the_appliance_at_once(tmp_path: Path, accelerator: str, seconds: float | None) -> None:
+    disk = raw(tmp_path / "disk.raw", 64 << 20)
+    cancel = threading.Event()
+    cancelled_at = []
+
+    def set_cancel() -> None:
+        cancelled_at.append(time.monotonic())
+        cancel.set()
+
+    if seconds is not None:
+        threading.Timer(seconds, set_cancel).start()
+    with (
+        pytest.raises(Cancelled),
+        open_guest([(disk, "raw")], accel=accelerator, memory_mb=MEMORY_MB, tools=Tools(cancel=cancel)) as session,
+    ):
+        threading.Timer(0.5, set_cancel).start()
+        session.g.debug("sh", ["sleep", "60"])
+    assert time.monotonic() - cancelled_at[0] < 3
+    assert appliances(disk) == []
+
+
+def test_appliance_that_cannot_start_says_why(tmp_path: Path, accelerator: str) -> None:
+    disk = tmp_path / "garbage.qcow2"
+    disk.write_bytes(b"no qcow2")
+    with (
+        pytest.raises(MigrationError) as caught,
+        open_guest([(disk, "qcow2")], accel=accelerator, memory_mb=MEMORY_MB, tools=Tools()),
+    ):
+        pass
+    assert caught.value.code is Code.APPLIANCE_FAILED
+    assert "not in qcow2 format" in caught.value.tail
+    assert appliances(disk) == []
+
+
+def mend(disk: Path, accelerator: str) -> tuple[Inspection, FixResult]:
+    with open_guest([(disk, "qcow2")], accel=accelerator, memory_mb=MEMORY_MB, tools=Tools()) as session:
+        inspection = inspect(session)
+        return inspection, fix(session, inspection, FixOptions())
+
+
+@pytest.fixture
+def bios_guest(tmp_path: Path) -> Iterator[Path]:
+    path = overlay(build("debian12-bios"), tmp_path)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture
+def uefi_guest(tmp_path: Path) -> Iterator[Path]:
+    path = overlay(build("debian12-uefi"), tmp_path)
+    yield path
+    path.unlink()
+
+
+@pytest.mark.timeout(1500)
+def test_vmware_guest_is_mended_once_and_then_boots_on_virtio(bios_guest: Path, accelerator: str) -> None:
+    found, result = mend(bios_guest, accelerator)
+    assert (found.os_type, found.distro, found.firmware, found.boot_disk) == ("linux", "debian", "bios", 0)
+    assert (found.bootloader, found.initramfs) == ("grub2", "initramfs-tools")
+    assert {"virtio_pci", "virtio_blk"} <= set(result.drivers_injected)
+    assert result.boot_updated
+    assert "/etc/fstab" in [change.path for change in result.changes]
+
+    _, again = mend(bios_guest, accelerator)
+    assert again.changes == ()
+    assert again.proofs == result.proofs
+
+    booted = boot(bios_guest, "qcow2", "virtio")
+    assert booted.ok, booted.tail()
+
+
+@pytest.mark.timeout(1500)
+def test_uefi_guest_gets_a_boot_loader_that_any_firmware_finds(uefi_guest: Path, accelerator: str) -> None:
+    found, result = mend(uefi_guest, accelerator)
+    assert (found.firmware, found.esp, found.mounts["/boot/efi"]) == ("uefi", "/dev/sda1", "/dev/sda1")
+    assert "/boot/efi/EFI/BOOT/BOOTX64.EFI" in [change.path for change in result.changes]
+
+    booted = boot(uefi_guest, "qcow2", "virtio", firmware="uefi")
+    assert booted.ok, booted.tail()
