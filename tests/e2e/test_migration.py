@@ -1,0 +1,151 @@
+"""The main job, whole: a guest that cannot boot on virtio is dropped, migrated by the daemon, and boots on virtio."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import urllib.request
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from hyper2kvmd.settings import Settings
+from tests.conftest import report_of
+from tests.guests.boot import boot
+from tests.guests.build import build, export
+from tests.integration.test_daemon import daemon, free_port, wait_until
+from tests.libvirtd import session
+
+ROOT = Path(__file__).parents[2]
+MIGRATION_SECONDS = 900
+# In a file that every guest has: what a migration must not lose.
+CANARY = "b872b754c47962d7"
+MAC = "00:50:56:aa:bb:01"
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """What the daemon made of one dropped export."""
+
+    export: Path
+    before: dict[str, str]
+    report: dict[str, Any]
+    domain_xml: str
+    metrics: str
+    images: Path
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def migrate(directory: Path, guest: str, dialect: Any, vm_name: str) -> Migrated:
+    for name in ("exports", "images", "work"):
+        (directory / name).mkdir()
+    port = free_port()
+    with session(directory) as uri:
+        settings = Settings.model_validate(
+            {
+                "exports_dir": directory / "exports",
+                "output_dir": directory / "images",
+                "work_dir": directory / "work",
+                "settle_seconds": 1,
+                "libvirt": {"uri": uri, "default_network": "user"},
+                "validate": {"compare": True},
+                "metrics": {"listen": f"127.0.0.1:{port}"},
+            }
+        )
+        with daemon(settings):
+            # As the exporter does: the disks first, the manifest last.
+            dropped = export(guest, directory / "exports", dialect=dialect, vm_name=vm_name, mac=MAC)
+            before = digests(dropped)
+            wait_until((dropped / "migration-report.json").exists, MIGRATION_SECONDS)
+
+            def metrics() -> str:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                    text: str = answer.read().decode()
+                    return text
+
+            wait_until(lambda: f'hyper2kvmd_jobs{{state="{report_of(dropped)["status"]}"}} 1' in metrics())
+            seen = metrics()
+        shown = subprocess.run(["virsh", "-c", uri, "dumpxml", vm_name], capture_output=True, text=True, check=False)
+    return Migrated(dropped, before, report_of(dropped), shown.stdout, seen, directory / "images")
+
+
+@pytest.fixture(scope="module")
+def bios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Migrated]:
+    yield migrate(tmp_path_factory.mktemp("bios"), "debian12-bios", "seed", "web01")
+
+
+def test_the_guest_does_not_boot_on_virtio_before() -> None:
+    result = boot([build("debian12-bios")], "raw", "virtio", timeout=240)
+    assert "failed" == result.outcome, result.serial_log[-3000:]
+
+
+def test_the_migration_succeeds_and_leaves_nothing_behind(bios: Migrated) -> None:
+    assert "succeeded" == bios.report["status"], json.dumps(bios.report["error"], indent=2)
+    assert ["web01-disk-0.qcow2"] == [path.name for path in bios.images.iterdir()]
+    assert [] == list((bios.images.parent / "work").iterdir())
+
+
+def test_the_result_boots_on_virtio_with_its_root_mounted_by_uuid(bios: Migrated) -> None:
+    result = boot([bios.images / "web01-disk-0.qcow2"], "qcow2", "virtio", timeout=300)
+    assert "matched" == result.outcome, result.serial_log[-3000:]
+    said = result.report
+    assert said["fstab-root"].startswith("UUID=")
+    assert ("/dev/vda2", "/dev/vda3", "none") == (said["root"], said["swap"], said["failed"])
+    assert CANARY == said["canary"], "the data did not survive"
+
+
+def test_the_domain_is_defined_and_shut_off(bios: Migrated) -> None:
+    domain = ET.fromstring(bios.domain_xml)
+    assert "web01" == domain.findtext("name")
+    assert bios.report["domain"]["uuid"] == domain.findtext("uuid")
+    disk = domain.find("devices/disk")
+    assert disk is not None
+    source, target, order = disk.find("source"), disk.find("target"), disk.find("boot")
+    assert source is not None and str(bios.images / "web01-disk-0.qcow2") == source.get("file")
+    assert target is not None and "virtio" == target.get("bus")
+    assert order is not None and "1" == order.get("order")
+    nic = domain.find("devices/interface/mac")
+    assert nic is not None and MAC == nic.get("address")
+
+
+def test_the_source_is_untouched(bios: Migrated) -> None:
+    after = {name: digest for name, digest in digests(bios.export).items() if name in bios.before}
+    assert bios.before == after
+
+
+def test_the_report_validates_against_its_published_schema(bios: Migrated) -> None:
+    jsonschema.validate(bios.report, json.loads((ROOT / "docs/migration-report.schema.json").read_text()))
+
+
+def test_the_report_says_what_was_found_done_and_proved(bios: Migrated) -> None:
+    results = bios.report["results"]
+    assert ("linux", "debian", "bios") == tuple(results["inspect"][key] for key in ("os_type", "distro", "firmware"))
+    assert {"virtio_blk", "virtio_pci"} <= set(results["fix"]["drivers_injected"])
+    assert results["fix"]["proofs"] and all(proof["ok"] for proof in results["fix"]["proofs"])
+    assert {"/etc/fstab", "/boot/grub/grub.cfg"} <= {change["path"] for change in bios.report["changes"]}
+    assert results["validate"]["all_valid"]
+    assert bios.report["disks"][0]["source_sha256"]
+
+
+def test_one_success_was_counted(bios: Migrated) -> None:
+    assert 'hyper2kvmd_jobs_completed_total{result="succeeded"} 1.0' in bios.metrics
+    assert 'hyper2kvmd_jobs_completed_total{result="failed"} 0.0' in bios.metrics
+
+
+def test_a_uefi_guest_in_the_go_dialect_boots_too(tmp_path: Path) -> None:
+    migrated = migrate(tmp_path, "debian12-uefi-fallback", "go", "app01")
+    assert "succeeded" == migrated.report["status"], json.dumps(migrated.report["error"], indent=2)
+    assert "uefi" == migrated.report["results"]["inspect"]["firmware"]
+    assert "efi" == ET.fromstring(migrated.domain_xml).find("os").get("firmware")  # type: ignore[union-attr]
+    (image,) = migrated.images.iterdir()
+    result = boot([image], "qcow2", "virtio", firmware="uefi", timeout=300)
+    assert "matched" == result.outcome, result.serial_log[-3000:]
