@@ -10,13 +10,13 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
 from hyper2kvmd import spool
-from hyper2kvmd.errors import Finding, SettingsError
+from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.notify import Notifier
 from hyper2kvmd.runner import Runner
@@ -28,6 +28,15 @@ log = structlog.get_logger()
 
 DEBOUNCE_SECONDS = 1.0
 BUSY_SECONDS = 1.0  # how often STATUS is refreshed while jobs run
+
+
+@dataclass(frozen=True)
+class Setback:
+    """A runner ended without leaving anything on disk; it is not started again before `until`."""
+
+    count: int
+    until: float
+    finding: Finding
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,9 @@ class Daemon:
         self.metrics = metrics
         self.runners: dict[Path, Runner] = {}
         self.table: dict[Path, Seen] = {}
+        # The one thing that is not on disk, because it is about exports that we cannot write to.
+        self._setbacks: dict[Path, Setback] = {}
+        self._trouble = ""
         self._load = load
         self._notifier = Notifier()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -93,7 +105,7 @@ class Daemon:
         parts += [f"{states[state]} {state}" for state in State if states[state] and state != State.RUNNING]
         if states[State.RUNNING]:
             parts.append(f"{states[State.RUNNING]} running elsewhere")
-        return ", ".join(parts)
+        return ", ".join([*parts, *([self._trouble] if self._trouble else [])])
 
     def _loop(self, once: bool) -> None:
         watchdog = self._notifier.watchdog_interval()
@@ -113,6 +125,7 @@ class Daemon:
                 if time.monotonic() >= next_scan:
                     next_scan = time.monotonic() + self.tick(time.time())
                     if not ready:
+                        self._tell()  # first, so that whoever waits for READY finds it
                         self._notifier.ready()
                         ready = True
                     for runner in self.runners.values():
@@ -143,10 +156,14 @@ class Daemon:
         table: dict[Path, Seen] = {}
         try:
             exports = list(spool.exports(self.settings))
+            trouble = ""
         except OSError as error:
             self.metrics.scan_errors.inc()
-            log.error("cannot read the exports directory", directory=str(self.settings.exports_dir), reason=str(error))
+            trouble = f"cannot read {self.settings.exports_dir}: {error.strerror}"
+            if trouble != self._trouble:  # once, not at every scan
+                log.error(trouble, hint="Mount or create the directory, or change exports_dir.")
             exports = []
+        self._trouble = trouble
         for export in exports:
             try:
                 look = spool.look(export, self.settings)
@@ -156,12 +173,17 @@ class Daemon:
                     log.error("cannot read an export", directory=str(export), reason=str(error))
                 continue
             state, finding = spool.state(look, self.settings, now)
+            setback = self._setbacks.get(export)
+            if setback is not None and state == State.QUEUED and now < setback.until:
+                state, finding = State.RETRYING, setback.finding
+                look = replace(look, next_attempt_at=setback.until)
             before = self.table.get(export)
             if before is None or before.state != state:
                 details = {} if finding is None else {"code": finding.code, "reason": finding.message}
                 log.debug("state", export=export.name, state=str(state), **details)
             table[export] = Seen(state, finding, look)
         self.table = table
+        self._setbacks = {export: setback for export, setback in self._setbacks.items() if export in table}
 
     def _start(self, now: float) -> None:
         queued = [export for export, seen in self.table.items() if seen.state == State.QUEUED]
@@ -171,7 +193,11 @@ class Daemon:
             if len(self.runners) >= self.settings.workers:
                 break
             if export not in self.runners:
-                self.runners[export] = Runner(export, self.settings)
+                try:
+                    self.runners[export] = Runner(export, self.settings)
+                except (OSError, MigrationError) as error:
+                    self._set_back(export, f"no runner can be started: {error}", "See what the host is short of.")
+                    continue
                 self.metrics.started.inc()
                 log.info("started", export=export.name, pid=self.runners[export].pid)
 
@@ -209,10 +235,15 @@ class Daemon:
             self._read(runner)
             finished = runner.progress.finished
             if finished is None:
-                how = runner.poll()
                 self.metrics.finished("crashed", None)
-                log.error("the runner died; it is started again later", export=export.name, pid=runner.pid, status=how)
+                how = runner.poll() or 0
+                reason = f"was killed by signal {-how}" if how < 0 else f"ended with status {how} and said nothing"
+                self._set_back(export, f"the runner {reason}", "See the journal of that time, and `journalctl -k`.")
+            elif finished["status"] in ("unclaimed", "unreported"):
+                self.metrics.finished(finished["status"], finished["code"])
+                self._set_back(export, finished["message"], finished["hint"])
             elif finished["status"] not in ("busy", "nothing"):
+                self._setbacks.pop(export, None)
                 self.metrics.finished(finished["status"], finished.get("code"))
                 if finished.get("seconds") is not None:
                     self.metrics.job_seconds.observe(finished["seconds"])
@@ -221,6 +252,13 @@ class Daemon:
             runner.close()
             del self.runners[export]
         return bool(ended)
+
+    def _set_back(self, export: Path, message: str, hint: str) -> None:
+        """Leave an export alone for a while, longer each time."""
+        count = self._setbacks[export].count + 1 if export in self._setbacks else 1
+        delay = self.settings.retry.delay(count)
+        self._setbacks[export] = Setback(count, time.time() + delay, Finding(Code.RUNNER_CRASHED, message, hint))
+        log.error(message, export=export.name, hint=hint, next_attempt_in_seconds=round(delay))
 
     def _tell(self) -> None:
         status = self.status()

@@ -22,6 +22,7 @@ class Code(StrEnum):
     MANIFEST_INVALID = "manifest_invalid"
     MANIFEST_CHANGED = "manifest_changed"
     EXPORT_UNSAFE = "export_unsafe"
+    EXPORT_UNWRITABLE = "export_unwritable"
     DISK_MISSING = "disk_missing"
     DISK_SIZE = "disk_size"
     SOURCE_CHANGED = "source_changed"
@@ -68,6 +69,7 @@ MEANING: dict[Code, Meaning] = {
     Code.MANIFEST_INVALID: Meaning(Outcome.REJECTED, "the manifest is not a valid Artifact Manifest 1.0"),
     Code.MANIFEST_CHANGED: Meaning(Outcome.BLOCKED, "the report beside the manifest belongs to another manifest"),
     Code.EXPORT_UNSAFE: Meaning(Outcome.REJECTED, "the export names a file outside itself, or is a symbolic link"),
+    Code.EXPORT_UNWRITABLE: Meaning(Outcome.RETRY, "the lock and the report cannot be written into the export"),
     Code.DISK_MISSING: Meaning(Outcome.FAILED, "a disk that the manifest names is not in the export"),
     Code.DISK_SIZE: Meaning(Outcome.FAILED, "a disk is shorter than the manifest or its own header says"),
     Code.SOURCE_CHANGED: Meaning(Outcome.FAILED, "a disk changed while it was being migrated"),

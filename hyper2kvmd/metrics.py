@@ -12,7 +12,9 @@ from hyper2kvmd.spool import FINAL, State
 NAMESPACE = "hyper2kvmd"
 # From a second to a day: small disks are common, and so are nights.
 BUCKETS = (1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800, 57600, 86400)
-RESULTS = tuple(sorted({*(str(state) for state in FINAL), "retrying", "interrupted", "crashed", "unreported"}))
+RESULTS = tuple(
+    sorted({*(str(state) for state in FINAL), "retrying", "interrupted", "crashed", "unclaimed", "unreported"})
+)
 
 
 class Metrics:

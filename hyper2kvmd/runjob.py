@@ -67,10 +67,11 @@ def run_job(export: Path, settings: Settings, events_fd: int | None, *, dry_run:
     except (FileNotFoundError, NotADirectoryError):
         print(f"{export}: no such export directory", file=sys.stderr)
         return EXIT_NOT_FOUND
-    except (OSError, MigrationError) as error:
+    except (OSError, MigrationError) as problem:
         # Not ours to write into: there is no report, only this.
-        events.emit("finished", status="failed", code=str(Code.EXPORT_UNSAFE))
-        print(f"{export}: cannot be claimed: {error}", file=sys.stderr)
+        error = problem if isinstance(problem, MigrationError) else _unwritable(export, problem)
+        events.emit("finished", status="unclaimed", **error.finding().as_json())
+        print(error, file=sys.stderr)
         return EXIT_PERMISSION
     tools.claim_fd = claim.lock_fd
     try:
@@ -178,8 +179,9 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
             _write_report(job, manifest, document)
         except OSError as problem:
             # No report, so the job is not over: the next attempt finds in the work directory what is done.
-            log.critical("the report cannot be written", directory=str(claim.directory), reason=str(problem))
-            job.events.emit("finished", status="unreported", seconds=document.seconds)
+            unwritable = _unwritable(claim.directory, problem)
+            job.events.emit("finished", status="unreported", **unwritable.finding().as_json())
+            print(unwritable, file=sys.stderr)
             return EXIT_TEMPORARY
     # What is published without a domain is ours still; the journal in the work directory says so.
     if error is None or not publish.unfinished(job):
@@ -214,6 +216,15 @@ def _write_report(job: Job, manifest: Manifest | None, document: report.Report) 
                 job.claim.fd, name, document.model_dump_json(indent=2).encode() + b"\n", document.attempts
             )
     job.claim.finish(document)
+
+
+def _unwritable(export: Path, error: OSError) -> MigrationError:
+    return MigrationError(
+        Code.EXPORT_UNWRITABLE,
+        f"{export}: the lock and the report cannot be written there: {error.strerror}",
+        "Give the user of the service write access (run it as the exporter's user with User= in a drop-in,"
+        " or set an ACL), or free some space; it is tried again by itself.",
+    )
 
 
 def _from_os(error: OSError) -> MigrationError:

@@ -219,6 +219,8 @@ def claim(directory: Path) -> Claim:
         status = os.fstat(lock_fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_uid not in (0, os.geteuid()):
             raise _unsafe_lock(directory)
+        if status.st_uid == os.geteuid():
+            os.fchmod(lock_fd, 0o640)  # whatever the umask: the group may look at who holds the claim
         deadline = time.monotonic() + CLAIM_PATIENCE_SECONDS
         while True:
             try:
@@ -299,6 +301,7 @@ def write_durably(dir_fd: int, name: str, data: bytes, attempt: int) -> None:
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=dir_fd)
     try:
         try:
+            os.fchmod(fd, 0o644)  # whatever the umask: reports are for reading
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
@@ -341,8 +344,9 @@ def _remove_leftovers(dir_fd: int) -> None:
 def _probe_lock(dir_fd: int) -> tuple[bool, int, float]:
     """Whether the claim is held; and if not, how many attempts in a row died and when the last one began."""
     try:
-        # For writing: over NFS a lock needs it.
-        fd = os.open(LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)
+        fd = os.open(LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)
+    except PermissionError:
+        raise  # who may not look cannot know, and must not be told "free"
     except OSError:
         return False, 0, 0.0
     try:

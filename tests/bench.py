@@ -71,6 +71,8 @@ def migration(scratch: Path) -> None:
     branch = timed("--stages", "inspect,fix")
     whole = timed()
     stages = {stage["name"]: stage["seconds"] for stage in report_of(dropped)["stages"]}
+    print(f"whole {whole:.1f} s ({json.dumps(stages)}), INSPECT and FIX alone {branch:.1f} s")
+    figure("whole migration / slowest branch alone", whole / branch, "", "≤ 1.15")
     started = time.monotonic()
     subprocess.run(
         ["virt-v2v", "-i", "disk", disk, "-o", "local", "-os", scratch / "images", "-of", "qcow2", "-on", "v2v"],
@@ -80,8 +82,7 @@ def migration(scratch: Path) -> None:
         check=True,
     )
     v2v = time.monotonic() - started
-    print(f"whole {whole:.1f} s ({json.dumps(stages)}), INSPECT and FIX alone {branch:.1f} s, virt-v2v {v2v:.1f} s")
-    figure("whole migration / slowest branch alone", whole / branch, "", "≤ 1.15")
+    print(f"virt-v2v {v2v:.1f} s")
     figure("whole migration / virt-v2v -i disk", whole / v2v, "", "≤ 0.6")
 
 

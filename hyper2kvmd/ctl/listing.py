@@ -44,7 +44,10 @@ def list_exports(options: argparse.Namespace, config: Settings) -> int:
     try:
         rows = [_describe(export, config) for export in spool.exports(config)]
     except OSError as error:
-        print(f"hyper2kvmctl: {config.exports_dir}: {error.strerror}; see exports_dir in the settings", file=sys.stderr)
+        print(
+            f"hyper2kvmctl: {config.exports_dir}: {error.strerror}; check exports_dir and your permissions",
+            file=sys.stderr,
+        )
         return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_PERMISSION
     if options.json:
         print_json([{"export": str(export), "state": state, **_reason(finding)} for export, state, finding in rows])
@@ -67,7 +70,11 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
             file=sys.stderr,
         )
         return EXIT_NOT_FOUND
-    _, state, finding = _describe(export, config)
+    try:
+        _, state, finding = _describe(export, config)
+    except OSError as error:
+        print(f"hyper2kvmctl: {export}: {error.strerror}; run as root or as a member of its group", file=sys.stderr)
+        return EXIT_PERMISSION
     document = spool.read_report(export)
     holder = spool.holder(export)
     if options.json:

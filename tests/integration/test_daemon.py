@@ -194,6 +194,36 @@ def test_a_manifest_that_is_being_written_is_waited_for_and_one_that_stays_cut_i
     assert ("rejected", "manifest_unreadable") == (document["status"], document["error"]["code"])
 
 
+def test_an_export_that_cannot_be_written_to_is_tried_again_slowly_and_named(
+    scratch: Settings, make_export: MakeExport
+) -> None:
+    """A runner that leaves nothing on disk must not be started again at once, for ever."""
+    planted = make_export("planted")
+    (planted / ".hyper2kvmd.lock").symlink_to("/dev/null")
+    good = make_export("good")
+    with daemon(scratch) as process:
+        wait_until(lambda: done(good))
+        time.sleep(5)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert 1 == sum("started" in line and "export=planted" in line for line in output.splitlines()), output
+    assert "next_attempt_in_seconds=60" in output
+    assert "not a plain file" in output
+
+
+def test_a_runner_that_dies_at_once_is_not_started_again_at_once(
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None]
+) -> None:
+    make_export()
+    fake("setpriv", "kill -SYS $$\n")
+    with daemon(scratch) as process:
+        time.sleep(5)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert 1 == sum("started" in line and "export=web01" in line for line in output.splitlines()), output
+    assert "was killed by signal 31" in output
+
+
 def test_once_works_off_what_is_there_and_says_how_it_went(scratch: Settings, make_export: MakeExport) -> None:
     exports = [make_export(f"vm{n}") for n in range(5)]
     with daemon(scratch, "--once") as process:
