@@ -23,7 +23,7 @@ venv: .venv/.stamp ## make .venv and install the project into it
 
 # The distribution's interpreter and its packages: guestfs and libvirt exist for no other.
 .venv/.stamp: pyproject.toml
-	@/usr/bin/python3 -m venv --system-site-packages .venv && $(PYTHON) -m pip install -q --disable-pip-version-check -e '.[dev]' \
+	@/usr/bin/python3 -m venv --system-site-packages .venv && $(PYTHON) -m pip install -qq --disable-pip-version-check -e '.[dev]' \
 		|| { echo "The virtual environment could not be made. Run 'make deps' first: it installs what pip cannot." >&2; exit 1; }
 	@touch $@
 

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job.add_argument("--events-fd", type=int, metavar="N", help="write events as JSON lines to this descriptor")
     job.add_argument("--dry-run", action="store_true", help="inspect and fix on throw-away overlays, change nothing")
     job.add_argument("--stages", metavar="A,B", help="run only these of inspect, fix, convert, validate, import")
+    job.add_argument("--if-ready", action="store_true", help="do nothing while the export is being written")
     check = commands.add_parser("check-config", help="check the settings and print them")
     for command in (run, job, check):
         add_settings_options(command)
@@ -43,7 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported here: the daemon stays small, and the runner is where the big libraries are.
         from hyper2kvmd.runjob import run_job
 
-        return run_job(options.export, config, options.events_fd, dry_run=options.dry_run, stages=options.stages)
+        return run_job(
+            options.export,
+            config,
+            options.events_fd,
+            dry_run=options.dry_run,
+            stages=options.stages,
+            if_ready=options.if_ready,
+        )
     return _run(options, config)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from hyper2kvmd import spool
+from hyper2kvmd import journal, spool
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.notify import Notifier
@@ -194,7 +194,7 @@ class Daemon:
                 break
             if export not in self.runners:
                 try:
-                    self.runners[export] = Runner(export, self.settings)
+                    self.runners[export] = Runner(export, self.settings, ["--if-ready"])
                 except (OSError, MigrationError) as error:
                     self._set_back(export, f"no runner can be started: {error}", "See what the host is short of.")
                     continue
@@ -278,6 +278,7 @@ class Daemon:
         self.settings = settings
         self._watch = Watch(settings.exports_dir, settings.watch.mode, self.wake)
         self.metrics.workers.set(settings.workers)
+        journal.configure(settings.log.level)
         log.info("configuration reloaded", workers=settings.workers)
 
     def _stop(self) -> None:

@@ -47,8 +47,13 @@ EXIT_OF = {
 }
 
 
-def run_job(export: Path, settings: Settings, events_fd: int | None, *, dry_run: bool, stages: str | None) -> int:
-    """Migrate one export and return the exit status. Whatever happens to the job, its report is written."""
+def run_job(
+    export: Path, settings: Settings, events_fd: int | None, *, dry_run: bool, stages: str | None, if_ready: bool
+) -> int:
+    """Migrate one export and return the exit status. Whatever happens to the job, its report is written.
+
+    if_ready: do nothing unless the export is queued, as the daemon saw it; a person's word goes at any time.
+    """
     only = None if stages is None else frozenset(stages.split(","))
     if only is not None and (unknown := only - set(STAGE_NAMES)):
         print(f"--stages: {', '.join(sorted(unknown))}: choose from {', '.join(STAGE_NAMES)}", file=sys.stderr)
@@ -75,7 +80,7 @@ def run_job(export: Path, settings: Settings, events_fd: int | None, *, dry_run:
         return EXIT_PERMISSION
     tools.claim_fd = claim.lock_fd
     try:
-        return _run_claimed(claim, settings, tools, events, only, dry_run)
+        return _run_claimed(claim, settings, tools, events, only, dry_run, if_ready)
     finally:
         claim.close()
 
@@ -86,12 +91,22 @@ def job_id(export: Path, digest: str) -> str:
 
 
 def _run_claimed(
-    claim: spool.Claim, settings: Settings, tools: Tools, events: Emitter, only: frozenset[str] | None, dry_run: bool
+    claim: spool.Claim,
+    settings: Settings,
+    tools: Tools,
+    events: Emitter,
+    only: frozenset[str] | None,
+    dry_run: bool,
+    if_ready: bool,
 ) -> int:
     began = time.time()
     # What the daemon saw may be over since: only what is found under the claim counts.
     look = replace(spool.look(claim.directory, settings), held=False)
     state, finding = spool.state(look, settings, began)
+    if if_ready and state in (spool.State.INCOMPLETE, spool.State.WAITING):
+        claim.interrupted()  # written to since it was seen
+        events.emit("finished", status="nothing")
+        return EXIT_TEMPORARY
     if state in spool.FINAL and not dry_run:
         claim.interrupted()
         # What a runner that died right after its report could not remove any more.
@@ -115,6 +130,8 @@ def _run_claimed(
             )
         name, data = spool.read_manifest(claim.fd, claim.directory, settings.manifest_names)
         manifest = parse(data, name)
+        if manifest.sha256 != look.manifest_sha256:  # replaced just now; the next look begins anew
+            raise Cancelled
         structlog.contextvars.bind_contextvars(vm=manifest.vm_name)
         migrate(job, manifest)
     except Cancelled:
@@ -139,9 +156,9 @@ def _run_claimed(
 def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: float, error: MigrationError | None) -> int:
     """Write the report and say how the job ended."""
     claim, settings = job.claim, job.settings
-    outcome = _outcome(error, claim.attempt, settings)
+    outcome = _outcome(error, claim.retries + 1, settings)
     now = time.time()
-    due = now + settings.retry.delay(claim.attempt) * random.uniform(1, 1.25) if outcome == Outcome.RETRY else None
+    due = now + settings.retry.delay(claim.retries + 1) * random.uniform(1, 1.25) if outcome == Outcome.RETRY else None
     problems = finding_records(error.problems if isinstance(error, ManifestError) else ())
     dry_run = job.dry_run or (manifest is not None and manifest.options.dry_run)
     document = report.Report(
@@ -196,10 +213,10 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
     return EXIT_OF[outcome]
 
 
-def _outcome(error: MigrationError | None, attempt: int, settings: Settings) -> str:
+def _outcome(error: MigrationError | None, tries: int, settings: Settings) -> str:
     if error is None:
         return "succeeded"
-    if error.outcome == Outcome.RETRY and attempt >= settings.retry.max_attempts:
+    if error.outcome == Outcome.RETRY and tries >= settings.retry.max_attempts:
         return str(Outcome.FAILED)
     return str(error.outcome)
 

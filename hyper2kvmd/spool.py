@@ -121,7 +121,7 @@ def look(directory: Path, settings: Settings) -> Look:
         found = Look(name, digest, problem, False, (), newest, held, crashes, began_at)
         if report is not None:
             return _look_report(found, report)
-        if data is None or held:
+        if data is None:
             return found
         paths, problem = _disk_paths(data, name)
         missing, newest = _look_disks(fd, paths, newest)
@@ -152,15 +152,17 @@ class Busy(Exception):
 class Claim:
     """One export held by this process, until it and every tool that it handed the lock to are gone.
 
-    `attempt` is the fencing number: whoever has the highest one owns the export.
+    `attempt` is the fencing number: whoever has the highest one owns the export. `crashes` is how many attempts in
+    a row died, `retries` how many in a row ended for a passing cause; one that was stopped on purpose is neither.
     """
 
-    def __init__(self, directory: Path, fd: int, lock_fd: int, attempt: int, crashes: int) -> None:
+    def __init__(self, directory: Path, fd: int, lock_fd: int, attempt: int, crashes: int, retries: int) -> None:
         self.directory = directory
         self.fd = fd
         self.lock_fd = lock_fd
         self.attempt = attempt
         self.crashes = crashes
+        self.retries = retries
 
     def check(self) -> None:
         """Raise MigrationError (claim_lost) unless the claim is still ours. Comes before what cannot be undone."""
@@ -186,14 +188,14 @@ class Claim:
         """Write the report durably: it is complete under its name, or it is not there. Then the job is over."""
         self.check()
         write_durably(self.fd, REPORT, report.model_dump_json(indent=2).encode() + b"\n", self.attempt)
-        self._end("reported")
+        self._end("reported", self.retries + 1 if report.status == "retrying" else 0)
 
     def interrupted(self) -> None:
         """Note that the job was stopped on purpose, so that this attempt does not count as a crash."""
-        self._end("interrupted")
+        self._end("interrupted", self.retries)
 
-    def _end(self, how: str) -> None:
-        _write_lock(self.lock_fd, {**_read_lock(self.lock_fd), "ended": how, "crashes": 0})
+    def _end(self, how: str, retries: int) -> None:
+        _write_lock(self.lock_fd, {**_read_lock(self.lock_fd), "ended": how, "crashes": 0, "retries": retries})
 
     def close(self) -> None:
         """Give the export up."""
@@ -234,11 +236,13 @@ def claim(directory: Path) -> Claim:
         crashed = bool(before.get("attempt")) and before.get("ended") is None
         attempt = int(before.get("attempt", 0)) + 1
         crashes = int(before.get("crashes", 0)) + crashed
+        retries = int(before.get("retries", 0))
         _write_lock(
             lock_fd,
             {
                 "attempt": attempt,
                 "crashes": crashes,
+                "retries": retries,
                 "ended": None,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
@@ -247,7 +251,7 @@ def claim(directory: Path) -> Claim:
         )
         os.fsync(fd)
         _remove_leftovers(fd)
-        return Claim(directory, fd, lock_fd, attempt, crashes)
+        return Claim(directory, fd, lock_fd, attempt, crashes, retries)
     except BaseException:
         os.close(lock_fd)
         os.close(fd)

@@ -71,7 +71,10 @@ def migrate(options: argparse.Namespace, config: Settings) -> int:
             print_json(document)
     elif document is not None:
         print_report(console, document)
-    return status if status >= 0 else 128 - status
+    if status < 0:
+        print(f"hyper2kvmctl: the job was killed by signal {-status}; nothing was published", file=sys.stderr)
+        return 128 - status
+    return status
 
 
 def _follow(runner: Runner, console: Console) -> int:

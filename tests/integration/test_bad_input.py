@@ -265,6 +265,24 @@ def test_too_little_space_is_found_before_the_copy(small_output: Settings, make_
     assert "convert" not in [stage["name"] for stage in document["stages"]]
 
 
+def test_a_cause_that_does_not_pass_is_a_failure_in_the_end(small_output: Settings, make_export: MakeExport) -> None:
+    settings = Settings.model_validate({**small_output.model_dump(by_alias=True), "retry": {"max_attempts": 2}})
+    export = make_export(size=32 << 20)
+    assert 75 == run_job(export, settings).returncode
+    assert 1 == run_job(export, settings).returncode
+    document = report_of(export)
+    assert ("failed", "no_space", None) == (document["status"], document["error"]["code"], document["next_attempt_at"])
+
+
+def test_a_runner_of_the_daemon_leaves_an_export_alone_that_is_being_written_again(
+    scratch: Settings, make_export: MakeExport
+) -> None:
+    export = make_export()
+    (export / "manifest.json").write_text("{")
+    assert 75 == run_job(export, scratch, "--if-ready").returncode
+    assert not (export / "migration-report.json").exists()
+
+
 def test_an_output_that_fills_up_during_the_copy_leaves_nothing_and_is_tried_again(
     small_output: Settings, make_export: MakeExport, fake: Callable[[str, str], None]
 ) -> None:

@@ -213,6 +213,21 @@ def test_the_kernel_frees_the_claim_of_a_killed_process_and_the_death_is_counted
     assert 0 == spool.look(export, Settings()).crashes, "an attempt that was stopped on purpose is no crash"
 
 
+def test_only_failures_count_as_retries(make_export: MakeExport) -> None:
+    export = make_export()
+    for status, expected in ((None, 0), (None, 0), ("retrying", 0), (None, 1), ("retrying", 1), ("succeeded", 2)):
+        claim = spool.claim(export)
+        assert expected == claim.retries
+        if status is None:
+            claim.interrupted()
+        else:
+            claim.finish(report(status))
+        claim.close()
+    claim = spool.claim(export)
+    assert (7, 0) == (claim.attempt, claim.retries)
+    claim.close()
+
+
 def test_a_claim_notices_that_it_was_lost(make_export: MakeExport) -> None:
     export = make_export()
     claim = spool.claim(export)
