@@ -59,6 +59,7 @@ class Daemon:
         # The one thing that is not on disk, because it is about exports that we cannot write to.
         self._setbacks: dict[Path, Setback] = {}
         self._trouble = ""
+        self._ignored: set[str] = set()
         self._load = load
         self._notifier = Notifier()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -155,7 +156,10 @@ class Daemon:
     def _scan(self, now: float) -> None:
         table: dict[Path, Seen] = {}
         try:
-            exports = list(spool.exports(self.settings))
+            exports, ignored = spool.exports(self.settings)
+            for name in sorted(set(ignored) - self._ignored):
+                log.warning("ignored: the name has control characters", directory=ascii(name), hint="Rename it.")
+            self._ignored = set(ignored)
             trouble = ""
         except OSError as error:
             self.metrics.scan_errors.inc()

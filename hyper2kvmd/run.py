@@ -105,7 +105,10 @@ class Tools:
                         f"{shlex.join(command)} did not end within {timeout:g} s",
                         "Look at the host's load and storage; run the command by hand to see where it hangs.",
                     )
-                for key, _ in selector.select(timeout=0.2):
+                ready = selector.select(timeout=0.2)
+                if not ready and process.poll() is not None:
+                    break  # a child of the tool that outlives it holds the pipes; what it says is of no interest
+                for key, _ in ready:
                     data = os.read(key.fd, 65536)
                     if not data:
                         selector.unregister(key.fileobj)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -86,8 +87,9 @@ def run_job(
 
 
 def job_id(export: Path, digest: str) -> str:
-    """The identifier of the job: the export's name, and a hash over that and its manifest's digest."""
-    return f"{export.name[:40]}-{hashlib.sha256(f'{export.name}/{digest}'.encode()).hexdigest()[:8]}"
+    """The identifier of the job, safe as a file name: the export's name, and a hash over that and its manifest."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", export.name)[:40]
+    return f"{name}-{hashlib.sha256(f'{export.name}/{digest}'.encode()).hexdigest()[:8]}"
 
 
 def _run_claimed(

@@ -13,7 +13,6 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -27,7 +26,6 @@ from hyper2kvmd.settings import Settings
 
 LOCK = ".hyper2kvmd.lock"
 REPORT = "migration-report.json"
-EXPORT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 # A look at the lock takes it for an instant; a claimer that meets it there tries again for this long.
 CLAIM_PATIENCE_SECONDS = 0.5
 
@@ -135,14 +133,17 @@ def look(directory: Path, settings: Settings) -> Look:
         os.close(fd)
 
 
-def exports(settings: Settings) -> Iterator[Path]:
-    """The export directories, in order of name. Raise OSError if the exports directory cannot be read."""
+def exports(settings: Settings) -> tuple[list[Path], list[str]]:
+    """The export directories in order of name, and the names of directories that cannot be exports.
+
+    Hidden directories and symbolic links are neither. Raise OSError if the exports directory cannot be read.
+    """
     with os.scandir(settings.exports_dir) as entries:
-        names = [
-            entry.name for entry in entries if EXPORT_NAME.match(entry.name) and entry.is_dir(follow_symlinks=False)
-        ]
-    for name in sorted(names):
-        yield settings.exports_dir / name
+        names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+    names = [name for name in names if not name.startswith(".")]
+    # A name with control characters, or that is no text, could forge lines wherever it is shown.
+    good = [name for name in names if name.isprintable()]
+    return [settings.exports_dir / name for name in good], [name for name in names if not name.isprintable()]
 
 
 class Busy(Exception):

@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 def list_exports(options: argparse.Namespace, config: Settings) -> int:
     """Print a table of all exports."""
     try:
-        rows = [_describe(export, config) for export in spool.exports(config)]
+        rows = [_describe(export, config) for export in spool.exports(config)[0]]
     except OSError as error:
         print(
             f"hyper2kvmctl: {config.exports_dir}: {error.strerror}; check exports_dir and your permissions",
@@ -97,9 +97,10 @@ def find(name: str, config: Settings) -> Path | None:
     """The export that a person means: a directory, its name below the exports directory, or a VM's name."""
     if "/" in name or Path(name).is_dir():
         return Path(name).resolve() if Path(name).is_dir() else None
-    if spool.EXPORT_NAME.match(name) and (config.exports_dir / name).is_dir():
-        return config.exports_dir / name
-    for export in spool.exports(config):
+    for export in (exports := spool.exports(config)[0]):
+        if export.name == name:
+            return export
+    for export in exports:
         report = spool.read_report(export)
         if report and report.get("vm_name") == name:
             return export

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.events import Event
@@ -82,7 +82,7 @@ def _follow(runner: Runner, console: Console) -> int:
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -100,8 +100,7 @@ def _follow(runner: Runner, console: Console) -> int:
 def _show(event: Event, runner: Runner, bars: Progress, tasks: dict[str, Any]) -> None:
     data = event.data
     if event.kind == "warning":
-        hint = f" ({data['hint']})" if data["hint"] else ""
-        bars.console.print(f"warning: {data['message']}{hint}", style="yellow", markup=False, highlight=False)
+        bars.console.print(f"warning: {data['message']}", style="yellow", markup=False, highlight=False)
     if event.kind == "progress":
         stage = data["stage"]
         ratios = [ratio for (of, _), ratio in runner.progress.ratios.items() if of == stage]

@@ -224,6 +224,16 @@ def test_a_runner_that_dies_at_once_is_not_started_again_at_once(
     assert "was killed by signal 31" in output
 
 
+def test_directories_with_unusual_names_are_migrated_too(scratch: Settings, make_export: MakeExport) -> None:
+    exports = [make_export(name) for name in ("Büro Server, alt", "-n", "a,file.filename=x", "%s [x] *")]
+    with daemon(scratch, "--once") as process:
+        output, _ = process.communicate(timeout=120)
+    assert 0 == process.returncode, output
+    assert ["succeeded"] * 4 == [report_of(export)["status"] for export in exports]
+    assert 4 == len(list(scratch.output_dir.iterdir()))
+    assert [] == list(scratch.work_dir.iterdir())
+
+
 def test_once_works_off_what_is_there_and_says_how_it_went(scratch: Settings, make_export: MakeExport) -> None:
     exports = [make_export(f"vm{n}") for n in range(5)]
     with daemon(scratch, "--once") as process:

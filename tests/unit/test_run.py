@@ -62,6 +62,12 @@ def test_a_tool_that_writes_more_than_a_pipe_holds_is_not_blocked() -> None:
     assert len(done.stdout) == 1_000_000
 
 
+def test_a_child_that_outlives_its_tool_holds_nobody_up() -> None:
+    started = time.monotonic()
+    assert "out\n" == Tools().run("sh", "-c", "echo out; sleep 5 &").stdout
+    assert time.monotonic() - started < 4
+
+
 def test_the_environment_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", "/run/x")
     monkeypatch.setenv("SECRET", "x")

@@ -152,12 +152,14 @@ def test_a_disk_that_was_just_written_is_waited_for(make_export: MakeExport, scr
     assert State.QUEUED == spool.state(spool.look(export, patient), patient, time.time())[0]
 
 
-def test_names_that_are_not_exports_are_left_alone(scratch: Settings) -> None:
-    for name in (".hidden", "-n", "a b", "a\nb", "ok"):
+def test_names_that_could_forge_lines_are_told_apart_and_the_rest_are_exports(scratch: Settings) -> None:
+    for name in (".hidden", "-n", "a b", "a\nb", "ok", "Büro 日本", "x\x1b[2J"):
         (scratch.exports_dir / name).mkdir()
     (scratch.exports_dir / "link").symlink_to(scratch.work_dir)
     (scratch.exports_dir / "file").touch()
-    assert ["ok"] == [path.name for path in spool.exports(scratch)]
+    exports, ignored = spool.exports(scratch)
+    assert ["-n", "Büro 日本", "a b", "ok"] == [path.name for path in exports]
+    assert ["a\nb", "x\x1b[2J"] == ignored
 
 
 def test_one_of_two_claims_wins(make_export: MakeExport) -> None:
