@@ -61,12 +61,14 @@ class Fix(Section):
     """What happens to guests that cannot be fixed."""
 
     allow_unsupported: bool = False
+    luks_keys: dict[str, Path] = Field(default_factory=dict, max_length=0)  # reserved: refused, not ignored
 
 
 class Validate(Section):
     """How the result is checked beyond `qemu-img check`."""
 
     compare: bool = False
+    test_boot: Literal[False] = False  # reserved: refused, not ignored
 
 
 class Retry(Section):

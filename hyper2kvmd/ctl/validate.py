@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command to the parser."""
     parser = commands.add_parser("validate", help="check a manifest and its disks, changing nothing")
     parser.add_argument("manifest", type=Path)
-    parser.add_argument("--strict", action="store_true", help="compute the checksums; warnings count as errors")
+    parser.add_argument("--strict", action="store_true", help="compute the checksums too, which reads every disk")
     parser.set_defaults(run=validate)
     return [parser]
 
@@ -63,8 +63,6 @@ def validate(options: argparse.Namespace, config: Settings) -> int:
                 except MigrationError as error:
                     errors.append(error.finding())
     if errors and status == EXIT_DONE:
-        status = EXIT_FAILED
-    if options.strict and warnings and status == EXIT_DONE:
         status = EXIT_FAILED
     if options.json:
         print_json(
