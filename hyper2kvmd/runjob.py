@@ -227,10 +227,10 @@ def _write_report(job: Job, manifest: Manifest | None, document: report.Report) 
     """Write the report, and the copy that the manifest asks for."""
     if manifest is not None and manifest.options.report_path:
         name = manifest.options.report_path
-        taken = {*job.settings.manifest_names, *(Path(disk.path).name for disk in manifest.disks), spool.REPORT}
-        if name in taken or name.startswith("."):
+        there = spool.read_report(job.claim.directory, name)
+        if name.startswith(".") or (there is not None and "schema_version" not in there):
             log.warning("no extra copy of the report: the manifest gives it the name of another file", name=name)
-        else:
+        elif name != spool.REPORT:
             spool.write_durably(
                 job.claim.fd, name, document.model_dump_json(indent=2).encode() + b"\n", document.attempts
             )

@@ -26,6 +26,7 @@ from hyper2kvmd.settings import Settings
 
 LOCK = ".hyper2kvmd.lock"
 REPORT = "migration-report.json"
+REPORT_LIMIT = 8 << 20  # ours are far smaller; what an exporter puts there may be anything
 # A look at the lock takes it for an instant; a claimer that meets it there tries again for this long.
 CLAIM_PATIENCE_SECONDS = 0.5
 
@@ -234,10 +235,8 @@ def claim(directory: Path) -> Claim:
                     raise Busy(str(directory)) from None
                 time.sleep(0.02)
         before = _read_lock(lock_fd)
-        crashed = bool(before.get("attempt")) and before.get("ended") is None
-        attempt = int(before.get("attempt", 0)) + 1
-        crashes = int(before.get("crashes", 0)) + crashed
-        retries = int(before.get("retries", 0))
+        attempt, retries = _number(before, "attempt") + 1, _number(before, "retries")
+        crashes = _crashes(before)
         _write_lock(
             lock_fd,
             {
@@ -288,11 +287,11 @@ def read_manifest(dir_fd: int, directory: Path, names: tuple[str, ...]) -> tuple
     return name, data
 
 
-def read_report(directory: Path) -> dict[str, Any] | None:
-    """The report of an export as plain data, or None if there is none."""
+def read_report(directory: Path, name: str = REPORT) -> dict[str, Any] | None:
+    """The report of an export as plain data; None if there is none, {} if the file is something else."""
     fd = open_directory(directory)
     try:
-        return _read_report(fd)
+        return _read_report(fd, name)
     finally:
         os.close(fd)
 
@@ -359,9 +358,7 @@ def _probe_lock(dir_fd: int) -> tuple[bool, int, float]:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True, 0, 0.0
-        content = _read_lock(fd)
-        crashed = bool(content.get("attempt")) and content.get("ended") is None
-        return False, int(content.get("crashes", 0)) + crashed, os.fstat(fd).st_mtime
+        return False, _crashes(_read_lock(fd)), os.fstat(fd).st_mtime
     finally:
         os.close(fd)
 
@@ -371,10 +368,21 @@ def _read_lock(fd: int) -> dict[str, Any]:
     data = os.pread(fd, 4096, 0)
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         match = re.match(rb'\{"attempt": (\d+),', data)
         return {"attempt": int(match[1])} if match else {}
     return content if isinstance(content, dict) else {}
+
+
+def _number(content: dict[str, Any], key: str) -> int:
+    """A count in the lock file; 0 for what is none, as the file may have been planted."""
+    value = content.get(key)
+    return value if isinstance(value, int) and 0 <= value < 1 << 53 else 0
+
+
+def _crashes(content: dict[str, Any]) -> int:
+    """How many attempts in a row died, the last one included if it did not say how it ended."""
+    return _number(content, "crashes") + (bool(content.get("attempt")) and content.get("ended") is None)
 
 
 def _write_lock(fd: int, content: dict[str, Any]) -> None:
@@ -458,18 +466,19 @@ def _look_disks(dir_fd: int, paths: tuple[str, ...], newest: float) -> tuple[tup
     return tuple(missing), newest
 
 
-def _read_report(dir_fd: int) -> dict[str, Any] | None:
+def _read_report(dir_fd: int, name: str = REPORT) -> dict[str, Any] | None:
     """The report as plain data; {} for a file that is not a report, which still means that nothing must be done."""
     try:
-        fd = os.open(REPORT, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     except FileNotFoundError:
         return None
     except OSError:
         return {}
     with open(fd, "rb") as file:
         try:
-            content = json.load(file)
-        except (ValueError, OSError):
+            data = file.read(REPORT_LIMIT + 1)
+            content = json.loads(data) if len(data) <= REPORT_LIMIT else {}
+        except (ValueError, OSError, RecursionError):
             return {}
     return content if isinstance(content, dict) else {}
 
@@ -485,10 +494,10 @@ def _look_report(found: Look, report: dict[str, Any]) -> Look:
         )
     elif isinstance(error := report.get("error"), dict):
         code, message, hint = (str(error.get(key, "")) for key in ("code", "message", "hint"))
-        finding = Finding(code, message, hint, error.get("field"))
+        finding = Finding(code, message, hint, str(error["field"]) if error.get("field") else None)
     try:
         due = datetime.fromisoformat(str(report.get("next_attempt_at"))).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         due = None
     manifest = report.get("manifest")
     return replace(

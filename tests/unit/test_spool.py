@@ -134,6 +134,30 @@ def test_something_else_under_the_reports_name_is_never_overwritten(make_export:
     assert State.BLOCKED == spool.state(spool.look(export, scratch), scratch, time.time())[0]
 
 
+@pytest.mark.parametrize("name", [spool.LOCK, spool.REPORT])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"attempt": "x", "crashes": [], "status": [], "next_attempt_at": 5, "error": 7, "manifest": "m"}',
+        '{"attempt": 1e999, "crashes": -1, "status": {"a": 1}, "next_attempt_at": "0001-01-01T00:00:00"}',
+        '{"status": "failed", "error": {"code": 3, "field": ["x"]}, "next_attempt_at": "x", "attempt": true}',
+        "[" * 4000,
+        "\x00" * 4000,
+        "",
+    ],
+)
+def test_whatever_somebody_planted_a_look_and_a_claim_survive(
+    make_export: MakeExport, scratch: Settings, name: str, content: str
+) -> None:
+    export = make_export()
+    (export / name).write_text(content)
+    spool.state(spool.look(export, scratch), scratch, time.time())
+    claim = spool.claim(export)
+    claim.check()
+    claim.interrupted()
+    claim.close()
+
+
 def test_a_missing_disk_is_waited_for(make_export: MakeExport, scratch: Settings) -> None:
     export = make_export()
     (export / "web01-disk-0.raw").unlink()
