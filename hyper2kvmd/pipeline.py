@@ -134,7 +134,7 @@ def _guest(job: Job, plan: Plan) -> None:
             try:
                 inspection = inspect(session)
             except MigrationError as error:
-                if not _tolerated(job, error):
+                if not _tolerated(job, plan, error):
                     raise
                 return
             _inspected(job, plan, inspection)
@@ -151,7 +151,7 @@ def _guest(job: Job, plan: Plan) -> None:
             try:
                 result = fix(session, inspection, wanted)
             except MigrationError as error:
-                if not _tolerated(job, error):
+                if not _tolerated(job, plan, error):
                     raise
                 return
             for finding in result.warnings:
@@ -165,13 +165,17 @@ def _guest(job: Job, plan: Plan) -> None:
             stack.close()  # what the appliance could not write is an error of this stage
 
 
-def _tolerated(job: Job, error: MigrationError) -> bool:
-    """Whether a guest that cannot be fixed is converted all the same; then it gets hardware that every guest knows."""
-    if not job.settings.fix.allow_unsupported or error.code not in (Code.OS_UNKNOWN, Code.OS_UNSUPPORTED):
-        return False
-    job.warn(Finding(error.code, f"{error.message}; converted as it is, with SATA and e1000e", error.hint))
-    job.record.results["fix"] = {"drivers_injected": [], "boot_updated": False, "proofs": [], "compatible": True}
-    return True
+def _tolerated(job: Job, plan: Plan, error: MigrationError) -> bool:
+    """Whether a guest that cannot be looked into, or cannot be fixed, is converted all the same."""
+    if not plan.fix and error.code in (Code.OS_UNKNOWN, Code.GUEST_ENCRYPTED, Code.GUEST_DIRTY):
+        # Who turned FIX off says that the guest is ready as it is.
+        job.warn(Finding(error.code, error.message, "FIX is off, so the disks were converted as they are."))
+        return True
+    if job.settings.fix.allow_unsupported and error.code in (Code.OS_UNKNOWN, Code.OS_UNSUPPORTED):
+        job.warn(Finding(error.code, f"{error.message}; converted as it is, with SATA and e1000e", error.hint))
+        job.record.results["fix"] = {"drivers_injected": [], "boot_updated": False, "proofs": [], "compatible": True}
+        return True
+    return False
 
 
 def _inspected(job: Job, plan: Plan, inspection: Inspection) -> None:

@@ -147,3 +147,28 @@ def test_tags_reach_the_report(scratch: Settings, make_export: MakeExport) -> No
     export = make_export(metadata={"tags": ["production", "database"]})
     run_job(export, scratch)
     assert {"production": "", "database": ""} == report_of(export)["tags"]
+
+
+def test_a_guest_that_nobody_knows_is_converted_as_it_is_when_fix_is_off(
+    scratch: Settings, make_export: MakeExport
+) -> None:
+    export = make_export(
+        pipeline={"inspect": {"enabled": True}, "fix": {"enabled": False}, "convert": {"enabled": True}}
+    )
+    assert 0 == run_job(export, scratch).returncode
+    document = report_of(export)
+    assert "os_unknown" in [warning["code"] for warning in document["warnings"]]
+    assert same(export / "web01-disk-0.raw", scratch.output_dir / "web01-disk-0.qcow2", "qcow2")
+
+
+def test_a_guest_that_cannot_be_fixed_gets_hardware_that_every_guest_knows_if_the_settings_allow_it(
+    scratch: Settings, make_export: MakeExport
+) -> None:
+    settings = Settings.model_validate({**scratch.model_dump(by_alias=True), "fix": {"allow_unsupported": True}})
+    export = make_export(
+        pipeline={"inspect": {"enabled": True}, "fix": {"enabled": True}, "convert": {"enabled": True}}
+    )
+    assert 0 == run_job(export, settings).returncode
+    document = report_of(export)
+    assert document["results"]["fix"]["compatible"]
+    assert same(export / "web01-disk-0.raw", scratch.output_dir / "web01-disk-0.qcow2", "qcow2")
