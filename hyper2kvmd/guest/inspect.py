@@ -232,8 +232,8 @@ def _default_subvolume(g: Any, device: str) -> str:
 
 def _mount(g: Any, root: str, warnings: list[Finding]) -> dict[str, str]:
     """Mount the system by its own fstab, shortest mount point first."""
-    points: dict[str, str] = g.inspect_get_mountpoints(root) or {"/": root}
-    points.setdefault("/", root)
+    points: dict[str, str] = g.inspect_get_mountpoints(root)
+    points["/"] = root  # found by looking; the name in fstab may be one that only the old controller gave
     mounted: dict[str, str] = {}
     for point in sorted(points, key=len):
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hyper2kvmd import accel
-from hyper2kvmd.errors import Cancelled, Code, MigrationError
+from hyper2kvmd.errors import Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.guest.fix import FixOptions, FixResult, fix
 from hyper2kvmd.guest.inspect import Inspection, inspect
 from hyper2kvmd.guest.session import open_guest
@@ -131,6 +131,44 @@ def mend(disk: Path, accelerator: str) -> tuple[Inspection, FixResult]:
     with open_guest([(disk, "qcow2")], accel=accelerator, memory_mb=MEMORY_MB, tools=Tools()) as session:
         inspection = inspect(session)
         return inspection, fix(session, inspection, FixOptions())
+
+
+def test_guest_of_another_family_is_refused_with_the_remedy(tmp_path: Path, accelerator: str) -> None:
+    tree = tmp_path / "tree"
+    files = {
+        "etc/fstab": "/dev/sda1 / xfs defaults 0 0\n",
+        "etc/os-release": 'ID=rocky\nVERSION_ID="9.4"\nPRETTY_NAME="Rocky Linux 9.4 (Blue Onyx)"\n',
+        "usr/bin/dracut": "",
+        "boot/grub2/grub.cfg": "",
+        "bin/sh": "",
+    }
+    for name, text in files.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text)
+    disk = raw(tmp_path / "rocky.raw", 32 << 20, "mkfs.ext4", "-q", "-d", str(tree))
+    with pytest.raises(MigrationError) as caught:
+        mend(overlay(disk, tmp_path), accelerator)
+    assert caught.value.code is Code.OS_UNSUPPORTED
+    assert caught.value.outcome is Outcome.BLOCKED
+    assert "Rocky Linux 9.4" in caught.value.message
+    assert "dracut" in caught.value.message
+    assert "fix.enabled" in caught.value.hint
+
+
+def test_guest_without_room_for_a_new_initramfs_is_refused_before_anything_is_edited(
+    bios_guest: Path, accelerator: str
+) -> None:
+    with open_guest([(bios_guest, "qcow2")], accel=accelerator, memory_mb=MEMORY_MB, tools=Tools()) as session:
+        inspect(session)
+        free = session.g.statvfs("/")
+        session.g.fallocate64("/filler", free["bavail"] * free["frsize"] - (8 << 20))
+        before = session.g.read_file("/etc/fstab")
+    with pytest.raises(MigrationError) as caught:
+        mend(bios_guest, accelerator)
+    assert caught.value.code is Code.GUEST_SPACE
+    with open_guest([(bios_guest, "qcow2")], accel=accelerator, memory_mb=MEMORY_MB, tools=Tools()) as session:
+        inspect(session)
+        assert before == session.g.read_file("/etc/fstab")
 
 
 @pytest.fixture
