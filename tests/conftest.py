@@ -101,7 +101,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str]
     return put
 
 
-def run_job(export: Path, settings: Settings, *options: str) -> subprocess.CompletedProcess[str]:
+def run_job(export: Path, settings: Settings, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run `hyper2kvmd run-job` as a process of its own."""
     config = settings.work_dir.parent / "settings.json"
     config.write_text(settings.model_dump_json(by_alias=True))
@@ -109,7 +109,7 @@ def run_job(export: Path, settings: Settings, *options: str) -> subprocess.Compl
         [sys.executable, "-m", "hyper2kvmd", "run-job", str(export), "--config", str(config), *options],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
         stdin=subprocess.DEVNULL,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Names that the kernel gives in the order of discovery, and names made from the controller's address or model.
 _KERNEL = re.compile(r"/dev/(?:(?:sd|hd|vd)(?P<letters>[a-z]{1,3})(?P<part>\d{1,3})?)")
@@ -31,26 +31,43 @@ class Device:
 
 @dataclass(frozen=True)
 class Names:
-    """Translates the guest's device names. `disks` are libguestfs's names in the guest's order."""
+    """Translates the guest's device names. `disks` are libguestfs's names in the guest's order, "" where unknown."""
 
     disks: Sequence[str]
     devices: Mapping[str, Device]
 
     def find(self, spec: str) -> Device | None:
         """The device that the guest means by `spec`, or None if nobody can know."""
+        place = self._place(spec)
+        if place is None or not 0 <= place[0] < len(self.disks):
+            return None
+        return self.devices.get(self.disks[place[0]] + place[1])
+
+    def corrected(self, spec: str, actual: str) -> Names:
+        """The same names, for a guest whose device `spec` turned out to be `actual`.
+
+        One disk is then certain. Of two, the other is too; of more, nobody can know which of the rest is which.
+        """
+        place = self._place(spec)
+        disk = max((disk for disk in self.disks if actual.startswith(disk)), key=len, default="")
+        rest = [other for other in self.disks if other != disk]
+        if place is None or not disk or not 0 <= place[0] < len(self.disks):
+            return replace(self, disks=("",) * len(self.disks))
+        order = (rest * len(self.disks) if len(rest) == 1 else [""] * len(self.disks))[: len(self.disks)]
+        order[place[0]] = disk
+        return replace(self, disks=tuple(order))
+
+    def _place(self, spec: str) -> tuple[int, str] | None:
+        """The position of the disk that `spec` names, from 0, and the partition's number, if any."""
         if found := _KERNEL.fullmatch(spec):
-            index, part = _ordinal(found["letters"]), found["part"]
-        elif found := _NVME.fullmatch(spec):
-            index, part = int(found["number"]) - 1, found["part"]
-        elif (found := _BY_HARDWARE.fullmatch(spec)) and len(self.disks) == 1:
+            return _ordinal(found["letters"]), found["part"] or ""
+        if found := _NVME.fullmatch(spec):
+            return int(found["number"]) - 1, found["part"] or ""
+        if (found := _BY_HARDWARE.fullmatch(spec)) and len(self.disks) == 1:
             # An address says nothing about the order of several disks; of one disk there is no doubt.
             suffix = re.search(r"-part(\d{1,3})$", found["name"])
-            index, part = 0, suffix[1] if suffix else None
-        else:
-            return None
-        if not 0 <= index < len(self.disks):
-            return None
-        return self.devices.get(self.disks[index] + (part or ""))
+            return 0, suffix[1] if suffix else ""
+        return None
 
     def stable(self, spec: str, *, by_partition: bool = False) -> str | None:
         """`UUID=...` or `PARTUUID=...` for `spec`; None if it cannot be resolved to something unique.

@@ -108,16 +108,18 @@ def _names(g: Any, inspection: Inspection) -> tuple[Names, list[Finding]]:
     if line is None or not changes_with_hardware(line[1]):
         return names, []
     device = names.find(line[1])
-    if device is None or device.name == inspection.root:
+    if device is not None and device.name == inspection.root:
         return names, []
+    if device is None and len(inspection.disks) > 1 and "/dev/disk/" in line[1]:
+        return names, []  # an address, which says nothing about the order
     warning = Finding(
         "disk_order",
-        f"the guest calls its root {line[1]}, which would be {device.name} here, but its root is {inspection.root}: "
-        "the disks are not in the guest's order, and its other device names cannot be trusted",
+        f"the guest calls its root {line[1]}, but its root is {inspection.root} here: the disks are not in the guest's "
+        "order, and device names of disks that cannot be told apart are not translated",
         "List the disks in the manifest in the order of their controller slots.",
         "disks",
     )
-    return replace(names, disks=()), [warning]
+    return names.corrected(line[1], inspection.root), [warning]
 
 
 def _to_rebuild(images: Sequence[initramfs.Image], edits: Sequence[Edit]) -> tuple[initramfs.Image, ...]:

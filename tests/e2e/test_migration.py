@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import urllib.request
 import xml.etree.ElementTree as ET
@@ -16,7 +17,7 @@ import jsonschema
 import pytest
 
 from hyper2kvmd.settings import Settings
-from tests.conftest import report_of
+from tests.conftest import disk_entry, report_of, run_job
 from tests.guests.boot import boot
 from tests.guests.build import build, export
 from tests.integration.test_daemon import daemon, free_port, wait_until
@@ -149,3 +150,34 @@ def test_a_uefi_guest_in_the_go_dialect_boots_too(tmp_path: Path) -> None:
     (image,) = migrated.images.iterdir()
     result = boot([image], "qcow2", "virtio", firmware="uefi", timeout=300)
     assert "matched" == result.outcome, result.serial_log[-3000:]
+
+
+def test_a_data_disk_that_the_manifest_lists_first_is_not_taken_for_the_boot_disk(tmp_path: Path) -> None:
+    """The guest calls its root /dev/sda2, but the first disk of the export is another one."""
+    for name in ("exports", "images", "work"):
+        (tmp_path / name).mkdir()
+    settings = Settings.model_validate(
+        {
+            "exports_dir": tmp_path / "exports",
+            "output_dir": tmp_path / "images",
+            "work_dir": tmp_path / "work",
+            "libvirt": {"import": False},
+        }
+    )
+    directory = export("debian12-bios", tmp_path / "exports", dialect="go", vm_name="db01")
+    data = directory / "data.raw"
+    data.write_bytes(os.urandom(8 << 20))
+    path = directory / "artifact-manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["disks"].insert(0, disk_entry(data, id="data", disk_type="data", boot_order_hint=1))
+    path.write_text(json.dumps(manifest))
+    done = run_job(directory, settings, timeout=900)
+    report = report_of(directory)
+    assert 0 == done.returncode, json.dumps(report["error"], indent=2)
+    assert [("data", False), ("disk-1", True)] == [(disk["id"], disk["boot"]) for disk in report["disks"]]
+    assert {"disk_order", "boot_disk_differs"} <= {warning["code"] for warning in report["warnings"]}
+    published = tmp_path / "images/db01-data.qcow2"
+    subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", data, published], check=True)
+    result = boot([tmp_path / "images/db01-disk-1.qcow2", published], "qcow2", "virtio", timeout=300)
+    assert "matched" == result.outcome, result.serial_log[-3000:]
+    assert (CANARY, "/dev/vda3") == (result.report["canary"], result.report["swap"])

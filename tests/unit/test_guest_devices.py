@@ -74,3 +74,22 @@ def test_hardware_path_is_understood_where_there_is_one_disk() -> None:
 )
 def test_only_names_made_by_the_hardware_change(spec: str, changes: bool) -> None:
     assert changes_with_hardware(spec) is changes
+
+
+def test_of_two_disks_in_the_wrong_order_both_are_known_from_one() -> None:
+    swapped = TWO.corrected("/dev/sda1", "/dev/sdb1")
+    assert swapped.disks == ("/dev/sdb", "/dev/sda")
+    assert swapped.stable("/dev/sdb1") == "UUID=ROOT"
+
+
+def test_of_three_disks_in_the_wrong_order_only_the_one_that_was_seen_is_known() -> None:
+    three = Names(("/dev/sda", "/dev/sdb", "/dev/sdc"), TWO.devices).corrected("/dev/sdb1", "/dev/sda1")
+    assert three.disks == ("", "/dev/sda", "")
+    assert three.stable("/dev/sdb1") == "UUID=ROOT"
+    assert three.stable("/dev/sda1") is None
+    assert three.stable("/dev/sdc1") is None
+
+
+def test_nothing_is_known_when_the_device_is_on_no_disk_or_beyond_the_last() -> None:
+    assert TWO.corrected("/dev/sda1", "/dev/vg/root").disks == ("", "")
+    assert TWO.corrected("/dev/sdc1", "/dev/sda1").disks == ("", "")
