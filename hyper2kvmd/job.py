@@ -25,6 +25,7 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 PROGRESS_SECONDS = 0.5
+AT_ONCE = 4  # the three branches, and more disks than that only get in each other's way
 
 
 @dataclass
@@ -106,7 +107,7 @@ class Job:
         except Cancelled:
             status = "cancelled"
             raise
-        except MigrationError:
+        except (MigrationError, OSError):
             self.record.failed_stage = self.record.failed_stage or name
             raise
         finally:
@@ -133,11 +134,11 @@ class Job:
         return tell
 
     def together(self, *branches: Callable[[], T]) -> list[T]:
-        """Run functions at the same time, and return what they return, in order.
+        """Run functions at the same time, at most AT_ONCE of them, and return what they return, in order.
 
         The first that fails cancels the others; its error is raised when all have ended.
         """
-        with ThreadPoolExecutor(max_workers=max(len(branches), 1)) as pool:
+        with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
             # With the context, so that log lines of every branch name the job.
             futures = [pool.submit(contextvars.copy_context().run, branch) for branch in branches]
             done, _ = wait_for(futures, return_when="FIRST_EXCEPTION")

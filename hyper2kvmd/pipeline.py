@@ -254,7 +254,8 @@ def _validate(job: Job, plan: Plan) -> None:
             images.unchanged(disk.source)
             images.fsync_file(disk.partial)
             valid[disk.id] = {"checked": plan.check, "compared": plan.compare}
-        job.record.results["validate"] = {"all_valid": True, "disks": valid}
+        looked = plan.check or plan.compare
+        job.record.results["validate"] = {"all_valid": True if looked else None, "disks": valid}
 
 
 def _discard(plan: Plan, *, keep_partials: bool) -> None:

@@ -47,7 +47,7 @@ def test_one_bad_disk_of_several_publishes_none(scratch: Settings) -> None:
     export = scratch.exports_dir / "db01"
     export.mkdir()
     entries = []
-    for number in range(3):
+    for number in range(9):
         disk = export / f"d{number}.raw"
         disk.write_bytes(os.urandom(1 << 20))
         entries.append(disk_entry(disk, id=f"disk-{number}"))
