@@ -49,7 +49,7 @@ shift
 setsid sleep 300 </dev/null >/dev/null 2>&1 &
 exec /usr/bin/qemu-img convert -r 1M "$@"
 """
-INSPECT = {"inspect": {"enabled": True}, "fix": {"enabled": False}, "convert": {"enabled": True}}
+LOOKS_INSIDE = {"inspect": {"enabled": True}, "fix": {"enabled": True}, "convert": {"enabled": True}}
 QEMU_IMG = "/usr/local/bin/qemu-img"  # comes before /usr/bin on the service's PATH
 
 Drop = Callable[..., str]
@@ -352,7 +352,7 @@ def test_hostile_names_forge_nothing(service: Container, drop: Drop) -> None:
 
 
 def test_a_guest_is_looked_into_inside_the_sandbox_without_kvm(service: Container, drop: Drop) -> None:
-    drop("empty", content=bytes(4 << 20), pipeline=INSPECT)
+    drop("empty", content=bytes(4 << 20), pipeline=LOOKS_INSIDE)
     wait_until(lambda: appliance(service) is not None, "the appliance starts", 90)
     pid = appliance(service)
     assert pid is not None
@@ -390,7 +390,7 @@ def test_stop_interrupts_a_job_within_seconds_and_start_does_it_again(service: C
 
 @pytest.mark.parametrize("command", ["stop", "kill --kill-whom=main --signal=KILL"])
 def test_no_appliance_outlives_the_service(service: Container, drop: Drop, command: str) -> None:
-    drop("empty", content=bytes(4 << 20), pipeline=INSPECT)
+    drop("empty", content=bytes(4 << 20), pipeline=LOOKS_INSIDE)
     wait_until(lambda: appliance(service) is not None, "the appliance starts", 90)
     before = set(processes(service))
     service.run("systemctl", *command.split(), "hyper2kvmd")
