@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,8 @@ def publish(job: Job, items: tuple[Item, ...]) -> None:
     """Give every file its final name. A file that has it already, from an earlier attempt, keeps it."""
     for item in items:
         job.claim.check()
-        if not item.is_at(item.final):
+        if item.is_at(item.partial):
             images.publish(Path(item.partial), Path(item.final))
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(item.partial)
 
 
 def clean(job: Job, plan: Plan, items: tuple[Item, ...]) -> None:
@@ -87,5 +85,7 @@ def clean(job: Job, plan: Plan, items: tuple[Item, ...]) -> None:
                 leftover.unlink(missing_ok=True)
     if job.work_dir.is_dir():
         for leftover in job.work_dir.iterdir():
-            if leftover.name != JOURNAL or not items:
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)  # where FIX read initramfs images
+            elif leftover.name != JOURNAL or not items:
                 leftover.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hyper2kvmd.runjob import job_id
 from hyper2kvmd.settings import Settings
 from tests.conftest import MakeExport, report_of, run_job
 
@@ -109,6 +111,17 @@ def test_a_kill_takes_the_tools_along_and_frees_the_claim(
     fake("qemu-img", 'exec /usr/bin/qemu-img "$@"\n')
     check_finished_once(export, scratch)
     assert 2 == report_of(export)["attempts"]
+
+
+def test_what_a_kill_in_the_middle_of_fix_left_is_removed(scratch: Settings, make_export: MakeExport) -> None:
+    """FIX reads initramfs images in a directory of its own beside the overlays."""
+    export = make_export()
+    digest = hashlib.sha256((export / "manifest.json").read_bytes()).hexdigest()
+    left = scratch.work_dir / job_id(export, digest) / "initramfs-x1y2"
+    left.mkdir(parents=True)
+    (left / "initrd-6.1.0").write_bytes(b"half")
+    (left.parent / "overlay-disk-0.1.qcow2").write_bytes(b"half")
+    check_finished_once(export, scratch)
 
 
 def test_a_job_that_is_told_to_stop_leaves_nothing_and_is_no_failure(
