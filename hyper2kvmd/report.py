@@ -115,6 +115,10 @@ class Report(Part):
     tools: dict[str, str] = Field(default_factory=dict, description="versions of the tools that were used")
     host: HostRecord
 
+    def to_bytes(self) -> bytes:
+        """The report as it is written to a file."""
+        return self.model_dump_json(indent=2).encode() + b"\n"
+
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of the report; published as docs/migration-report.schema.json."""

@@ -231,9 +231,7 @@ def _write_report(job: Job, manifest: Manifest | None, document: report.Report) 
         if name.startswith(".") or (there is not None and "schema_version" not in there):
             log.warning("no extra copy of the report: the manifest gives it the name of another file", name=name)
         elif name != spool.REPORT:
-            spool.write_durably(
-                job.claim.fd, name, document.model_dump_json(indent=2).encode() + b"\n", document.attempts
-            )
+            spool.write_durably(job.claim.fd, name, document.to_bytes(), document.attempts)
     job.claim.finish(document)
 
 

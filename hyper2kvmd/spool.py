@@ -189,7 +189,7 @@ class Claim:
     def finish(self, report: Report) -> None:
         """Write the report durably: it is complete under its name, or it is not there. Then the job is over."""
         self.check()
-        write_durably(self.fd, REPORT, report.model_dump_json(indent=2).encode() + b"\n", self.attempt)
+        write_durably(self.fd, REPORT, report.to_bytes(), self.attempt)
         self._end("reported", self.retries + 1 if report.status == "retrying" else 0)
 
     def interrupted(self) -> None:
