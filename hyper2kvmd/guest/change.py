@@ -11,7 +11,10 @@ DIFF_BYTES = 8192
 
 @dataclass(frozen=True)
 class Edit:
-    """A file that a fixer wants to change; `before` None creates it, `after` None removes it."""
+    """A file that a fixer wants to change; `before` None creates it (and its directory), `after` None removes it.
+
+    mode: of a file that is created, which belongs to root; one that exists keeps its owner, mode and labels.
+    """
 
     fixer: str
     path: str
@@ -19,6 +22,7 @@ class Edit:
     after: str | None
     summary: str
     evidence: str = ""
+    mode: int = 0o644
 
     def done(self) -> Change:
         """The edit as a change that was made."""
@@ -44,6 +48,26 @@ class Copy:
     def done(self) -> Change:
         """The copy as a change that was made."""
         return Change(self.fixer, self.path, f"a copy of {self.source}")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that a fixer wants to run in the guest, as its root, with /bin/sh, after all edits and copies.
+
+    path: what it changes for the most part. shown: what the report says instead, where `command` has a secret in it.
+    """
+
+    fixer: str
+    path: str
+    command: str
+    summary: str
+    shown: str = ""
+    evidence: str = ""
+
+    def done(self, output: str) -> Change:
+        """The command as a change that was made; `output` is printable."""
+        evidence = "\n".join(part for part in (self.evidence, output) if part)
+        return Change(self.fixer, self.path, self.summary, command=self.shown or self.command, evidence=evidence)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Copy, Edit, decode
+from hyper2kvmd.guest.change import Command, Copy, Edit, decode
 from hyper2kvmd.guest.devices import Names
 from hyper2kvmd.guest.inspect import Inspection
 
@@ -32,4 +32,5 @@ class Plan:
 
     edits: tuple[Edit, ...] = ()
     copies: tuple[Copy, ...] = ()
+    commands: tuple[Command, ...] = ()
     warnings: tuple[Finding, ...] = ()
