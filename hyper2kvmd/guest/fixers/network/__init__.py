@@ -1,0 +1,209 @@
+"""Network cards keep the names that the guest's configuration knows them by, so that they keep their addresses.
+
+On VMware a card is called after its slot, ens192 say, and on KVM it would be enp1s0, for which nothing is configured.
+The domain keeps the MAC addresses, so each name is bound to one, in a file that udev reads. The configuration itself,
+and all that refers to the names (firewalls, routes, scripts), is left as it is.
+
+The initramfs must be built anew after these edits. Its udev renames cards before the system's does, and what it has
+named stays named with older systemd. initramfs-tools copies .link files and rules of one's own into every image.
+dracut copies rules into images for this host only (hostonly), and .link files only where a network module is in the
+image as well; an image without one has no 99-default.link either, and so renames nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from hyper2kvmd.errors import Finding
+from hyper2kvmd.guest.change import Edit, printable
+from hyper2kvmd.guest.fixers import Plan, View
+from hyper2kvmd.guest.fixers.network import ifcfg, ifupdown, keyfile, leases, netplan, udev
+from hyper2kvmd.guest.fixers.network.bind import Binding, Naming, Nic, bind
+from hyper2kvmd.guest.fixers.network.interface import Interface
+
+__all__ = ["Nic", "plan"]
+
+# A guest with more was made to keep us busy.
+FILE_LIMIT = 500  # of one kind
+INTERFACE_LIMIT = 200
+_COMMAND_LINES = (
+    *("/etc/default/grub", "/etc/kernel/cmdline", "/boot/grub/grub.cfg", "/boot/grub2/grub.cfg", "/boot/grub2/grubenv"),
+    *("/boot/efi/EFI/*/grub.cfg", "/boot/loader/entries/*.conf", "/boot/grub/menu.lst", "/boot/grub/grub.conf"),
+)
+_KERNEL_NAMES = re.compile(r"^[^#\n]*\bnet\.ifnames=0\b", re.MULTILINE)
+_RULES_DIRECTORIES = ("/etc/udev/rules.d", "/usr/lib/udev/rules.d", "/lib/udev/rules.d")
+
+
+def plan(view: View, nics: Sequence[Nic]) -> Plan:
+    """Bind the names that the guest does not pin itself. `nics` are the domain's, in the order of VMware's adapters."""
+    if view.inspection.os_type != "linux":
+        return Plan()
+    warnings: list[Finding] = []
+    found = [*_ifupdown(view), *_netplan(view, warnings), *_keyfiles(view), *_ifcfg(view)]
+    interfaces = list(dict.fromkeys(found))
+    if len(interfaces) > INTERFACE_LIMIT:
+        return Plan(warnings=(*warnings, _too_many(interfaces)))
+    if not nics:
+        return Plan(warnings=(*warnings, *_no_nics(interfaces)))
+    naming = _naming(view)
+    bound = bind(interfaces, nics, _pins(view), _leases(view), naming)
+    edits = link_edits(bound.bindings, view.read) if naming.links else rule_edits(bound.bindings, view.read)
+    return Plan(edits, warnings=(*warnings, *bound.warnings))
+
+
+def link_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -> tuple[Edit, ...]:
+    """A .link file for each name."""
+    edits = []
+    for one in bindings:
+        path = f"/etc/systemd/network/10-hyper2kvm-{one.name}.link"
+        text = (
+            "# Written by hyper2kvmd, so that the card keeps its name; may be removed if that does not matter.\n"
+            f"[Match]\nMACAddress={one.mac}\n\n[Link]\nName={one.name}\n"
+        )
+        if (before := read(path)) != text:
+            edits.append(Edit("network", path, before, text, f"{one.name} is the card {one.mac}", one.evidence))
+    return tuple(edits)
+
+
+def rule_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -> tuple[Edit, ...]:
+    """A rule for each name, after those that udev's rules have, where .link files are not read."""
+    if not bindings:
+        return ()
+    before = read(udev.RULES)
+    text = udev.with_rules(before or "", ((one.name, one.mac) for one in bindings))
+    summary = ", ".join(f"{one.name} is the card {one.mac}" for one in bindings)
+    return (Edit("network", udev.RULES, before, text, summary, "; ".join(f"{o.name}: {o.evidence}" for o in bindings)),)
+
+
+def _too_many(interfaces: Sequence[Interface]) -> Finding:
+    return Finding(
+        "network_unbound",
+        f"the guest configures {len(interfaces)} network cards ({printable(interfaces[0].file)} has the first), more "
+        f"than the {INTERFACE_LIMIT} that are looked at, and none was bound to its name",
+        "Remove the configuration of cards that the VM does not have.",
+    )
+
+
+def _no_nics(interfaces: Sequence[Interface]) -> tuple[Finding, ...]:
+    names = list(dict.fromkeys(one.name for one in interfaces if one.name))
+    if not names:
+        return ()
+    return (
+        Finding(
+            "network_unbound",
+            f"the guest configures {', '.join(map(printable, names))}, and it is not known which network cards it gets",
+            "Give the network adapters with their MAC addresses in the manifest's nics.",
+            "nics",
+        ),
+    )
+
+
+def _naming(view: View) -> Naming:
+    """How udev names cards, by the rules that are there; a rule in /etc takes the place of the system's."""
+    setup_link = "net_setup_link" in _rule(view, "80-net-setup-link.rules")
+    name_slot = "ID_NET_NAME" in _rule(view, "80-net-name-slot.rules")  # systemd before .link files, and RHEL 7's
+    # Writes a rule for each new card, and so names it before a .link file can (Debian 8, SLES 12).
+    generator = bool(_rule(view, "75-persistent-net-generator.rules"))
+    command_lines = (text for _, text in _files(view, *_COMMAND_LINES))
+    kernel_names = generator or any(_KERNEL_NAMES.search(text) for text in command_lines)
+    systemd = any(
+        view.g.is_file(f"{directory}/80-net-{name}.rules")
+        for directory in _RULES_DIRECTORIES[1:]
+        for name in ("setup-link", "name-slot")
+    )
+    return Naming(setup_link and not generator, (setup_link or name_slot) and not kernel_names, swaps=not systemd)
+
+
+def _rule(view: View, name: str) -> str:
+    for directory in _RULES_DIRECTORIES:
+        path = f"{directory}/{name}"
+        if (text := view.read(path)) is not None:
+            return text
+        if view.g.is_symlink(path):  # to /dev/null, which turns the rule off
+            return ""
+    return ""
+
+
+def _glob(view: View, pattern: str) -> list[str]:
+    return sorted(view.g.glob_expand(pattern))[:FILE_LIMIT] if "*" in pattern else [pattern]
+
+
+def _files(view: View, *patterns: str) -> Iterator[tuple[str, str]]:
+    """Path and text of every file."""
+    for pattern in patterns:
+        for path in _glob(view, pattern):
+            if (text := view.read(path)) is not None:
+                yield path, text
+
+
+def _ifupdown(view: View) -> list[Interface]:
+    found: list[Interface] = []
+    queue, seen = ["/etc/network/interfaces"], set[str]()
+    while queue and len(seen) < FILE_LIMIT:
+        pattern = queue.pop(0)
+        if pattern in seen:
+            continue
+        seen.add(pattern)
+        directory = pattern.endswith("/")
+        for path, text in _files(view, pattern + "*" if directory else pattern):
+            if directory and not ifupdown.IN_DIRECTORY.fullmatch(path.rpartition("/")[2]):
+                continue
+            parsed = ifupdown.parse(text, path)
+            found += parsed.interfaces
+            queue += parsed.sources
+    return found
+
+
+def _netplan(view: View, warnings: list[Finding]) -> tuple[Interface, ...]:
+    """Netplan's files in the order of their names; one in /etc takes the place of the system's of the same name."""
+    texts = {path.rpartition("/")[2]: (path, text) for path, text in _files(
+        view, "/lib/netplan/*.yaml", "/etc/netplan/*.yaml")}  # fmt: skip
+    files = []
+    for name in sorted(texts):
+        path, text = texts[name]
+        content = netplan.load(text)
+        if content is None:
+            warnings.append(
+                Finding(
+                    "network_unreadable",
+                    f"{printable(path)} in the guest is not the YAML of a netplan file: the cards that it configures "
+                    "may have other names on KVM",
+                    "Run `netplan generate` in the guest on VMware and mend what it says, or bind the names by hand.",
+                )
+            )
+        else:
+            files.append((path, content))
+    return netplan.interfaces(files)
+
+
+def _keyfiles(view: View) -> Iterator[Interface]:
+    for path, text in _files(view, "/etc/systemd/network/*.network"):
+        yield from keyfile.networkd(text, path)
+    for path, text in _files(view, "/etc/NetworkManager/system-connections/*"):
+        yield from keyfile.networkmanager(text, path)
+
+
+def _ifcfg(view: View) -> Iterator[Interface]:
+    renames = any(view.g.is_file(f"{path}/60-net.rules", followsymlinks=True) for path in _RULES_DIRECTORIES)
+    for path, text in _files(view, "/etc/sysconfig/network-scripts/ifcfg-*"):
+        yield from ifcfg.redhat(text, path, renames=renames)
+    for path, text in _files(view, "/etc/sysconfig/network/ifcfg-*"):
+        yield from ifcfg.suse(text, path)
+
+
+def _pins(view: View) -> list[udev.Pin]:
+    rules = [pin for path, text in _files(view, "/etc/udev/rules.d/*.rules") for pin in udev.pins(text, path)]
+    links = [pin for path, text in _files(view, "/etc/systemd/network/*.link") for pin in keyfile.link(text, path)]
+    return rules + links
+
+
+def _leases(view: View) -> set[tuple[str, str]]:
+    dhclient = (
+        *("/var/lib/dhcp/*.leases", "/var/lib/dhclient/*.leases", "/var/lib/dhclient/*.lease"),
+        "/var/lib/NetworkManager/dhclient-*.lease",
+    )
+    found = {pair for _, text in _files(view, *dhclient) for pair in leases.dhclient(text)}
+    for path, text in _files(view, "/var/lib/NetworkManager/internal-*.lease"):
+        found |= leases.internal(text, path)
+    return found

@@ -1,0 +1,295 @@
+"""Decides which card of the new machine each configured name belongs to, by evidence, or that nobody can know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from hyper2kvmd.errors import Finding
+from hyper2kvmd.guest.change import printable
+from hyper2kvmd.guest.fixers.network.interface import Interface
+from hyper2kvmd.guest.fixers.network.udev import Pin
+
+_KERNEL_NAME = re.compile(r"eth(?P<number>\d{1,3})")
+_MAC_NAME = re.compile(r"enx(?P<digits>[0-9a-f]{12})")
+_SLOT_NAME = re.compile(r"ens(?P<number>\d{1,5})")
+_ONBOARD_NAME = re.compile(r"eno(?P<number>\d{8,10})")
+_DRIVER = "virtio_net"
+_BY_ORDER = "VMware numbers the slots in the order of the adapters"
+_BY_HAND = "Write the MAC address of each network adapter into the manifest's nics, or bind it in the guest by hand."
+
+
+@dataclass(frozen=True)
+class Nic:
+    """A network card that the domain will have, in the order of the VM's adapters.
+
+    mac: in lower case with colons, None if nobody knows it yet. pci_slot: VMware's pciSlotNumber, where the OVF has it.
+    """
+
+    mac: str | None
+    pci_slot: int | None = None
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How udev in the guest names cards.
+
+    links: it reads .link files. predictable: it makes names from the place of the card (enp1s0) unless told otherwise.
+    swaps: it is old enough to wait for a name that another card still has.
+    """
+
+    links: bool
+    predictable: bool
+    swaps: bool = False
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A name, the MAC address of the card that it belongs to, and how we know."""
+
+    name: str
+    mac: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The names that have to be bound, and what a person should know."""
+
+    bindings: tuple[Binding, ...]
+    warnings: tuple[Finding, ...]
+
+
+def bind(
+    interfaces: Sequence[Interface],
+    nics: Sequence[Nic],
+    pins: Sequence[Pin],
+    leases: Collection[tuple[str, str]],
+    naming: Naming,
+) -> Bound:
+    """Find the card for each name. A name whose card is uncertain is not bound, and a warning says so.
+
+    leases: pairs of name and MAC address.
+    """
+    macs = {nic.mac for nic in nics if nic.mac}
+    warnings = list(_unmatched(interfaces, macs, nics, naming))
+    found: dict[str, Binding | None] = {}  # None: the guest sees to it, or nobody knows
+    files: dict[str, str] = {}
+    for one in interfaces:
+        if one.name and not one.is_glob:
+            files.setdefault(one.name, one.file)
+    pinned = {pin.name: pin.mac for pin in pins if pin.holds and pin.mac in macs}
+    pinned |= {one.name: one.mac for one in interfaces if one.pinned and one.mac and one.mac in macs}
+    taken = {*pinned.values(), *(one.mac for one in interfaces if one.mac and not one.name)}
+    for name, file in files.items():
+        wanted = {one.mac: one.file for one in interfaces if one.name == name and one.mac}
+        mac = next(iter(wanted), None)
+        if len(wanted) > 1 or (mac and pinned.get(name, mac) != mac):
+            said = {*wanted, *([pinned[name]] if name in pinned else [])}
+            warnings.append(_ambiguous(name, file, f"the guest gives it the MAC addresses {', '.join(sorted(said))}"))
+            found[name] = None
+        elif mac and mac not in macs:
+            warnings.append(_unknown_mac(mac, wanted[mac]))
+            found[name] = None
+        elif name in pinned:
+            found[name] = None
+        elif binding := _evidence(name, wanted, macs, pins, leases):
+            found[name] = None if _MAC_NAME.fullmatch(name) else binding
+            taken.add(binding.mac)
+        elif _kept_by_kernel(name, nics, pins, naming):
+            found[name] = None
+    warnings += _kernel_order(files, nics, pinned, naming)
+    left = [name for name in files if name not in found]
+    cards = [nic for nic in nics if nic.mac is None or nic.mac not in taken]
+    inferred = _by_place(left, cards)
+    if len(inferred) > 1 and any(binding.evidence == _BY_ORDER for binding in inferred.values()):
+        warnings.append(_inferred(inferred))
+    for name in left:
+        found[name] = inferred.get(name)
+        if name not in inferred:
+            warnings.append(_ambiguous(name, files[name], _counts(left, cards)))
+    bindings = [binding for binding in found.values() if binding]
+    return _checked(bindings, pinned, files, nics, naming, warnings)
+
+
+def _evidence(
+    name: str, wanted: Mapping[str, str], macs: set[str], pins: Sequence[Pin], leases: Collection[tuple[str, str]]
+) -> Binding | None:
+    """The card that the guest's own files say the name belongs to."""
+    for mac, file in wanted.items():
+        return Binding(name, mac, f"{printable(file)} has the MAC address")
+    if (made := _MAC_NAME.fullmatch(name)) and (mac := ":".join(re.findall("..", made["digits"]))) in macs:
+        return Binding(name, mac, "the name is made of the MAC address")
+    for pin in pins:
+        if pin.name == name and pin.mac in macs:
+            return Binding(name, pin.mac, f"{printable(pin.file)} gave it the name")
+    leased = {mac for leased, mac in leases if leased == name and mac in macs}
+    return Binding(name, leased.pop(), "a DHCP lease has the MAC address") if len(leased) == 1 else None
+
+
+def _kept_by_kernel(name: str, nics: Sequence[Nic], pins: Sequence[Pin], naming: Naming) -> bool:
+    """Whether the kernel itself gives the name: the cards are eth0, eth1... in order, and nothing changes that.
+
+    A stale rule does: it keeps the name for the old card, and old udev then gives the next free one to the new card.
+    """
+    kernel = _KERNEL_NAME.fullmatch(name)
+    in_order = kernel is not None and int(kernel["number"]) < len(nics)
+    return in_order and not naming.predictable and not any(pin.name == name for pin in pins)
+
+
+def _by_place(names: Sequence[str], nics: Sequence[Nic]) -> dict[str, Binding]:
+    """The cards for names that nothing in the guest tells: by slot number, or by the order of all that are left."""
+    slots = {_slot_name(nic.pci_slot): nic.mac for nic in nics if nic.pci_slot is not None}
+    found = {
+        name: Binding(name, mac, f"the OVF says that this adapter was in VMware's slot {name[3:]}")
+        for name in names
+        if (mac := slots.get(name))
+    }
+    taken = {binding.mac for binding in found.values()}
+    names = [name for name in names if name not in found]
+    nics = [nic for nic in nics if nic.mac not in taken]
+    if not names or len(names) != len(nics) or any(nic.mac is None for nic in nics):
+        return found
+    evidence = "it is the only name and the only card that are left"
+    if len(names) > 1:
+        ordered = _in_slot_order(names)
+        if ordered is None:
+            return found
+        names, evidence = ordered, _BY_ORDER
+    return found | {name: Binding(name, nic.mac or "", evidence) for name, nic in zip(names, nics, strict=True)}
+
+
+def _slot_name(slot: int) -> str:
+    """The name that Linux makes of a pciSlotNumber: 160 is ens160, and 1184 (its function 1) is ens161."""
+    return f"ens{(slot & 0x3FF) + (slot >> 10)}"
+
+
+def _in_slot_order(names: Sequence[str]) -> list[str] | None:
+    """Names of one of VMware's families in the order in which it fills the slots; None if they are mixed.
+
+    ens160, 192, 224, 256 are the first functions of four bridges, then come 161, 193... The numbers after eno count
+    the adapters in their highest byte.
+    """
+    for family, key in ((_SLOT_NAME, _slot_order), (_ONBOARD_NAME, _number)):
+        if all(family.fullmatch(name) for name in names):
+            return sorted(names, key=key)
+    return None
+
+
+def _slot_order(name: str) -> tuple[int, int]:
+    number = _number(name)
+    # Below 64 they are the places on one conventional bus: ens32, ens33...
+    return (0, number) if number < 64 else (number % 32, number // 32)
+
+
+def _number(name: str) -> int:
+    return int(name[3:])
+
+
+def _checked(
+    bindings: Sequence[Binding],
+    pinned: Mapping[str, str],
+    files: Mapping[str, str],
+    nics: Sequence[Nic],
+    naming: Naming,
+    warnings: list[Finding],
+) -> Bound:
+    """The bindings that do not collide with one another, or with names that the kernel gives meanwhile."""
+    kept = []
+    for binding in bindings:
+        given = [*pinned.items(), *((other.name, other.mac) for other in bindings)]
+        others = [name for name, mac in given if mac == binding.mac and name != binding.name]
+        if others:
+            warnings.append(
+                _ambiguous(binding.name, files[binding.name], f"{others[0]} has the card {binding.mac} too")
+            )
+        elif _KERNEL_NAME.fullmatch(binding.name) and len(nics) > 1 and not naming.swaps:
+            # udev would find the name in use by a card that the kernel has just found, and give up.
+            why = f"it belongs to {binding.mac}, and the kernel may give it to another card at first"
+            warnings.append(_ambiguous(binding.name, files[binding.name], why))
+        else:
+            kept.append(binding)
+    return Bound(tuple(kept), tuple(dict.fromkeys(warnings)))
+
+
+def _unmatched(interfaces: Sequence[Interface], macs: set[str], nics: Sequence[Nic], naming: Naming) -> list[Finding]:
+    """What configuration without a plain name asks for and will not find."""
+    expected = [f"enp{number}s0" if naming.predictable else f"eth{number - 1}" for number in range(1, len(nics) + 1)]
+    found = []
+    for one in interfaces:
+        if one.mac and not one.name and one.mac not in macs:
+            found.append(_unknown_mac(one.mac, one.file))
+        if one.driver and not any(fnmatchcase(_DRIVER, driver) for driver in one.driver.split()):
+            found.append(
+                Finding(
+                    "network_driver",
+                    f"{printable(one.file)} in the guest matches cards by the driver {printable(one.driver)}, and the "
+                    f"new card's is {_DRIVER}",
+                    "Let the file match by MAC address instead.",
+                )
+            )
+        globs = [other.name for other in interfaces if other.file == one.file and other.is_glob]
+        if one.is_glob and not any(fnmatchcase(name, glob) for name in expected for glob in globs):
+            found.append(
+                Finding(
+                    "network_glob",
+                    f"{printable(one.file)} in the guest matches cards by the name {printable(one.name)}, and the new "
+                    f"cards will be called {', '.join(expected)}",
+                    "Let the file match en*, or by MAC address.",
+                )
+            )
+    return found
+
+
+def _kernel_order(
+    files: Mapping[str, str], nics: Sequence[Nic], pinned: Mapping[str, str], naming: Naming
+) -> list[Finding]:
+    names = [name for name in files if _KERNEL_NAME.fullmatch(name) and name not in pinned]
+    if naming.predictable or len(nics) < 2 or not names:
+        return []
+    return [
+        Finding(
+            "network_kernel_order",
+            f"the guest has several network cards, and nothing in it but their order says which of them is "
+            f"{', '.join(names)}",
+            "See after the first boot that each network reaches the right card; the order is that of the manifest.",
+        )
+    ]
+
+
+def _unknown_mac(mac: str, file: str) -> Finding:
+    return Finding(
+        "network_unknown_mac",
+        f"{printable(file)} in the guest is for the MAC address {mac}, which no network card of the VM has",
+        "Write this MAC address into the manifest's nics if the VM had it; otherwise correct the file in the guest.",
+        "nics",
+    )
+
+
+def _ambiguous(name: str, file: str, why: str) -> Finding:
+    return Finding(
+        "network_unbound",
+        f"nobody can know which network card {name} in {printable(file)} is: {why}. It may have another name on KVM, "
+        "and so no address",
+        _BY_HAND,
+        "nics",
+    )
+
+
+def _inferred(bindings: Mapping[str, Binding]) -> Finding:
+    pairs = ", ".join(f"{name} is {binding.mac}" for name, binding in bindings.items())
+    return Finding(
+        "network_inferred",
+        f"which card is which was concluded from VMware's order of slots: {pairs}",
+        "See after the first boot that each network reaches the right card.",
+    )
+
+
+def _counts(names: Sequence[str], nics: Sequence[Nic]) -> str:
+    if not nics:
+        return "the VM has no card for it"
+    if any(nic.mac is None for nic in nics):
+        return "the MAC address that the card will have is not known"
+    return f"nothing says which of {', '.join(names)} is which card (cards without a name: {len(nics)})"

@@ -1,0 +1,67 @@
+"""The ifcfg files of Red Hat and SUSE: which cards they configure."""
+
+from __future__ import annotations
+
+import re
+
+from hyper2kvmd.guest.fixers.network.interface import Interface, card, mac_address
+
+_ASSIGNMENT = re.compile(r"[ \t]*(?:export[ \t]+)?(?P<key>[A-Z][A-Z0-9_]*)=(?P<value>\"[^\"]*\"|'[^']*'|[^\s#;]*)")
+# What the network scripts and wicked pass over themselves.
+_LEFTOVER = re.compile(r".*(?:~|\.(?:bak|old|orig|rpmnew|rpmorig|rpmsave|swp|scpmbackup|template))")
+_SLAVES = re.compile(r"BONDING_SLAVE_?\d{0,3}|BRIDGE_PORTS|ETHERDEVICE|PHYSDEV")
+
+
+def redhat(text: str, file: str, *, renames: bool) -> tuple[Interface, ...]:
+    """The cards of a file in /etc/sysconfig/network-scripts.
+
+    renames: udev has Red Hat's rule that gives the name in DEVICE to the card with the address in HWADDR.
+    """
+    values = _values(text)
+    suffix = _suffix(file)
+    if suffix is None:
+        return ()
+    mac = mac_address(values.get("HWADDR", ""))
+    device = values.get("DEVICE", "") or ("" if mac else suffix)
+    slaves = _slaves(values)
+    virtual = values.get("TYPE", "Ethernet").lower() != "ethernet" or "yes" in (
+        values.get("VLAN", "").lower(),
+        values.get("BONDING_MASTER", "").lower(),
+    )
+    if virtual or slaves:
+        names = [*slaves, card(device) if "." in device else ""]
+        return tuple(Interface(file, name) for name in names if name)
+    name = card(device)
+    if name or (mac and not device):
+        return (Interface(file, name, mac, pinned=renames and bool(name and mac)),)
+    return ()
+
+
+def suse(text: str, file: str) -> tuple[Interface, ...]:
+    """The cards of a file in /etc/sysconfig/network, whose name says which one it is for."""
+    values = _values(text)
+    suffix = _suffix(file)
+    if suffix is None:
+        return ()
+    if suffix.startswith("eth-id-"):
+        mac = mac_address(suffix.removeprefix("eth-id-"))
+        return (Interface(file, "", mac),) if mac else ()
+    virtual = any(values.get(key) for key in ("BONDING_MASTER", "BRIDGE", "ETHERDEVICE", "TUNNEL", "TEAM_RUNNER"))
+    names = [*_slaves(values), "" if virtual and "." not in suffix else card(suffix)]
+    return tuple(Interface(file, name) for name in dict.fromkeys(names) if name)
+
+
+def _slaves(values: dict[str, str]) -> list[str]:
+    words = (word for key, value in values.items() if _SLAVES.fullmatch(key) for word in value.split())
+    return list(dict.fromkeys(name for word in words if (name := card(word))))
+
+
+def _suffix(file: str) -> str | None:
+    """What follows `ifcfg-` in the name of a file; None for backups."""
+    suffix = file.rpartition("/")[2].removeprefix("ifcfg-")
+    return None if _LEFTOVER.fullmatch(suffix) else suffix
+
+
+def _values(text: str) -> dict[str, str]:
+    found = (_ASSIGNMENT.match(line) for line in text.split("\n"))
+    return {match["key"]: match["value"].strip("\"'") for match in found if match}

@@ -1,0 +1,619 @@
+"""How network cards keep their names: what is configured, which card it is, and what is written for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyper2kvmd.guest.change import Edit, decode, encode
+from hyper2kvmd.guest.devices import Names
+from hyper2kvmd.guest.fixers import Plan, View, network
+from hyper2kvmd.guest.fixers.network import Nic, ifcfg, ifupdown, keyfile, leases, netplan, udev
+from hyper2kvmd.guest.fixers.network.bind import Naming, bind
+from hyper2kvmd.guest.fixers.network.interface import Interface, card, mac_address
+
+A, B, C = "00:50:56:aa:bb:01", "00:50:56:aa:bb:02", "00:50:56:aa:bb:03"
+SETUP_LINK = {"/lib/udev/rules.d/80-net-setup-link.rules": 'IMPORT{builtin}="net_setup_link"\n'}
+NAME_SLOT = {"/usr/lib/udev/rules.d/80-net-name-slot.rules": 'NAME=="", NAME="$env{ID_NET_NAME_ONBOARD}"\n'}
+STATIC = "auto lo\niface lo inet loopback\n\nallow-hotplug ens192\niface ens192 inet static\n  address 10.0.2.15/24\n"
+INTERFACES = "/etc/network/interfaces"
+LINK = "/etc/systemd/network/10-hyper2kvm-ens192.link"
+MODERN = Naming(links=True, predictable=True)
+
+
+class Guest:
+    """The files of a guest, as libguestfs shows them. `links` are symbolic links to nothing that is a file."""
+
+    def __init__(self, files: Mapping[str, str], links: tuple[str, ...] = ()) -> None:
+        self.files = {path: encode(text) for path, text in files.items()}
+        self.links = links
+
+    def is_file(self, path: str, followsymlinks: bool = False) -> bool:
+        return path in self.files
+
+    def is_symlink(self, path: str) -> bool:
+        return path in self.links
+
+    def filesize(self, path: str) -> int:
+        return len(self.files[path])
+
+    def read_file(self, path: str) -> bytes:
+        return self.files[path]
+
+    def glob_expand(self, pattern: str) -> list[str]:
+        depth = pattern.count("/")
+        return [path for path in self.files if fnmatchcase(path, pattern) and path.count("/") == depth]
+
+    def apply(self, edits: tuple[Edit, ...]) -> None:
+        for edit in edits:
+            assert edit.before == (decode(self.files[edit.path]) if edit.path in self.files else None)
+            assert edit.after is not None
+            self.files[edit.path] = encode(edit.after)
+
+
+def plan(guest: Guest, *nics: Nic, os_type: str = "linux") -> Plan:
+    inspection: Any = SimpleNamespace(os_type=os_type)
+    return network.plan(View(guest, inspection, Names((), {})), nics)
+
+
+def codes(planned: Plan) -> list[str]:
+    return [finding.code for finding in planned.warnings]
+
+
+def names(interfaces: tuple[Interface, ...]) -> list[str]:
+    return [one.name for one in interfaces]
+
+
+def bound(interfaces: list[str], *nics: Nic, naming: Naming = MODERN) -> dict[str, str]:
+    found = bind([Interface("file", name) for name in interfaces], nics, (), (), naming)
+    return {binding.name: binding.mac for binding in found.bindings}
+
+
+# The whole
+
+
+def test_static_address_of_debian_is_kept_by_a_link_file() -> None:
+    planned = plan(Guest({INTERFACES: STATIC, **SETUP_LINK}), Nic(A))
+    assert planned == Plan(
+        (
+            Edit(
+                "network",
+                LINK,
+                None,
+                "# Written by hyper2kvmd, so that the card keeps its name; may be removed if that does not matter.\n"
+                f"[Match]\nMACAddress={A}\n\n[Link]\nName=ens192\n",
+                f"ens192 is the card {A}",
+                "it is the only name and the only card that are left",
+            ),
+        )
+    )
+
+
+CONFIGURED = {
+    "ifupdown": {INTERFACES: STATIC},
+    "sourced": {INTERFACES: "source interfaces.d/*\n", "/etc/network/interfaces.d/a": "iface ens192 inet6 auto\n"},
+    "netplan": {
+        "/etc/netplan/01.yaml": "network:\n  ethernets:\n    ens192: {addresses: [10.0.0.2/24, 10.0.0.3/24]}\n"
+    },
+    "networkd": {"/etc/systemd/network/20.network": "[Match]\nName=ens192\n[Network]\nAddress=fd00::2/64\n"},
+    "keyfile": {
+        "/etc/NetworkManager/system-connections/a.nmconnection": "[connection]\ntype=ethernet\ninterface-name=ens192\n"
+    },
+    "redhat": {"/etc/sysconfig/network-scripts/ifcfg-ens192": 'TYPE="Ethernet"\nDEVICE="ens192"\nIPADDR=10.0.0.2\n'},
+    "suse": {"/etc/sysconfig/network/ifcfg-ens192": "BOOTPROTO='static'\nIPADDR='10.0.0.2/24'\n"},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGURED)
+def test_name_in_every_format_is_bound(kind: str) -> None:
+    planned = plan(Guest({**CONFIGURED[kind], **SETUP_LINK}), Nic(A))
+    assert [edit.path for edit in planned.edits] == [LINK]
+    assert planned.warnings == ()
+
+
+@pytest.mark.parametrize("rules", [SETUP_LINK, NAME_SLOT, {}])
+@pytest.mark.parametrize("kind", CONFIGURED)
+def test_plan_for_the_changed_guest_is_empty(kind: str, rules: dict[str, str]) -> None:
+    guest = Guest({**CONFIGURED[kind], **rules})
+    first = plan(guest, Nic(A))
+    guest.apply(first.edits)
+    assert first.edits != ()
+    assert plan(guest, Nic(A)) == Plan()
+
+
+def test_our_link_file_is_corrected_when_the_card_gets_another_address() -> None:
+    guest = Guest({INTERFACES: STATIC, **SETUP_LINK})
+    guest.apply(plan(guest, Nic(A)).edits)
+    guest.apply(plan(guest, Nic(B)).edits)
+    assert f"MACAddress={B}\n" in decode(guest.files[LINK])
+    assert plan(guest, Nic(B)) == Plan()
+
+
+def test_rule_is_appended_where_udev_does_not_read_link_files() -> None:
+    old = f'# old\nSUBSYSTEM=="net", ACTION=="add", ATTR{{address}}=="{C}", NAME="ens7"'
+    (edit,) = plan(Guest({INTERFACES: STATIC, udev.RULES: old, **NAME_SLOT}), Nic(A)).edits
+    assert edit.after == (
+        old
+        + "\n# ens192: written by hyper2kvmd, so that the card keeps its name; may be removed if that does not matter\n"
+        + 'SUBSYSTEM=="net", ACTION=="add", DRIVERS=="?*", '
+        + f'ATTR{{address}}=="{A}", ATTR{{dev_id}}=="0x0", ATTR{{type}}=="1", NAME="ens192"\n'
+    )
+
+
+def test_masked_naming_rule_means_that_link_files_are_not_read() -> None:
+    guest = Guest({INTERFACES: STATIC, **SETUP_LINK}, ("/etc/udev/rules.d/80-net-setup-link.rules",))
+    assert [edit.path for edit in plan(guest, Nic(A)).edits] == [udev.RULES]
+
+
+def test_generator_of_rules_comes_before_link_files_and_so_a_rule_is_written() -> None:
+    generator = {"/lib/udev/rules.d/75-persistent-net-generator.rules": "# writes rules\n"}
+    (edit,) = plan(Guest({INTERFACES: STATIC, **SETUP_LINK, **generator}), Nic(A)).edits
+    assert edit.path == udev.RULES
+
+
+def test_windows_and_guests_without_configuration_are_left_alone() -> None:
+    assert plan(Guest({INTERFACES: STATIC, **SETUP_LINK}), Nic(A), os_type="windows") == Plan()
+    assert plan(Guest(SETUP_LINK), Nic(A)) == Plan()
+
+
+def test_without_cards_the_configured_names_are_reported() -> None:
+    planned = plan(Guest({INTERFACES: STATIC, **SETUP_LINK}))
+    assert (planned.edits, codes(planned)) == ((), ["network_unbound"])
+    assert "ens192" in planned.warnings[0].message
+
+
+def test_card_without_a_known_address_is_not_bound() -> None:
+    planned = plan(Guest({INTERFACES: STATIC, **SETUP_LINK}), Nic(None))
+    assert (planned.edits, codes(planned)) == ((), ["network_unbound"])
+    assert planned.warnings[0].field == "nics"
+
+
+# What the guest sees to itself
+
+PINNED = {
+    "link": {"/etc/systemd/network/10-lan.link": f"[Match]\nMACAddress={A.upper()}\n[Link]\nName=ens192\n"},
+    "rule": {
+        udev.RULES: f'SUBSYSTEM=="net", ACTION=="add", DRIVERS=="?*", ATTR{{address}}=="{A}", ATTR{{dev_id}}=="0x0", '
+        'ATTR{type}=="1", KERNEL=="eth*", NAME="ens192"\n'
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PINNED)
+def test_name_that_the_guest_pins_is_left_alone(kind: str) -> None:
+    assert plan(Guest({INTERFACES: STATIC, **PINNED[kind], **SETUP_LINK}), Nic(A), Nic(B)) == Plan()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        f'ATTR{{address}}=="{A}", DRIVERS=="vmxnet3", NAME="ens192"',
+        f'ATTR{{address}}=="{A}", KERNELS=="0000:0b:00.0", NAME="ens192"',
+        f'ATTR{{address}}=="{A}", ENV{{ID_NET_DRIVER}}!="virtio_net", NAME="ens192"',
+    ],
+)
+def test_rule_that_only_the_old_card_meets_is_evidence_for_a_new_one(rule: str) -> None:
+    planned = plan(Guest({INTERFACES: STATIC, "/etc/udev/rules.d/10-a.rules": rule, **SETUP_LINK}), Nic(B), Nic(A))
+    assert [(edit.path, edit.evidence) for edit in planned.edits] == [
+        (LINK, "/etc/udev/rules.d/10-a.rules gave it the name")
+    ]
+    assert planned.edits[0].after is not None
+    assert f"MACAddress={A}\n" in planned.edits[0].after
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"/etc/netplan/50-cloud-init.yaml": f"network:\n  ethernets:\n    a: {{match: {{macaddress: '{A}'}}}}\n"},
+        {"/etc/netplan/50.yaml": f"network:\n  ethernets:\n    a: {{match: {{macaddress: {A}}}, set-name: ens192}}"},
+        {"/etc/netplan/50.yaml": "network:\n  ethernets:\n    a: {match: {name: 'en*'}, dhcp4: true}"},
+        {"/etc/systemd/network/a.network": "[Match]\nName=en* eth*\n[Network]\nDHCP=yes\n"},
+        {"/etc/systemd/network/a.network": "[Match]\nType=ether\n[Network]\nDHCP=yes\n"},
+        {"/etc/systemd/network/a.network": f"[Match]\nMACAddress={A}\n[Network]\nDHCP=yes\n"},
+        {"/etc/NetworkManager/system-connections/a": f"[connection]\ntype=ethernet\n[ethernet]\nmac-address={A}\n"},
+        {"/etc/NetworkManager/system-connections/a": "[connection]\ntype=ethernet\n"},
+        {"/etc/sysconfig/network-scripts/ifcfg-Wired": f"TYPE=Ethernet\nHWADDR={A.upper()}\nNAME=Wired\n"},
+        {"/etc/sysconfig/network/ifcfg-eth-id-" + A: "BOOTPROTO=dhcp\n"},
+        {INTERFACES: "auto enx005056aabb01\niface enx005056aabb01 inet dhcp\n"},
+        {INTERFACES: "auto /en*=lan\niface lan inet dhcp\n"},
+    ],
+)
+def test_configuration_that_still_finds_its_card_is_left_alone(files: dict[str, str]) -> None:
+    assert plan(Guest({**files, **SETUP_LINK}), Nic(A)) == Plan()
+
+
+def test_red_hats_udev_renames_by_the_ifcfg_file_and_needs_no_rule() -> None:
+    file = {"/etc/sysconfig/network-scripts/ifcfg-eth1": f"DEVICE=eth1\nHWADDR={A}\n"}
+    rename = {"/usr/lib/udev/rules.d/60-net.rules": 'PROGRAM="/lib/udev/rename_device"\n'}
+    assert plan(Guest({**file, **NAME_SLOT, **rename}), Nic(B), Nic(A)) == Plan()
+    assert len(plan(Guest({**file, **NAME_SLOT}), Nic(A)).edits) == 1
+
+
+@pytest.mark.parametrize("path", ["/boot/grub/grub.cfg", "/etc/default/grub", "/boot/loader/entries/a.conf"])
+def test_kernel_names_in_order_need_no_rule_and_of_several_cards_a_warning(path: str) -> None:
+    guest = Guest({INTERFACES: "iface eth0 inet dhcp\n", path: "options quiet net.ifnames=0 ro\n", **SETUP_LINK})
+    assert plan(guest, Nic(A)) == Plan()
+    assert (plan(guest, Nic(A), Nic(B)).edits, codes(plan(guest, Nic(A), Nic(B)))) == ((), ["network_kernel_order"])
+
+
+def test_kernel_name_that_old_udev_keeps_for_the_old_card_is_given_to_the_new_one() -> None:
+    rule = f'SUBSYSTEM=="net", ACTION=="add", ATTR{{address}}=="{C}", KERNEL=="eth*", NAME="eth0"\n'
+    (edit,) = plan(Guest({INTERFACES: "iface eth0 inet dhcp\n", udev.RULES: rule}), Nic(A)).edits
+    assert edit.after is not None
+    assert udev.pins(edit.after, udev.RULES)[1:] == (udev.Pin("eth0", A, udev.RULES, True),)
+
+
+# What nobody can know
+
+
+@pytest.mark.parametrize(
+    ("files", "code"),
+    [
+        ({"/etc/netplan/a.yaml": "network: {ethernets: {a: {match: {driver: vmxnet3}}}}"}, "network_driver"),
+        ({"/etc/systemd/network/a.network": "[Match]\nDriver=vmxnet3 e1000\n"}, "network_driver"),
+        ({"/etc/systemd/network/a.network": "[Match]\nName=ens*\n"}, "network_glob"),
+        ({INTERFACES: "auto /ens*=lan\niface lan inet dhcp\n"}, "network_glob"),
+        ({"/etc/netplan/a.yaml": "network: {ethernets: {a: {match: {macaddress: '%s'}}}}" % C}, "network_unknown_mac"),  # noqa: UP031
+        ({"/etc/sysconfig/network-scripts/ifcfg-ens192": f"DEVICE=ens192\nHWADDR={C}\n"}, "network_unknown_mac"),
+        ({"/etc/netplan/a.yaml": "network: {ethernets: [}"}, "network_unreadable"),
+        ({INTERFACES: "".join(f"iface x{number} inet dhcp\n" for number in range(201))}, "network_unbound"),
+        ({INTERFACES: "iface ens192 inet dhcp\niface eno16777984 inet dhcp\n"}, "network_unbound"),
+    ],
+)
+def test_what_will_not_be_found_on_kvm_is_reported_and_nothing_is_written(files: dict[str, str], code: str) -> None:
+    planned = plan(Guest({**files, **SETUP_LINK}), Nic(A))
+    assert planned.edits == ()
+    assert set(codes(planned)) == {code}
+    assert all(next(iter(files)) in finding.message and finding.hint for finding in planned.warnings)
+
+
+def test_contradicting_addresses_are_reported() -> None:
+    interfaces = [Interface("one", "ens192", A), Interface("two", "ens192", B)]
+    found = bind(interfaces, [Nic(A), Nic(B)], (), (), MODERN)
+    assert found.bindings == ()
+    assert f"{A}, {B}" in found.warnings[0].message
+
+
+def test_two_names_for_one_card_are_bound_to_none() -> None:
+    found = bind([Interface("f", "ens1", A), Interface("f", "ens2", A)], [Nic(A), Nic(B)], (), (), MODERN)
+    assert found.bindings == ()
+    assert [finding.code for finding in found.warnings] == ["network_unbound"] * 2
+
+
+def test_card_that_a_rule_calls_otherwise_gets_no_second_name() -> None:
+    pin = udev.Pin("lan0", A, "rules", True)
+    found = bind([Interface("f", "ens192", A)], [Nic(A)], [pin], (), MODERN)
+    assert (found.bindings, [finding.code for finding in found.warnings]) == ((), ["network_unbound"])
+
+
+def test_kernel_names_are_not_given_where_another_card_could_have_them() -> None:
+    interfaces = [Interface("f", "eth0", B), Interface("f", "eth1", A)]
+    found = bind(interfaces, [Nic(A), Nic(B)], (), (), MODERN)
+    assert (found.bindings, [finding.code for finding in found.warnings]) == ((), ["network_unbound"] * 2)
+    old = bind(interfaces, [Nic(A), Nic(B)], (), (), Naming(links=False, predictable=False, swaps=True))
+    assert {binding.name: binding.mac for binding in old.bindings} == {"eth0": B, "eth1": A}
+    assert bound(["eth0"], Nic(A)) == {"eth0": A}
+
+
+# Evidence
+
+
+@pytest.mark.parametrize(
+    ("configured", "in_order"),
+    [
+        (["ens224", "ens192"], ["ens192", "ens224"]),
+        (["ens161", "ens256", "ens224", "ens192", "ens160"], ["ens160", "ens192", "ens224", "ens256", "ens161"]),
+        (["ens34", "ens32", "ens33"], ["ens32", "ens33", "ens34"]),
+        (["eno33557248", "eno16777984"], ["eno16777984", "eno33557248"]),
+    ],
+)
+def test_vmwares_names_follow_the_order_of_the_adapters(configured: list[str], in_order: list[str]) -> None:
+    macs = [f"00:50:56:00:00:0{number}" for number in range(len(in_order))]
+    assert bound(configured, *map(Nic, macs)) == dict(zip(in_order, macs, strict=True))
+
+
+def test_conclusion_from_the_order_is_reported_as_one() -> None:
+    found = bind([Interface("f", "ens224"), Interface("f", "ens192")], [Nic(A), Nic(B)], (), (), MODERN)
+    assert [finding.code for finding in found.warnings] == ["network_inferred"]
+    assert f"ens192 is {A}, ens224 is {B}" in found.warnings[0].message
+
+
+@pytest.mark.parametrize("names", [["ens192"], ["ens192", "eno16777984"], ["lan0", "lan1"], ["ens192", "x", "y"]])
+def test_names_are_not_guessed_where_numbers_or_families_differ(names: list[str]) -> None:
+    assert bound(names, Nic(A), Nic(B)) == {}
+
+
+def test_slot_numbers_of_the_ovf_decide_against_any_order() -> None:
+    assert bound(["ens192", "ens161"], Nic(A, 1184), Nic(B, 192), Nic(C, 256)) == {"ens161": A, "ens192": B}
+
+
+def test_what_is_known_of_one_card_decides_for_the_other() -> None:
+    found = bind([Interface("f", "lan0", B), Interface("f", "lan1")], [Nic(A), Nic(B)], (), (), MODERN)
+    assert {binding.name: binding.mac for binding in found.bindings} == {"lan0": B, "lan1": A}
+
+
+def test_leases_decide_against_the_order() -> None:
+    interfaces = [Interface("f", "ens192"), Interface("f", "ens224")]
+    found = bind(interfaces, [Nic(A), Nic(B)], (), {("ens192", B), ("ens192", C)}, MODERN)
+    assert {binding.name: binding.mac for binding in found.bindings} == {"ens192": B, "ens224": A}
+
+
+def test_leases_of_every_client_are_read() -> None:
+    lease = (
+        'lease {\n  interface "ens192";\n  fixed-address 10.0.0.2;\n'
+        "  option dhcp-client-identifier 1:0:50:56:aa:bb:2;\n}\n"
+    )
+    guest = Guest(
+        {
+            INTERFACES: STATIC + "iface ens224 inet dhcp\n",
+            "/var/lib/dhcp/dhclient.ens192.leases": 'default-duid "\\000";\n' + lease,
+            "/var/lib/NetworkManager/internal-0f7e4b5e-4a0f-4bd2-8a55-3f6a3c1d1a10-ens224.lease": (
+                "ADDRESS=10.0.0.3\nCLIENTID=01005056aabb01\n"
+            ),
+            **SETUP_LINK,
+        }
+    )
+    planned = plan(guest, Nic(A), Nic(B))
+    assert {edit.summary for edit in planned.edits} == {f"ens192 is the card {B}", f"ens224 is the card {A}"}
+    assert {edit.evidence for edit in planned.edits} == {"a DHCP lease has the MAC address"}
+    assert planned.warnings == ()
+
+
+def test_lease_with_a_duid_says_nothing_of_the_card() -> None:
+    duid = "ff:56:50:4d:98:0:1:0:1:26:3d:5c:1c:0:50:56:aa:bb:2"
+    assert leases.dhclient(f'lease {{\n  interface "ens192";\n  option dhcp-client-identifier {duid};\n}}\n') == set()
+
+
+# The formats
+
+
+def test_interfaces_file_names_cards_and_not_what_is_made_of_them() -> None:
+    text = """\
+source /etc/network/interfaces.d/*
+source-directory more.d
+source $(ls)/x
+# iface ens1 inet dhcp
+auto lo ens192 \\
+     bond0 ens224.100
+iface lo inet loopback
+iface ens192 inet static\r
+    address 10.0.0.2/24
+    hwaddress ether 00:50:56:aa:bb:01
+iface ens192 inet6 auto
+iface ens192:0 inet static
+iface ens224.100 inet static
+iface vlan7 inet static
+    vlan-raw-device ens225
+iface bond0 inet static
+    bond-slaves ens256 ens161
+    bond-mode 1
+iface lan inet dhcp
+    bridge_ports ens193 regex none
+iface br0 inet manual
+iface wg0 inet manual
+iface tun1 inet manual
+iface uplink inet manual"""
+    parsed = ifupdown.parse(text, INTERFACES)
+    expected = {"ens192", "ens224", "ens225", "ens256", "ens161", "ens193", "uplink"}
+    assert set(names(parsed.interfaces)) == expected
+    assert len(parsed.interfaces) == len(expected)
+    assert {one.mac for one in parsed.interfaces} == {None}
+    assert parsed.sources == ("/etc/network/interfaces.d/*", "/etc/network/more.d/")
+
+
+def test_stanzas_that_a_mapping_chooses_are_no_cards() -> None:
+    text = "auto ens192\nmapping ens192\n  script /usr/bin/where\n  map home office\niface home inet dhcp\n"
+    assert names(ifupdown.parse(text + "iface ens192 inet dhcp\n", INTERFACES).interfaces) == ["ens192"]
+
+
+def test_backup_in_a_directory_of_interfaces_is_not_read() -> None:
+    directory = {"/etc/network/more.d/a": STATIC, "/etc/network/more.d/a.bak": "iface ens224 inet dhcp\n"}
+    planned = plan(Guest({INTERFACES: "source-directory more.d\n", **directory, **SETUP_LINK}), Nic(A))
+    assert ([edit.path for edit in planned.edits], planned.warnings) == ([LINK], ())
+
+
+def test_files_that_source_each_other_are_read_once() -> None:
+    guest = Guest({INTERFACES: STATIC + "source interfaces\nsource interfaces*\n", **SETUP_LINK})
+    assert len(plan(guest, Nic(A)).edits) == 1
+
+
+def test_later_netplan_files_override_earlier_ones() -> None:
+    files = {
+        "/lib/netplan/10.yaml": "network: {ethernets: {ens1: {}}}",
+        "/etc/netplan/10.yaml": "network: {version: 2, renderer: networkd, ethernets: {ens192: {dhcp4: yes}}}",
+        "/etc/netplan/20.yaml": f"network: {{ethernets: {{ens192: {{match: {{macaddress: {B}}}, set-name: ens192}}}}}}",
+    }
+    planned = plan(Guest({**files, **SETUP_LINK}), Nic(A))
+    assert codes(planned) == ["network_unknown_mac"]
+    assert "/etc/netplan/20.yaml" in planned.warnings[0].message
+
+
+def test_netplan_matches_become_interfaces() -> None:
+    text = """\
+network:
+  ethernets:
+    ens192: {}
+    lan: {match: {name: ens224, macaddress: 52:54:00:12:34:56}}
+    any: {match: {name: "ens*", driver: [vmxnet3, "virtio*"]}}
+  bonds: {bond0: {interfaces: [ens192, lan]}}
+  vlans: {ens192.7: {id: 7, link: ens192}}
+"""
+    content = netplan.load(text)
+    assert content is not None
+    assert netplan.interfaces([("f", content)]) == (
+        Interface("f", "ens192"),
+        Interface("f", "ens224", "52:54:00:12:34:56"),
+        Interface("f", "ens*", None, "vmxnet3 virtio*"),
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x]\nb: *a\n",
+        "[" * 20_000,
+        "- " * 20_000,
+        "x" * (netplan.SIZE_LIMIT + 1),
+        '"\\UFFFFFFFF"',
+        "{[a]: b}",
+        "just text",
+        "\udcff: a",
+        "a: [",
+    ],
+)
+def test_yaml_that_is_broken_or_hostile_is_no_netplan_file(text: str) -> None:
+    assert netplan.load(text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "network:\n", "network: {ethernets: [a]}", "network: {ethernets: {a: {match: x}}}"]
+)
+def test_netplan_file_of_odd_shape_raises_nothing(text: str) -> None:
+    content = netplan.load(text)
+    assert content is not None
+    assert set(names(netplan.interfaces([("f", content)]))) <= {"a"}
+
+
+@pytest.mark.parametrize(
+    ("match", "expected"),
+    [
+        ("Name=ens192", [Interface("f", "ens192")]),
+        ("Name=ens192 ens224\nName=en*", [Interface("f", "ens192"), Interface("f", "ens224"), Interface("f", "en*")]),
+        (f"Name=ens192\nMACAddress={A.upper()}", [Interface("f", "ens192", A)]),
+        (f"Name=ens192 ens224\nMACAddress={A} {B}", [Interface("f", "ens192"), Interface("f", "ens224")]),
+        (f"PermanentMACAddress={A}", [Interface("f", "", A)]),
+        ("Name=!ens192", []),
+        ("Name=bond0", []),
+        ("Name=wl*\nType=wlan", []),
+        ("Name=ens192\nKind=vlan", []),
+        ("#Name=ens192", [Interface("f")]),
+    ],
+)
+def test_match_section_of_networkd_becomes_interfaces(match: str, expected: list[Interface]) -> None:
+    assert list(keyfile.networkd(f"[Match]\n{match}\n[Network]\nDHCP=yes\n", "f")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[connection]\ntype=ethernet\ninterface-name=ens192\n", [Interface("f", "ens192")]),
+        (
+            "[connection]\ntype=802-3-ethernet\ninterface-name=ens192\n[802-3-ethernet]\nmac-address=0;80;86;170;187;1;\n",
+            [Interface("f", "ens192", A)],
+        ),
+        ("[connection]\ntype=ethernet\n[ethernet]\ncloned-mac-address=00:50:56:aa:bb:09\n", []),
+        ("[connection]\ntype=ethernet\nmaster=bond0\ninterface-name=ens192\n", [Interface("f", "ens192")]),
+        ("[connection]\ntype=vlan\ninterface-name=ens192.7\n[vlan]\nparent=ens192\n", [Interface("f", "ens192")]),
+        ("[connection]\ntype=bond\ninterface-name=bond0\n", []),
+        ("[connection]\ntype=wifi\ninterface-name=wlp1s0\n", []),
+        ("[connection]\ntype=ethernet\n[match]\ninterface-name=ens*;\n", [Interface("f", "ens*")]),
+        ("type=ethernet\n[\n=\n", []),
+    ],
+)
+def test_profile_of_networkmanager_becomes_interfaces(text: str, expected: list[Interface]) -> None:
+    assert list(keyfile.networkmanager(text, "f")) == expected
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "expected"),
+    [
+        ("ens192", "ONBOOT=yes\n", ["ens192"]),
+        ("Wired_1", "DEVICE='ens192' # first\nTYPE=Ethernet\n", ["ens192"]),
+        ("ens192", "DEVICE=ens192\nMASTER=bond0\nSLAVE=yes\n", ["ens192"]),
+        ("ens192", "DEVICE=ens192\nBRIDGE=br0\n", ["ens192"]),
+        ("ens192:1", "DEVICE=ens192:1\n", ["ens192"]),
+        ("ens192.7", "DEVICE=ens192.7\nVLAN=yes\n", ["ens192"]),
+        ("vlan7", "TYPE=Vlan\nPHYSDEV=ens192\nVLAN=yes\nDEVICE=vlan7\n", ["ens192"]),
+        ("bond0", "DEVICE=bond0\nTYPE=Bond\nBONDING_MASTER=yes\n", []),
+        ("lan", "DEVICE=lan\nTYPE=Bridge\n", []),
+        ("lo", "DEVICE=lo\n", []),
+        ("ens192.bak", "DEVICE=ens192\n", []),
+        ("ens192", "#DEVICE=ens224\nMACADDR=00:50:56:aa:bb:09\n", ["ens192"]),
+    ],
+)
+def test_red_hats_ifcfg_file_names_its_card(suffix: str, text: str, expected: list[str]) -> None:
+    found = ifcfg.redhat(text, f"/etc/sysconfig/network-scripts/ifcfg-{suffix}", renames=False)
+    assert names(found) == expected
+    assert {one.mac for one in found} <= {None}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "expected"),
+    [
+        ("eth0", "LLADDR='00:50:56:aa:bb:09'\n", ["eth0"]),
+        ("bond0", "BONDING_MASTER='yes'\nBONDING_SLAVE_0='eth0'\nBONDING_SLAVE_1='eth1'\n", ["eth0", "eth1"]),
+        ("br0", "BRIDGE='yes'\nBRIDGE_PORTS='eth0 eth1'\n", ["eth0", "eth1"]),
+        ("vlan7", "ETHERDEVICE='eth0'\nVLAN_ID='7'\n", ["eth0"]),
+        ("eth0.7", "ETHERDEVICE=eth0\n", ["eth0"]),
+        ("lo", "IPADDR=127.0.0.1/8\n", []),
+        ("eth0.rpmsave", "BOOTPROTO=dhcp\n", []),
+    ],
+)
+def test_suses_ifcfg_file_names_its_cards(suffix: str, text: str, expected: list[str]) -> None:
+    assert names(ifcfg.suse(text, f"/etc/sysconfig/network/ifcfg-{suffix}")) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[Match]\nMACAddress=\n[Link]\nName=ens192\n",
+        f"[Match]\nMACAddress={A} {B}\n[Link]\nName=ens192\n",
+        f"[Match]\nMACAddress={A}\n[Link]\nMTUBytes=9000\n",
+        f"[Match]\nMACAddress={A}\n[Link]\nName=../../x\n",
+    ],
+)
+def test_link_file_that_names_no_single_card_pins_nothing(text: str) -> None:
+    assert keyfile.link(text, "f") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "mac"),
+    [
+        ("00-50-56-AA-BB-01", A),
+        ("0050.56aa.bb01", A),
+        (f" {A}\n", A),
+        ("00:50:56:aa:bb", None),
+        ("permanent", None),
+        ("", None),
+    ],
+)
+def test_mac_addresses_are_read_in_every_notation(text: str, mac: str | None) -> None:
+    assert mac_address(text) == mac
+
+
+@pytest.mark.parametrize("word", ["", "lo", "br-lan", "docker0", "../x", "a/b", "ens192\n", "x" * 16, "wlan0", "-x"])
+def test_words_that_name_no_card(word: str) -> None:
+    assert card(word) == ""
+
+
+# Hostile guests
+
+PATHS = [
+    *(INTERFACES, "/etc/netplan/a.yaml", "/etc/systemd/network/a.network", "/etc/systemd/network/a.link", udev.RULES),
+    *("/etc/NetworkManager/system-connections/a", "/etc/sysconfig/network-scripts/ifcfg-a", "/var/lib/dhcp/a.leases"),
+    *("/etc/sysconfig/network/ifcfg-a", "/etc/default/grub"),
+]
+
+
+@given(st.dictionaries(st.sampled_from(PATHS), st.binary(max_size=300).map(decode)))
+def test_no_file_makes_the_plan_raise(files: dict[str, str]) -> None:
+    planned = plan(Guest({**files, **SETUP_LINK}), Nic(A))
+    assert all(finding.message.isprintable() for finding in planned.warnings)
+
+
+@pytest.mark.parametrize(
+    "piece", ["A", " ", "\n", "\t\n", "lease {\n", "\\\n", "[", '"', "iface ", "=", "A{", "*", "x=a "]
+)
+@pytest.mark.parametrize("path", PATHS)
+def test_no_file_takes_long_to_read(path: str, piece: str) -> None:
+    guest = Guest({path: piece * ((1 << 20) // len(piece)), **SETUP_LINK})
+    started = time.process_time()
+    assert len(plan(guest, Nic(A)).edits) <= 1
+    assert time.process_time() - started < 5
