@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SecretStr
 
 from hyper2kvmd.errors import Finding
 
@@ -103,6 +103,56 @@ class Stages(Part):
     validate_: Validate
 
 
+class User(Part):
+    """A user of the guest, made if there is none of that name; None and empty mean that nothing is asked for.
+
+    `sudo` is what a rule ends in: ALL, or NOPASSWD: ALL. `lock` takes the password away, not other ways to log in.
+    """
+
+    name: str
+    uid: int | None = None
+    groups: tuple[str, ...] = ()
+    comment: str | None = None
+    shell: str | None = None
+    home: str | None = None
+    ssh_keys: tuple[str, ...] = ()
+    password_hash: SecretStr | None = None
+    sudo: str | None = None
+    lock: bool = False
+
+
+class Services(Part):
+    """systemd units to enable, disable and mask, with their suffix; each in one list at most."""
+
+    enable: tuple[str, ...] = ()
+    disable: tuple[str, ...] = ()
+    mask: tuple[str, ...] = ()
+
+
+class Interface(Part):
+    """A network interface, by the guest's name: with DHCP, or else with `addresses` such as 192.0.2.10/24."""
+
+    name: str
+    dhcp: bool = False
+    addresses: tuple[str, ...] = ()
+    gateway4: str | None = None
+    gateway6: str | None = None
+    dns: tuple[str, ...] = ()
+    search: tuple[str, ...] = ()
+
+
+class Configuration(Part):
+    """What is to be changed in the guest besides what it needs to boot. `hosts`: names by IP address."""
+
+    hostname: str | None = None
+    domain: str | None = None
+    hosts: dict[str, tuple[str, ...]] = {}
+    users: tuple[User, ...] = ()
+    disable_users: tuple[str, ...] = ()
+    services: Services = Services()
+    interfaces: tuple[Interface, ...] = ()
+
+
 class Output(Part):
     """Where and how the disks are to be written, as far as the manifest says. `filename` has no directory."""
 
@@ -137,7 +187,7 @@ class Manifest(Part):
     stages: Stages
     output: Output
     options: Options
-    configuration: dict[str, Any]
+    configuration: Configuration
     tags: dict[str, str]
     job_id: str | None
     hypersdk_version: str | None

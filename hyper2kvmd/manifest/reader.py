@@ -247,7 +247,7 @@ def _normalise(written: wire.Document, dialect: Literal["seed", "go"], sha256: s
             report_enabled=report.enabled or False,
             report_path=report.path,
         ),
-        configuration=written.configuration or {},
+        configuration=_configuration(written.configuration or wire.Configuration(), stages, warnings),
         tags=metadata.tags or {},
         job_id=metadata.job_id,
         hypersdk_version=metadata.hypersdk_version,
@@ -345,6 +345,29 @@ def _stages(pipeline: wire.Pipeline | None, warnings: list[Finding]) -> model.St
             test_boot=validate.test_boot,
         ),
     )
+
+
+def _configuration(written: wire.Configuration, stages: model.Stages, warnings: list[Finding]) -> model.Configuration:
+    host, users = written.hostname or wire.Hostname(), written.users or wire.Users()
+    services, network = written.services or wire.Services(), written.network or wire.Network()
+    configuration = model.Configuration(
+        hostname=host.hostname,
+        domain=host.domain,
+        hosts={address: tuple(names) for address, names in (host.hosts or {}).items()},
+        users=tuple(model.User.model_validate(_given(user)) for user in users.users or ()),
+        disable_users=tuple(users.disable_users or ()),
+        services=model.Services.model_validate(_given(services)),
+        interfaces=tuple(model.Interface.model_validate(_given(row)) for row in network.interfaces or ()),
+    )
+    if configuration != model.Configuration() and not stages.fix.enabled:
+        message = "the stage FIX is off, so the guest is not configured"
+        warnings.append(Finding("no_configuration", message, "Enable pipeline.fix, or delete it.", "configuration"))
+    return configuration
+
+
+def _given(table: BaseModel) -> dict[str, Any]:
+    """The fields that are not null."""
+    return {name: value for name, value in table if value is not None}
 
 
 def _first(*values: bool | None) -> bool:

@@ -14,10 +14,11 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from hyper2kvmd.errors import Code
 from hyper2kvmd.manifest import Manifest, ManifestError, parse
-from hyper2kvmd.manifest.model import slug
+from hyper2kvmd.manifest.model import Configuration, Interface, Services, User, slug
 
 DATA = Path(__file__).parent.parent / "data" / "manifests"
 SEED = json.loads((DATA / "seed.json").read_bytes())
@@ -112,7 +113,7 @@ def test_everything_that_the_go_library_writes_is_read() -> None:
     assert (manifest.options.dry_run, manifest.options.verbose) == (True, 2)
     assert (manifest.options.report_enabled, manifest.options.report_path) == (True, "report.json")
     assert manifest.exporter_warnings == ("export: CBT was disabled",)
-    assert manifest.configuration == {"hostname": {"name": "shop"}}
+    assert manifest.configuration == Configuration(hostname="shop")
     assert not manifest.stages.validate_.enabled
     assert manifest.export_timestamp == "2026-11-23T22:26:38.470792675Z"
     assert {warning.field for warning in manifest.warnings} == {
@@ -248,6 +249,84 @@ def test_value_is_normalised(path: str, value: Any, attribute: str, expected: An
     assert found == expected
 
 
+# The guest's configuration --------------------------------------------------------------------------------
+
+HASH = "$6$rounds=5000$abc$" + "x" * 86
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBGj ann@example.com"
+
+
+def test_configuration_is_read_in_full() -> None:
+    written = {
+        "hostname": {
+            "hostname": "shop",
+            "domain": "example.com",
+            "hosts": {"192.0.2.7": "db db.x", "2001:DB8::7": ["c"]},
+        },
+        "users": {
+            "users": [
+                {
+                    "name": "ann",
+                    "uid": 2000,
+                    "groups": ["wheel"],
+                    "ssh_keys": [KEY],
+                    "password_hash": HASH,
+                    "lock": None,
+                },
+                {"name": "bob", "sudo": "NOPASSWD:ALL"},
+                {"name": "eve", "sudo": "ALL=(ALL:ALL) ALL"},
+            ],
+            "disable_users": ["ubuntu"],
+        },
+        "services": {"enable": ["sshd", "x.timer"], "mask": ["getty@tty1"]},
+        "network": {
+            "interfaces": [
+                {"name": "ens192", "addresses": ["192.0.2.10/24"], "gateway4": "192.0.2.1", "dns": ["192.0.2.53"]},
+                {"name": "ens224", "dhcp": True},
+            ]
+        },
+    }
+    assert read(changed("configuration", written)).configuration == Configuration(
+        hostname="shop",
+        domain="example.com",
+        hosts={"192.0.2.7": ("db", "db.x"), "2001:db8::7": ("c",)},
+        users=(
+            User(name="ann", uid=2000, groups=("wheel",), ssh_keys=(KEY,), password_hash=SecretStr(HASH)),
+            User(name="bob", sudo="NOPASSWD: ALL"),
+            User(name="eve", sudo="ALL"),
+        ),
+        disable_users=("ubuntu",),
+        services=Services(enable=("sshd.service", "x.timer"), mask=("getty@tty1.service",)),
+        interfaces=(
+            Interface(name="ens192", addresses=("192.0.2.10/24",), gateway4="192.0.2.1", dns=("192.0.2.53",)),
+            Interface(name="ens224", dhcp=True),
+        ),
+    )
+
+
+def test_configuration_without_fix_is_said_to_have_no_effect() -> None:
+    content = changed("configuration", {"hostname": {"hostname": "x"}}, changed("pipeline.fix.enabled", False))
+    assert [warning.field for warning in read(content).warnings] == ["configuration"]
+    assert read(changed("configuration", {}, changed("pipeline.fix.enabled", False))).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        {"name": "ann", "password": "hunter2hunter2"},
+        {"name": "ann", "password_hash": "hunter2hunter2"},
+        {"name": "ann", "password_hash": 2222222},
+        {"name": "ann", "password_hash": ["hunter2hunter2"]},
+        {"name": "ann", "ssh_keys": ["-----BEGIN OPENSSH PRIVATE KEY-----hunter2"]},
+    ],
+)
+def test_no_secret_of_a_user_is_repeated(user: dict[str, Any]) -> None:
+    error = failure(json.dumps(changed("configuration", {"users": {"users": [user]}})).encode())
+    said = str([problem.as_json() for problem in error.problems]) + str(error)
+    assert "hunter2" not in said
+    assert "2222222" not in said
+    assert "configuration.users.users[0]." in said
+
+
 # Names ----------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +443,121 @@ WRONG: list[tuple[str, Any, str, str, str]] = [
     ("output.filename", "-x", "output.filename", "'-x'", "must not start"),
     ("output.filename", "/etc/x", "output.filename", "'/etc/x'", "without a directory"),
     ("options.report.path", "a/b.json", "options.report.path", "'a/b.json'", "without a directory"),
+    ("configuration", {"user": {}}, "configuration.user", "unknown", "Did you mean users?"),
+    ("configuration.hostname", {"hostnam": "x"}, "configuration.hostname.hostnam", "unknown", "Did you mean hostname?"),
+    ("configuration.hostname", {"hostname": "a_b"}, "configuration.hostname.hostname", "'a_b'", "letters"),
+    ("configuration.hostname", {"hostname": "x" * 63 + ".yy"}, "configuration.hostname.hostname", "66", "at most 64"),
+    ("configuration.hostname", {"domain": "x"}, "configuration.hostname", "without a hostname", "Add"),
+    ("configuration.hostname", {"hostname": "a.b", "domain": "x"}, "configuration.hostname", "'a.b'", "one of the two"),
+    ("configuration.hostname", {"hosts": {"x": "y"}}, "configuration.hostname.hosts.x", "'x'", "192.0.2.10"),
+    ("configuration.hostname", {"hosts": {"fe80::1%e": "y"}}, "configuration.hostname.hosts.fe80::1%e", "IP", "such"),
+    ("configuration.users", [], "configuration.users", "a list", "users and disable_users"),
+    ("configuration.users", {"users": [{}]}, "configuration.users.users[0].name", "missing", "Add it"),
+    ("configuration.users", {"users": [{"name": "a;b"}]}, "configuration.users.users[0].name", "'a;b'", "small"),
+    ("configuration.users", {"users": [{"name": "-a"}]}, "configuration.users.users[0].name", "'-a'", "small"),
+    ("configuration.users", {"users": [{"name": "a\n"}]}, "configuration.users.users[0].name", r"\n", "small"),
+    (
+        "configuration.users",
+        {"users": [{"name": "a", "uid": 0}]},
+        "configuration.users.users[0].uid",
+        "0",
+        "at least 1",
+    ),
+    (
+        "configuration.users",
+        {"users": [{"name": "a", "username": 1}]},
+        "configuration.users.users[0].username",
+        "unknown",
+        "Did you mean name?",
+    ),
+    (
+        "configuration.users",
+        {"users": [{"name": "a", "password": "x"}]},
+        "configuration.users.users[0].password",
+        "unknown",
+        "Did you mean password_hash?",
+    ),
+    (
+        "configuration.users",
+        {"users": [{"name": "a", "sudo": "ALL=/bin/sh"}]},
+        "configuration.users.users[0].sudo",
+        "'ALL=/bin/sh'",
+        "ALL=(ALL) ALL",
+    ),
+    (
+        "configuration.users",
+        {"users": [{"name": "a", "shell": "bash"}]},
+        "configuration.users.users[0].shell",
+        "'bash'",
+        "/bin/bash",
+    ),
+    (
+        "configuration.users",
+        {"users": [{"name": "a", "home": "/a/../b"}]},
+        "configuration.users.users[0].home",
+        "..",
+        "in full",
+    ),
+    (
+        "configuration.users",
+        {"users": [{"name": "a", "comment": "a:b"}]},
+        "configuration.users.users[0].comment",
+        "':'",
+        "Remove",
+    ),
+    ("configuration.users", {"users": [{"name": "a"}], "disable_users": ["a"]}, "configuration.users", "'a'", "Delete"),
+    ("configuration.services", {"enable": ["a b"]}, "configuration.services.enable[0]", "'a b'", "sshd"),
+    ("configuration.services", {"enable": ["-x"]}, "configuration.services.enable[0]", "'-x'", "sshd"),
+    ("configuration.services", {"enable": ["x"], "mask": ["x.service"]}, "configuration.services", "twice", "Delete"),
+    (
+        "configuration.network",
+        {"interfaces": [{"name": "e/0", "dhcp": True}]},
+        "configuration.network.interfaces[0].name",
+        "'e/0'",
+        "ens192",
+    ),
+    (
+        "configuration.network",
+        {"interfaces": [{"name": "e"}]},
+        "configuration.network.interfaces[0]",
+        "neither dhcp nor addresses",
+        "dhcp: true",
+    ),
+    (
+        "configuration.network",
+        {"interfaces": [{"name": "e", "dhcp": True, "addresses": ["192.0.2.1/24"]}]},
+        "configuration.network.interfaces[0]",
+        "both dhcp and addresses",
+        "dhcp: true",
+    ),
+    (
+        "configuration.network",
+        {"interfaces": [{"name": "e", "addresses": ["192.0.2.1"]}]},
+        "configuration.network.interfaces[0].addresses[0]",
+        "'192.0.2.1'",
+        "192.0.2.10/24",
+    ),
+    (
+        "configuration.network",
+        {"interfaces": [{"name": "e", "addresses": ["192.0.2.9/24"], "gateway4": "192.0.3.1"}]},
+        "configuration.network.interfaces[0]",
+        "192.0.3.1",
+        "Correct it",
+    ),
+    (
+        "configuration.network",
+        {"interfaces": [{"name": "e", "addresses": ["192.0.2.9/24"], "gateway4": "2001:db8::1"}]},
+        "configuration.network.interfaces[0]",
+        "not an IPv4",
+        "gateway4",
+    ),
+    (
+        "configuration.network",
+        {"interfaces": [{"name": "e", "dhcp": True}, {"name": "e", "dhcp": True}]},
+        "configuration.network",
+        "'e'",
+        "Delete",
+    ),
     ("manifest_version", "2.0", "manifest_version", "2.0", "update hyper2kvmd"),
     ("manifest_version", 2, "manifest_version", "2", "update hyper2kvmd"),
     ("manifest_version", True, "manifest_version", "true", "1.0"),
