@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from hyper2kvmd import images, importer, publish, report
 from hyper2kvmd.domain import Domain, DomainDisk, to_xml
 from hyper2kvmd.errors import Code, Finding, MigrationError
@@ -23,8 +25,12 @@ from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.plan import Plan, PlannedDisk, make_plan
 
 if TYPE_CHECKING:
+    from hyper2kvmd.guest.fix import FixOptions
     from hyper2kvmd.guest.inspect import Inspection
 
+log = structlog.get_logger()
+
+LUKS_MEMORY_MB = 2304
 STAGE_NAMES = ("inspect", "fix", "convert", "validate", "import")
 
 
@@ -111,12 +117,15 @@ def _verify(job: Job, plan: Plan, digests: dict[str, str]) -> None:
 def _guest(job: Job, plan: Plan) -> None:
     """Look into the guest, and mend it, on overlays that can be thrown away."""
     # Imported here: a job that does not look inside needs none of it.
-    from hyper2kvmd.guest.fix import FixOptions, fix
+    from hyper2kvmd.guest.fix import fix
     from hyper2kvmd.guest.inspect import inspect
+    from hyper2kvmd.guest.keys import passphrase
     from hyper2kvmd.guest.session import open_guest
 
     settings = job.settings
-    options = plan.manifest.stages.fix
+    manifest = plan.manifest
+    # A key derivation that was made to be slow on a computer with much memory needs up to 1 GiB of it.
+    memory_mb = max(settings.guest.memory_mb, LUKS_MEMORY_MB if settings.fix.luks_keys else 0)
     with contextlib.ExitStack() as stack:
         with job.stage("inspect"):
             for disk in plan.disks:
@@ -125,14 +134,15 @@ def _guest(job: Job, plan: Plan) -> None:
                 open_guest(
                     [(disk.overlay, "qcow2") for disk in plan.disks],
                     accel=plan.accel,
-                    memory_mb=settings.guest.memory_mb,
+                    memory_mb=memory_mb,
                     tools=job.tools,
                 )
             )
             version = session.version()
             job.record.tools["libguestfs"] = f"{version['major']}.{version['minor']}.{version['release']}"
             try:
-                inspection = inspect(session)
+                key_for = partial(passphrase, settings.fix.luks_keys, manifest.vm_name)
+                inspection = inspect(session, key_for, manifest.vm.firmware)
             except MigrationError as error:
                 if not _tolerated(job, plan, error):
                     raise
@@ -142,14 +152,8 @@ def _guest(job: Job, plan: Plan) -> None:
             job.skip("fix")
             return
         with job.stage("fix"):
-            wanted = FixOptions(
-                fstab=options.fstab and options.fstab_mode != "noop",
-                bootloader=options.bootloader,
-                drivers=options.drivers,
-                initramfs=options.initramfs,
-            )
             try:
-                result = fix(session, inspection, wanted)
+                result = fix(session, inspection, _fix_options(job, plan))
             except MigrationError as error:
                 if not _tolerated(job, plan, error):
                     raise
@@ -161,8 +165,32 @@ def _guest(job: Job, plan: Plan) -> None:
                 "drivers_injected": list(result.drivers_injected),
                 "boot_updated": result.boot_updated,
                 "proofs": [proof.as_json() for proof in result.proofs],
+                "compatible": result.compatible,
             }
+            if manifest.stages.fix.print_fstab:
+                before, after = result.fstab
+                job.record.results["fix"]["fstab"] = {"before": before, "after": after}
+                log.info("fstab of the guest", before=before, after=after)
             stack.close()  # what the appliance could not write is an error of this stage
+
+
+def _fix_options(job: Job, plan: Plan) -> FixOptions:
+    """What FIX is to do: what the guest needs, and what the manifest asks for."""
+    from hyper2kvmd.guest.fix import FixOptions
+    from hyper2kvmd.guest.fixers.network import Nic
+
+    wanted = plan.manifest.stages.fix
+    return FixOptions(
+        fstab=wanted.fstab_mode if wanted.fstab else "noop",
+        bootloader=wanted.bootloader,
+        drivers=wanted.drivers,
+        initramfs=wanted.initramfs,
+        serial_console=job.settings.fix.serial_console,
+        remove_vmware_tools=wanted.remove_vmware_tools,
+        backup_dir=f"/root/.hyper2kvmd-backup/{job.id}" if wanted.backup else "",
+        nics=tuple(Nic(card.mac, card.pci_slot) for card in plan.cards),
+        configuration=plan.manifest.configuration,
+    )
 
 
 def _tolerated(job: Job, plan: Plan, error: MigrationError) -> bool:

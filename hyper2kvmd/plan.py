@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hyper2kvmd import accel, images, importer
 from hyper2kvmd.domain import DomainNic, domain_uuid, generated_mac
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.job import Job
-from hyper2kvmd.manifest import Manifest
+from hyper2kvmd.manifest import Manifest, ovf
 
 # What an overlay grows by while a guest is fixed: new initramfs images, replayed journals.
 FIX_SPACE = 512 << 20
@@ -34,8 +34,20 @@ class PlannedDisk:
 
 
 @dataclass(frozen=True)
+class Card:
+    """A network card of the VM: what is known of it. `pci_slot` is VMware's number, from which Linux makes a name."""
+
+    mac: str | None
+    network: str | None
+    pci_slot: int | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What will be done. `disks` is in the manifest's order; stages that are False are left out."""
+    """What will be done. `disks` is in the manifest's order; stages that are False are left out.
+
+    cards: the VM's network cards in the order of their slots, with the MACs they will have, as far as that is known.
+    """
 
     manifest: Manifest
     disks: tuple[PlannedDisk, ...]
@@ -52,6 +64,7 @@ class Plan:
     domain_name: str
     domain_uuid: str
     nics: tuple[DomainNic, ...]
+    cards: tuple[Card, ...]
 
     @property
     def looks_inside(self) -> bool:
@@ -78,7 +91,10 @@ def make_plan(job: Job, manifest: Manifest, sources: tuple[images.Source, ...], 
     )
     disks = tuple(_planned(job, manifest, source, directory, format) for source in sources)
     inspect, fix = job.wants("inspect", stages.inspect.enabled), job.wants("fix", stages.fix.enabled)
-    import_ = job.wants("import", settings.libvirt.import_) and writes
+    defines = job.wants("import", settings.libvirt.import_)
+    cards = _cards(job, manifest)
+    nics = _nics(job, cards, uuid)
+    import_ = defines and writes
     plan = Plan(
         manifest=manifest,
         disks=disks,
@@ -94,7 +110,9 @@ def make_plan(job: Job, manifest: Manifest, sources: tuple[images.Source, ...], 
         accel=_accel(job) if inspect or fix or import_ else "tcg",
         domain_name=name,
         domain_uuid=uuid,
-        nics=_nics(job, manifest, uuid) if import_ else (),
+        nics=nics,
+        # Where we define the domain, we know the address that a card without one will get.
+        cards=tuple(replace(card, mac=nic.mac) for card, nic in zip(cards, nics, strict=True)) if defines else cards,
     )
     _warn(job, plan, convert_wanted=convert)
     for source in sources:
@@ -155,23 +173,45 @@ def _accel(job: Job) -> str:
     return found.name
 
 
-def _nics(job: Job, manifest: Manifest, uuid: str) -> tuple[DomainNic, ...]:
-    libvirt = job.settings.libvirt
-    if not manifest.nics:
-        job.warn(
-            Finding(
-                "no_nics",
-                "the manifest has no NICs: the VM gets one with a new MAC address",
-                "A guest that binds its address to the old MAC needs it in the manifest's nics.",
-                "nics",
-            )
+def _cards(job: Job, manifest: Manifest) -> tuple[Card, ...]:
+    """The VM's network cards: the manifest's, else those of the .ovf beside the disks, which exporters leave there."""
+    if manifest.nics:
+        return tuple(Card(nic.mac, nic.network) for nic in manifest.nics)
+    try:
+        cards = _cards_of_ovf(job, manifest)
+    except ovf.OvfError as error:
+        job.warn(error.finding)
+        cards = ()
+    if cards:
+        return cards
+    job.warn(
+        Finding(
+            "no_nics",
+            "neither the manifest nor an .ovf beside it has NICs: the VM gets one with a new MAC address",
+            "A guest that binds its address to the old MAC needs it in the manifest's nics.",
+            "nics",
         )
-        return (DomainNic(generated_mac(uuid, 0), libvirt.default_network),)
+    )
+    return (Card(None, None),)
+
+
+def _cards_of_ovf(job: Job, manifest: Manifest) -> tuple[Card, ...]:
+    name = ovf.choose(os.listdir(job.claim.fd), manifest.vm_name)
+    if name is None:
+        return ()
+    # In the directory that is claimed, and nowhere else, whatever the name leads to.
+    with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=job.claim.fd), "rb") as file:
+        found = ovf.parse(file.read(ovf.SIZE_LIMIT + 1), name)
+    return tuple(Card(nic.mac, nic.network, nic.pci_slot) for nic in found.nics)
+
+
+def _nics(job: Job, cards: Sequence[Card], uuid: str) -> tuple[DomainNic, ...]:
+    libvirt = job.settings.libvirt
     return tuple(
         DomainNic(
-            nic.mac or generated_mac(uuid, index), libvirt.network_map.get(nic.network or "", libvirt.default_network)
+            card.mac or generated_mac(uuid, index), libvirt.network_map.get(card.network or "", libvirt.default_network)
         )
-        for index, nic in enumerate(manifest.nics)
+        for index, card in enumerate(cards)
     )
 
 

@@ -58,10 +58,14 @@ class Guest(Section):
 
 
 class Fix(Section):
-    """What happens to guests that cannot be fixed."""
+    """How guests are fixed, and what happens to those that cannot be.
+
+    luks_keys: from a VM's name or the UUID of a LUKS container to a file with the passphrase.
+    """
 
     allow_unsupported: bool = False
-    luks_keys: dict[str, Path] = Field(default_factory=dict, max_length=0)  # reserved: refused, not ignored
+    luks_keys: dict[str, Path] = Field(default_factory=dict)
+    serial_console: bool = False
 
 
 class Validate(Section):

@@ -141,10 +141,19 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
     if inspect:
         kernel = f", kernel {inspect['kernel_version']}" if inspect["kernel_version"] else ""
         line("guest", f"{inspect['product_name']}{kernel}, {inspect['firmware']}")
+    fixed = document["results"].get("fix", {})
     for change in document["changes"]:
-        line("change", f"{change['path']}: {change['summary']}")
-    for proof in document["results"].get("fix", {}).get("proofs", []):
+        line("change", f"{change['path']}: {change['summary']} ({change['fixer']})")
+        # Who only looks wants to see it all; afterwards it is in the report.
+        for part in (change["command"], change["diff"], change["evidence"]) if document["dry_run"] else ():
+            for text in (part or "").splitlines():
+                line("", text)
+    for proof in fixed.get("proofs", []):
         line("proof", f"{proof['subject']}: {proof['claim']}")
+        if document["dry_run"]:
+            line("", proof["evidence"])
+    for when, text in fixed.get("fstab", {}).items():
+        line(f"fstab {when}"[:10], text)
     for disk in document["disks"]:
         if disk["target"]:
             line("disk", f"{disk['id']}: {disk['target']} ({disk['virtual_size'] / 2**30:.1f} GiB)")

@@ -31,7 +31,10 @@ class Edit:
     def _diff(self) -> str:
         """A unified diff in printable text, cut at 8 KiB."""
         old, new = self.before or "", self.after or ""
-        names = (f"a{self.path}", f"b{self.path}" if self.after is not None else "/dev/null")
+        names = (
+            f"a{self.path}" if self.before is not None else "/dev/null",
+            f"b{self.path}" if self.after is not None else "/dev/null",
+        )
         lines = difflib.unified_diff(old.split("\n"), new.split("\n"), *names, lineterm="", n=1)
         text = "\n".join(printable(line, 400) for line in lines)
         return text if len(text) <= DIFF_BYTES else text[:DIFF_BYTES] + "\n[cut]"

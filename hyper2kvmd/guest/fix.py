@@ -1,40 +1,76 @@
-"""Mends a guest so that it boots on virtio: plan, check space, edit, rebuild, and prove it."""
+"""Mends a guest so that it boots on new hardware: plan, check space, edit, rebuild, and prove it."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.guest.change import Change, Copy, Edit, Proof, encode, printable
+from hyper2kvmd.guest import kernels, selinux
+from hyper2kvmd.guest.change import Change, Command, Edit, Proof, encode, printable
 from hyper2kvmd.guest.devices import Names, changes_with_hardware
-from hyper2kvmd.guest.fixers import View, bootloader, crypttab, efi, fstab, initramfs, resume
+from hyper2kvmd.guest.fixers import (
+    Plan,
+    View,
+    bootloader,
+    configuration,
+    crypttab,
+    efi,
+    fstab,
+    initramfs,
+    lvm,
+    network,
+    resume,
+    vmware,
+)
 from hyper2kvmd.guest.inspect import Inspection
-from hyper2kvmd.guest.session import Session
+from hyper2kvmd.guest.kernels import SATA, VIRTIO, Bus, Image
+from hyper2kvmd.guest.session import Session, last_line, shell
+from hyper2kvmd.guest.storage import device_of
+from hyper2kvmd.manifest import Configuration
+from hyper2kvmd.run import tail
+
+# Fixers whose files are also copied into the initramfs, where the old ones must not stay.
+_COPIED = frozenset({"resume", "crypttab", "lvm", "network"})
 
 
 @dataclass(frozen=True)
 class FixOptions:
-    """Which fixes are wanted; all of them, unless the manifest says otherwise."""
+    """Which fixes are wanted; all that a guest needs to boot, unless the manifest says otherwise.
 
-    fstab: bool = True  # /etc/fstab and /etc/crypttab
+    backup_dir: where in the guest the originals of edited files are kept, "" for nowhere. nics: what the VM will
+    have, in the order of its slots.
+    """
+
+    fstab: Literal["stabilize-all", "bypath-only", "noop"] = "stabilize-all"  # /etc/fstab and /etc/crypttab
     bootloader: bool = True
     drivers: bool = True  # ask for the drivers in the configuration of the initramfs
     initramfs: bool = True  # build the initramfs anew where it lacks them
+    serial_console: bool = False
+    remove_vmware_tools: bool = False
+    backup_dir: str = ""
+    nics: tuple[network.Nic, ...] = ()
+    configuration: Configuration = field(default_factory=Configuration)
 
 
 @dataclass(frozen=True)
 class FixResult:
-    """What was changed, and what was proved of the result."""
+    """What was changed, and what was proved of the result.
+
+    compatible: the guest has no virtio, and was proved for SATA disks. fstab: its text before and after.
+    """
 
     changes: tuple[Change, ...]
     proofs: tuple[Proof, ...]
     drivers_injected: tuple[str, ...]
     boot_updated: bool
+    compatible: bool
+    fstab: tuple[str, str]
     warnings: tuple[Finding, ...]
 
 
@@ -43,55 +79,156 @@ def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixRes
 
     Raise MigrationError: os_unsupported, guest_space, guest_dirty, fix_failed, fix_unproved.
     """
-    _refuse_unsupported(inspection)
     g = session.g
     tools = session.tools
     names, warnings = _names(g, inspection)
     view = View(g, inspection, names)
     # The overlays lie in the job's own directory: what is downloaded next to them goes when they go.
     with tempfile.TemporaryDirectory(prefix="initramfs-", dir=session.disks[0].parent) as scratch:
-        before = initramfs.look(view, tools, Path(scratch))
-        plans = [
-            *([fstab.plan(view), crypttab.plan(view)] if options.fstab else []),
-            *([resume.plan(view), bootloader.plan(view), efi.plan(view)] if options.bootloader else []),
-            *([initramfs.plan(view, before)] if options.drivers else []),
-        ]
-        edits = [edit for plan in plans for edit in plan.edits]
-        copies = [copy for plan in plans for copy in plan.copies]
-        stale = _to_rebuild(before, edits) if options.initramfs else ()
+        on_menu = [kernel for kernel in inspection.kernels if kernel.chosen_by_bootloader]
+        before = kernels.look(g, on_menu, tools, Path(scratch))
+        choice = choose_bus(inspection, before, options)
+        plans = _plans(view, choice, options)
+        warnings += [*choice.warnings, *(finding for plan in plans for finding in plan.warnings)]
+        stale = _to_rebuild(choice, [edit for plan in plans for edit in plan.edits], options)
         if stale:
             initramfs.check_space(g, stale)
-        _apply(g, edits, copies)
-        changes = [*(edit.done() for edit in edits), *(copy.done() for copy in copies)]
+        fstab_before = view.read(fstab.PATH) or ""
+        changes = _apply(g, plans, options)
         if stale:
-            changes += initramfs.rebuild(view, stale)
-        rebuilt = {image.kernel.version for image in stale}
-        built = {image.kernel.version: image for image in initramfs.look(_only(view, rebuilt), tools, Path(scratch))}
-    after = [built.get(image.kernel.version, image) for image in before]
-    if not after:
-        raise _unproved("the boot menu names no kernel that is in /boot", options)
-    proofs = (*initramfs.prove(after), *efi.prove(view))
+            changes += initramfs.rebuild(view, stale, choice.bus)
+        built = {
+            image.kernel.path: image
+            for image in kernels.look(g, [image.kernel for image in stale], tools, Path(scratch))
+        }
+    able = [image for image in before if image in choice.able]
+    after = [built.get(image.kernel.path, image) for image in able]
+    proofs = (*kernels.prove(able, after, choice.bus), *efi.prove(view))
     if failed := [proof for proof in proofs if not proof.ok]:
         said = (f"{proof.subject}: it is not so that {proof.claim}: {proof.evidence}" for proof in failed)
-        raise _unproved("; ".join(said), options)
-    warnings += [finding for plan in plans for finding in plan.warnings] + list(initramfs.missing_in_kernels(after))
+        raise _unproved("; ".join(said), inspection, options)
+    warnings += initramfs.missing_in_kernels(after, choice.bus)
+    fstab_after = view.read(fstab.PATH) or ""
+    if changes:
+        changes += selinux.relabel(view, [change.path for change in changes])
     _close(g, inspection, changed=bool(changes))
     return FixResult(
         changes=tuple(changes),
         proofs=proofs,
-        drivers_injected=_injected(before, after),
+        drivers_injected=_injected(able, after, choice.bus),
         boot_updated=any(change.fixer in ("bootloader", "efi", "initramfs") for change in changes),
+        compatible=choice.bus is SATA,
+        fstab=(fstab_before, fstab_after),
         warnings=tuple(warnings),
     )
 
 
-def _refuse_unsupported(inspection: Inspection) -> None:
-    if inspection.os_type == "linux" and inspection.initramfs == "initramfs-tools" and inspection.bootloader == "grub2":
-        return
-    raise MigrationError(
+@dataclass(frozen=True)
+class Choice:
+    """How the disks will be attached, which kernels find their root there, and the entry to start from now on.
+
+    default: an index into the boot menu's entries, None to leave it as it is.
+    """
+
+    bus: Bus
+    able: tuple[Image, ...]
+    default: int | None
+    warnings: tuple[Finding, ...]
+
+
+def choose_bus(inspection: Inspection, images: Sequence[Image], options: FixOptions) -> Choice:
+    """Virtio if a kernel that starts has it or can get it, else SATA.
+
+    A menu whose default has no virtio starts another of its kernels from now on, if one has.
+    Raise MigrationError: os_unsupported, fix_unproved.
+    """
+    _refuse_unsupported(inspection, images)
+    rebuilt = options.drivers and options.initramfs and inspection.initramfs in initramfs.BUILDERS
+    starts = _default(inspection, images)
+    for bus in (VIRTIO, SATA):
+        able = tuple(image for image in images if image.can(bus, rebuilt=rebuilt))
+        new = next((image for image in able if not image.kernel.rescue), None)
+        if new is None:
+            continue
+        if starts is None or starts in able:
+            return Choice(bus, able, None, _bus_warnings(bus, able, images))
+        if options.bootloader:
+            warning = Finding(
+                "default_kernel",
+                f"the boot menu started {starts.kernel.version}, which has no drivers for {bus.name} disks; "
+                f"it starts {new.kernel.version} now",
+                "Choose another default in the guest once its kernels are updated.",
+            )
+            return Choice(bus, able, new.kernel.entry, (warning, *_bus_warnings(bus, able, images)))
+    if inspection.initramfs not in initramfs.BUILDERS:
+        raise _unsupported(inspection)
+    missing = (
+        f"{image.kernel.version} lacks {', '.join(driver for driver in VIRTIO.needed if not image.has(driver))}"
+        for image in images
+    )
+    raise _unproved("; ".join(missing), inspection, options)
+
+
+def _default(inspection: Inspection, images: Sequence[Image]) -> Image | None:
+    """The image that starts unless somebody chooses, None if nobody can know."""
+    menu = inspection.menu
+    if menu is None or menu.default is None:
+        return None
+    kernel = menu.entries[menu.default].kernel
+    first = next(number for number, entry in enumerate(menu.entries) if entry.kernel == kernel)
+    return next((image for image in images if image.kernel.entry == first), None)
+
+
+def _bus_warnings(bus: Bus, able: Sequence[Image], images: Sequence[Image]) -> tuple[Finding, ...]:
+    found = [
+        Finding(
+            "kernel_unable",
+            f"the kernel {image.kernel.version} on the boot menu does not find its root on {bus.name} disks: it lacks "
+            + ", ".join(driver for driver in bus.needed if not image.has(driver)),
+            "Do not choose it; remove it from the guest, or install one that has the drivers.",
+        )
+        for image in images
+        if image not in able
+    ]
+    if bus is SATA:
+        found.append(
+            Finding(
+                "no_virtio",
+                "no kernel that the guest starts has virtio drivers, or may be given them: the domain gets SATA disks "
+                "and an e1000e network card, which are slower",
+                "Install a kernel with virtio_blk and virtio_net on VMware, and export again.",
+            )
+        )
+    return tuple(found)
+
+
+def _plans(view: View, choice: Choice, options: FixOptions) -> list[Plan]:
+    """What every fixer that is wanted wants to do."""
+    plans = [lvm.plan(view), network.plan(view, options.nics)]
+    if options.fstab != "noop":
+        plans += [fstab.plan(view, by_path_only=options.fstab == "bypath-only"), crypttab.plan(view)]
+    if options.bootloader:
+        loader = bootloader.plan(view, console=options.serial_console, default=choice.default)
+        plans += [resume.plan(view), loader, efi.plan(view)]
+    if options.drivers:
+        plans.append(initramfs.plan(view, choice.able, choice.bus))
+    if options.remove_vmware_tools:
+        plans.append(vmware.plan(view))
+    plans.append(configuration.plan(view, options.configuration))
+    return plans
+
+
+def _refuse_unsupported(inspection: Inspection, images: Sequence[Image]) -> None:
+    if inspection.os_type != "linux" or not images:
+        raise _unsupported(inspection)
+
+
+def _unsupported(inspection: Inspection) -> MigrationError:
+    return MigrationError(
         Code.OS_UNSUPPORTED,
         f"{inspection.product_name} ({inspection.os_type} {inspection.distro} {inspection.version}) with initramfs "
-        f"stack {inspection.initramfs} and boot loader {inspection.bootloader} cannot be fixed yet",
+        f"stack {inspection.initramfs}, boot loader {inspection.bootloader} and "
+        f"{sum(kernel.chosen_by_bootloader for kernel in inspection.kernels)} kernels on its menu cannot be fixed",
         "If the guest holds virtio drivers already, set fix.enabled to false in its manifest; or set "
         "fix.allow_unsupported to migrate such guests unchanged, with SATA disks and an e1000e network card.",
     )
@@ -122,36 +259,72 @@ def _names(g: Any, inspection: Inspection) -> tuple[Names, list[Finding]]:
     return names.corrected(line[1], inspection.root), [warning]
 
 
-def _to_rebuild(images: Sequence[initramfs.Image], edits: Sequence[Edit]) -> tuple[initramfs.Image, ...]:
+def _to_rebuild(choice: Choice, edits: Sequence[Edit], options: FixOptions) -> tuple[Image, ...]:
     """The images that lack a driver, or that hold a copy of a file that is edited."""
-    copied = any(edit.fixer in ("resume", "crypttab") for edit in edits)
-    return tuple(image for image in images if image.kernel.initrd and (copied or image.lacks()))
+    if not options.initramfs:
+        return ()
+    copied = any(edit.fixer in _COPIED for edit in edits)
+    return tuple(
+        image
+        for image in choice.able
+        if image.kernel.initrd and not image.kernel.rescue and (copied or (options.drivers and image.lacks(choice.bus)))
+    )
 
 
-def _only(view: View, versions: set[str]) -> View:
-    kernels = tuple(kernel for kernel in view.inspection.kernels if kernel.version in versions)
-    return replace(view, inspection=replace(view.inspection, kernels=kernels))
-
-
-def _apply(g: Any, edits: Sequence[Edit], copies: Sequence[Copy]) -> None:
-    """Make the edits and copies. An existing file keeps its inode, and so its owner, mode and labels."""
+def _apply(g: Any, plans: Sequence[Plan], options: FixOptions) -> list[Change]:
+    """Do what was planned. An existing file keeps its inode, and so its owner, mode and labels."""
+    edits = [edit for plan in plans for edit in plan.edits]
+    if len({edit.path for edit in edits}) < len(edits):
+        raise AssertionError(f"two fixers edit one file: {sorted(edit.path for edit in edits)}")
+    changes = _back_up(g, edits, options.backup_dir)
     for edit in edits:
         if edit.after is None:
             g.rm(edit.path)
         else:
+            if edit.before is None:
+                g.mkdir_p(edit.path.rpartition("/")[0] or "/")
             g.write(edit.path, encode(edit.after))
-    for copy in copies:
+            if edit.before is None:
+                g.chmod(edit.mode, edit.path)
+        changes.append(edit.done())
+    for copy in (copy for plan in plans for copy in plan.copies):
         g.mkdir_p(copy.path.rpartition("/")[0])
         g.cp(copy.source, copy.path)
+        changes.append(copy.done())
+    for command in (command for plan in plans for command in plan.commands):
+        changes.append(command.done(_run(g, command)))
+    return changes
 
 
-def _unproved(message: str, options: FixOptions) -> MigrationError:
-    if options.drivers and options.initramfs and options.bootloader:
-        hint = (
-            "See that /boot holds a kernel with virtio drivers, and that `update-initramfs -u -k all` works in the "
-            "guest on VMware (update_initramfs=no in /etc/initramfs-tools/update-initramfs.conf turns it off); "
-            "for a missing EFI loader run `grub-install --removable`. Then export it again."
+def _back_up(g: Any, edits: Sequence[Edit], directory: str) -> list[Change]:
+    """Copy what is about to be edited to `directory` in the guest, with owners, modes and the directories above."""
+    paths = list(dict.fromkeys(edit.path for edit in edits if edit.before is not None))
+    if not directory or not paths:
+        return []
+    relative = shlex.join(path.lstrip("/") for path in paths)
+    quoted = shlex.quote(directory)
+    g.sh(f"mkdir -p -m 700 {quoted} && cd / && cp -a --parents {relative} {quoted}")
+    return [Change("backup", directory, f"the originals of {', '.join(paths)}")]
+
+
+def _run(g: Any, command: Command) -> str:
+    status, output = shell(g, command.command)
+    if status:
+        raise MigrationError(
+            Code.FIX_FAILED,
+            f"{command.fixer}: {command.summary}: the command ended with {status} in the guest: {last_line(output)}",
+            "Run it in the guest on VMware, or take the wish for it out of the manifest; then export it again.",
+            tail=tail(output),
         )
+    return tail(output)
+
+
+def _unproved(message: str, inspection: Inspection, options: FixOptions) -> MigrationError:
+    if options.drivers and options.initramfs and options.bootloader:
+        builder = initramfs.BUILDERS.get(inspection.initramfs)
+        hint = "See that /boot holds a kernel with virtio drivers. " + (builder.remedy if builder else "")
+        if inspection.firmware == "uefi":
+            hint += " For a missing EFI loader run `grub-install --removable`."
     else:
         hint = "Let the manifest's fix section allow drivers, the initramfs and the boot loader to be changed."
     return MigrationError(Code.FIX_UNPROVED, message, hint, field="pipeline.fix")
@@ -163,7 +336,7 @@ def _close(g: Any, inspection: Inspection, *, changed: bool) -> None:
     if not changed:
         return
     types = {device.name: device.type for device in inspection.filesystems}
-    for device in dict.fromkeys(inspection.mounts.values()):
+    for device in dict.fromkeys(map(device_of, inspection.mounts.values())):
         if types.get(device, "").startswith("ext"):
             try:
                 g.e2fsck(device, correct=True)
@@ -175,8 +348,8 @@ def _close(g: Any, inspection: Inspection, *, changed: bool) -> None:
                 ) from None
 
 
-def _injected(before: Sequence[initramfs.Image], after: Sequence[initramfs.Image]) -> tuple[str, ...]:
-    drivers = (*initramfs.NEEDED, *initramfs.WANTED)
+def _injected(before: Sequence[Image], after: Sequence[Image], bus: Bus) -> tuple[str, ...]:
+    drivers = (*bus.needed, *bus.wanted)
     return tuple(
         d for d in drivers if any(new.has(d) and not old.has(d) for old, new in zip(before, after, strict=True))
     )

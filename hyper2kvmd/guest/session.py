@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hyper2kvmd.errors import Cancelled, Code, MigrationError
-from hyper2kvmd.guest.change import printable
+from hyper2kvmd.guest.change import decode, printable
 from hyper2kvmd.run import TAIL_LINES, Tools, tail
 
 CANCEL_POLL_SECONDS = 0.2
 LOG_LINES = 200
+MAX_TEXT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,29 @@ def open_guest(disks: Sequence[tuple[Path, str]], *, accel: str, memory_mb: int,
             # What the appliance could not write to the overlays shows here, and only here.
             g.umount_all()
             g.shutdown()
+
+
+def read_text(g: Any, path: str) -> str | None:
+    """The text of a file in the guest (at most 1 MiB), or None if there is no such file."""
+    if not g.is_file(path, followsymlinks=True) or g.filesize(path) > MAX_TEXT_BYTES:
+        return None
+    return decode(g.read_file(path))
+
+
+def shell(g: Any, command: str) -> tuple[int, str]:
+    """Run a command in the guest with its own /bin/sh, and return its exit status and all of its output, printable.
+
+    libguestfs has /dev, /proc and /sys there, and no network.
+    """
+    # On failure libguestfs keeps only what was written to stderr, which need not say what went wrong.
+    lines = g.sh(f'( {command}\n) 2>&1; echo "; $?"').strip().split("\n")
+    before, _, status = lines[-1].rpartition("; ")
+    return int(status), "\n".join(printable(line, 1000) for line in [*lines[:-1], before] if line.strip())
+
+
+def last_line(output: str) -> str:
+    """What a program said last, "nothing" if it was silent."""
+    return output.rpartition("\n")[2] or "nothing"
 
 
 def _configure(g: Any, disks: Sequence[tuple[Path, str]], accel: str, memory_mb: int) -> None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hyper2kvmd.guest.change import Edit, decode, encode, printable
-from hyper2kvmd.guest.fixers import bootloader, crypttab, fstab, initramfs, resume
-from hyper2kvmd.guest.grub import kernels
+from hyper2kvmd.guest.devices import changes_with_hardware
+from hyper2kvmd.guest.fixers import crypttab, fstab, resume
+from hyper2kvmd.guest.fixers.initramfs import initramfs_tools as initramfs
+from hyper2kvmd.guest.kernels import VIRTIO
 
 KNOWN = {"/dev/sda1": "UUID=efi", "/dev/sda2": "UUID=root", "/dev/sda3": "UUID=swap", "/dev/sdb1": "UUID=data"}
 
 
-def by_mount(spec: str, where: str) -> str | None:
-    return KNOWN.get(spec)
-
-
-def by_key(key: str, spec: str, by_partition: bool) -> str | None:
-    name = KNOWN.get(spec)
-    return f"PART{name}" if name and by_partition else name
+def rewritten(text: str, known: Mapping[str, str] = KNOWN, missing: Container[str] = ()) -> fstab.Rewritten:
+    return fstab.rewrite(text, changes_with_hardware, lambda spec, where: known.get(spec), missing.__contains__)
 
 
 FSTAB = """\
@@ -47,19 +46,26 @@ def test_fstab_changes_device_names_and_nothing_else() -> None:
         .replace("/backup ext4 defaults", "/backup ext4 defaults,nofail")
         .replace("/scratch\\040space ext4", "/scratch\\040space ext4 nofail")
     )
-    new = fstab.rewrite(FSTAB, by_mount)
+    new = rewritten(FSTAB)
     assert new.text == expected
     assert new.replaced == ("/dev/sda2", "/dev/sda3", "/dev/sdb1")
     assert new.unresolved == (("/dev/sdc1", "/backup"), ("/dev/sdd1", "/scratch\\040space"))
 
 
 def test_fstab_of_a_root_that_nobody_knows_does_not_get_nofail() -> None:
-    assert fstab.rewrite("/dev/sdz1 / ext4 defaults 0 1\n", by_mount).text == "/dev/sdz1 / ext4 defaults 0 1\n"
+    assert rewritten("/dev/sdz1 / ext4 defaults 0 1\n").text == "/dev/sdz1 / ext4 defaults 0 1\n"
+
+
+def test_fstab_line_of_a_file_system_that_is_on_no_disk_gets_nofail_unless_it_is_the_root_or_remote() -> None:
+    text = "UUID=gone /data ext4 defaults 0 2\nUUID=gone / ext4 defaults 0 1\nUUID=gone /net ext4 _netdev 0 0\n"
+    new = rewritten(text, missing={"UUID=gone"})
+    assert text.replace("/data ext4 defaults", "/data ext4 defaults,nofail") == new.text
+    assert (("UUID=gone", "/data"),) == new.unresolved
 
 
 def test_fstab_that_is_rewritten_twice_is_rewritten_once() -> None:
-    once = fstab.rewrite(FSTAB, by_mount).text
-    twice = fstab.rewrite(once, by_mount)
+    once = rewritten(FSTAB).text
+    twice = rewritten(once)
     assert (twice.text, twice.replaced) == (once, ())
 
 
@@ -81,7 +87,7 @@ def lines(draw: st.DrawFn) -> str:
 @given(st.lists(lines() | st.text(max_size=30)).map("\n".join), st.booleans())
 def test_fstab_keeps_every_other_byte(text: str, newline: bool) -> None:
     text += "\n" * newline
-    new = fstab.rewrite(text, by_mount)
+    new = rewritten(text)
     # Undoing the two things that it may do gives the old text back, line by line.
     for old_line, new_line in zip(text.split("\n"), new.text.split("\n"), strict=True):
         if old_line == new_line:
@@ -97,7 +103,7 @@ def test_fstab_keeps_every_other_byte(text: str, newline: bool) -> None:
 @given(st.binary(max_size=300))
 def test_text_of_any_bytes_is_written_back_as_the_same_bytes(data: bytes) -> None:
     assert encode(decode(data)) == data
-    assert fstab.rewrite(decode(data), lambda spec, where: None).text.count("\n") == data.count(b"\n")
+    assert rewritten(decode(data), {}).text.count("\n") == data.count(b"\n")
 
 
 def test_crypttab_uses_the_partition_for_what_is_encrypted_afresh_at_every_boot() -> None:
@@ -123,64 +129,6 @@ def test_resume_device_is_replaced_where_it_is_assigned() -> None:
     assert resume.rewrite("RESUME=none\n", KNOWN.get) == "RESUME=none\n"
 
 
-MENU = """\
-set root='hd0,gpt2'
-if [ x$feature_platform_search_hint = xy ]; then
-  search --no-floppy --fs-uuid --set=root abc
-fi
-menuentry 'Debian' --class debian {
-\techo 'root=/dev/sda2 in a message'
-\tlinux\t/boot/vmlinuz-6.1.0-1-amd64 root=/dev/sda2 ro quiet resume=/dev/sda3
-\tinitrd\t/boot/initrd.img-6.1.0-1-amd64
-}
-submenu 'Advanced' {
-\tmenuentry 'old' {
-\t\tlinuxefi /boot/vmlinuz-5.10.0-1-amd64 root=/dev/sda2 ro myroot=/dev/sda2 rootflags=x
-\t\tinitrdefi /boot/initrd.img-5.10.0-1-amd64
-\t}
-\tmenuentry 'own kernel' {
-\t\tlinux16 /boot/vmlinuz-own root=/dev/sda2 ro
-\t}
-\tmenuentry 'lvm' {
-\t\tlinux /vmlinuz-6.1.0-1-amd64 root=/dev/mapper/vg-root
-\t\tinitrd /initrd.img-6.1.0-1-amd64
-\t}
-}"""
-
-
-def test_menu_changes_only_root_and_resume_on_kernel_lines() -> None:
-    new, replaced = bootloader.rewrite_menu(MENU, by_key)
-    expected = (
-        MENU.replace("amd64 root=/dev/sda2", "amd64 root=UUID=root")
-        .replace(" resume=/dev/sda3", " resume=UUID=swap")
-        .replace("vmlinuz-own root=/dev/sda2", "vmlinuz-own root=PARTUUID=root")
-    )
-    assert new == expected
-    assert len(replaced) == 4
-    assert bootloader.rewrite_menu(new, by_key) == (new, [])
-
-
-def test_menu_names_the_kernels_that_can_be_chosen_once_each() -> None:
-    assert kernels(MENU) == ["vmlinuz-6.1.0-1-amd64", "vmlinuz-5.10.0-1-amd64", "vmlinuz-own"]
-
-
-def test_grub_defaults_do_not_bring_the_device_name_back() -> None:
-    text = (
-        'GRUB_CMDLINE_LINUX_DEFAULT="quiet resume=/dev/sda3"\n'
-        "GRUB_CMDLINE_LINUX='root=/dev/sda2 console=ttyS0'\n"
-        "#GRUB_DISABLE_LINUX_UUID=true\n"
-        "GRUB_DISABLE_LINUX_UUID=true # old habits\n"
-        "GRUB_DEVICE=/dev/sda2"
-    )
-    assert bootloader.rewrite_defaults(text, by_key) == (
-        'GRUB_CMDLINE_LINUX_DEFAULT="quiet resume=UUID=swap"\n'
-        "GRUB_CMDLINE_LINUX='root=UUID=root console=ttyS0'\n"
-        "#GRUB_DISABLE_LINUX_UUID=true\n"
-        "#GRUB_DISABLE_LINUX_UUID=true # old habits\n"
-        "GRUB_DEVICE=/dev/sda2"
-    )
-
-
 def test_module_list_gets_the_drivers_that_it_does_not_name() -> None:
     text = "# list\nvirtio-pci\next4"
     new = initramfs.with_block(text, ["virtio_pci", "virtio_blk"])
@@ -191,8 +139,8 @@ def test_module_list_gets_the_drivers_that_it_does_not_name() -> None:
 
 @given(st.text(max_size=200))
 def test_module_list_is_stable_after_one_change(text: str) -> None:
-    once = initramfs.with_block(text, initramfs.NEEDED)
-    assert initramfs.with_block(once, initramfs.NEEDED) == once
+    once = initramfs.with_block(text, VIRTIO.needed)
+    assert initramfs.with_block(once, VIRTIO.needed) == once
     assert once.startswith(text) or initramfs.BEGIN in text
 
 

@@ -44,7 +44,6 @@ def test_a_file_overrides_defaults_and_set_overrides_the_file(tmp_path: Path) ->
         ("workers: [\n", "not valid YAML"),
         ("- a\n", "expected settings such as"),
         ("validate: {test_boot: true}\n", "c.yaml:1: validate.test_boot: Input should be False (found True)"),
-        ("fix: {luks_keys: {a: /b}}\n", "c.yaml:1: fix.luks_keys: "),
         ("metrics: {listen: nonsense}\n", "c.yaml:1: metrics.listen:"),
     ],
 )

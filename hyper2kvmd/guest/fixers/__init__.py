@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Command, Copy, Edit, decode
+from hyper2kvmd.guest.change import Command, Copy, Edit
 from hyper2kvmd.guest.devices import Names
 from hyper2kvmd.guest.inspect import Inspection
+from hyper2kvmd.guest.session import read_text
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,7 @@ class View:
 
     def read(self, path: str) -> str | None:
         """The text of a file in the guest (at most 1 MiB), or None if there is no such file."""
-        if not self.g.is_file(path, followsymlinks=True) or self.g.filesize(path) > 1 << 20:
-            return None
-        return decode(self.g.read_file(path))
+        return read_text(self.g, path)
 
 
 @dataclass(frozen=True)

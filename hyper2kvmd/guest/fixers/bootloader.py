@@ -1,95 +1,263 @@
-"""GRUB 2: the root and resume devices on kernel command lines by UUID; the menu itself is never regenerated."""
+"""Kernel command lines: the root and resume devices by UUID, wherever a boot loader keeps them.
+
+The menus are edited, never generated anew: what generates them looks at the appliance's hardware, not at the guest's.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from hyper2kvmd.errors import Finding
+from hyper2kvmd.guest import menu as boot_menu
 from hyper2kvmd.guest.change import Edit, printable
 from hyper2kvmd.guest.devices import changes_with_hardware
 from hyper2kvmd.guest.fixers import Plan, View
-from hyper2kvmd.guest.grub import GRUB_CFG, INITRD_LINE, LINUX_LINE
+from hyper2kvmd.guest.menu import INITRD_LINE, LINUX_LINE, Menu
 
-DEFAULTS = "/etc/default/grub"
-DEVICE_MAP = "/boot/grub/device.map"
-_WORD = re.compile(r"(?<=[\s\"'])(?P<key>root|resume)=(?P<spec>/dev/[^\s\"']+)")
-_CMDLINE = re.compile(r"\s*(?:export\s+)?GRUB_CMDLINE_LINUX\w*\+?=")
+CONSOLES = ("console=tty0", "console=ttyS0,115200")
+GRUBENV_BYTES = 1024
+
+# Words of a kernel command line that name a device. A colon belongs to names by path, and ends the others.
+_WORD = re.compile(
+    r"(?<![^\s\"'=,])(?P<key>root|real_root|boot|resume|source|cryptdevice(?!=/dev/disk/by-path/))"
+    r"=(?P<spec>/dev/(?:disk/by-path/[^\s\"',;]+|[^\s\"',;:]+))"
+)
+_NEVER = re.compile(r"(?!)")
+
+
+@dataclass(frozen=True)
+class _Format:
+    """Where a kind of file has kernel command lines, as patterns of the starts of lines; other lines stay as they are.
+
+    raw: the rest of the line is one. shell: a variable is assigned one; `consoles` are those where a console is
+    added, so that each kernel gets it once. single: all such lines together are one.
+    """
+
+    raw: re.Pattern[str] = _NEVER
+    shell: re.Pattern[str] = _NEVER
+    consoles: re.Pattern[str] = _NEVER
+    single: bool = False
+
+
+# What RHEL 8 starts with if grubenv lacks it.
+_KERNELOPTS = re.compile(r"\s*set\s+(?:default_)?kernelopts=")
+_FORMATS = {
+    "grub.cfg": _Format(raw=LINUX_LINE, shell=_KERNELOPTS, consoles=_KERNELOPTS),
+    "bls": _Format(raw=re.compile(r"\s*options\s"), single=True),
+    "grubenv": _Format(raw=re.compile(r"kernelopts="), single=True),
+    "menu.lst": _Format(raw=re.compile(r"\s*kernel[\s=]|# kopt=")),
+    "extlinux": _Format(raw=re.compile(r"\s*append\s", re.IGNORECASE)),
+    # What the next update of a menu is made from.
+    "grub-defaults": _Format(
+        shell=re.compile(r"\s*(?:export\s+)?GRUB_CMDLINE_LINUX\w*\+?="),
+        consoles=re.compile(r"\s*(?:export\s+)?GRUB_CMDLINE_LINUX="),
+    ),
+    "cmdline": _Format(raw=re.compile(r"\s*[^\s#]"), single=True),
+    "suse": _Format(shell=re.compile(r"\s*\w*_APPEND="), consoles=re.compile(r"\s*DEFAULT_APPEND=")),
+    "extlinux-defaults": _Format(
+        shell=re.compile(r"\s*(?:EXTLINUX_PARAMETERS|EXTLINUX_ROOT|default_kernel_opts|root)="),
+        consoles=re.compile(r"\s*(?:EXTLINUX_PARAMETERS|default_kernel_opts)="),
+    ),
+    "dracut": _Format(shell=re.compile(r"\s*kernel_cmdline\+?=")),
+}
+_DEFAULTS = (
+    ("/etc/default/grub", "grub-defaults"),
+    ("/etc/default/grub.d/*.cfg", "grub-defaults"),
+    ("/etc/kernel/cmdline", "cmdline"),
+    ("/etc/sysconfig/bootloader", "suse"),
+    ("/etc/default/extlinux", "extlinux-defaults"),
+    ("/etc/update-extlinux.conf", "extlinux-defaults"),
+    ("/etc/dracut.conf.d/*.conf", "dracut"),
+)
 _NO_UUID = re.compile(r"(?P<lead>\s*)(?:export\s+)?GRUB_DISABLE_LINUX_UUID=[\"']?true\b")
 
+# The places that say which entry is the default, each with the part before the value.
+_VALUE = r"(?:\"[^\"\r\n]*\"|'[^'\r\n]*'|[^\s;]*)"
+_SET_DEFAULT = re.compile(rf"^([ \t]*(?:set[ \t]+)?default=)(?![\"']?\$\{{?next_entry){_VALUE}", re.MULTILINE)
+_SET_SAVED = re.compile(r"^[ \t]*(?:set[ \t]+)?default=[\"']?\$\{?saved_entry", re.MULTILINE)
+_GRUB_DEFAULT = re.compile(rf"^([ \t]*(?:export[ \t]+)?GRUB_DEFAULT=){_VALUE}", re.MULTILINE)
+_SAVED_ENTRY = re.compile(r"^(saved_entry=)[^\r\n]*", re.MULTILINE)
+_NEXT_ENTRY = re.compile(r"^(next_entry=)[^\r\n]*", re.MULTILINE)
+_LEGACY_DEFAULT = re.compile(r"^([ \t]*default[ \t=]+)[^\s=]+", re.MULTILINE)
+_LOADER_DEFAULT = re.compile(r"^([ \t]*default[ \t]+)[^\s][^\r\n]*", re.MULTILINE)
+_LABEL_DEFAULT = re.compile(r"^([ \t]*(?:default|ontimeout)[ \t]+)(?!\S+\.c32)\S[^\r\n]*", re.MULTILINE | re.IGNORECASE)
+_MENU_DEFAULT = re.compile(r"^[ \t]*menu[ \t]+default[ \t]*\r?(?:\n|\Z)", re.MULTILINE | re.IGNORECASE)
+
+# From the key, the device name, and whether only the partition's identifier will do, to `UUID=...`, or None.
 Stable = Callable[[str, str, bool], str | None]
 
 
-def plan(view: View) -> Plan:
-    """Edit grub.cfg for the next boot, and the defaults so that the next update-grub says the same."""
+@dataclass(frozen=True)
+class Rewritten:
+    """A new text, the words that were replaced in it, and those whose device nobody knows."""
+
+    text: str
+    replaced: tuple[str, ...]
+    unresolved: tuple[str, ...]
+
+
+def plan(view: View, *, console: bool = False, default: int | None = None) -> Plan:
+    """Edit the menu for the next boot, and what the next update of the menu is made from.
+
+    console: have every kernel write to the first serial port as well. default: the index of the menu's entry that
+    shall start from now on.
+    """
+    menu = view.inspection.menu
     root = view.names.devices.get(view.inspection.root)
 
     def stable(key: str, spec: str, by_partition: bool) -> str | None:
-        if key == "root" and not by_partition and root is not None and root.uuid:
+        if key in ("root", "real_root") and not by_partition and root is not None and root.uuid:
             return f"UUID={root.uuid}"  # found by looking, which is better than any name
         return view.names.stable(spec, by_partition=by_partition)
 
+    files: list[tuple[str, str, str]] = [(file.path, file.kind, file.text) for file in menu.files] if menu else []
+    for pattern, kind in _DEFAULTS:
+        paths = sorted(view.g.glob_expand(pattern)) if "*" in pattern else [pattern]
+        files += [(path, kind, text) for path in paths if (text := view.read(path)) is not None]
     edits = []
-    menu = view.read(GRUB_CFG)
-    if menu is not None:
-        new, replaced = rewrite_menu(menu, stable)
-        if new != menu:
-            words = ", ".join(sorted({printable(word) for word in replaced}))
-            edits.append(Edit("bootloader", GRUB_CFG, menu, new, f"UUIDs instead of {words} in {len(replaced)} places"))
-    for path in (DEFAULTS, *sorted(view.g.glob_expand(f"{DEFAULTS}.d/*.cfg"))):
-        text = view.read(path)
-        if text is not None and (new := rewrite_defaults(text, stable)) != text:
-            edits.append(Edit("bootloader", path, text, new, "the next update-grub uses UUIDs, not device names"))
-    device_map = view.read(DEVICE_MAP)
-    if device_map is not None and any(changes_with_hardware(word) for word in device_map.split()):
-        # GRUB reads it only when grub-install or update-grub runs, and then it must be right or absent.
-        edits.append(Edit("bootloader", DEVICE_MAP, device_map, None, "GRUB finds the disks by itself"))
-    return Plan(tuple(edits))
+    warnings = []
+    for path, kind, text in files:
+        new = rewrite(kind, text, stable, console=console)
+        after = choose(kind, new.text, menu, default) if menu is not None and default is not None else new.text
+        if after != text:
+            edits.append(Edit("bootloader", path, text, after, _summary(new, text, after, menu, default)))
+        warnings += [_unresolved(path, word) for word in dict.fromkeys(new.unresolved)]
+    if menu is not None and default is not None:
+        warnings += _check(view, menu, default, edits)
+    for path in ("/boot/grub/device.map", "/boot/grub2/device.map"):
+        device_map = view.read(path)
+        if device_map is not None and any(changes_with_hardware(word) for word in device_map.split()):
+            # GRUB reads it only when grub-install or update-grub runs, and then it must be right or absent.
+            edits.append(Edit("bootloader", path, device_map, None, "GRUB finds the disks by itself"))
+    return Plan(tuple(edits), warnings=tuple(warnings))
 
 
-def rewrite_menu(text: str, stable: Stable) -> tuple[str, list[str]]:
-    """grub.cfg with `root=` and `resume=` device names replaced on kernel lines, and what was replaced.
+def _unresolved(path: str, word: str) -> Finding:
+    return Finding(
+        "bootloader_unresolved",
+        f"{path} has {printable(word)} on a kernel command line, and no disk of this export is certainly that device",
+        "Put a UUID there in the guest, or take the word out; or export the disk that is missing.",
+    )
 
-    stable: from the key, the device name, and whether only the partition's identifier will do, to `UUID=...`.
-    """
+
+def _check(view: View, menu: Menu, default: int, edits: list[Edit]) -> list[Finding]:
+    """A warning if the edited menu does not start what it shall."""
+    texts = {edit.path: edit.after for edit in edits}
+    new = boot_menu.read(lambda path: texts.get(path) or view.read(path), view.g.glob_expand)
+    entry = menu.entries[default]
+    if new is not None and new.default is not None and new.entries[new.default].kernel == entry.kernel:
+        return []
+    return [
+        Finding(
+            "default_unchanged",
+            f"the boot menu of {menu.files[0].path} could not be told to start {printable(entry.title)} by default",
+            "Choose it on the menu when the guest starts, and set it as the default in the guest.",
+        )
+    ]
+
+
+def _summary(new: Rewritten, text: str, after: str, menu: Menu | None, default: int | None) -> str:
+    said = []
+    if new.replaced:
+        words = ", ".join(sorted({printable(word) for word in new.replaced}))
+        said.append(f"UUIDs instead of {words} in {len(new.replaced)} places")
+    if new.text.count(CONSOLES[-1]) > text.count(CONSOLES[-1]):
+        said.append("kernels write to the first serial port too")
+    if not said and new.text != text:
+        said.append("the next update of the menu uses UUIDs")
+    if menu is not None and default is not None and after != new.text:
+        said.append(f"{printable(menu.entries[default].title)} starts by default")
+    return "; ".join(said)
+
+
+def rewrite(kind: str, text: str, stable: Stable, *, console: bool = False) -> Rewritten:
+    """The text of one file with device names on kernel command lines replaced, and every other byte as it was."""
+    form = _FORMATS.get(kind, _Format())
     lines = text.split("\n")
     replaced: list[str] = []
+    unresolved: list[str] = []
+    raw = [number for number, line in enumerate(lines) if form.raw.match(line)]
     for number, line in enumerate(lines):
-        if LINUX_LINE.match(line):
-            # Without an initramfs it is the kernel that looks for the device, and it knows partitions only.
-            alone = not _has_initrd(lines, number)
-            lines[number] = _rewrite_words(line, stable, alone, replaced)
-    return "\n".join(lines), replaced
-
-
-def rewrite_defaults(text: str, stable: Stable) -> str:
-    """/etc/default/grub with the same replaced in GRUB_CMDLINE_LINUX*, and GRUB_DISABLE_LINUX_UUID=true commented."""
-    lines = text.split("\n")
-    for number, line in enumerate(lines):
-        if _CMDLINE.match(line):
-            lines[number] = _rewrite_words(line, stable, False, [])
-        elif found := _NO_UUID.match(line):
+        if kind == "grub-defaults" and (found := _NO_UUID.match(line)):
             # With it, the next update-grub would write root=/dev/sda2 again.
             lines[number] = found["lead"] + "#" + line[found.end("lead") :]
-    return "\n".join(lines)
+        if form.raw.match(line) or form.shell.match(line):
+            alone = _without_initramfs(kind, text, lines, number)
+            lines[number] = _replace_words(line, stable, alone, replaced, unresolved)
+    if console:
+        together = " ".join(lines[number] for number in raw)
+        for number in raw[-1:] if form.single else raw:
+            lines[number] = _with_consoles(lines[number], together if form.single else lines[number])
+        for number, line in enumerate(lines):
+            if form.consoles.match(line):
+                lines[number] = _with_consoles_in_shell(line)
+    new = "\n".join(lines)
+    if kind == "grubenv" and new != text:
+        filled = _refilled(new)
+        if filled is None:
+            return Rewritten(text, (), (*replaced, *unresolved))
+        new = filled
+    return Rewritten(new, tuple(replaced), tuple(unresolved))
 
 
-def _rewrite_words(line: str, stable: Stable, by_partition: bool, replaced: list[str]) -> str:
+def _replace_words(
+    line: str, stable: Stable, by_partition: bool, replaced: list[str], unresolved: list[str]
+) -> str:
     def word(found: re.Match[str]) -> str:
-        key, spec = found["key"], found["spec"]
-        name = stable(key, spec, by_partition) if changes_with_hardware(spec) else None
-        if name is None:
+        if not changes_with_hardware(found["spec"]):
             return found[0]
-        replaced.append(found[0])
-        return f"{key}={name}"
+        name = stable(found["key"], found["spec"], by_partition)
+        (unresolved if name is None else replaced).append(found[0])
+        return found[0] if name is None else f"{found['key']}={name}"
 
     return _WORD.sub(word, line)
 
 
-def _has_initrd(lines: list[str], linux: int) -> bool:
-    """Whether the menu entry with a kernel on line `linux` loads an initramfs."""
-    for line in lines[linux + 1 :]:
+def _without_initramfs(kind: str, text: str, lines: list[str], number: int) -> bool:
+    """Whether the kernel itself looks for the devices on line `number`: it knows partitions only."""
+    if kind in ("bls", "extlinux"):
+        return "initrd" not in text.lower()
+    start = {"grub.cfg": LINUX_LINE, "menu.lst": re.compile(r"\s*(?:kernel|title)[\s=]")}.get(kind, _NEVER)
+    if not start.match(lines[number]):
+        return False
+    for line in lines[number + 1 :]:
         if INITRD_LINE.match(line):
-            return True
-        if LINUX_LINE.match(line) or line.strip() == "}":
             return False
-    return False
+        if start.match(line) or line.strip() == "}":
+            break
+    return True
+
+
+def _missing_consoles(line: str) -> str:
+    """The consoles that a command line does not name, none if it has a serial one already."""
+    named = {found.partition(",")[0] for found in re.findall(r"(?<![\w.-])console=[^\s\"']+", line)}
+    missing = [word for word in CONSOLES if word.partition(",")[0] not in named]
+    return " ".join(missing) if CONSOLES[-1] in missing else ""
+
+
+def _with_consoles(line: str, together: str) -> str:
+    """A line with the consoles that are not on it, or on the lines that it is one with."""
+    missing = _missing_consoles(together)
+    # $kernelopts brings its own.
+    if not missing or re.search(r"\$\{?kernelopts\b", together):
+        return line
+    body = line.rstrip()
+    tail = line[len(body) :]
+    return f"{body}{'' if body.endswith('=') else ' '}{missing}{tail}"
+
+
+def _with_consoles_in_shell(line: str) -> str:
+    """An assignment with the consoles that are not in its value, before the quote that ends it."""
+    missing = _missing_consoles(line)
+    if not missing:
+        return line
+    name, _, value = line.partition("=")
+    # A value that goes on in the next line gets them at the end of this one.
+    if found := re.match(r"\"(?:[^\"\\]|\\.)*|'[^']*", value):
+        body = found[0].rstrip()
+        rest = value[len(body) :].lstrip(" ") if value[found.end() : found.end() + 1] else value[len(body) :]
+        return f"{name}={body}{' ' if body[1:] else ''}{missing}{rest}"
+    bare = value[: len(value) - len(value.lstrip("".join(set(value) - set(" \t\r;#"))))]
+    return f'{name}="{bare}{" " if bare else ""}{missing}"{value[len(bare) :]}'

@@ -23,18 +23,21 @@ def plan(view: View) -> Plan:
     if esp is None or view.g.is_file(_fallback(view, esp)):
         return Plan()
     suffix = _suffix(view)
-    directories = [name for name in view.g.ls(f"{esp}/EFI") if name.lower() not in ("boot", "microsoft")]
+    directories = [
+        name
+        for name in view.g.ls(f"{esp}/EFI")
+        if name.lower() not in ("boot", "microsoft") and view.g.is_dir(f"{esp}/EFI/{name}")
+    ]
     directories.sort(key=lambda name: name.lower() != view.inspection.distro)
     for directory in directories:
         source = f"{esp}/EFI/{directory}"
-        present = [name for name in ("shim", "grub", "mm") if view.g.is_file(f"{source}/{name}{suffix}.efi")]
-        if copies := _copies(source, f"{esp}/EFI/BOOT", suffix, present):
+        if copies := _copies(source, f"{esp}/EFI/BOOT", suffix, view.g.ls(source)):
             return Plan(copies=copies)
     return Plan(
         warnings=(
             Finding(
                 "no_fallback_loader",
-                f"the ESP has no {_fallback(view, esp)} and no GRUB to make it from",
+                f"the ESP has no {_fallback(view, esp)} and no boot loader to make it from",
                 "Run `grub-install --removable` in the guest on VMware, and export it again.",
             ),
         )
@@ -56,17 +59,33 @@ def prove(view: View) -> tuple[Proof, ...]:
     return (Proof(path, claim, is_program, "an EFI program" if is_program else "the file is no EFI program"),)
 
 
-def _copies(source: str, target: str, suffix: str, present: Sequence[str]) -> tuple[Copy, ...]:
-    """What to copy where. Shim starts the GRUB beside it, and MokManager if it has to; GRUB alone starts itself."""
+def _copies(source: str, target: str, suffix: str, names: Sequence[str]) -> tuple[Copy, ...]:
+    """What to copy where. Shim starts the GRUB beside it, and MokManager if it has to; other loaders start alone.
+
+    names: the files in `source`. GRUB and shim find their configuration by a path that is built into them, except
+    GRUB legacy (RHEL 6), which looks for one beside itself, under its own name.
+    """
+    present = {name.lower(): name for name in names}
     fallback = f"{target}/BOOT{suffix.upper()}.EFI"
-    if "grub" not in present:
-        return ()
-    if "shim" not in present:
-        return (Copy("efi", f"{source}/grub{suffix}.efi", fallback),)
-    others = (name for name in present if name != "shim")
+
+    def first(*wanted: str) -> str | None:
+        return next((present[name] for name in wanted if name in present), None)
+
+    grub = first(f"grub{suffix}.efi", "grub.efi")
+    shim = first(f"shim{suffix}.efi", "shim.efi")
+    if grub is None:
+        loader = first(f"systemd-boot{suffix}.efi")
+        return (Copy("efi", f"{source}/{loader}", fallback),) if loader else ()
+    if shim is None:
+        copies = [Copy("efi", f"{source}/{grub}", fallback)]
+        if legacy := first("grub.conf"):
+            copies.append(Copy("efi", f"{source}/{legacy}", f"{target}/BOOT{suffix.upper()}.conf"))
+        return tuple(copies)
+    # Every name that a shim might be built to start: SUSE's starts grub.efi though grubx64.efi lies there too.
+    others = (f"grub{suffix}.efi", "grub.efi", f"mm{suffix}.efi", "mokmanager.efi")
     return (
-        Copy("efi", f"{source}/shim{suffix}.efi", fallback),
-        *(Copy("efi", f"{source}/{name}{suffix}.efi", f"{target}/{name}{suffix}.efi") for name in others),
+        Copy("efi", f"{source}/{shim}", fallback),
+        *(Copy("efi", f"{source}/{present[name]}", f"{target}/{present[name]}") for name in others if name in present),
     )
 
 

@@ -10,6 +10,7 @@ from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit, printable
 from hyper2kvmd.guest.devices import changes_with_hardware
 from hyper2kvmd.guest.fixers import Plan, View
+from hyper2kvmd.guest.storage import BY_CONTENT, resolve
 
 PATH = "/etc/fstab"
 # Device, mount point and type, then perhaps options, with the white space between them kept apart.
@@ -27,11 +28,15 @@ class Rewritten:
     unresolved: tuple[tuple[str, str], ...]  # device name, mount point
 
 
-def plan(view: View) -> Plan:
-    """Replace what changes with the hardware; what cannot be resolved must not stop the boot (`nofail`)."""
+def plan(view: View, *, by_path_only: bool = False) -> Plan:
+    """Replace what changes with the hardware; what cannot be resolved must not stop the boot (`nofail`).
+
+    by_path_only: look at /dev/disk/by-path names alone.
+    """
     text = view.read(PATH)
     if text is None:
         return Plan()
+    devices = view.inspection.filesystems
     root = view.names.devices.get(view.inspection.root)
 
     def stable(spec: str, where: str) -> str | None:
@@ -39,7 +44,15 @@ def plan(view: View) -> Plan:
             return f"UUID={root.uuid}"  # found by looking, which is better than any name
         return view.names.stable(spec)
 
-    new = rewrite(text, stable)
+    def changes(spec: str) -> bool:
+        return changes_with_hardware(spec) and (not by_path_only or spec.startswith("/dev/disk/by-path/"))
+
+    def missing(spec: str) -> bool:
+        # What lies in a container that stays locked cannot be seen.
+        visible = not by_path_only and not view.inspection.locked and spec.startswith(tuple(BY_CONTENT))
+        return visible and not resolve(spec, view.inspection.disks, devices)
+
+    new = rewrite(text, changes, stable, missing)
     warnings = tuple(
         Finding(
             "fstab_unresolved",
@@ -56,24 +69,33 @@ def plan(view: View) -> Plan:
     return Plan((Edit("fstab", PATH, text, new.text, summary),), warnings=warnings)
 
 
-def rewrite(text: str, stable: Callable[[str, str], str | None]) -> Rewritten:
+def rewrite(
+    text: str,
+    changes: Callable[[str], bool],
+    stable: Callable[[str, str], str | None],
+    missing: Callable[[str], bool],
+) -> Rewritten:
     """The text with device names replaced, and every other byte as it was.
 
-    stable: from a device name and its mount point to `UUID=...`, or None if nobody knows.
+    changes: whether a device name changes with the hardware. stable: from such a name and its mount point to
+    `UUID=...`, or None if nobody knows. missing: whether another name is certainly of no disk of this export.
     """
     replaced: list[str] = []
     unresolved: list[tuple[str, str]] = []
 
     def line(old: str) -> str:
         found = _LINE.match(old)
-        if found is None or not changes_with_hardware(found["spec"]):
+        if found is None:
             return old
         spec, where = found["spec"], found["where"]
-        if name := stable(spec, where):
-            replaced.append(spec)
-            return old[: found.start("spec")] + name + old[found.end("spec") :]
+        if changes(spec):
+            if name := stable(spec, where):
+                replaced.append(spec)
+                return old[: found.start("spec")] + name + old[found.end("spec") :]
+        elif not missing(spec):
+            return old
         options = (found["options"] or "").strip()
-        if where == "/" or {"nofail", "noauto"} & set(options.split(",")):
+        if where == "/" or {"nofail", "noauto", "_netdev"} & set(options.split(",")):
             return old
         unresolved.append((spec, where))
         at = found.end()

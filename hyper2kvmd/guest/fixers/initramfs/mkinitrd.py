@@ -1,0 +1,51 @@
+"""mkinitrd, of SLES up to 11 and RHEL up to 5: two programs of one name, told apart by SUSE's configuration file."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+from hyper2kvmd.guest.change import Edit
+from hyper2kvmd.guest.fixers import Plan, View
+from hyper2kvmd.guest.kernels import Bus, Image
+
+SUSE = "/etc/sysconfig/kernel"
+_MODULES = re.compile(r"^(?P<lead>[ \t]*INITRD_MODULES=)(?P<quote>[\"']?)(?P<words>[^\"'\n]*)(?P=quote)", re.MULTILINE)
+
+
+def plan(view: View, drivers: Sequence[str]) -> Plan:
+    """SUSE's list of modules. RHEL's has none that could be edited safely: each build is told."""
+    text = view.read(SUSE)
+    if text is None or (new := with_modules(text, drivers)) == text:
+        return Plan()
+    return Plan((Edit("initramfs", SUSE, text, new, f"every initramfs gets {', '.join(drivers)}"),))
+
+
+def with_modules(text: str, drivers: Sequence[str]) -> str:
+    """INITRD_MODULES with the drivers that it does not name yet, and every other byte as it was."""
+
+    def longer(found: re.Match[str]) -> str:
+        words = found["words"].split()
+        missing = [driver for driver in drivers if driver not in words]
+        return f'{found["lead"]}"{" ".join([*words, *missing])}"' if missing else found[0]
+
+    return _MODULES.sub(longer, text, count=1)
+
+
+def commands(view: View, images: Sequence[Image], bus: Bus) -> Mapping[str, str]:
+    """One call for each image; the root is named, as the one of the appliance is not the guest's."""
+    suse = view.read(SUSE) is not None
+    root = view.names.devices.get(view.inspection.root)
+    device = f"/dev/disk/by-uuid/{root.uuid}" if root and root.uuid else view.inspection.root
+    found = {}
+    for image in images:
+        drivers = [driver for driver in (*bus.needed, *bus.wanted) if driver in image.depends]
+        kernel, initrd = image.kernel, image.kernel.initrd or ""
+        if suse:
+            modules = " ".join(sorted({*(image.modules or ()), *drivers} & {*image.depends}))
+            words = ["mkinitrd", "-k", kernel.path, "-i", initrd, "-m", modules, "-d", device]
+        else:
+            words = ["mkinitrd", "-f", *(f"--with={driver}" for driver in drivers), initrd, kernel.version]
+        found[kernel.version] = shlex.join(words)
+    return found

@@ -1,0 +1,237 @@
+"""The kernels that the guest can start, and whether each one finds its root on the new machine's disks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.guest import cpio
+from hyper2kvmd.guest.change import Proof, decode
+from hyper2kvmd.guest.menu import Menu
+from hyper2kvmd.run import Tools
+
+MAX_IMAGE_BYTES = 1 << 30
+VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_~-]{0,100}")
+# Programs that find the root; an image that had one and lost it does not boot any more.
+_ROOT_PROGRAMS = frozenset({"cryptsetup", "systemd-cryptsetup", "lvm", "mdadm", "btrfs"})
+# For kernels from before modules.builtin: what the kernel's own configuration calls the drivers.
+_CONFIG = {
+    "virtio_pci": "VIRTIO_PCI",
+    "virtio_blk": "VIRTIO_BLK",
+    "virtio_scsi": "SCSI_VIRTIO",
+    "virtio_net": "VIRTIO_NET",
+    "ahci": "SATA_AHCI",
+    "sd_mod": "BLK_DEV_SD",
+    "e1000e": "E1000E",
+}
+
+
+@dataclass(frozen=True)
+class Bus:
+    """How the new machine's disks are attached. Without the `needed` drivers the root is not found.
+
+    The `wanted` ones are for cards, for disks added later, and for guests that mount their root over the network.
+    """
+
+    name: str
+    needed: tuple[str, ...]
+    wanted: tuple[str, ...]
+
+
+VIRTIO = Bus("virtio", ("virtio_pci", "virtio_blk"), ("virtio_scsi", "virtio_net"))
+SATA = Bus("SATA", ("ahci", "sd_mod"), ("e1000e",))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel and its initramfs if it has one.
+
+    `entry` is the first place on the boot menu that starts it (an index into Menu.entries), None for one that no
+    entry starts. A `rescue` image is made once, when the system is installed, and never again.
+    """
+
+    version: str
+    path: str
+    initrd: str | None
+    chosen_by_bootloader: bool
+    entry: int | None = None
+    rescue: bool = False
+
+
+@dataclass(frozen=True)
+class Image:
+    """What one kernel has to boot with: its initramfs (None: none), the modules in it, and what is built in."""
+
+    kernel: Kernel
+    size: int
+    modules: frozenset[str] | None
+    builtin: frozenset[str]
+    depends: Mapping[str, tuple[str, ...]]  # of each module of this kernel, on which others it depends
+    files: frozenset[str] = frozenset()  # the names of all files in the initramfs
+
+    def has(self, driver: str) -> bool:
+        """Whether the driver, and all it depends on, are there when the kernel looks for its root."""
+        if driver in self.builtin:
+            return True
+        if self.modules is None or driver not in self.depends:
+            return False
+        return {driver, *self.depends[driver]} - self.builtin <= self.modules
+
+    def lacks(self, bus: Bus) -> tuple[str, ...]:
+        """The drivers that this kernel could have in its initramfs and does not."""
+        return tuple(driver for driver in (*bus.needed, *bus.wanted) if driver in self.depends and not self.has(driver))
+
+    def can(self, bus: Bus, *, rebuilt: bool) -> bool:
+        """Whether this kernel finds its root on `bus`: as it is, or once its initramfs is `rebuilt`."""
+        possible = rebuilt and self.kernel.initrd is not None and not self.kernel.rescue
+        return all(self.has(driver) or (possible and driver in self.depends) for driver in bus.needed)
+
+
+def find(g: Any, menu: Menu | None, esp: str | None) -> tuple[Kernel, ...]:
+    """The kernels on the boot menu, in its order, then those in /boot that are not on it.
+
+    esp: where the EFI system partition is mounted, as some menus name files on it.
+    """
+    found: dict[str, Kernel] = {}
+    for number, entry in enumerate(menu.entries if menu else ()):
+        path = _file(g, entry.kernel, esp)
+        version = _version(g, path) if path else None
+        if path is None or version is None:
+            continue
+        images = [image for name in entry.initrds if "ucode" not in name and (image := _file(g, name, esp))]
+        initrd = images[0] if images else None
+        rescue = "rescue" in path.rpartition("/")[2]
+        # Only the first entry of a kernel counts: a second one has a copy of its image, or other options.
+        found.setdefault(path, Kernel(version, path, initrd, True, number, rescue))
+    others = [path for path in sorted(g.glob_expand("/boot/vmlinuz-*")) if path not in found]
+    rest = (Kernel(version, path, None, False) for path in others if (version := _version(g, path)))
+    return (*found.values(), *rest)
+
+
+def _file(g: Any, name: str, esp: str | None) -> str | None:
+    """The file in the guest that a boot menu means; it names files relative to their file system, or subvolume."""
+    parts = [part for part in name.split("/") if part]
+    roots = ("/boot", "", *([esp] if esp else []))
+    for skipped in range(len(parts)):
+        for root in roots:
+            path = "/".join((root, *parts[skipped:]))
+            if g.is_file(path, followsymlinks=True):
+                return str(g.realpath(path))
+    return None
+
+
+def _version(g: Any, path: str) -> str | None:
+    """The version that a kernel says of itself (x86's boot protocol 2.00), or that its name has.
+
+    None for what is no kernel, such as a memory test.
+    """
+    header: bytes = g.pread(path, 16, 0x200) if g.filesize(path) > 0x210 else b""
+    if header[2:6] == b"HdrS":
+        said = g.pread(path, 128, int.from_bytes(header[14:16], "little") + 0x200).partition(b"\0")[0].split()
+        if said and VERSION.fullmatch(own := said[0].decode("ascii", "replace")):
+            return str(own)
+    version: str = path.rpartition("/")[2].partition("-")[2]
+    if VERSION.fullmatch(version) is None or not g.is_dir(f"/lib/modules/{version}"):
+        return None
+    return version
+
+
+def look(g: Any, kernels: Iterable[Kernel], tools: Tools, scratch: Path) -> tuple[Image, ...]:
+    """Read what each kernel has now; images are downloaded to `scratch`, one at a time."""
+    return tuple(_look(g, kernel, tools, scratch) for kernel in kernels)
+
+
+def _look(g: Any, kernel: Kernel, tools: Tools, scratch: Path) -> Image:
+    directory = f"/lib/modules/{kernel.version}"
+
+    def lines(path: str) -> list[str]:
+        return decode(g.read_file(path)).split("\n") if g.is_file(path, followsymlinks=True) else []
+
+    builtin = module_names(lines(f"{directory}/modules.builtin"))
+    config = set(lines(f"/boot/config-{kernel.version}"))
+    builtin |= {driver for driver, symbol in _CONFIG.items() if f"CONFIG_{symbol}=y" in config}
+    depends = dependencies(lines(f"{directory}/modules.dep"))
+    if kernel.initrd is None:
+        return Image(kernel, 0, None, builtin, depends)
+    size = g.filesize(kernel.initrd)
+    if size > MAX_IMAGE_BYTES:
+        raise MigrationError(
+            Code.FIX_UNPROVED,
+            f"{kernel.initrd} in the guest has {size} bytes, more than the {MAX_IMAGE_BYTES} that are read",
+            "Remove what makes it so large, or the kernel, on VMware, and export again.",
+        )
+    local = scratch / f"initrd-{kernel.version}"
+    g.download(kernel.initrd, str(local))
+    try:
+        files = cpio.file_names(local, tools)
+    finally:
+        local.unlink()
+        local.with_name(local.name + ".main").unlink(missing_ok=True)
+    return Image(kernel, size, module_names(files), builtin, depends, files)
+
+
+def module_names(paths: Iterable[str]) -> frozenset[str]:
+    """The names of the modules among files: `kernel/drivers/block/virtio-blk.ko.xz` is `virtio_blk`."""
+    return frozenset(name for path in paths if (name := _module_name(path)))
+
+
+def dependencies(lines: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """modules.dep as names: each module, and all that has to be loaded before it."""
+    found = {}
+    for line in lines:
+        path, colon, others = line.partition(":")
+        if colon:
+            found[_module_name(path)] = tuple(map(_module_name, others.split()))
+    return found
+
+
+def _module_name(path: str) -> str:
+    found = re.fullmatch(r"(?:.*/)?([A-Za-z0-9_-]+)\.ko(?:\.(?:xz|zst|gz))?", path.strip())
+    return found[1].replace("-", "_") if found else ""
+
+
+def prove(before: Sequence[Image], after: Sequence[Image], bus: Bus) -> tuple[Proof, ...]:
+    """For each kernel: that it has the drivers that it needs, and the programs that it had, when it looks for its root.
+
+    before, after: the same kernels in the same order.
+    """
+    return tuple(
+        proof
+        for old, new in zip(before, after, strict=True)
+        for proof in (*(_prove(new, driver) for driver in bus.needed), *_prove_programs(old, new))
+    )
+
+
+def _prove(image: Image, driver: str) -> Proof:
+    subject = image.kernel.initrd or image.kernel.path
+    claim = f"{image.kernel.version} has {driver} when it looks for its root"
+    if driver in image.builtin:
+        return Proof(subject, claim, True, "built into the kernel")
+    if driver not in image.depends:
+        return Proof(subject, claim, False, f"this kernel has no {driver}")
+    if image.modules is None:
+        return Proof(subject, claim, False, "there is no initramfs")
+    needed = (driver, *image.depends[driver])
+    absent = [name for name in needed if name not in image.builtin and name not in image.modules]
+    if absent:
+        return Proof(subject, claim, False, f"the initramfs lacks {', '.join(absent)}")
+    return Proof(subject, claim, True, f"the initramfs holds {', '.join(n for n in needed if n in image.modules)}")
+
+
+def _prove_programs(old: Image, new: Image) -> tuple[Proof, ...]:
+    """What unlocked or assembled the root before is still there."""
+    had, has = (_ROOT_PROGRAMS & {path.rpartition("/")[2] for path in image.files} for image in (old, new))
+    subject = new.kernel.initrd or new.kernel.path
+    return tuple(
+        Proof(
+            subject,
+            f"{new.kernel.version} still has {name}, which opened its root",
+            name in has,
+            f"the initramfs {'holds' if name in has else 'lacks'} {name}",
+        )
+        for name in sorted(had)
+    )
