@@ -29,8 +29,8 @@ _ASSIGNMENT = re.compile(r"(?P<name>\w+)=(?P<value>.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{?(?P<name>\w+)\}?")
 _BLSCFG = re.compile(r"^\s*blscfg\b", re.MULTILINE)
 _LOAD_ENV = re.compile(r"\bload_env[ \t]+(?:-f|--file)[ \t=]+(/[^\s;$]+)")
-# An id that can be written into any of GRUB's files without quoting, and that is no number.
-_PLAIN_ID = re.compile(r"[\w.+:~/@-]*[a-z][\w.+:~/@-]*", re.ASCII | re.IGNORECASE)
+# An id or title that can be written into any of GRUB's files without quoting.
+_PLAIN = re.compile(r"[^>\"'$`\\\r\n]+")
 # Nobody nests submenus or loads environments like this; only a file made to keep us busy does.
 _MAX_DEPTH = 8
 _MAX_ENVIRONMENTS = 4
@@ -49,7 +49,8 @@ class File:
 class Entry:
     """A line on the menu. `kernel` and `initrds` are paths as the menu has them, without GRUB's device.
 
-    `name` is what makes the entry the default: GRUB's path of ids and numbers (`1>0`), the stem of a BLS file, a label.
+    `name` is what makes the entry the default: GRUB's path of ids, titles or numbers (`1>0`), the stem of a BLS file, a
+    label.
     """
 
     kernel: str
@@ -125,9 +126,7 @@ class _Node:
     children: list[_Node] = field(default_factory=list)
 
 
-def _grub_entries(
-    text: str, environment: Mapping[str, str], bls: Sequence[File]
-) -> tuple[list[Entry], int | None]:
+def _grub_entries(text: str, environment: Mapping[str, str], bls: Sequence[File]) -> tuple[list[Entry], int | None]:
     """The entries of a grub.cfg, and the index of the default. bls: what the command `blscfg` brings in."""
     variables = dict(environment)
     top = _Node()
@@ -222,10 +221,11 @@ def _id(arguments: Sequence[str]) -> str:
 
 def _walk(nodes: Sequence[_Node], above: str = "") -> Iterator[tuple[str, _Node]]:
     """The nodes that start a kernel, each with the value of `default` that means it."""
-    names = Counter(name for node in nodes for name in {node.id, node.title})
+    # RHEL 7 copies an entry, with its id, for each new kernel; GRUB then starts the first that has it.
+    count = Counter(name for node in nodes for name in {node.id, node.title})
     for number, node in enumerate(nodes):
-        # People copy entries and leave the id as it is; then it is the first that has it.
-        name = above + (node.id if names[node.id] == 1 and _PLAIN_ID.fullmatch(node.id) else str(number))
+        unique = (name for name in (node.id, node.title) if count[name] == 1 and not name.isdigit())
+        name = above + next(filter(_PLAIN.fullmatch, unique), str(number))
         if node.kernel:
             yield name, node
         yield from _walk(node.children, f"{name}>")
@@ -265,7 +265,7 @@ def _bls_entries(files: Iterable[File], variables: Mapping[str, str]) -> list[En
 
 
 def _bls_fields(text: str) -> dict[str, str]:
-    """The fields of a BLS file; one that is given several times has its values joined by spaces."""
+    """The fields of a BLS file, with those initrds joined by spaces that have a line each."""
     fields: dict[str, str] = {}
     for line in text.split("\n"):
         key, value = _key_value(line)
@@ -277,11 +277,11 @@ def _systemd_boot(read: Read, glob: Glob) -> Menu | None:
     config = _first(read, [f"{root}/loader/loader.conf" for root in ESP_ROOTS], "loader.conf")
     bls = _bls_files(read, glob, ESP_ROOTS)
     fields = {file.path: _bls_fields(file.text) for file in bls}
-    # Those with a sort-key come first, by it, and the newest first among equals.
-    bls.sort(key=lambda file: _version_key(fields[file.path].get("version", "")), reverse=True)
-    bls.sort(key=lambda file: [fields[file.path].get(key, "") for key in ("sort-key", "machine-id")])
+    # Those with a sort-key come first, by it, and the newest first among equals; the others are in the files' order.
     keyed = [file for file in bls if "sort-key" in fields[file.path]]
-    rest = sorted((f for f in bls if f not in keyed), key=lambda f: _version_key(_stem(f.path)), reverse=True)
+    keyed.sort(key=lambda file: _version_key(fields[file.path].get("version", "")), reverse=True)
+    keyed.sort(key=lambda file: [fields[file.path].get(key, "") for key in ("sort-key", "machine-id")])
+    rest = [file for file in bls if "sort-key" not in fields[file.path]]
     entries = _bls_entries([*keyed, *rest], {})
     said = [value for key, value in map(_key_value, config.text.split("\n")) if key == "default"] if config else []
     pattern = "".join(said[-1:]).removesuffix(".conf").lower()

@@ -11,13 +11,13 @@ from hyper2kvmd.guest.kernels import SATA, VIRTIO, Image, Kernel
 from hyper2kvmd.guest.storage import device_of, pick_root
 
 DEPENDS = kernels.dependencies(
-    """\
-kernel/drivers/virtio/virtio.ko:
-kernel/drivers/virtio/virtio_ring.ko: kernel/drivers/virtio/virtio.ko
-kernel/drivers/virtio/virtio-pci.ko.xz: kernel/virtio/virtio_pci_modern_dev.ko.xz kernel/drivers/virtio/virtio_ring.ko
-kernel/virtio/virtio_pci_modern_dev.ko.xz:
-kernel/drivers/block/virtio_blk.ko: kernel/drivers/virtio/virtio_ring.ko kernel/drivers/virtio/virtio.ko
-""".split("\n")
+    (
+        "kernel/drivers/virtio/virtio.ko:",
+        "kernel/drivers/virtio/virtio_ring.ko: kernel/drivers/virtio/virtio.ko",
+        "kernel/drivers/virtio/virtio-pci.ko.xz: kernel/v/virtio_pci_modern_dev.ko.xz kernel/drivers/virtio/virtio_ring.ko",
+        "kernel/v/virtio_pci_modern_dev.ko.xz:",
+        "kernel/drivers/block/virtio_blk.ko: kernel/drivers/virtio/virtio_ring.ko kernel/drivers/virtio/virtio.ko",
+    )
 )
 ALL = frozenset(DEPENDS)
 IMAGE = Image(Kernel("6.1", "/boot/vmlinuz-6.1", "/boot/initrd.img-6.1", True), 7 << 20, ALL, frozenset(), DEPENDS)

@@ -62,6 +62,8 @@ _FORMATS = {
     ),
     "dracut": _Format(shell=re.compile(r"\s*kernel_cmdline\+?=")),
 }
+# The line of a GRUB menu that an entry's kernel is on.
+_ENTRY = {"grub.cfg": LINUX_LINE, "menu.lst": re.compile(r"\s*(?:kernel|title)[\s=]")}
 _DEFAULTS = (
     ("/etc/default/grub", "grub-defaults"),
     ("/etc/default/grub.d/*.cfg", "grub-defaults"),
@@ -179,12 +181,14 @@ def rewrite(kind: str, text: str, stable: Stable, *, console: bool = False) -> R
     replaced: list[str] = []
     unresolved: list[str] = []
     raw = [number for number, line in enumerate(lines) if form.raw.match(line)]
+    has_initrd = "initrd" in text.lower()
     for number, line in enumerate(lines):
         if kind == "grub-defaults" and (found := _NO_UUID.match(line)):
             # With it, the next update-grub would write root=/dev/sda2 again.
             lines[number] = found["lead"] + "#" + line[found.end("lead") :]
         if form.raw.match(line) or form.shell.match(line):
-            alone = _without_initramfs(kind, text, lines, number)
+            # Without an initramfs it is the kernel that looks for the device, and it knows partitions only.
+            alone = (kind in ("bls", "extlinux") and not has_initrd) or _is_alone(kind, lines, number)
             lines[number] = _replace_words(line, stable, alone, replaced, unresolved)
     if console:
         together = " ".join(lines[number] for number in raw)
@@ -202,9 +206,7 @@ def rewrite(kind: str, text: str, stable: Stable, *, console: bool = False) -> R
     return Rewritten(new, tuple(replaced), tuple(unresolved))
 
 
-def _replace_words(
-    line: str, stable: Stable, by_partition: bool, replaced: list[str], unresolved: list[str]
-) -> str:
+def _replace_words(line: str, stable: Stable, by_partition: bool, replaced: list[str], unresolved: list[str]) -> str:
     def word(found: re.Match[str]) -> str:
         if not changes_with_hardware(found["spec"]):
             return found[0]
@@ -215,11 +217,9 @@ def _replace_words(
     return _WORD.sub(word, line)
 
 
-def _without_initramfs(kind: str, text: str, lines: list[str], number: int) -> bool:
-    """Whether the kernel itself looks for the devices on line `number`: it knows partitions only."""
-    if kind in ("bls", "extlinux"):
-        return "initrd" not in text.lower()
-    start = {"grub.cfg": LINUX_LINE, "menu.lst": re.compile(r"\s*(?:kernel|title)[\s=]")}.get(kind, _NEVER)
+def _is_alone(kind: str, lines: list[str], number: int) -> bool:
+    """Whether the entry of a GRUB menu with a kernel on line `number` loads no initramfs."""
+    start = _ENTRY.get(kind, _NEVER)
     if not start.match(lines[number]):
         return False
     for line in lines[number + 1 :]:
@@ -230,34 +230,86 @@ def _without_initramfs(kind: str, text: str, lines: list[str], number: int) -> b
     return True
 
 
-def _missing_consoles(line: str) -> str:
-    """The consoles that a command line does not name, none if it has a serial one already."""
-    named = {found.partition(",")[0] for found in re.findall(r"(?<![\w.-])console=[^\s\"']+", line)}
+def _missing_consoles(options: str) -> str:
+    """The consoles that kernel options do not name; none if a serial one is there already."""
+    named = {found.partition(",")[0] for found in re.findall(r"(?<![\w.-])console=[^\s\"']+", options)}
     missing = [word for word in CONSOLES if word.partition(",")[0] not in named]
     return " ".join(missing) if CONSOLES[-1] in missing else ""
 
 
-def _with_consoles(line: str, together: str) -> str:
-    """A line with the consoles that are not on it, or on the lines that it is one with."""
-    missing = _missing_consoles(together)
+def _with_consoles(line: str, options: str) -> str:
+    """A line that ends with kernel options, with the consoles that are not in all of them."""
+    missing = _missing_consoles(options)
     # $kernelopts brings its own.
-    if not missing or re.search(r"\$\{?kernelopts\b", together):
+    if not missing or re.search(r"\$\{?kernelopts\b", options):
         return line
     body = line.rstrip()
-    tail = line[len(body) :]
-    return f"{body}{'' if body.endswith('=') else ' '}{missing}{tail}"
+    return f"{body}{'' if body.endswith('=') else ' '}{missing}{line[len(body) :]}"
 
 
 def _with_consoles_in_shell(line: str) -> str:
     """An assignment with the consoles that are not in its value, before the quote that ends it."""
     missing = _missing_consoles(line)
-    if not missing:
-        return line
     name, _, value = line.partition("=")
-    # A value that goes on in the next line gets them at the end of this one.
-    if found := re.match(r"\"(?:[^\"\\]|\\.)*|'[^']*", value):
-        body = found[0].rstrip()
-        rest = value[len(body) :].lstrip(" ") if value[found.end() : found.end() + 1] else value[len(body) :]
-        return f"{name}={body}{' ' if body[1:] else ''}{missing}{rest}"
-    bare = value[: len(value) - len(value.lstrip("".join(set(value) - set(" \t\r;#"))))]
-    return f'{name}="{bare}{" " if bare else ""}{missing}"{value[len(bare) :]}'
+    found = re.match(r"\"(?:[^\"\\]|\\.)*|'[^']*|[^\s;\"']*", value)
+    if not missing or found is None:
+        return line
+    body, rest = found[0], value[found.end() :]
+    if body[:1] not in ('"', "'"):
+        body, rest = f'"{body}', f'"{rest}'
+    before = "" if len(body) == 1 or body.endswith(" ") else " "
+    after = "" if rest.startswith(body[0]) else " "  # the value goes on in the next line
+    return f"{name}={body}{before}{missing}{after}{rest}"
+
+
+def _refilled(text: str) -> str | None:
+    """A grubenv at its fixed size, which GRUB demands; None if it holds too much for that."""
+    body = text.rstrip("#")
+    missing = GRUBENV_BYTES - len(body.encode("utf-8", "surrogateescape"))
+    return None if missing < 0 else body + "#" * missing
+
+
+def choose(kind: str, text: str, menu: Menu, default: int) -> str:
+    """The text of one file after which entry number `default` starts unless somebody chooses another one."""
+    name = menu.entries[default].name
+    match kind:
+        case "grub.cfg" if not (_is_saved(menu) and _SET_SAVED.search(text)):
+            return _replaced(_SET_DEFAULT, f'"{name}"', text) or f'set default="{name}"\n{text}'
+        case "grubenv":
+            body = text.rstrip("#")
+            # A choice for one boot only would come first.
+            new = _NEXT_ENTRY.sub(r"\1", body)
+            if _is_saved(menu):
+                new = _replaced(_SAVED_ENTRY, name, new) or f"{new}saved_entry={name}\n"
+            return text if new == body else _refilled(new) or text
+        case "grub-defaults" if not _is_saved(menu):
+            return _replaced(_GRUB_DEFAULT, f'"{name}"', text) or text
+        case "menu.lst":
+            return _replaced(_LEGACY_DEFAULT, name, text) or f"default {name}\n{text}"
+        case "loader.conf":
+            return _replaced(_LOADER_DEFAULT, f"{name}.conf", text) or f"default {name}.conf\n{text}"
+        case "extlinux":
+            return _choose_label(text, menu, name)
+    return text
+
+
+def _is_saved(menu: Menu) -> bool:
+    """Whether GRUB starts what grubenv has."""
+    has_grubenv = any(file.kind == "grubenv" for file in menu.files)
+    return has_grubenv and any(file.kind == "grub.cfg" and _SET_SAVED.search(file.text) for file in menu.files)
+
+
+def _choose_label(text: str, menu: Menu, label: str) -> str:
+    """A file of extlinux with another default: a line for all, or one in the section of the label, or both."""
+    new = _replaced(_LABEL_DEFAULT, label, text) or text
+    others = "".join(file.text for file in menu.files)
+    if _LABEL_DEFAULT.search(others) and not _MENU_DEFAULT.search(others):
+        return new
+    section = re.compile(rf"^[ \t]*label[ \t]+{re.escape(label)}[ \t\r]*\n", re.MULTILINE | re.IGNORECASE)
+    return section.sub(lambda found: f"{found[0]}  menu default\n", _MENU_DEFAULT.sub("", new), count=1)
+
+
+def _replaced(pattern: re.Pattern[str], value: str, text: str) -> str | None:
+    """The text with `value` after what the pattern's group matches, None if it does not match."""
+    new, count = pattern.subn(lambda found: found[1] + value, text)
+    return new if count else None
