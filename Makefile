@@ -59,6 +59,10 @@ test-integration: deps venv ## minutes; real qemu-img, libguestfs and libvirt
 test-e2e: deps venv ## long; migrates real guests and boots them
 	$(call pytest,e2e)
 
+.PHONY: matrix
+matrix: deps venv ## migrate every test guest and boot it (an hour without KVM); prints the README's table
+	@$(PYTHON) -m tests.matrix
+
 .PHONY: demo
 demo: deps venv ## watch one guest being migrated
 	@$(PYTHON) -m tests.demo

@@ -8,7 +8,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,18 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str]
     return put
 
 
-def run_job(export: Path, settings: Settings, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run `hyper2kvmd run-job` as a process of its own."""
+def run_job(
+    export: Path,
+    settings: Settings,
+    *options: str,
+    timeout: float = 300,
+    program: Sequence[str] = ("-m", "hyper2kvmd"),
+) -> subprocess.CompletedProcess[str]:
+    """Run `hyper2kvmd run-job` as a process of its own; `program` is what Python runs."""
     config = settings.work_dir.parent / "settings.json"
     config.write_text(settings.model_dump_json(by_alias=True))
     return subprocess.run(
-        [sys.executable, "-m", "hyper2kvmd", "run-job", str(export), "--config", str(config), *options],
+        [sys.executable, *program, "run-job", str(export), "--config", str(config), *options],
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -152,6 +152,36 @@ def test_a_uefi_guest_in_the_go_dialect_boots_too(tmp_path: Path) -> None:
     assert "matched" == result.outcome, result.serial_log[-3000:]
 
 
+# hyper2kvmd with one line left out: what asks for virtio in the initramfs.
+BROKEN = """
+import dataclasses, sys
+from hyper2kvmd.__main__ import main
+from hyper2kvmd.guest.fixers import Plan, initramfs
+good = initramfs.BUILDERS["initramfs-tools"]
+initramfs.BUILDERS["initramfs-tools"] = dataclasses.replace(good, plan=lambda view, drivers: Plan())
+sys.exit(main())
+"""
+
+
+def test_a_fixer_that_leaves_out_virtio_makes_the_job_fail_and_publishes_nothing(tmp_path: Path) -> None:
+    for name in ("exports", "images", "work"):
+        (tmp_path / name).mkdir()
+    settings = Settings.model_validate(
+        {
+            "exports_dir": tmp_path / "exports",
+            "output_dir": tmp_path / "images",
+            "work_dir": tmp_path / "work",
+            "libvirt": {"import": False},
+        }
+    )
+    directory = export("debian12-bios", tmp_path / "exports", dialect="seed", vm_name="web01")
+    done = run_job(directory, settings, timeout=900, program=("-c", BROKEN))
+    report = report_of(directory)
+    assert (1, "failed", "fix_unproved") == (done.returncode, report["status"], report["error"]["code"])
+    assert "virtio_blk" in report["error"]["message"] and "the initramfs lacks" in report["error"]["message"]
+    assert [] == list((tmp_path / "images").iterdir())
+
+
 def test_a_data_disk_that_the_manifest_lists_first_is_not_taken_for_the_boot_disk(tmp_path: Path) -> None:
     """The guest calls its root /dev/sda2, but the first disk of the export is another one."""
     for name in ("exports", "images", "work"):

@@ -14,7 +14,7 @@ DEPENDS = kernels.dependencies(
     (
         "kernel/drivers/virtio/virtio.ko:",
         "kernel/drivers/virtio/virtio_ring.ko: kernel/drivers/virtio/virtio.ko",
-        "kernel/drivers/virtio/virtio-pci.ko.xz: kernel/v/virtio_pci_modern_dev.ko.xz kernel/drivers/virtio/virtio_ring.ko",
+        "kernel/drivers/virtio/virtio-pci.ko.xz: kernel/v/virtio_pci_modern_dev.ko.xz kernel/v/virtio_ring.ko",
         "kernel/v/virtio_pci_modern_dev.ko.xz:",
         "kernel/drivers/block/virtio_blk.ko: kernel/drivers/virtio/virtio_ring.ko kernel/drivers/virtio/virtio.ko",
     )
