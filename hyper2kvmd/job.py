@@ -75,8 +75,8 @@ class Job:
 
     @property
     def work_dir(self) -> Path:
-        """Where overlays and the journal of this job are."""
-        return self.settings.work_dir / self.id
+        """Where overlays and the journal of this job are; a dry run does not touch those of the real one."""
+        return self.settings.work_dir / (f"{self.id}.dry-run" if self.dry_run else self.id)
 
     def wants(self, stage: str, enabled: bool) -> bool:
         """Whether a stage is to run, by the manifest (`enabled`) and the command line."""

@@ -11,18 +11,20 @@ its slowest branch, not as long as all of them.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hyper2kvmd import images, importer, publish, report
+from hyper2kvmd import images, importer, report
 from hyper2kvmd.domain import Domain, DomainDisk, to_xml
-from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Outcome
 from hyper2kvmd.job import Job
 from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.plan import Plan, PlannedDisk, make_plan
+from hyper2kvmd.steps import Item, Steps
 
 if TYPE_CHECKING:
     from hyper2kvmd.guest.fix import FixOptions
@@ -46,25 +48,34 @@ def migrate(job: Job, manifest: Manifest) -> None:
             for source in sources:
                 for finding in source.warnings:
                     job.warn(finding)
-            resumed = publish.intended(job)
-            items, facts = resumed or ((), {})
+            steps = Steps(job)
+            resumed = steps.to_publish()
+            items, record = resumed or ((), {})
             plan = make_plan(job, manifest, sources, ours=[Path(item.final) for item in items])
-            publish.clean(job, plan, items)
+            if not resumed:
+                plan = steps.adopt(plan)
+            steps.clean(plan)
         if resumed:
-            job.record.restore(facts)
+            job.record.restore(record)
         else:
             try:
-                _branches(job, plan)
+                _branches(job, plan, steps)
                 if plan.convert:
-                    _commit(job, plan)
+                    _commit(job, plan, steps)
                     _validate(job, plan)
-                    items = publish.intend(job, plan, job.record.dump())
-            finally:
-                _discard(plan, keep_partials=bool(items))
+                    items = steps.note_finished(plan, job.record.dump())
+                else:
+                    steps.discard(plan)
+            except BaseException as error:
+                if _goes_on(error):
+                    steps.clean(plan)
+                else:
+                    steps.discard(plan)
+                raise
     if not plan.convert:
         return
     with job.stage("publish"):
-        publish.publish(job, items)
+        _publish(job, items)
         _describe_targets(job, plan, {item.disk: Path(item.final) for item in items})
     if plan.import_:
         with job.stage("import"):
@@ -73,19 +84,26 @@ def migrate(job: Job, manifest: Manifest) -> None:
         job.skip("import")
 
 
-def _branches(job: Job, plan: Plan) -> None:
+def _goes_on(error: BaseException) -> bool:
+    """Whether the next attempt can use what is done: the job was stopped, or failed for a passing cause."""
+    if isinstance(error, MigrationError):
+        return error.outcome == Outcome.RETRY
+    return isinstance(error, Cancelled | OSError)
+
+
+def _branches(job: Job, plan: Plan, steps: Steps) -> None:
     """Run the three branches at the same time; the first that fails ends the others."""
     job.record.tools.update(images.versions(job.tools))
     digests: dict[str, str] = {}
     branches = []
     if plan.verify:
-        branches.append(partial(_verify, job, plan, digests))
+        branches.append(partial(_verify, job, plan, steps, digests))
     else:
         job.skip("verify")
     if plan.looks_inside:
-        branches.append(partial(_guest, job, plan))
+        branches.append(partial(_guest, job, plan, steps))
     if plan.convert:
-        branches.append(partial(_convert, job, plan))
+        branches.append(partial(_convert, job, plan, steps))
     job.together(*branches)
     boot = job.record.results.get("inspect", {}).get("boot_disk") or plan.manifest.boot_disk().id
     job.record.disks = [
@@ -102,20 +120,35 @@ def _branches(job: Job, plan: Plan) -> None:
     ]
 
 
-def _verify(job: Job, plan: Plan, digests: dict[str, str]) -> None:
+def _verify(job: Job, plan: Plan, steps: Steps, digests: dict[str, str]) -> None:
     """Read every disk that has a checksum, once."""
     with job.stage("verify"):
 
         def verify(disk: PlannedDisk) -> None:
-            if disk.source.disk.sha256 is not None:
-                tell = job.progress("verify", disk.id, disk.source.size)
-                digests[disk.id] = images.verify(disk.source, job.tools.cancel, tell)
+            if disk.source.disk.sha256 is None:
+                return
+            if digest := steps.verified(disk):
+                digests[disk.id] = digest
+                return
+            tell = job.progress("verify", disk.id, disk.source.size)
+            digests[disk.id] = images.verify(disk.source, job.tools.cancel, tell)
+            steps.note_verified(disk, digests[disk.id])
 
         job.together(*(partial(verify, disk) for disk in plan.disks))
 
 
-def _guest(job: Job, plan: Plan) -> None:
-    """Look into the guest, and mend it, on overlays that can be thrown away."""
+def _guest(job: Job, plan: Plan, steps: Steps) -> None:
+    """Look into the guest, and mend it, on overlays that can be thrown away; or take what an earlier attempt did."""
+    if record := steps.fixed(plan):
+        job.record.restore(record)
+        return
+    _inspect_and_fix(job, plan)
+    done = job.record.dump()
+    done["stages"] = [stage for stage in done["stages"] if stage["name"] in ("inspect", "fix")]
+    steps.note_fixed(plan, done)
+
+
+def _inspect_and_fix(job: Job, plan: Plan) -> None:
     # Imported here: a job that does not look inside needs none of it.
     from hyper2kvmd.guest.fix import fix
     from hyper2kvmd.guest.inspect import inspect
@@ -239,33 +272,30 @@ def _inspected(job: Job, plan: Plan, inspection: Inspection) -> None:
     }
 
 
-def _convert(job: Job, plan: Plan) -> None:
+def _convert(job: Job, plan: Plan, steps: Steps) -> None:
     """Convert every disk, side by side."""
+
+    def convert(disk: PlannedDisk) -> None:
+        if steps.converted(disk):
+            return
+        tell = job.progress("convert", disk.id, disk.source.virtual_size)
+        images.convert(
+            job.tools, disk.source, disk.partial, plan.format, compress=plan.compress, on_progress=tell
+        )  # fmt: skip
+        steps.note_converted(disk)
+
     with job.stage("convert"):
-        job.together(
-            *(
-                partial(
-                    images.convert,
-                    job.tools,
-                    disk.source,
-                    disk.partial,
-                    plan.format,
-                    compress=plan.compress,
-                    on_progress=job.progress("convert", disk.id, disk.source.virtual_size),
-                )
-                for disk in plan.disks
-            )
-        )
+        job.together(*(partial(convert, disk) for disk in plan.disks))
 
 
-def _commit(job: Job, plan: Plan) -> None:
+def _commit(job: Job, plan: Plan, steps: Steps) -> None:
     """Lay the fix onto the converted disks."""
-    changed = [disk for disk in plan.disks if plan.fix and disk.overlay.exists()]
-    if not changed:
+    if not plan.fix:
         job.skip("commit")
         return
     with job.stage("commit"):
-        for disk in changed:
+        steps.note_commit()
+        for disk in plan.disks:
             images.commit(job.tools, disk.overlay, disk.partial, plan.format)
 
 
@@ -277,21 +307,20 @@ def _validate(job: Job, plan: Plan) -> None:
             if plan.check:
                 images.check_target(job.tools, disk.partial, plan.format, disk.source.virtual_size)
             if plan.compare:
-                against = disk.overlay if plan.fix and disk.overlay.exists() else None
+                against = disk.overlay if plan.fix else None
                 images.compare(job.tools, disk.source, against, disk.partial, plan.format)
             images.unchanged(disk.source)
-            images.fsync_file(disk.partial)
             valid[disk.id] = {"checked": plan.check, "compared": plan.compare}
         looked = plan.check or plan.compare
         job.record.results["validate"] = {"all_valid": True if looked else None, "disks": valid}
 
 
-def _discard(plan: Plan, *, keep_partials: bool) -> None:
-    """Remove what is temporary, unless it is to be published."""
-    for disk in plan.disks:
-        disk.overlay.unlink(missing_ok=True)
-        if not keep_partials:
-            disk.partial.unlink(missing_ok=True)
+def _publish(job: Job, items: Sequence[Item]) -> None:
+    """Give every finished disk its name. One that has it already, from an earlier attempt, keeps it."""
+    for item in items:
+        job.claim.check()
+        if item.file.is_at(item.file.path):
+            images.publish(Path(item.file.path), Path(item.final))
 
 
 def _describe_targets(job: Job, plan: Plan, finals: dict[str, Path]) -> None:

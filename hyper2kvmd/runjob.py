@@ -7,7 +7,6 @@ import hashlib
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from hyper2kvmd import publish, report, spool
+from hyper2kvmd import report, spool, steps
 from hyper2kvmd.errors import Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.events import Emitter
 from hyper2kvmd.job import Job, finding_records
@@ -112,7 +111,7 @@ def _run_claimed(
     if state in spool.FINAL and not dry_run:
         claim.interrupted()
         # What a runner that died right after its report could not remove any more.
-        shutil.rmtree(settings.work_dir / job_id(claim.directory, look.manifest_sha256 or ""), ignore_errors=True)
+        steps.abandon(settings.work_dir / job_id(claim.directory, look.manifest_sha256 or ""))
         events.emit("finished", status="nothing")
         print(f"{claim.directory}: {state} already" + (f": {finding}" if finding else ""), file=sys.stderr)
         return EXIT_DONE if state == spool.State.SUCCEEDED else EXIT_BUSY
@@ -202,9 +201,9 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
             job.events.emit("finished", status="unreported", **unwritable.finding().as_json())
             print(unwritable, file=sys.stderr)
             return EXIT_TEMPORARY
-    # What is published without a domain is ours still; the journal in the work directory says so.
-    if error is None or not publish.unfinished(job):
-        shutil.rmtree(job.work_dir, ignore_errors=True)
+    # What is published without a domain is ours still, and the next attempt goes on with what is done.
+    if error is None or (outcome != Outcome.RETRY and not steps.unfinished(job.work_dir)):
+        steps.abandon(job.work_dir)
     finished: dict[str, Any] = {"status": str(outcome), "seconds": document.seconds}
     if error is not None:
         finished["code"] = str(error.code)

@@ -16,6 +16,7 @@ import pytest
 from hyper2kvmd.runjob import job_id
 from hyper2kvmd.settings import Settings
 from tests.conftest import MakeExport, report_of, run_job
+from tests.guests.build import export as export_guest
 
 
 def start(export: Path, settings: Settings, *before: str) -> subprocess.Popen[bytes]:
@@ -198,3 +199,92 @@ def test_a_kill_takes_the_appliance_along(scratch: Settings, make_export: MakeEx
     assert ("blocked", "os_unknown", 2) == (document["status"], document["error"]["code"], document["attempts"])
     assert [] == list(scratch.output_dir.iterdir())
     assert [] == list(scratch.work_dir.iterdir())
+
+
+# `info` is run with a limit that lets it write no file at all.
+# `check` looks at the source first, and at the result only after the conversion.
+CHECKS_RESULT = '[ "$1" = check ] && grep -q ^convert "$0.log"'
+LOGGED = '[ "$1" = info ] || echo "$*" >> "$0.log"\n'
+
+
+def commands(fake_directory: Path) -> list[str]:
+    return [line.split()[0] for line in (fake_directory / "qemu-img.log").read_text().splitlines()]
+
+
+def test_a_disk_that_was_converted_is_not_converted_again(
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    export = make_export()
+    bin_directory = tmp_path / "bin"
+    # The check of the result comes after the conversion; the runner dies there, once.
+    fake(
+        "qemu-img",
+        LOGGED
+        + f'{CHECKS_RESULT} && mkdir {tmp_path}/once 2>/dev/null && kill -9 $PPID\nexec /usr/bin/qemu-img "$@"\n',
+    )
+    runner = start(export, scratch)
+    assert -9 == runner.wait(timeout=60)
+    assert 1 == commands(bin_directory).count("convert")
+    check_finished_once(export, scratch)
+    assert 1 == commands(bin_directory).count("convert"), "it was converted twice"
+    assert 2 == report_of(export)["attempts"]
+
+
+def test_a_disk_that_was_converted_from_another_source_is_converted_again(
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    export = make_export()
+    fake(
+        "qemu-img",
+        LOGGED
+        + f'{CHECKS_RESULT} && mkdir {tmp_path}/once 2>/dev/null && kill -9 $PPID\nexec /usr/bin/qemu-img "$@"\n',
+    )
+    assert -9 == start(export, scratch).wait(timeout=60)
+    (source,) = export.glob("*.raw")
+    os.utime(source)  # written to: it may be another one
+    check_finished_once(export, scratch)
+    assert 2 == commands(tmp_path / "bin").count("convert")
+
+
+def test_a_job_that_was_stopped_goes_on_behind_its_last_finished_step(
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    export = make_export()
+    fake("qemu-img", LOGGED + f'{CHECKS_RESULT} && sleep 120\nexec /usr/bin/qemu-img "$@"\n')
+    runner = start(export, scratch)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "bin/qemu-img.log").exists() or "convert check" not in " ".join(commands(tmp_path / "bin")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    runner.send_signal(signal.SIGTERM)
+    assert 75 == runner.wait(timeout=10)
+    fake("qemu-img", LOGGED + 'exec /usr/bin/qemu-img "$@"\n')
+    check_finished_once(export, scratch)
+    assert 1 == commands(tmp_path / "bin").count("convert")
+
+
+@pytest.mark.timeout(900)
+def test_a_fix_that_was_proved_is_not_done_again_and_half_a_commit_is_completed(
+    scratch: Settings, fake: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    settings = Settings.model_validate({**scratch.model_dump(by_alias=True), "validate": {"compare": True}})
+    export = export_guest("debian12-bios", settings.exports_dir, vm_name="web01")
+    # Killed right after the fix was laid onto the disk, before anybody noted it.
+    fake(
+        "qemu-img",
+        LOGGED
+        + f'/usr/bin/qemu-img "$@" || exit\n[ "$1" = commit ] && mkdir {tmp_path}/once && kill -9 $PPID\nexit 0\n',
+    )
+    assert -9 == start(export, settings).wait(timeout=600)
+    assert {"convert", "commit"} <= set(commands(tmp_path / "bin"))
+    fake("qemu-img", LOGGED + 'exec /usr/bin/qemu-img "$@"\n')
+    (tmp_path / "bin/qemu-img.log").unlink()
+    started = time.monotonic()
+    done = run_job(export, settings)
+    assert 0 == done.returncode, done.stderr
+    assert not {"create", "convert"} & set(commands(tmp_path / "bin")), "a step was done twice"
+    report = report_of(export)
+    assert report["results"]["fix"]["proofs"] and report["changes"], "the record of the fix is lost"
+    assert ["inspect", "fix", "plan"] == [stage["name"] for stage in report["stages"]][:3]
+    assert time.monotonic() - started < 60, "as long as a fix takes"
+    assert [] == list(settings.work_dir.iterdir())

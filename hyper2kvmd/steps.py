@@ -1,0 +1,266 @@
+"""Which steps of a job are durably done, so that the next attempt goes on where the last one was stopped.
+
+They are in `journal.json` in the job's work directory. A step is noted after its files are on disk, and counts only as
+long as these are still the very files, made from the same sources with the same wishes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hyper2kvmd import images, spool
+from hyper2kvmd.job import Job
+from hyper2kvmd.plan import Plan, PlannedDisk
+
+JOURNAL = "journal.json"
+JOB_LOG = "job.log"
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that a step made. Inode, size and modification time tell it apart from any other, or a changed one."""
+
+    path: str
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        """The file at `path`, made durable."""
+        images.fsync_file(path)
+        status = path.stat()
+        return cls(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def is_at(self, path: str | Path) -> bool:
+        """Whether this very file is at `path`, whatever was written to it."""
+        return self._matches(path, lambda status: status.st_ino == self.inode)
+
+    def holds(self) -> bool:
+        """Whether this very file is where it was, and nothing was written to it since."""
+        return self._matches(
+            self.path,
+            lambda status: (
+                (status.st_ino, status.st_size, status.st_mtime_ns) == (self.inode, self.size, self.mtime_ns)
+            ),
+        )
+
+    @staticmethod
+    def _matches(path: str | Path, test: Any) -> bool:
+        try:
+            status = os.stat(path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return bool(test(status))
+
+
+@dataclass(frozen=True)
+class Item:
+    """A finished disk: the file, which is under its temporary name or has its final one already."""
+
+    disk: str
+    file: File
+    final: str
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file is under one of its names."""
+        return self.file.is_at(self.final) or self.file.is_at(self.file.path)
+
+
+@dataclass
+class _Journal:
+    """What journal.json holds. `shape` is a digest of all that decides what the steps make."""
+
+    shape: str = ""
+    verified: dict[str, str] | None = None  # checksums by disk
+    converted: dict[str, File] | None = None
+    overlays: dict[str, File] | None = None  # with the fix on them
+    guest: dict[str, Any] | None = None  # the record of INSPECT and FIX
+    boot: str = ""  # in which boot of the host the commit began; "" before
+    items: tuple[Item, ...] = ()
+    record: dict[str, Any] | None = None  # the whole record, once there is something to publish
+
+
+class Steps:
+    """The steps of one job. Each method that notes something returns when that is durable. Threads may share it."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._mutex = threading.Lock()
+        self._journal = _read(job.work_dir)
+
+    # What an earlier attempt did ---------------------------------------------------------------------------
+
+    def to_publish(self) -> tuple[tuple[Item, ...], dict[str, Any]] | None:
+        """The disks that an earlier attempt was about to publish and its record, if every file is still there."""
+        journal = self._journal
+        if journal.items and journal.record is not None and all(item.is_there for item in journal.items):
+            return journal.items, journal.record
+        return None
+
+    def adopt(self, plan: Plan) -> Plan:
+        """The plan with the files that earlier attempts finished; what does not fit the plan is forgotten."""
+        journal, shape = self._journal, _shape(self._job, plan)
+        if journal.shape != shape or (journal.boot and journal.boot != _boot_id()):
+            # After a crash of the host nobody knows which writes of a commit are on disk.
+            journal = _Journal()
+        holds = File.is_at if journal.boot else (lambda file, _path: file.holds())
+        self._journal = replace(
+            journal,
+            shape=shape,
+            items=(),
+            record=None,
+            converted={d: f for d, f in (journal.converted or {}).items() if holds(f, f.path)},
+            overlays={d: f for d, f in (journal.overlays or {}).items() if holds(f, f.path)},
+        )
+        if journal.boot and not (self.fixed(plan) and all(self.converted(disk) for disk in plan.disks)):
+            # Half of a commit can be finished, but not begun anew.
+            self._journal = _Journal(shape=shape, verified=journal.verified)
+        return replace(plan, disks=tuple(map(self._adopted, plan.disks)))
+
+    def _adopted(self, disk: PlannedDisk) -> PlannedDisk:
+        partial, overlay = (
+            Path(files[disk.id].path) if files and disk.id in files else default
+            for files, default in (
+                (self._journal.converted, disk.partial),
+                (self._journal.overlays if self._journal.guest else None, disk.overlay),
+            )
+        )
+        return replace(disk, partial=partial, overlay=overlay)
+
+    def verified(self, disk: PlannedDisk) -> str | None:
+        """The checksum of a source that was computed already."""
+        return (self._journal.verified or {}).get(disk.id)
+
+    def converted(self, disk: PlannedDisk) -> bool:
+        """Whether a disk is converted."""
+        return disk.id in (self._journal.converted or {})
+
+    def fixed(self, plan: Plan) -> dict[str, Any] | None:
+        """The record of INSPECT and FIX if both are done, and the overlays are there."""
+        overlays = self._journal.overlays or {}
+        return self._journal.guest if all(disk.id in overlays for disk in plan.disks) else None
+
+    # What this one does ------------------------------------------------------------------------------------
+
+    def note_verified(self, disk: PlannedDisk, digest: str) -> None:
+        """The checksum of a source is right."""
+        with self._mutex:
+            self._journal.verified = {**(self._journal.verified or {}), disk.id: digest}
+            self._write()
+
+    def note_converted(self, disk: PlannedDisk) -> None:
+        """A disk is converted."""
+        file = File.of(disk.partial)
+        with self._mutex:
+            self._journal.converted = {**(self._journal.converted or {}), disk.id: file}
+            self._write()
+
+    def note_fixed(self, plan: Plan, record: dict[str, Any]) -> None:
+        """The guest is inspected and fixed, and that is on the overlays."""
+        overlays = {disk.id: File.of(disk.overlay) for disk in plan.disks}
+        with self._mutex:
+            self._journal.overlays, self._journal.guest = overlays, record
+            self._write()
+
+    def note_commit(self) -> None:
+        """From here on the converted disks change."""
+        with self._mutex:
+            self._journal.boot = _boot_id()
+            self._write()
+
+    def note_finished(self, plan: Plan, record: dict[str, Any]) -> tuple[Item, ...]:
+        """The disks are finished and only have to get their names."""
+        items = tuple(Item(disk.id, File.of(disk.partial), str(disk.final)) for disk in plan.disks)
+        with self._mutex:
+            self._journal.items, self._journal.record = items, record
+            self._write()
+        return items
+
+    def clean(self, plan: Plan) -> None:
+        """Remove what attempts of this job left and no step that counts needs. Needs the claim."""
+        journal = self._journal
+        files = [
+            *(journal.converted or {}).values(),
+            *(journal.overlays or {}).values(),
+            *(i.file for i in journal.items),
+        ]
+        _remove_all_but(self._job, plan, {file.path for file in files})
+
+    def discard(self, plan: Plan) -> None:
+        """Forget everything and remove all that is not published."""
+        with contextlib.suppress(FileNotFoundError):
+            (self._job.work_dir / JOURNAL).unlink()
+        self._journal = _Journal()
+        _remove_all_but(self._job, plan, set())
+
+    def _write(self) -> None:
+        self._job.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(self._job.work_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            spool.write_durably(fd, JOURNAL, json.dumps(asdict(self._journal)).encode(), self._job.claim.attempt)
+        finally:
+            os.close(fd)
+
+
+def unfinished(work_dir: Path) -> bool:
+    """Whether something may have been published that a later attempt must know as ours."""
+    return bool(_read(work_dir).items)
+
+
+def abandon(work_dir: Path) -> None:
+    """Remove what a job that is over left behind, finished steps included."""
+    for file in (_read(work_dir).converted or {}).values():
+        if file.is_at(file.path):
+            Path(file.path).unlink(missing_ok=True)
+    shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def _read(work_dir: Path) -> _Journal:
+    """The journal; an empty one if there is none, or one that only a defect could have written."""
+    try:
+        content = json.loads((work_dir / JOURNAL).read_bytes())
+        for name in ("converted", "overlays"):
+            content[name] = {disk: File(**file) for disk, file in (content[name] or {}).items()}
+        content["items"] = tuple(Item(i["disk"], File(**i["file"]), i["final"]) for i in content["items"])
+        return _Journal(**content)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return _Journal()
+
+
+def _shape(job: Job, plan: Plan) -> str:
+    """A digest of what the steps depend on: the sources' very bytes, the wishes, and the names of the results."""
+    sources = [
+        [disk.id, file.name, file.device, file.inode, file.size, file.mtime_ns]
+        for disk in plan.disks
+        for file in (disk.source.file, disk.source.data)
+    ]
+    wishes = [plan.format, plan.compress, plan.inspect, plan.fix, [str(disk.final) for disk in plan.disks]]
+    guest = [job.settings.fix.model_dump(mode="json"), [asdict(card) for card in plan.cards]]
+    return hashlib.sha256(json.dumps([sources, wishes, guest]).encode()).hexdigest()
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _remove_all_but(job: Job, plan: Plan, keep: set[str]) -> None:
+    for directory in {disk.final.parent for disk in plan.disks} if plan.convert else ():
+        for leftover in directory.glob(f".*.{job.id}.*.partial"):
+            if str(leftover) not in keep:
+                leftover.unlink(missing_ok=True)
+    if job.work_dir.is_dir():
+        for leftover in job.work_dir.iterdir():
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)  # where FIX read initramfs images
+            elif leftover.name not in (JOURNAL, JOB_LOG) and str(leftover) not in keep:
+                leftover.unlink(missing_ok=True)
