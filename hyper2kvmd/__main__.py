@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job.add_argument("--dry-run", action="store_true", help="inspect and fix on throw-away overlays, change nothing")
     job.add_argument("--stages", metavar="A,B", help="run only these of inspect, fix, convert, validate, import")
     job.add_argument("--if-ready", action="store_true", help="do nothing while the export is being written")
+    job.add_argument("--died", default="", metavar="HOW", help="how the last runner of this export died")
     check = commands.add_parser("check-config", help="check the settings and print them")
     for command in (run, job, check):
         add_settings_options(command)
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry_run=options.dry_run,
             stages=options.stages,
             if_ready=options.if_ready,
+            died=options.died,
         )
     return _run(options, config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import selectors
@@ -22,7 +23,7 @@ from hyper2kvmd.notify import Notifier
 from hyper2kvmd.runner import Runner
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import State
-from hyper2kvmd.watch import Watch
+from hyper2kvmd.watch import POLL_SECONDS, Scan, Scanner, Watch
 
 log = structlog.get_logger()
 
@@ -58,13 +59,18 @@ class Daemon:
         self.table: dict[Path, Seen] = {}
         # The one thing that is not on disk, because it is about exports that we cannot write to.
         self._setbacks: dict[Path, Setback] = {}
+        self.draining = False
         self._trouble = ""
         self._ignored: set[str] = set()
+        self._unreadable: dict[Path, str] = {}
         self._load = load
         self._notifier = Notifier()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._signals: set[int] = set()
-        self._watch = Watch(settings.exports_dir, settings.watch.mode, self.wake)
+        self._watch = Watch(self.wake)
+        self._scanner = Scanner(self._watch)
+        # By export: its newest modification, and when that was by a clock that does not jump.
+        self._settling: dict[Path, tuple[float, float]] = {}
         self._last_status = ""
         metrics.workers.set(settings.workers)
         metrics.reload_ok.set(1)
@@ -86,14 +92,24 @@ class Daemon:
         return 0 if not once or all(seen.state == State.SUCCEEDED for seen in self.table.values()) else 1
 
     def tick(self, now: float) -> float:
-        """Look at every export, start what is ready, and return the seconds until the next look is due."""
-        started = time.monotonic()
-        self._watch.ensure()
+        """Look at every export, start what is ready, and return the seconds until the next look is due.
+
+        If the look takes long, it goes on by itself, nothing is started, and the answer is infinity.
+        """
+        found = self._scanner.scan(self.settings)
+        if found is not None and found.settings is not self.settings:  # reloaded meanwhile
+            found = self._scanner.scan(self.settings)
+        if found is None:
+            if hangs := self._scanner.hangs():
+                self._note_trouble(hangs)
+                self.metrics.watcher_up.set(0)
+            return math.inf
         self.metrics.watcher_up.set(self._watch.up)
-        self._scan(now)
+        self._scan(now, found)
+        self.draining = found.draining
         self._start(now)
         self._count()
-        self.metrics.scan_seconds.observe(time.monotonic() - started)
+        self.metrics.scan_seconds.observe(found.seconds)
         self.metrics.last_scan.set(now)
         return self._next_look(now)
 
@@ -106,6 +122,8 @@ class Daemon:
         parts += [f"{states[state]} {state}" for state in State if states[state] and state != State.RUNNING]
         if states[State.RUNNING]:
             parts.append(f"{states[State.RUNNING]} running elsewhere")
+        if self.draining:
+            parts.append("draining: no job is started (hyper2kvmctl resume)")
         return ", ".join([*parts, *([self._trouble] if self._trouble else [])])
 
     def _loop(self, once: bool) -> None:
@@ -118,14 +136,18 @@ class Daemon:
             while not self._signals & {signal.SIGTERM, signal.SIGINT}:
                 if signal.SIGHUP in self._signals:
                     self._signals.discard(signal.SIGHUP)
+                    self._notifier.reloading()
                     self._reload()
-                    next_scan = 0
+                    next_scan, ready = 0, False
                 # Every end of a runner changes the picture: a place is free, a report is there.
                 if self._reap(selector, watched):
                     next_scan = 0
-                if time.monotonic() >= next_scan:
-                    next_scan = time.monotonic() + self.tick(time.time())
-                    if not ready:
+                if time.monotonic() >= next_scan or self._scanner.busy:
+                    if not self._scanner.busy:
+                        next_scan = math.inf  # from here on, what happens calls for another look
+                    seconds = self.tick(time.time())
+                    next_scan = min(next_scan, time.monotonic() + seconds)
+                    if not ready and not self._scanner.busy:
                         self._tell()  # first, so that whoever waits for READY finds it
                         self._notifier.ready()
                         ready = True
@@ -133,12 +155,12 @@ class Daemon:
                         if runner.events_fd not in watched:
                             selector.register(runner.events_fd, selectors.EVENT_READ)
                             watched[runner.events_fd] = runner
-                    if once and not self.runners and not self._pending():
+                    if once and not self.runners and not self._pending() and not self._scanner.busy:
                         return
                 self._tell()
                 self._notifier.alive()
                 timeout = next_scan - time.monotonic()
-                for limit in (watchdog, BUSY_SECONDS if self.runners else None):
+                for limit in (watchdog, BUSY_SECONDS if self.runners or self._scanner.busy else None):
                     timeout = timeout if limit is None else min(timeout, limit)
                 for key, _ in selector.select(max(timeout, 0)):
                     if key.fd == self._wake_read:
@@ -153,29 +175,29 @@ class Daemon:
             self._signals.add(number)
         self.wake()
 
-    def _scan(self, now: float) -> None:
-        table: dict[Path, Seen] = {}
-        try:
-            exports, ignored = spool.exports(self.settings)
-            for name in sorted(set(ignored) - self._ignored):
-                log.warning("ignored: the name has control characters", directory=ascii(name), hint="Rename it.")
-            self._ignored = set(ignored)
-            trouble = ""
-        except OSError as error:
+    def _note_trouble(self, trouble: str) -> None:
+        """Say once, not at every scan, that the directory cannot be read, and once that it can be again."""
+        if trouble and not self._trouble:
             self.metrics.scan_errors.inc()
-            trouble = f"cannot read {self.settings.exports_dir}: {error.strerror}"
-            if trouble != self._trouble:  # once, not at every scan
-                log.error(trouble, hint="Mount or create the directory, or change exports_dir.")
-            exports = []
+            log.error(trouble, hint="Mount or create the directory, mend its file server, or change exports_dir.")
+        elif self._trouble and not trouble:
+            log.info("the exports directory can be read again", directory=str(self.settings.exports_dir))
         self._trouble = trouble
-        for export in exports:
-            try:
-                look = spool.look(export, self.settings)
-            except OSError as error:
-                self.metrics.scan_errors.inc()
-                if not isinstance(error, FileNotFoundError):  # moved away while we looked
-                    log.error("cannot read an export", directory=str(export), reason=str(error))
-                continue
+
+    def _scan(self, now: float, found: Scan) -> None:
+        """Work out the state of every export from what a look at them found."""
+        self._note_trouble(found.trouble)
+        for name in sorted(set(found.ignored) - self._ignored):
+            log.warning("ignored: the name has control characters", directory=ascii(name), hint="Rename it.")
+        self._ignored = set(found.ignored)
+        for export, reason in found.unreadable.items():
+            self.metrics.scan_errors.inc()
+            if reason != self._unreadable.get(export):
+                log.error("cannot read an export", directory=str(export), reason=reason)
+        self._unreadable = found.unreadable
+        table: dict[Path, Seen] = {}
+        for export, look in found.looks.items():
+            look = replace(look, settled_since=self._settled_since(export, look, now))
             state, finding = spool.state(look, self.settings, now)
             setback = self._setbacks.get(export)
             if setback is not None and state == State.QUEUED and now < setback.until:
@@ -188,8 +210,23 @@ class Daemon:
             table[export] = Seen(state, finding, look)
         self.table = table
         self._setbacks = {export: setback for export, setback in self._setbacks.items() if export in table}
+        self._settling = {export: times for export, times in self._settling.items() if export in table}
+
+    def _settled_since(self, export: Path, look: spool.Look, now: float) -> float:
+        """When an export was last written to, by a clock that does not jump once it has been seen.
+
+        A modification in the future, by a file server whose clock is ahead, counts from when it was first seen.
+        """
+        modified, then = self._settling.get(export, (None, 0.0))
+        if modified != look.settled_since:
+            age = now - look.settled_since
+            then = time.monotonic() - (0 if age < -self.settings.settle_seconds else age)
+            self._settling[export] = (look.settled_since, then)
+        return now - (time.monotonic() - then)
 
     def _start(self, now: float) -> None:
+        if self.draining:
+            return
         queued = [export for export, seen in self.table.items() if seen.state == State.QUEUED]
         # Oldest first: who has waited longest is served first.
         queued.sort(key=lambda export: (self.table[export].look.settled_since, export.name))
@@ -198,7 +235,9 @@ class Daemon:
                 break
             if export not in self.runners:
                 try:
-                    self.runners[export] = Runner(export, self.settings, ["--if-ready"])
+                    died = self._setbacks[export].finding.message if export in self._setbacks else ""
+                    options = ["--if-ready", *(["--died", died] if died else [])]
+                    self.runners[export] = Runner(export, self.settings, options)
                 except (OSError, MigrationError) as error:
                     self._set_back(export, f"no runner can be started: {error}", "See what the host is short of.")
                     continue
@@ -212,7 +251,10 @@ class Daemon:
         self.metrics.workers_busy.set(len(self.runners))
 
     def _next_look(self, now: float) -> float:
-        interval = self.settings.scan_interval_seconds * random.uniform(0.75, 1.25)
+        interval = self.settings.scan_interval_seconds
+        if self._watch.polls:
+            interval = min(interval, POLL_SECONDS)
+        interval *= random.uniform(0.75, 1.25)
         for seen in self.table.values():
             if seen.state == State.WAITING:
                 interval = min(interval, seen.look.settled_since + self.settings.settle_seconds - now)
@@ -278,9 +320,7 @@ class Daemon:
             log.error("the new configuration is bad, the old one stays in force", reason=str(error))
             return
         self.metrics.reload_ok.set(1)
-        self._watch.stop()
         self.settings = settings
-        self._watch = Watch(settings.exports_dir, settings.watch.mode, self.wake)
         self.metrics.workers.set(settings.workers)
         journal.configure(settings.log.level)
         log.info("configuration reloaded", workers=settings.workers)
@@ -288,7 +328,6 @@ class Daemon:
     def _stop(self) -> None:
         """Stop the runners and wait for them: their jobs are done again by the next start."""
         self._notifier.stopping()
-        self._watch.stop()
         for runner in self.runners.values():
             runner.stop()
         for runner in self.runners.values():

@@ -12,6 +12,7 @@ class Outcome(StrEnum):
     RETRY = "retrying"  # the cause passes by itself: tried again with growing delays
     BLOCKED = "blocked"  # a person must change something, then say `hyper2kvmctl retry`
     REJECTED = "rejected"  # the export is not an Artifact Manifest, or it is hostile
+    CANCELLED = "cancelled"  # a person does not want it any more
     FAILED = "failed"  # trying again would end the same way
 
 
@@ -32,6 +33,7 @@ class Code(StrEnum):
     IMAGE_UNSAFE = "image_unsafe"
     IMAGE_CORRUPT = "image_corrupt"
     NO_SPACE = "no_space"
+    NO_MEMORY = "no_memory"
     OUTPUT_EXISTS = "output_exists"
     OUTPUT_DENIED = "output_denied"
     OS_UNKNOWN = "os_unknown"
@@ -51,6 +53,9 @@ class Code(StrEnum):
     TOOL_FAILED = "tool_failed"
     TOOL_KILLED = "tool_killed"
     IO_ERROR = "io_error"
+    TIMED_OUT = "timed_out"
+    HELD = "held"
+    CANCELLED = "cancelled"
     CLAIM_LOST = "claim_lost"
     RUNNER_CRASHED = "runner_crashed"
     INTERNAL = "internal"
@@ -58,10 +63,14 @@ class Code(StrEnum):
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a code stands for: how the job ends, and one line for the manual."""
+    """What a code stands for: how the job ends, and one line for the manual.
+
+    A `patient` one is waited for as long as it takes: its attempts are not counted.
+    """
 
     outcome: Outcome
     summary: str
+    patient: bool = False
 
 
 MEANING: dict[Code, Meaning] = {
@@ -78,7 +87,8 @@ MEANING: dict[Code, Meaning] = {
     Code.FORMAT_UNSUPPORTED: Meaning(Outcome.BLOCKED, "a disk is in a variant of its format that is not supported"),
     Code.IMAGE_UNSAFE: Meaning(Outcome.REJECTED, "a disk image refers to other files"),
     Code.IMAGE_CORRUPT: Meaning(Outcome.FAILED, "a disk image is truncated or damaged"),
-    Code.NO_SPACE: Meaning(Outcome.RETRY, "there is not enough free space"),
+    Code.NO_SPACE: Meaning(Outcome.RETRY, "there is not enough free space", patient=True),
+    Code.NO_MEMORY: Meaning(Outcome.RETRY, "there is not enough free memory for the appliance", patient=True),
     Code.OUTPUT_EXISTS: Meaning(Outcome.BLOCKED, "an output file already exists and is not ours"),
     Code.OUTPUT_DENIED: Meaning(Outcome.BLOCKED, "the output directory is not allowed, or cannot be written"),
     Code.OS_UNKNOWN: Meaning(Outcome.BLOCKED, "no operating system was found on the disks"),
@@ -98,6 +108,9 @@ MEANING: dict[Code, Meaning] = {
     Code.TOOL_FAILED: Meaning(Outcome.FAILED, "a program that was run ended with an error"),
     Code.TOOL_KILLED: Meaning(Outcome.RETRY, "a program that was run was killed from outside"),
     Code.IO_ERROR: Meaning(Outcome.RETRY, "the operating system reported an input/output error"),
+    Code.TIMED_OUT: Meaning(Outcome.RETRY, "a stage took longer than its limit, or nothing moved for too long"),
+    Code.HELD: Meaning(Outcome.BLOCKED, "somebody put the export on hold"),
+    Code.CANCELLED: Meaning(Outcome.CANCELLED, "somebody cancelled the job"),
     Code.CLAIM_LOST: Meaning(Outcome.RETRY, "another runner took the export over"),
     Code.RUNNER_CRASHED: Meaning(Outcome.FAILED, "the job's process died again and again"),
     Code.INTERNAL: Meaning(Outcome.FAILED, "a defect in hyper2kvmd"),

@@ -61,7 +61,9 @@ class Record:
 class Job:
     """One job. `id` names its work directory and everything temporary, and is the same for every attempt.
 
-    `only` limits the stages to these; `dry_run` leaves everything as it was.
+    `only` limits the stages to these; `dry_run` leaves everything as it was. `running` has the stages that are under
+    way with their beginning, `moved_at` is when something last moved, both by the monotonic clock; `verdict` is why
+    the job was stopped, if it was.
     """
 
     id: str
@@ -72,6 +74,9 @@ class Job:
     record: Record = field(default_factory=Record)
     only: frozenset[str] | None = None
     dry_run: bool = False
+    running: dict[str, float] = field(default_factory=dict)
+    moved_at: float = field(default_factory=time.monotonic)
+    verdict: MigrationError | None = None
 
     @property
     def work_dir(self) -> Path:
@@ -97,7 +102,7 @@ class Job:
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage, and tell about its begin and end."""
         began = time.time()
-        started = time.monotonic()
+        started = self.running[name] = self.moved_at = time.monotonic()
         self.events.emit("stage", stage=name, status="started", seconds=0.0)
         log.info("stage started", stage=name)
         status = "failed"
@@ -111,7 +116,9 @@ class Job:
             self.record.failed_stage = self.record.failed_stage or name
             raise
         finally:
-            seconds = round(time.monotonic() - started, 3)
+            self.moved_at = time.monotonic()
+            del self.running[name]
+            seconds = round(self.moved_at - started, 3)
             self.record.stages.append(
                 report.StageRecord(name=name, status=status, started_at=timestamp(began), seconds=seconds)
             )
@@ -120,11 +127,13 @@ class Job:
 
     def progress(self, stage: str, item: str, total: int) -> Callable[[float], None]:
         """A function that takes the ratio done of one item of `total` bytes, and tells about it now and then."""
-        last_time, last_ratio = 0.0, 0.0
+        last_time, last_ratio, highest = 0.0, 0.0, 0.0
 
         def tell(ratio: float) -> None:
-            nonlocal last_time, last_ratio
+            nonlocal last_time, last_ratio, highest
             now = time.monotonic()
+            if ratio > highest:
+                highest, self.moved_at = ratio, now
             if ratio < 1 and now - last_time < PROGRESS_SECONDS:
                 return
             done = int((ratio - last_ratio) * total)

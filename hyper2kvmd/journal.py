@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import re
 import socket
 import stat
 import sys
+import time
+from collections.abc import MutableMapping
 from typing import Any, TextIO
 
 import structlog
@@ -15,6 +19,7 @@ import structlog
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 # A datagram has a limit of about 200 KiB; what is longer is cut, not lost.
 VALUE_LIMIT = 60_000
+FILE_LIMIT = 4 << 20
 PRIORITY = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 
@@ -42,6 +47,43 @@ def configure(level: str, *, stream: TextIO | None = None) -> None:
         logger_factory=structlog.PrintLoggerFactory(output),
         cache_logger_on_first_use=False,
     )
+
+
+def also_to(dir_fd: int, name: str) -> None:
+    """Write every event from now on to a file as well: what is known of a job beside its export, on any host.
+
+    An old file is begun anew when it has become too large. Without write access there is no such file.
+    """
+    try:
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=dir_fd)
+    except OSError:
+        return
+    if os.fstat(fd).st_size > FILE_LIMIT:
+        os.ftruncate(fd, 0)
+    *others, final = structlog.get_config()["processors"]
+    structlog.configure(processors=[*others, _File(fd), final])
+
+
+class _File:
+    """A structlog processor that appends each event as one line; it passes events on unchanged and never raises."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __call__(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        words = {key: value for key, value in event.items() if key not in ("event", "level", "timestamp", "job", "vm")}
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        details = " ".join(f"{key}={_one_line(value)}" for key, value in words.items())
+        line = f"{stamp} {event.get('level', method):<7} {_one_line(event.get('event', ''))} {details}".rstrip()
+        with contextlib.suppress(OSError):
+            os.write(self._fd, line.encode("utf-8", "replace") + b"\n")
+        return event
+
+
+def _one_line(value: object) -> str:
+    """A value as it stands in a line of a log; a guest's or an exporter's text cannot make a second line."""
+    text = str(value)[:VALUE_LIMIT]
+    return text if text.isprintable() and " " not in text and text else json.dumps(text)
 
 
 class Journald:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 
 import sdnotify
 
@@ -13,27 +14,36 @@ STATUS_LIMIT = 200
 class Notifier:
     """sd_notify(3), made safe for text that comes from outside. Without systemd it does nothing."""
 
-    def __init__(self) -> None:
-        self._notifier = sdnotify.SystemdNotifier()
-
     def ready(self) -> None:
         """The daemon watches its directory."""
-        self._notifier.notify("READY=1")
+        self._send("READY=1")
+
+    def reloading(self) -> None:
+        """The daemon takes up its configuration again; `ready` ends that."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         """The daemon is ending."""
-        self._notifier.notify("STOPPING=1")
+        self._send("STOPPING=1")
 
     def alive(self) -> None:
         """A scan has been completed. Always a datagram of its own, so that no text can spoil it."""
-        self._notifier.notify("WATCHDOG=1")
+        self._send("WATCHDOG=1")
 
     def status(self, text: str) -> None:
         """The line in `systemctl status`: ASCII, because the library silently drops anything else."""
         clean = re.sub(r"[^\x20-\x7e]", "?", text)[:STATUS_LIMIT]
-        self._notifier.notify(f"STATUS={clean}")
+        self._send(f"STATUS={clean}")
 
     def watchdog_interval(self) -> float | None:
         """Half of the time after which systemd takes the daemon for dead, in seconds."""
         microseconds = os.environ.get("WATCHDOG_USEC")
         return int(microseconds) / 2e6 if microseconds else None
+
+    @staticmethod
+    def _send(message: str) -> None:
+        # A new one each time: the library connects once, and is silent for ever when that socket is gone.
+        notifier = sdnotify.SystemdNotifier()
+        notifier.notify(message)
+        if notifier.socket is not None:
+            notifier.socket.close()

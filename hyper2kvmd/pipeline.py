@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hyper2kvmd import images, importer, report
+from hyper2kvmd import images, importer, report, reserve
 from hyper2kvmd.domain import Domain, DomainDisk, to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Outcome
 from hyper2kvmd.job import Job
 from hyper2kvmd.manifest import Manifest
-from hyper2kvmd.plan import Plan, PlannedDisk, make_plan
+from hyper2kvmd.plan import Plan, PlannedDisk, make_plan, needs
 from hyper2kvmd.steps import Item, Steps
 
 if TYPE_CHECKING:
@@ -55,23 +55,28 @@ def migrate(job: Job, manifest: Manifest) -> None:
             if not resumed:
                 plan = steps.adopt(plan)
             steps.clean(plan)
+            if not resumed:
+                memory = _memory_mb(job) if plan.looks_inside and not steps.fixed(plan) else 0
+                reserve.reserve(job, needs(job, plan, steps.converted), memory, stack)
         if resumed:
             job.record.restore(record)
         else:
+            goes_on = False
             try:
                 _branches(job, plan, steps)
                 if plan.convert:
                     _commit(job, plan, steps)
                     _validate(job, plan)
                     items = steps.note_finished(plan, job.record.dump())
-                else:
-                    steps.discard(plan)
-            except BaseException as error:
-                if _goes_on(error):
+            except (Cancelled, OSError, MigrationError) as error:
+                # The next attempt can use what is done, if the job was stopped or failed for a passing cause.
+                goes_on = not isinstance(error, MigrationError) or error.outcome == Outcome.RETRY
+                raise
+            finally:
+                if items or (goes_on and plan.convert):
                     steps.clean(plan)
                 else:
                     steps.discard(plan)
-                raise
     if not plan.convert:
         return
     with job.stage("publish"):
@@ -82,13 +87,6 @@ def migrate(job: Job, manifest: Manifest) -> None:
             _import(job, plan)
     else:
         job.skip("import")
-
-
-def _goes_on(error: BaseException) -> bool:
-    """Whether the next attempt can use what is done: the job was stopped, or failed for a passing cause."""
-    if isinstance(error, MigrationError):
-        return error.outcome == Outcome.RETRY
-    return isinstance(error, Cancelled | OSError)
 
 
 def _branches(job: Job, plan: Plan, steps: Steps) -> None:
@@ -157,8 +155,6 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
 
     settings = job.settings
     manifest = plan.manifest
-    # A key derivation that was made to be slow on a computer with much memory needs up to 1 GiB of it.
-    memory_mb = max(settings.guest.memory_mb, LUKS_MEMORY_MB if settings.fix.luks_keys else 0)
     with contextlib.ExitStack() as stack:
         with job.stage("inspect"):
             for disk in plan.disks:
@@ -167,7 +163,7 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
                 open_guest(
                     [(disk.overlay, "qcow2") for disk in plan.disks],
                     accel=plan.accel,
-                    memory_mb=memory_mb,
+                    memory_mb=_memory_mb(job),
                     tools=job.tools,
                 )
             )
@@ -205,6 +201,13 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
                 job.record.results["fix"]["fstab"] = {"before": before, "after": after}
                 log.info("fstab of the guest", before=before, after=after)
             stack.close()  # what the appliance could not write is an error of this stage
+
+
+def _memory_mb(job: Job) -> int:
+    """MiB of memory for the appliance."""
+    settings = job.settings
+    # A key derivation that was made to be slow on a computer with much memory needs up to 1 GiB of it.
+    return max(settings.guest.memory_mb, LUKS_MEMORY_MB if settings.fix.luks_keys else 0)
 
 
 def _fix_options(job: Job, plan: Plan) -> FixOptions:

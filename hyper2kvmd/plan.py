@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hyper2kvmd import accel, images, importer
+from hyper2kvmd import accel, images, importer, reserve
 from hyper2kvmd.domain import DomainNic, domain_uuid, generated_mac
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.job import Job
@@ -118,10 +117,7 @@ def make_plan(job: Job, manifest: Manifest, sources: tuple[images.Source, ...], 
     for source in sources:
         images.check_source(job.tools, source)
     if writes:
-        _check_outputs(job, plan, directory, set(ours))
-    if plan.looks_inside:
-        job.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _check_space(job.work_dir, FIX_SPACE, "work_dir")
+        _check_outputs(plan, directory, set(ours))
     if plan.import_:
         networks = {nic.target for nic in plan.nics if nic.target != "user" and not nic.target.startswith("bridge:")}
         with importer.connect(settings.libvirt.uri) as connection:
@@ -226,7 +222,7 @@ def _warn(job: Job, plan: Plan, *, convert_wanted: bool) -> None:
         )
 
 
-def _check_outputs(job: Job, plan: Plan, directory: Path, ours: set[Path]) -> None:
+def _check_outputs(plan: Plan, directory: Path, ours: set[Path]) -> None:
     """Check that the outputs can be written and nobody's file is in their place."""
     if not os.access(directory, os.W_OK | os.X_OK):
         raise MigrationError(
@@ -238,18 +234,18 @@ def _check_outputs(job: Job, plan: Plan, directory: Path, ours: set[Path]) -> No
     for disk in plan.disks:
         if disk.final not in ours and os.path.lexists(disk.final):
             raise images.output_exists(disk.final)
-    need = sum(images.measure(job.tools, disk.source, plan.format) for disk in plan.disks if disk.final not in ours)
-    if plan.fix and need:
-        need += FIX_SPACE  # the fix is laid onto the disks at the end
-    _check_space(directory, need, "output_dir")
 
 
-def _check_space(directory: Path, need: int, field: str) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < need:
-        raise MigrationError(
-            Code.NO_SPACE,
-            f"{directory} has {free / 2**20:.0f} MiB free, the job needs {need / 2**20:.0f} MiB",
-            f"Free some space there, or set {field} to a larger file system.",
-            field=field,
-        )
+def needs(job: Job, plan: Plan, done: Callable[[PlannedDisk], bool]) -> list[reserve.Need]:
+    """What the job will write where. done: whether a disk has been converted already."""
+    found = []
+    if plan.convert:
+        for disk in plan.disks:
+            bytes = 0 if done(disk) else images.measure(job.tools, disk.source, plan.format)
+            # The fix is laid onto the disks at the end.
+            more = FIX_SPACE // len(plan.disks) if plan.fix else 0
+            found.append(reserve.Need(str(disk.final.parent), bytes + more, (str(disk.partial),), "output_dir"))
+    if plan.looks_inside:
+        overlays = tuple(str(disk.overlay) for disk in plan.disks)
+        found.append(reserve.Need(str(job.work_dir), FIX_SPACE, overlays, "work_dir"))
+    return found

@@ -17,8 +17,8 @@ from typing import Any
 
 import structlog
 
-from hyper2kvmd import report, spool, steps
-from hyper2kvmd.errors import Cancelled, Code, MigrationError, Outcome
+from hyper2kvmd import journal, report, spool, steps
+from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.events import Emitter
 from hyper2kvmd.job import Job, finding_records
 from hyper2kvmd.manifest import Manifest, ManifestError, parse
@@ -32,6 +32,7 @@ from hyper2kvmd.options import (
     EXIT_TEMPORARY,
     EXIT_USAGE,
 )
+from hyper2kvmd.oversee import overseen
 from hyper2kvmd.pipeline import STAGE_NAMES, migrate
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
@@ -41,6 +42,7 @@ log = structlog.get_logger()
 EXIT_OF = {
     "succeeded": EXIT_DONE,
     "failed": EXIT_FAILED,
+    "cancelled": EXIT_FAILED,
     "blocked": EXIT_FAILED,
     "rejected": EXIT_MANIFEST,
     "retrying": EXIT_TEMPORARY,
@@ -48,11 +50,19 @@ EXIT_OF = {
 
 
 def run_job(
-    export: Path, settings: Settings, events_fd: int | None, *, dry_run: bool, stages: str | None, if_ready: bool
+    export: Path,
+    settings: Settings,
+    events_fd: int | None,
+    *,
+    dry_run: bool,
+    stages: str | None,
+    if_ready: bool,
+    died: str,
 ) -> int:
     """Migrate one export and return the exit status. Whatever happens to the job, its report is written.
 
     if_ready: do nothing unless the export is queued, as the daemon saw it; a person's word goes at any time.
+    died: how the last runner died, if whoever started it knows.
     """
     only = None if stages is None else frozenset(stages.split(","))
     if only is not None and (unknown := only - set(STAGE_NAMES)):
@@ -80,7 +90,7 @@ def run_job(
         return EXIT_PERMISSION
     tools.claim_fd = claim.lock_fd
     try:
-        return _run_claimed(claim, settings, tools, events, only, dry_run, if_ready)
+        return _run_claimed(claim, settings, tools, events, only, dry_run, if_ready, died)
     finally:
         claim.close()
 
@@ -99,6 +109,7 @@ def _run_claimed(
     only: frozenset[str] | None,
     dry_run: bool,
     if_ready: bool,
+    died: str,
 ) -> int:
     began = time.time()
     # What the daemon saw may be over since: only what is found under the claim counts.
@@ -108,8 +119,11 @@ def _run_claimed(
         claim.interrupted()  # written to since it was seen
         events.emit("finished", status="nothing")
         return EXIT_TEMPORARY
-    if state in spool.FINAL and not dry_run:
+    wish = spool.wish(claim.fd)
+    given_up = wish == "cancel" and state not in (spool.State.SUCCEEDED, spool.State.FAILED, spool.State.REJECTED)
+    if state in spool.FINAL and not dry_run and not given_up:
         claim.interrupted()
+        claim.fulfil(spool.CANCEL)  # which came too late
         # What a runner that died right after its report could not remove any more.
         steps.abandon(settings.work_dir / job_id(claim.directory, look.manifest_sha256 or ""))
         events.emit("finished", status="nothing")
@@ -118,15 +132,20 @@ def _run_claimed(
     job = Job(job_id(claim.directory, look.manifest_sha256 or ""), claim, settings, tools, events, only=only)
     job.dry_run = dry_run
     structlog.contextvars.bind_contextvars(job=job.id, attempt=claim.attempt)
+    journal.also_to(claim.fd, spool.LOG)
+    _be_nice(settings, tools)
     manifest: Manifest | None = None
     error: MigrationError | None = None
     try:
         events.emit("claimed", job=job.id, vm=claim.directory.name, attempt=claim.attempt)
         log.info("claimed", export=str(claim.directory))
+        if wish is not None and not dry_run:
+            job.verdict = spool.wished(wish)
+            raise Cancelled
         if claim.crashes >= settings.retry.max_attempts:
             raise MigrationError(
                 Code.RUNNER_CRASHED,
-                f"the runner died {claim.crashes} times in a row",
+                f"the runner died {claim.crashes} times in a row" + (f", at last {died}" if died else ""),
                 "Look for the reason in the journal (out of memory? a crash of a library?); then `hyper2kvmctl retry`.",
             )
         name, data = spool.read_manifest(claim.fd, claim.directory, settings.manifest_names)
@@ -134,8 +153,11 @@ def _run_claimed(
         if manifest.sha256 != look.manifest_sha256:  # replaced just now; the next look begins anew
             raise Cancelled
         structlog.contextvars.bind_contextvars(vm=manifest.vm_name)
-        migrate(job, manifest)
+        with overseen(job):
+            migrate(job, manifest)
     except Cancelled:
+        if job.verdict is not None and job.verdict.code != Code.HELD:
+            return _conclude(job, manifest, look, began, job.verdict)
         claim.interrupted()
         events.emit("finished", status="interrupted")
         log.info("interrupted; the next attempt goes on")
@@ -152,6 +174,16 @@ def _run_claimed(
             "This is a defect in hyper2kvmd; please report it with the trace from the journal.",
         )
     return _conclude(job, manifest, look, began, error)
+
+
+def _be_nice(settings: Settings, tools: Tools) -> None:
+    """Let the guests that run on this host go first; the tools inherit it."""
+    if os.nice(0) < settings.limits.nice:
+        os.nice(settings.limits.nice - os.nice(0))
+    if settings.limits.io_class != "none":
+        number = {"best-effort": "2", "idle": "3"}[settings.limits.io_class]
+        level = ("-n", "7") if settings.limits.io_class == "best-effort" else ()
+        tools.run("ionice", "-c", number, *level, "-p", str(os.getpid()), accept=range(256))
 
 
 def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: float, error: MigrationError | None) -> int:
@@ -202,7 +234,10 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
             print(unwritable, file=sys.stderr)
             return EXIT_TEMPORARY
     # What is published without a domain is ours still, and the next attempt goes on with what is done.
-    if error is None or (outcome != Outcome.RETRY and not steps.unfinished(job.work_dir)):
+    if outcome == Outcome.CANCELLED:
+        steps.undo(job.work_dir)
+        claim.fulfil(spool.CANCEL)
+    elif error is None or (outcome != Outcome.RETRY and not steps.unfinished(job.work_dir)):
         steps.abandon(job.work_dir)
     finished: dict[str, Any] = {"status": str(outcome), "seconds": document.seconds}
     if error is not None:
@@ -217,7 +252,7 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
 def _outcome(error: MigrationError | None, tries: int, settings: Settings) -> str:
     if error is None:
         return "succeeded"
-    if error.outcome == Outcome.RETRY and tries >= settings.retry.max_attempts:
+    if error.outcome == Outcome.RETRY and tries >= settings.retry.max_attempts and not MEANING[error.code].patient:
         return str(Outcome.FAILED)
     return str(error.outcome)
 

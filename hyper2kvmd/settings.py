@@ -87,6 +87,38 @@ class Retry(Section):
         return min(self.delay_seconds * 2.0 ** min(attempt - 1, 32), self.max_delay_seconds)
 
 
+class StageSeconds(Section):
+    """How long each stage may take. Nothing that is alive comes near these; what hangs must not hang for ever."""
+
+    plan: Seconds = 1800
+    verify: Seconds = 172800
+    inspect: Seconds = 3600
+    fix: Seconds = 14400
+    convert: Seconds = 172800
+    commit: Seconds = 14400
+    validate_: Seconds = Field(default=172800, alias="validate")
+    publish: Seconds = 3600
+    import_: Seconds = Field(default=1800, alias="import")
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Limits(Section):
+    """What one job may take of time and of the host."""
+
+    stage_seconds: StageSeconds = StageSeconds()
+    no_progress_seconds: Seconds = 7200
+    nice: int = Field(default=10, ge=0, le=19)
+    io_class: Literal["none", "best-effort", "idle"] = "best-effort"
+
+
+class Retention(Section):
+    """How long what nobody needs any more is kept; `hyper2kvmctl prune` and the daemon remove it."""
+
+    log_days: int = Field(default=30, ge=0)
+    old_reports: int = Field(default=10, ge=0)
+
+
 class Metrics(Section):
     """The Prometheus endpoint; an empty address turns it off."""
 
@@ -122,6 +154,9 @@ class Settings(Section):
     fix: Fix = Fix()
     validate_: Validate = Field(default=Validate(), alias="validate")
     retry: Retry = Retry()
+    limits: Limits = Limits()
+    retention: Retention = Retention()
+    cleanup_source: bool = False
     metrics: Metrics = Metrics()
     log: Log = Log()
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -17,15 +18,21 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.errors import MEANING, Code, Finding, MigrationError
 from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
 from hyper2kvmd.report import Report
 from hyper2kvmd.settings import Settings
 
 LOCK = ".hyper2kvmd.lock"
 REPORT = "migration-report.json"
+# What people ask for, as files beside the manifest, so that it reaches a runner on any host that shares the directory.
+HOLD = ".hyper2kvmd.hold"
+CANCEL = ".hyper2kvmd.cancel"
+LOG = ".hyper2kvmd.log"
+# In the exports directory itself: no daemon starts another job.
+DRAIN = ".hyper2kvmd.drain"
 REPORT_LIMIT = 8 << 20  # ours are far smaller; what an exporter puts there may be anything
 # A look at the lock takes it for an instant; a claimer that meets it there tries again for this long.
 CLAIM_PATIENCE_SECONDS = 0.5
@@ -63,6 +70,7 @@ class Look:
     missing: tuple[str, ...] = ()
     settled_since: float = 0.0
     held: bool = False
+    wish: Literal["hold", "cancel"] | None = None
     crashes: int = 0
     began_at: float = 0.0
     report_status: str | None = None
@@ -83,11 +91,17 @@ def state(look: Look, settings: Settings, now: float) -> tuple[State, Finding | 
                 "If this is a new export of the VM, move the old report away; otherwise put the old manifest back.",
             )
         due = max(look.next_attempt_at or 0, _crash_delay(look, settings))
-        if look.report_status == State.RETRYING and due <= now:
+        if look.report_status == State.RETRYING and look.wish == "hold":
+            return _on_hold()
+        if look.report_status == State.RETRYING and (due <= now or look.wish == "cancel"):
             return State.QUEUED, look.report_finding
         return State(look.report_status), look.report_finding
     if look.manifest is None:
         return State.INCOMPLETE, None
+    if look.wish == "hold":
+        return _on_hold()
+    if look.wish == "cancel":
+        return State.QUEUED, None  # for a runner that says so in a report
     age = now - look.settled_since
     # A modification time in the future is a clock that jumped: waiting for it could take for ever.
     settled = age < -settings.settle_seconds or age >= settings.settle_seconds
@@ -101,6 +115,31 @@ def state(look: Look, settings: Settings, now: float) -> tuple[State, Finding | 
     return State.QUEUED, None
 
 
+def _on_hold() -> tuple[State, Finding]:
+    return State.BLOCKED, wished("hold").finding()
+
+
+def wished(wish: Literal["hold", "cancel"]) -> MigrationError:
+    """What people wish as an error: held or cancelled."""
+    if wish == "hold":
+        return MigrationError(Code.HELD, "the export is on hold", "`hyper2kvmctl release` lets it go on.")
+    return MigrationError(Code.CANCELLED, "the job was cancelled", "`hyper2kvmctl retry` starts it again.")
+
+
+def wish(dir_fd: int) -> Literal["hold", "cancel"] | None:
+    """What people wish for an export, by the files beside its manifest; cancelling goes first."""
+    for name, meant in ((CANCEL, "cancel"), (HOLD, "hold")):
+        with contextlib.suppress(OSError):
+            os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            return "cancel" if meant == "cancel" else "hold"
+    return None
+
+
+def draining(settings: Settings) -> bool:
+    """Whether somebody asked that no job is started any more."""
+    return os.path.lexists(settings.exports_dir / DRAIN)
+
+
 def _crash_delay(look: Look, settings: Settings) -> float:
     """When an export whose last runners died may be tried again."""
     return look.began_at + settings.retry.delay(look.crashes) if look.crashes else 0.0
@@ -111,13 +150,15 @@ def look(directory: Path, settings: Settings) -> Look:
     fd = open_directory(directory)
     try:
         held, crashes, began_at = _probe_lock(fd)
+        wanted = wish(fd)
         name, data, problem, newest = _read_manifest(fd, directory, settings.manifest_names)
         report = _read_report(fd)
         if name is None:
             # A report can outlive its manifest; without either there is nothing to do yet.
-            return _look_report(Look(None, held=held), report) if report else Look(None, held=held)
+            bare = Look(None, held=held, wish=wanted)
+            return _look_report(bare, report) if report else bare
         digest = hashlib.sha256(data).hexdigest() if data is not None else None
-        found = Look(name, digest, problem, False, (), newest, held, crashes, began_at)
+        found = Look(name, digest, problem, False, (), newest, held, wanted, crashes, began_at)
         if report is not None:
             return _look_report(found, report)
         if data is None:
@@ -190,7 +231,27 @@ class Claim:
         """Write the report durably: it is complete under its name, or it is not there. Then the job is over."""
         self.check()
         write_durably(self.fd, REPORT, report.to_bytes(), self.attempt)
-        self._end("reported", self.retries + 1 if report.status == "retrying" else 0)
+        waits = report.error is not None and MEANING[Code(report.error.code)].patient
+        self._end("reported", self.retries + (not waits) if report.status == "retrying" else 0)
+
+    def forget(self) -> None:
+        """Begin anew: the report gets out of the way (`migration-report.N.json`), and no crash or retry counts.
+
+        Raise OSError.
+        """
+        self.check()
+        taken = set(os.listdir(self.fd))
+        if REPORT in taken:
+            name = next(name for n in itertools.count(1) if (name := f"migration-report.{n}.json") not in taken)
+            os.rename(REPORT, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self.fulfil(CANCEL)
+        os.fsync(self.fd)
+        self._end("retried", 0)
+
+    def fulfil(self, name: str) -> None:
+        """Take a wish away that is fulfilled."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.fd)
 
     def interrupted(self) -> None:
         """Note that the job was stopped on purpose, so that this attempt does not count as a crash."""

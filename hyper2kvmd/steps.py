@@ -16,12 +16,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd import images, spool
+from hyper2kvmd import images, reserve, spool
 from hyper2kvmd.job import Job
 from hyper2kvmd.plan import Plan, PlannedDisk
 
 JOURNAL = "journal.json"
-JOB_LOG = "job.log"
 
 
 @dataclass(frozen=True)
@@ -225,6 +224,15 @@ def abandon(work_dir: Path) -> None:
     shutil.rmtree(work_dir, ignore_errors=True)
 
 
+def undo(work_dir: Path) -> None:
+    """Remove what a job that nobody wants any more made, published disks included if they are still ours."""
+    for item in _read(work_dir).items:
+        for path in (item.final, item.file.path):
+            if item.file.is_at(path):
+                Path(path).unlink(missing_ok=True)
+    abandon(work_dir)
+
+
 def _read(work_dir: Path) -> _Journal:
     """The journal; an empty one if there is none, or one that only a defect could have written."""
     try:
@@ -262,5 +270,5 @@ def _remove_all_but(job: Job, plan: Plan, keep: set[str]) -> None:
         for leftover in job.work_dir.iterdir():
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)  # where FIX read initramfs images
-            elif leftover.name not in (JOURNAL, JOB_LOG) and str(leftover) not in keep:
+            elif leftover.name not in (JOURNAL, reserve.FILE) and str(leftover) not in keep:
                 leftover.unlink(missing_ok=True)

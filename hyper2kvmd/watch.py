@@ -1,35 +1,43 @@
-"""Watching the exports directory: events only say when to look, losing one costs time and nothing else."""
+"""Watching the exports directory: it is looked at again and again, and events only say when to look sooner."""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import structlog
 from watchdog.events import DirCreatedEvent, DirMovedEvent, FileClosedEvent, FileMovedEvent, FileSystemEvent
 from watchdog.observers import Observer
-from watchdog.observers.polling import PollingObserver
 
 from hyper2kvmd import spool
+from hyper2kvmd.settings import Settings
 
 log = structlog.get_logger()
 
-# inotify sees only what this host does; on these, other hosts write too.
-NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "ceph", "fuse", "9p", "gluster", "gfs2", "ocfs2", "lustre")
-POLL_SECONDS = 10.0
+# inotify sees only what this host does; on these, others write too.
+NETWORK_FILE_SYSTEMS = (
+    *("nfs", "cifs", "smb", "ceph", "fuse", "9p", "virtiofs", "vboxsf", "gluster", "gfs2", "ocfs2", "lustre"),
+    *("afs", "autofs", "beegfs", "gpfs"),
+)
+POLL_SECONDS = 10.0  # NFS keeps what it knows of a directory for longer than this, so faster would find no more
+PATIENCE_SECONDS = 1.0
+HANG_SECONDS = 10.0
 
 
 class Watch:
-    """Calls `wake` when something in `root` changed; `ensure` is to be called at every scan, and mends it."""
+    """Calls `wake` when something in a directory changed; `ensure` is to be called at every scan, and mends it."""
 
-    def __init__(self, root: Path, mode: str, wake: Callable[[], None]) -> None:
-        self._root = root
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self.polls = False
         self._wake = wake
         self._observer: Any = None
-        self._root_id: tuple[int, int] | None = None
-        self._mode = mode
+        self._watched: tuple[Path, str, int, int] | None = None
+        self._problem = ""
 
     @property
     def up(self) -> bool:
@@ -42,56 +50,150 @@ class Watch:
         if not name.startswith(".") and name != spool.REPORT:
             self._wake()
 
-    def ensure(self) -> None:
-        """Start watching, or start again if the observer died or the directory was replaced."""
-        if self._mode == "off":
-            return
+    def ensure(self, root: Path, mode: str) -> None:
+        """Start watching, or start again if the observer died, the directory was replaced or the wish is another.
+
+        Where it cannot be watched, `polls` says whether it should be looked at more often instead.
+        """
         try:
-            status = self._root.stat()
+            status = root.stat()
         except OSError:
-            self.stop()
+            self._stop()
+            return  # the scan says what is wrong
+        wanted = (root, mode, status.st_dev, status.st_ino)
+        # An observer can die alone, and any of its emitters without it.
+        alive = self.up and self._observer.is_alive() and all(e.is_alive() for e in self._observer.emitters)
+        if self._watched == wanted and (alive or not self.up) and not self._problem:
             return
-        root_id = (status.st_dev, status.st_ino)
-        if self._observer is not None:
-            alive = self._observer.is_alive() and all(emitter.is_alive() for emitter in self._observer.emitters)
-            if alive and root_id == self._root_id:
-                return
-            log.warning("watching again", directory=str(self._root), reason="replaced" if alive else "observer died")
-            self.stop()
-        mode = self._mode
-        if mode == "auto":
-            mode = "poll" if file_system(self._root).startswith(NETWORK_FILE_SYSTEMS) else "inotify"
-        observer = PollingObserver(timeout=POLL_SECONDS) if mode == "poll" else Observer()
+        if self.up and not alive:
+            log.warning("watching again", directory=str(root), reason="the observer died")
+        known = self._watched == wanted
+        self._stop()
+        kind = file_system(root)
+        network = mode == "auto" and kind.startswith(NETWORK_FILE_SYSTEMS)
+        if network and not known:
+            log.info("others may write there: polling", directory=str(root), file_system=kind, seconds=POLL_SECONDS)
+        self.polls = network or mode == "poll"
+        self._problem = "" if self.polls or mode == "off" else self._start(root)
+        self._watched = wanted
+
+    def _start(self, root: Path) -> str:
+        """Start watching, or say why that is not possible."""
+        observer = Observer()
+        # Without the filter, every block that the exporter writes is an event.
         interesting: list[type[FileSystemEvent]] = [FileClosedEvent, FileMovedEvent, DirCreatedEvent, DirMovedEvent]
         try:
-            # Without the filter, every block that the exporter writes is an event.
-            observer.schedule(
-                self,  # type: ignore[arg-type]  # watchdog calls dispatch() and nothing else
-                str(self._root),
-                recursive=True,
-                event_filter=None if mode == "poll" else interesting,
-            )
+            # The type: watchdog calls dispatch() and nothing else.
+            observer.schedule(self, str(root), recursive=True, event_filter=interesting)  # type: ignore[arg-type]
             observer.start()
         except OSError as error:  # most often the limit of watches
-            log.warning("cannot watch, the scan finds everything later", directory=str(self._root), reason=str(error))
-            return
-        self._observer, self._root_id = observer, root_id
+            if self._problem != str(error):  # once, not at every scan
+                log.warning("cannot watch, the scan finds everything later", directory=str(root), reason=str(error))
+            return str(error)
+        self._observer = observer
+        return ""
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """Stop watching."""
+        self._watched = None
         if self._observer is not None:
             self._observer.stop()
             self._observer.join(timeout=5)
             self._observer = None
 
 
+@dataclass(frozen=True)
+class Scan:
+    """What one look at all of the exports directory found.
+
+    unreadable: exports, and why they cannot be looked at. ignored: names of directories that cannot be exports.
+    trouble: why the directory itself cannot be read, or "".
+    """
+
+    looks: dict[Path, spool.Look]
+    unreadable: dict[Path, str]
+    ignored: tuple[str, ...]
+    trouble: str
+    draining: bool
+    settings: Settings
+    seconds: float
+
+
+class Scanner:
+    """Looks at the exports directory in a thread: a file server that is gone must hold up nothing but the look.
+
+    It is a daemon thread, so the program can end without it.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._thread: threading.Thread | None = None
+        self._found: Scan | None = None
+        self._step = (Path(), 0.0)  # what is being looked at, and since when (monotonic)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a look has begun whose result nobody has got yet."""
+        return self._thread is not None
+
+    def hangs(self) -> str:
+        """What has not answered for how long, if that is longer than storage that is only slow takes; else ""."""
+        path, since = self._step
+        seconds = time.monotonic() - since
+        return f"no answer from {path} for {seconds:.0f} s" if self.busy and seconds >= HANG_SECONDS else ""
+
+    def scan(self, settings: Settings) -> Scan | None:
+        """Look at everything. None if that takes long: then the next calls return what this one would have."""
+        patience = 0.0
+        if self._thread is None:
+            self._step = (settings.exports_dir, time.monotonic())
+            self._thread = threading.Thread(target=self._work, args=(settings,), name="scan", daemon=True)
+            self._thread.start()
+            patience = PATIENCE_SECONDS
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            return None
+        self._thread = None
+        found, self._found = self._found, None
+        if found is None:  # a defect must end the daemon, not blind it
+            raise RuntimeError("the look at the exports directory failed; the trace is in the journal before this one")
+        return found
+
+    def _work(self, settings: Settings) -> None:
+        self._found = self._look(settings)
+
+    def _look(self, settings: Settings) -> Scan:
+        began = time.monotonic()
+        self._watch.ensure(settings.exports_dir, settings.watch.mode)
+        looks: dict[Path, spool.Look] = {}
+        unreadable: dict[Path, str] = {}
+        try:
+            exports, ignored = spool.exports(settings)
+            draining = spool.draining(settings)
+        except OSError as error:
+            trouble = f"cannot read {settings.exports_dir}: {error.strerror}"
+            return Scan({}, {}, (), trouble, False, settings, time.monotonic() - began)
+        for export in exports:
+            self._step = (export, time.monotonic())
+            try:
+                looks[export] = spool.look(export, settings)
+            except FileNotFoundError:
+                pass  # moved away while we looked
+            except OSError as error:
+                unreadable[export] = str(error)
+        return Scan(looks, unreadable, tuple(ignored), "", draining, settings, time.monotonic() - began)
+
+
 def file_system(path: Path) -> str:
-    """The type of the file system that holds `path`, by the longest matching mount point."""
-    resolved = path.resolve()
-    best, kind = -1, "unknown"
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        before, _, after = line.partition(" - ")
-        mount = before.split()[4].encode("ascii", "surrogateescape").decode("unicode_escape")
-        if len(mount) > best and resolved.is_relative_to(mount):
-            best, kind = len(mount), after.split()[0]
-    return kind
+    """The type of the file system that holds a directory, by the mount that it is opened through."""
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        info = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    finally:
+        os.close(fd)
+    mount_id = next(line.split()[1] for line in info.splitlines() if line.startswith("mnt_id:"))
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        fields = line.decode(errors="replace").split(" ")
+        if fields[0] == mount_id:
+            return fields[fields.index("-") + 1]
+    return "unknown"

@@ -107,7 +107,9 @@ def find(g: Any, menu: Menu | None, esp: str | None) -> tuple[Kernel, ...]:
         rescue = "rescue" in path.rpartition("/")[2]
         # Only the first entry of a kernel counts: a second one has a copy of its image, or other options.
         found.setdefault(path, Kernel(version, path, initrd, True, number, rescue))
-    others = [path for path in sorted(g.glob_expand("/boot/vmlinuz-*")) if path not in found]
+    # Some are links to /usr/lib/modules, and some of these point to a kernel that was removed.
+    names = (name for name in sorted(g.glob_expand("/boot/vmlinuz-*")) if g.is_file(name, followsymlinks=True))
+    others = [path for path in dict.fromkeys(str(g.realpath(name)) for name in names) if path not in found]
     rest = (Kernel(version, path, None, False) for path in others if (version := _version(g, path)))
     return (*found.values(), *rest)
 

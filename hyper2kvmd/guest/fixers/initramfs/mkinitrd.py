@@ -35,7 +35,10 @@ def with_modules(text: str, drivers: Sequence[str]) -> str:
 
 def commands(view: View, images: Sequence[Image], bus: Bus) -> Mapping[str, str]:
     """One call for each image; the root is named, as the one of the appliance is not the guest's."""
-    suse = view.read(SUSE) is not None
+    # Red Hat has a file of this name too.
+    suse = _MODULES.search(view.read(SUSE) or "") is not None
+    # SUSE's makes the boot menu anew when it is done, for the appliance's disks.
+    no_menu = ["-B"] if suse and re.search(r"(?m)^\s*-B\b", view.g.sh("mkinitrd -h 2>&1 || true")) else []
     root = view.names.devices.get(view.inspection.root)
     device = f"/dev/disk/by-uuid/{root.uuid}" if root and root.uuid else view.inspection.root
     found = {}
@@ -44,7 +47,7 @@ def commands(view: View, images: Sequence[Image], bus: Bus) -> Mapping[str, str]
         kernel, initrd = image.kernel, image.kernel.initrd or ""
         if suse:
             modules = " ".join(sorted({*(image.modules or ()), *drivers} & {*image.depends}))
-            words = ["mkinitrd", "-k", kernel.path, "-i", initrd, "-m", modules, "-d", device]
+            words = ["mkinitrd", *no_menu, "-k", kernel.path, "-i", initrd, "-m", modules, "-d", device]
         else:
             words = ["mkinitrd", "-f", *(f"--with={driver}" for driver in drivers), initrd, kernel.version]
         found[kernel.version] = shlex.join(words)

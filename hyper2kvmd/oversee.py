@@ -1,0 +1,75 @@
+"""Watches over one job from a thread of its own: what people wish in the meantime, and stages that hang."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import structlog
+
+from hyper2kvmd import spool
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.job import Job
+
+log = structlog.get_logger()
+
+POLL_SECONDS = 0.5
+# A job that was told to stop ends its tools within seconds. One that is stuck in the kernel, or in a library that waits
+# for a server, cannot; then its death takes the tools along, and the next attempt goes on.
+STUCK_SECONDS = 8.0
+
+
+@contextlib.contextmanager
+def overseen(job: Job) -> Iterator[None]:
+    """Have `job` stopped when somebody wishes it, or when a stage takes too long; `job.verdict` says why."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(POLL_SECONDS):
+            job.verdict = verdict(job, time.monotonic())
+            if job.verdict is not None:
+                break
+        else:
+            return
+        log.warning(job.verdict.message, code=str(job.verdict.code))
+        job.tools.cancel.set()
+        if not over.wait(STUCK_SECONDS):
+            log.error("the job does not stop, so its process is killed", seconds=STUCK_SECONDS)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    watcher = threading.Thread(target=watch, name="overseer", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def verdict(job: Job, now: float) -> MigrationError | None:
+    """Why the job must stop, if it must: held, cancelled or timed_out. `now` is the monotonic clock."""
+    wish = spool.wish(job.claim.fd)
+    if wish is not None:
+        return spool.wished(wish)
+    limits = job.settings.limits
+    longest = limits.stage_seconds.model_dump(by_alias=True)
+    for stage, began in dict(job.running).items():
+        if now - began > longest[stage]:
+            return MigrationError(
+                Code.TIMED_OUT,
+                f"the stage {stage} took longer than {longest[stage]:g} s",
+                f"Look at the host's load and storage; or raise limits.stage_seconds.{stage}.",
+                field=f"limits.stage_seconds.{stage}",
+            )
+    if now - job.moved_at > limits.no_progress_seconds:
+        return MigrationError(
+            Code.TIMED_OUT,
+            f"nothing moved for {limits.no_progress_seconds:g} s, in {', '.join(job.running) or 'no stage'}",
+            "Look at the host's storage; or raise limits.no_progress_seconds.",
+            field="limits.no_progress_seconds",
+        )
+    return None

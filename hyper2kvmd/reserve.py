@@ -1,0 +1,141 @@
+"""What the running jobs of this host still need of space and memory, so that the next one waits and does not fail."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.job import Job
+
+FILE = "reserved.json"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a job will write into a directory. `files` is what they become; `field` is the setting to change."""
+
+    directory: str
+    bytes: int
+    files: tuple[str, ...]
+    field: str
+
+    def left(self) -> int:
+        """The bytes that are still to be written."""
+        return max(0, self.bytes - sum(_allocated(file) for file in self.files))
+
+
+def reserve(job: Job, needs: Sequence[Need], memory_mb: int, stack: contextlib.ExitStack) -> None:
+    """Reserve what the job needs, until `stack` is closed or the process ends, however it ends.
+
+    Raise MigrationError (no_space, no_memory) if it is not there, with what other jobs have reserved left alone.
+    """
+    job.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # One after the other: two jobs that look at the same time would both find the same space.
+    with _locked(job.settings.work_dir):
+        others = _others(job)
+        for need in needs:
+            device = os.stat(need.directory).st_dev
+            reserved = sum(
+                other.left() for _, taken, _ in others for other in taken if _device(other.directory) == device
+            )
+            _check_space(need, reserved)
+        if memory_mb:
+            _check_memory(memory_mb, sum(max(0, memory - resident_mb(pid)) for pid, _, memory in others))
+        path = job.work_dir / FILE
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, fd)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        content = {"pid": os.getpid(), "needs": [asdict(need) for need in needs], "memory_mb": memory_mb}
+        os.write(fd, json.dumps(content).encode())
+
+
+def _check_space(need: Need, reserved: int) -> None:
+    free = shutil.disk_usage(need.directory).free
+    if free - reserved < need.bytes:
+        others = f", of which running jobs still need {reserved / 2**20:.0f} MiB" if reserved else ""
+        raise MigrationError(
+            Code.NO_SPACE,
+            f"{need.directory} has {free / 2**20:.0f} MiB free{others}; the job needs {need.bytes / 2**20:.0f} MiB",
+            f"Free some space there, or set {need.field} to a larger file system; the job waits for it.",
+            field=need.field,
+        )
+
+
+def _check_memory(memory_mb: int, reserved: int) -> None:
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    available = int(found[1]) // 1024 if found else memory_mb + reserved
+    if available - reserved < memory_mb:
+        others = f", of which running jobs still need {reserved}" if reserved else ""
+        raise MigrationError(
+            Code.NO_MEMORY,
+            f"the host has {available} MiB of memory available{others}; the appliance needs {memory_mb}",
+            "Lower workers or guest.memory_mb, or free some memory; the job waits for it.",
+            field="guest.memory_mb",
+        )
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Any:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _others(job: Job) -> list[tuple[int, tuple[Need, ...], int]]:
+    """The process, needs and memory of every job that runs; what a dead one reserved is free."""
+    found = []
+    for path in job.settings.work_dir.glob(f"*/{FILE}"):
+        if path.parent == job.work_dir:
+            continue
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                content = json.load(file)
+                needs = tuple(Need(**{**need, "files": tuple(need["files"])}) for need in content["needs"])
+                found.append((content["pid"], needs, content["memory_mb"]))
+    return found
+
+
+def resident_mb(root: int) -> int:
+    """MiB of memory that a process and all that it started have in use."""
+    parents: dict[int, int] = {}
+    resident: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended while we looked
+        parents[int(entry.name)] = int(fields[1])
+        resident[int(entry.name)] = int(fields[21])
+    family = {root}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    pages = sum(resident.get(pid, 0) for pid in family)
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def _device(directory: str) -> int | None:
+    try:
+        return os.stat(directory).st_dev
+    except OSError:
+        return None
+
+
+def _allocated(file: str) -> int:
+    try:
+        return os.stat(file).st_blocks * 512
+    except OSError:
+        return 0
