@@ -10,15 +10,16 @@ import contextlib
 import os
 import re
 import selectors
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, get_args
+
+from tests.guests import nvram
 
 Bus = Literal["virtio", "virtio-scsi", "pvscsi", "sata"]
 Firmware = Literal["bios", "uefi"]
@@ -41,6 +42,7 @@ STUCK: tuple[str, ...] = (
 )
 OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 OVMF_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+MAC = "52:54:00:12:34:56"
 
 # The controller, and what hangs each disk on it. The NIC is the one that goes with the platform.
 _CONTROLLER: dict[Bus, tuple[str, ...]] = {
@@ -50,17 +52,21 @@ _CONTROLLER: dict[Bus, tuple[str, ...]] = {
     "sata": (),  # q35 has one
 }
 _DISK: dict[Bus, str] = {
-    "virtio": "virtio-blk-pci,drive=disk{n},bootindex={n}",
-    "virtio-scsi": "scsi-hd,drive=disk{n},bus=scsi0.0,bootindex={n}",
-    "pvscsi": "scsi-hd,drive=disk{n},bus=scsi0.0,scsi-id={n},bootindex={n}",
-    "sata": "ide-hd,drive=disk{n},bus=ide.{n},bootindex={n}",
+    "virtio": "virtio-blk-pci,drive=disk{n}",
+    "virtio-scsi": "scsi-hd,drive=disk{n},bus=scsi0.0",
+    "pvscsi": "scsi-hd,drive=disk{n},bus=scsi0.0,scsi-id={n}",
+    "sata": "ide-hd,drive=disk{n},bus=ide.{n}",
 }
 _NIC: dict[Bus, str] = {
     "virtio": "virtio-net-pci",
     "virtio-scsi": "virtio-net-pci",
     "pvscsi": "vmxnet3",
-    "sata": "e1000",
+    "sata": "vmxnet3",
 }
+# A guest on VMware calls its cards ens192, ens224 and so on, after the slots of the hypervisor's PCIe ports. The same
+# slots give the same names here, provided that the ports, not ACPI, announce them.
+_VMWARE_SLOTS = (192, 224, 256, 161)
+_VMWARE_PORTS = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
 # Consoles are written for screens: colours, cursor moves, and what else ECMA-48 has
 _ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|[@-Z\\^_=>cNOM78])")
 
@@ -95,19 +101,25 @@ def boot(
     firmware: Firmware = "bios",
     until: Sequence[str] = BOOTED,
     fail: Sequence[str] = STUCK,
-    mac: str = "52:54:00:12:34:56",
+    macs: Sequence[str] = (MAC,),
+    answers: Mapping[str, str] | None = None,
+    loader: str | None = None,
     echo: IO[str] | None = None,
 ) -> BootResult:
-    """Boot the image (or images, the first being the boot disk) until a text is seen. QEMU is gone afterwards."""
+    """Boot the image (or images, the first being the boot disk) until a text is seen. QEMU is gone afterwards.
+
+    macs: of the network cards, in the guest's order. answers: text seen on the console -> line typed then, once.
+    loader: path of the boot loader that the NVRAM of a UEFI machine has written down, as Windows writes paths.
+    """
     images = [image] if isinstance(image, Path) else list(image)
     for path in images:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there: nothing to boot")
     with tempfile.TemporaryDirectory(prefix="boot-") as scratch:
-        command = _qemu_command(images, fmt, bus, firmware, mac, Path(scratch))
+        command = _qemu_command(images, fmt, bus, firmware, macs, loader, Path(scratch))
         started = time.monotonic()
         log = ""
-        for text in _console(command, deadline=started + timeout, scratch=scratch):
+        for text in _console(command, answers or {}, deadline=started + timeout, scratch=scratch):
             log += text
             if echo:
                 echo.write(text)
@@ -129,39 +141,61 @@ def _result(outcome: str, pattern: str, log: str, started: float) -> BootResult:
     return BootResult(outcome, pattern, clean, time.monotonic() - started)  # type: ignore[arg-type]
 
 
-def _qemu_command(images: Sequence[Path], fmt: str, bus: Bus, firmware: Firmware, mac: str, scratch: Path) -> list[str]:
+def _qemu_command(
+    images: Sequence[Path],
+    fmt: str,
+    bus: Bus,
+    firmware: Firmware,
+    macs: Sequence[str],
+    loader: str | None,
+    scratch: Path,
+) -> list[str]:
     command = [
         *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"),
         *("-smp", "2", "-m", "1024", "-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"),
-        *("-netdev", "user,id=net0,restrict=on", "-device", f"{_NIC[bus]},netdev=net0,mac={mac},romfile="),
         *_CONTROLLER[bus],
     ]
+    vmware = _NIC[bus] == "vmxnet3"
+    if vmware:
+        command += _VMWARE_PORTS
+    for number, mac in enumerate(macs):
+        port = ""
+        if vmware:
+            slot = _VMWARE_SLOTS[number]
+            command += ["-device", f"pcie-root-port,id=port{slot},chassis={number + 1},slot={slot}"]
+            port = f",bus=port{slot}"
+        command += ["-netdev", f"user,id=net{number},restrict=on"]
+        command += ["-device", f"{_NIC[bus]},netdev=net{number},mac={mac},romfile={port}"]
     if firmware == "uefi":
         if bus == "pvscsi":
             raise ValueError("Debian's OVMF cannot read a pvscsi disk: boot UEFI guests on sata, which VMware has too")
         if not OVMF_CODE.is_file():
             raise FileNotFoundError(f"{OVMF_CODE} is not there: run 'make deps' (package ovmf)")
         variables = scratch / "vars.fd"
-        shutil.copyfile(OVMF_VARS, variables)
+        store = OVMF_VARS.read_bytes()
+        variables.write_bytes(nvram.with_boot_entry(store, loader) if loader else store)
         command += ["-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={OVMF_CODE}"]
         command += ["-drive", f"if=pflash,format=raw,unit=1,file={variables}"]
     for number, path in enumerate(images):
+        # told an order by QEMU, OVMF forgets the one in the NVRAM
+        order = "" if loader else f",bootindex={number}"
         name = os.fspath(path).replace(",", ",,")  # how QEMU's options quote a comma
         drive = f"file={name},format={fmt},if=none,id=disk{number},snapshot=on"
-        command += ["-drive", drive, "-device", _DISK[bus].format(n=number)]
+        command += ["-drive", drive, "-device", _DISK[bus].format(n=number) + order]
     return command
 
 
-def _console(command: Sequence[str], *, deadline: float, scratch: str) -> Iterator[str]:
+def _console(command: Sequence[str], answers: Mapping[str, str], *, deadline: float, scratch: str) -> Iterator[str]:
     """Yield what comes out of QEMU's serial port, until it ends or the deadline has passed."""
     process = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,  # QEMU's own complaints belong in the log
         env={**os.environ, "TMPDIR": scratch},  # where snapshot=on keeps what the guest writes
     )
-    assert process.stdout
+    unanswered, log = dict(answers), ""
+    assert process.stdin and process.stdout
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
@@ -171,11 +205,18 @@ def _console(command: Sequence[str], *, deadline: float, scratch: str) -> Iterat
                 data = os.read(process.stdout.fileno(), 65536)
                 if not data:
                     return
-                yield data.decode("utf-8", errors="replace")
+                text = data.decode("utf-8", errors="replace")
+                if unanswered:
+                    log += text
+                    for question in [question for question in unanswered if question in log]:
+                        process.stdin.write(unanswered.pop(question).encode() + b"\n")
+                        process.stdin.flush()
+                yield text
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         process.wait()
+        process.stdin.close()
         process.stdout.close()
 
 
@@ -186,6 +227,9 @@ def main() -> None:
     parser.add_argument("--bus", choices=get_args(Bus), default="virtio")
     parser.add_argument("--firmware", choices=get_args(Firmware), default="bios")
     parser.add_argument("--timeout", type=float, default=420, metavar="SECONDS")
+    parser.add_argument("--mac", action="append", help=f"of each network card (default: one, {MAC})")
+    parser.add_argument("--loader", metavar="PATH", help=r"in the NVRAM of a UEFI guest: \EFI\debian\grubx64.efi")
+    parser.add_argument("--answer", action="append", default=[], metavar="TEXT=LINE", help="type LINE on seeing TEXT")
     parser.add_argument("--until", action="append", metavar="TEXT", help="default: login:")
     arguments = parser.parse_args()
     result = boot(
@@ -195,6 +239,9 @@ def main() -> None:
         timeout=arguments.timeout,
         firmware=arguments.firmware,
         until=arguments.until or BOOTED,
+        macs=arguments.mac or (MAC,),
+        loader=arguments.loader,
+        answers=dict(answer.split("=", 1) for answer in arguments.answer),
         echo=sys.stdout,
     )
     print(f"\n{result.outcome} {result.pattern!r} after {result.seconds:.0f} s")

@@ -18,12 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args
 
-from tests.guests import recipe
+from tests.guests import appliance, native
+from tests.guests.recipe import GUESTS, Guest
+from tests.guests.rootfs import Rootfs, make_rootfs, run
 
 CACHE = Path(__file__).parents[2] / ".cache" / "guests"
-ROOTFS = "rootfs"
 
 Dialect = Literal["seed", "go"]
 DiskFormat = Literal["vmdk", "raw", "qcow2", "vhdx", "vdi"]
@@ -32,27 +34,59 @@ _OPTIONS = {"vmdk": ("-o", "subformat=streamOptimized")}
 
 
 def build(name: str) -> Path:
-    """Return the guest's raw disk. It is shared by all tests: boot it with snapshot, never write to it."""
-    if name not in recipe.GUESTS:
-        raise ValueError(f"no guest is called {name!r}; there are {', '.join(recipe.GUESTS)}")
+    """Return the guest's raw boot disk. It is shared by all tests: boot it with snapshot, never write to it."""
+    return disks(name)[0]
+
+
+def disks(name: str) -> list[Path]:
+    """Return all raw disks of the guest, in its order; shared, like the boot disk, which is the first."""
+    if name not in GUESTS:
+        raise ValueError(f"no guest is called {name!r}; there are {', '.join(GUESTS)}")
+    guest = GUESTS[name]
+    names = _disk_names(guest, "raw")
 
     def make(into: Path) -> None:
-        tarball = _rootfs() / "rootfs.tar"
-        recipe.make_disk(recipe.GUESTS[name], tarball, into / "disk.raw")
+        _maker(guest).make_disks(guest, _rootfs(guest.rootfs), [into / disk for disk in names])
 
-    return _cached(name, make) / "disk.raw"
+    directory = _cached(name, digest(guest), make)
+    return [directory / disk for disk in names]
 
 
 def exported_disk(name: str, disk_format: DiskFormat = "vmdk") -> Path:
-    """Return the guest's disk in a format it would be exported in; also shared, also read-only."""
+    """Return the guest's boot disk in a format it would be exported in; also shared, also read-only."""
+    return exported_disks(name, disk_format)[0]
+
+
+def exported_disks(name: str, disk_format: DiskFormat = "vmdk") -> list[Path]:
+    """Return all disks of the guest in a format they would be exported in; beside each, its SHA-256."""
+    raw = disks(name)
+    names = _disk_names(GUESTS[name], disk_format)
 
     def make(into: Path) -> None:
-        target = into / f"disk.{disk_format}"
         options = _OPTIONS.get(disk_format, ())
-        recipe.run("qemu-img", "convert", "-f", "raw", "-O", disk_format, *options, build(name), target)
-        (into / "sha256").write_text(_sha256(target))
+        for source, target in zip(raw, (into / disk for disk in names), strict=True):
+            run("qemu-img", "convert", "-f", "raw", "-O", disk_format, *options, source, target)
+            target.with_suffix(".sha256").write_text(_sha256(target))
 
-    return _cached(f"{name}-{disk_format}", make) / f"disk.{disk_format}"
+    directory = _cached(f"{name}-{disk_format}", digest(GUESTS[name]), make)
+    return [directory / disk for disk in names]
+
+
+def digest(guest: Guest) -> str:
+    """Name this version of a guest: a change to what makes it makes it anew."""
+    sha = hashlib.sha256(f"{guest}\0{guest.rootfs.digest()}\0".encode())
+    maker = Path(str(_maker(guest).__file__))
+    for path in [maker, *(sorted(native.PER_GUEST.iterdir()) if maker == Path(native.__file__) else [])]:
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:12]
+
+
+def _maker(guest: Guest) -> ModuleType:
+    return appliance if guest.name in appliance.LAYOUTS else native
+
+
+def _disk_names(guest: Guest, suffix: str) -> list[str]:
+    return [f"disk-{number}.{suffix}" for number in range(len(guest.disk_sizes))]
 
 
 def export(
@@ -65,43 +99,64 @@ def export(
     disk_format: DiskFormat = "vmdk",
     mac: str | None = None,
 ) -> Path:
-    """Make `<into>/<vm_name>/` with the disk and, written last, the manifest. Return that directory.
+    """Make `<into>/<vm_name>/` with the disks and, written last, the manifest. Return that directory.
 
     The exporter leaves `nics` out; a `mac` puts one in, as its library can.
     """
-    disk = exported_disk(name, disk_format)
+    guest = GUESTS[name]
     directory = into / vm_name
     directory.mkdir(parents=True)
-    copy = directory / f"{vm_name}-disk-0.{disk_format}"
-    # a plain copy: a link would let a program that damages its source damage the cache
-    recipe.run("cp", "--reflink=auto", "--sparse=auto", disk, copy)
-    sha256 = (disk.parent / "sha256").read_text() if checksum else None
-    firmware = recipe.GUESTS[name].firmware
+    entries = []
+    for number, disk in enumerate(exported_disks(name, disk_format)):
+        copy = directory / f"{vm_name}-disk-{number}.{disk_format}"
+        # a plain copy: a link would let a program that damages its source damage the cache
+        run("cp", "--reflink=auto", "--sparse=auto", disk, copy)
+        entry = (_seed_disk if dialect == "seed" else _go_disk)(number, guest, vm_name, copy)
+        if checksum:
+            entry["checksum"] = f"sha256:{disk.with_suffix('.sha256').read_text()}"
+        entries.append(entry)
     if dialect == "seed":
         path = directory / "manifest.json"
-        manifest = _seed_manifest(vm_name, copy, firmware, disk_format, sha256)
+        manifest = _seed_manifest(vm_name, guest, entries)
     else:
         path = directory / "artifact-manifest.json"
-        manifest = _go_manifest(vm_name, copy, firmware, disk_format, sha256)
+        manifest = _go_manifest(vm_name, guest, entries, directory)
     if mac:
         manifest["nics"] = [{"id": "nic-0", "mac": mac, "network": "VM Network"}]
     path.write_text(json.dumps(manifest, indent=2) + ("\n" if dialect == "seed" else ""))
     return directory
 
 
-def _seed_manifest(vm_name: str, disk: Path, firmware: str, disk_format: str, sha256: str | None) -> dict[str, Any]:
-    """Write as the project's own manual does in its first example."""
-    entry: dict[str, Any] = {
-        "id": "disk-0",
-        "source_format": disk_format,
-        "bytes": recipe.DISK_SIZE,
+def _seed_disk(number: int, guest: Guest, _vm_name: str, disk: Path) -> dict[str, Any]:
+    return {
+        "id": f"disk-{number}",
+        "source_format": disk.suffix[1:],
+        "bytes": guest.disk_sizes[number],
         "local_path": str(disk.absolute()),
-        "checksum": f"sha256:{sha256}",
-        "boot_order_hint": 0,
-        "disk_type": "boot",
+        "boot_order_hint": number,
+        "disk_type": "data" if number else "boot",
     }
-    if sha256 is None:
-        del entry["checksum"]
+
+
+def _go_disk(number: int, _guest: Guest, vm_name: str, disk: Path) -> dict[str, Any]:
+    """A disk as the exporter has it: stale path, no boot disk, size of the file."""
+    return {
+        "id": f"disk-{number + 1}",
+        "source_format": disk.suffix[1:],
+        "bytes": disk.stat().st_size,
+        "local_path": f"/var/lib/hypersdk/exports/{vm_name}/{disk.name}",
+        "boot_order_hint": number + 1,
+        "label": f"disk-{number + 1}",
+        "disk_type": "data",
+    }
+
+
+def _os_version(guest: Guest) -> str:
+    return {"bullseye": "11", "bookworm": "12", "trixie": "13"}[guest.rootfs.suite]
+
+
+def _seed_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write as the project's own manual does in its first example."""
     return {
         "manifest_version": "1.0",
         "source": {
@@ -115,12 +170,12 @@ def _seed_manifest(vm_name: str, disk: Path, firmware: str, disk_format: str, sh
         "vm": {
             "cpu": 2,
             "mem_gb": 1,
-            "firmware": firmware,
+            "firmware": guest.firmware,
             "os_hint": "debian",
-            "os_version": "12",
+            "os_version": _os_version(guest),
             "secure_boot": False,
         },
-        "disks": [entry],
+        "disks": disks,
         "pipeline": {
             "inspect": {"enabled": True, "detect_os": True, "detect_kernel": True},
             "fix": {
@@ -136,22 +191,9 @@ def _seed_manifest(vm_name: str, disk: Path, firmware: str, disk_format: str, sh
     }
 
 
-def _go_manifest(vm_name: str, disk: Path, firmware: str, disk_format: str, sha256: str | None) -> dict[str, Any]:
-    """Write as hypersdk's vSphere exporter does: stale path, no boot disk, size of the file, no NICs."""
-    stale = f"/var/lib/hypersdk/exports/{vm_name}"
+def _go_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
+    """Write as hypersdk's vSphere exporter does, without NICs."""
     stamp = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}.{time.time_ns() % 10**9:09d}Z"
-    entry: dict[str, Any] = {
-        "id": "disk-1",
-        "source_format": disk_format,
-        "bytes": disk.stat().st_size,
-        "local_path": f"{stale}/{disk.name}",
-        "checksum": f"sha256:{sha256}",
-        "boot_order_hint": 1,
-        "label": "disk-1",
-        "disk_type": "data",
-    }
-    if sha256 is None:
-        del entry["checksum"]
     return {
         "manifest_version": "1.0",
         "source": {
@@ -165,11 +207,11 @@ def _go_manifest(vm_name: str, disk: Path, firmware: str, disk_format: str, sha2
         "vm": {
             "cpu": 2,
             "mem_gb": 1,
-            "firmware": "efi" if firmware == "uefi" else firmware,
+            "firmware": "efi" if guest.firmware == "uefi" else guest.firmware,
             "os_hint": "linux",
-            "os_version": "Debian GNU/Linux 12 (64-bit)",
+            "os_version": f"Debian GNU/Linux {_os_version(guest)} (64-bit)",
         },
-        "disks": [entry],
+        "disks": disks,
         "notes": ["Export method: ovf"],
         "metadata": {
             "hypersdk_version": "0.1.0",
@@ -194,20 +236,21 @@ def _go_manifest(vm_name: str, disk: Path, firmware: str, disk_format: str, sha2
             "convert": {"enabled": True, "compress": True},
             "validate": {"enabled": True, "check_image_integrity": True},
         },
-        "output": {"directory": str(disk.parent.absolute()), "format": "qcow2"},
+        "output": {"directory": str(directory.absolute()), "format": "qcow2"},
     }
 
 
-def _rootfs() -> Path:
-    return _cached(ROOTFS, lambda into: recipe.make_rootfs(into / "rootfs.tar"))
+def _rootfs(rootfs: Rootfs) -> Path:
+    made = _cached(f"rootfs-{rootfs.name}", rootfs.digest(), lambda into: make_rootfs(rootfs, into / "rootfs.tar"))
+    return made / "rootfs.tar"
 
 
-def _cached(what: str, make: Callable[[Path], None]) -> Path:
-    """Return `.cache/guests/<what>-<recipe>`, made by `make` if it is not there yet.
+def _cached(what: str, version: str, make: Callable[[Path], None]) -> Path:
+    """Return `.cache/guests/<what>-<version>`, made by `make` if it is not there yet.
 
     It is made under another name and renamed when complete: what has the right name is whole.
     """
-    final = CACHE / f"{what}-{recipe.digest()}"
+    final = CACHE / f"{what}-{version}"
     if final.is_dir():
         return final
     with _locked(what):
@@ -252,7 +295,7 @@ def _sha256(path: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.guests.build", description=__doc__)
-    parser.add_argument("guest", choices=[*recipe.GUESTS, "all"])
+    parser.add_argument("guest", choices=[*GUESTS, "all"])
     parser.add_argument("--export", type=Path, metavar="DIR", help="make an export of it below DIR")
     parser.add_argument("--vm-name", default="web01")
     parser.add_argument("--dialect", choices=get_args(Dialect), default="seed")
@@ -263,11 +306,11 @@ def main() -> None:
     if arguments.guest == "all":
         if arguments.export:
             parser.error("--export takes one guest, not 'all'")
-        for name in recipe.GUESTS:
-            print(build(name))
+        for name in GUESTS:
+            print(*disks(name))
         return
     if not arguments.export:
-        print(build(arguments.guest))
+        print(*disks(arguments.guest))
         return
     print(
         export(

@@ -1,0 +1,231 @@
+"""Every test guest, seen booting as on VMware, failing on virtio, being migrated, and booting on virtio:
+
+python -m tests.matrix [GUEST ...] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hyper2kvmd.settings import Settings
+from tests.conftest import report_of, run_job
+from tests.guests.boot import BootResult, Bus, boot
+from tests.guests.build import disks, export
+from tests.guests.recipe import GUESTS, Guest
+
+MAC = "00:50:56:aa:bb:01"
+BOOT_SECONDS = 420
+MIGRATION_SECONDS = 1200
+
+
+@dataclass(frozen=True)
+class Migration:
+    """What `run-job` made of an export: its report, and the disks in the guest's order."""
+
+    report: dict[str, Any]
+    disks: tuple[Path, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.report.get("status") == "succeeded")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The story of one guest. `after` is None if there was nothing to boot."""
+
+    guest: Guest
+    original: BootResult
+    before: BootResult
+    migration: Migration
+    after: BootResult | None
+
+    def problems(self) -> list[str]:
+        """What is not as it should be."""
+        found = []
+        if not works(self.original):
+            found.append(f"the original does not work as on VMware: {_said(self.original)}")
+        if self.before.outcome != "failed":
+            found.append(f"the original should fail on virtio: {_said(self.before)}")
+        if self.after is None:
+            found.append(f"the migration failed: {json.dumps(self.migration.report.get('error'))}")
+        elif not works(self.after):
+            found.append(f"the result does not work on virtio: {_said(self.after)}")
+        elif works(self.original):
+            found += differences(self.original.report, self.after.report)
+        return found
+
+
+def works(result: BootResult) -> bool:
+    """Whether the guest booted with all that it was told to use: file systems, swap, address, services."""
+    said = result.report
+    return (
+        result.ok
+        and bool(said)
+        and "failed" not in said["mounts"]
+        and "none" != said["swap"]
+        and "ens192:UP:10.0.2.15/24" == said["net"]
+        and "none" == said["failed"]
+    )
+
+
+def boot_as_on_vmware(guest: Guest) -> BootResult:
+    """Boot the original on the controller and the network card it knows, whose slots name the card ens192."""
+    bus: Bus = "sata" if guest.firmware == "uefi" else "pvscsi"
+    return boot(disks(guest.name), "raw", bus, **_machine(guest), loader=guest.loader)
+
+
+def boot_before(guest: Guest) -> BootResult:
+    """Boot the original on virtio, which is expected to fail."""
+    return boot(disks(guest.name), "raw", "virtio", **_machine(guest))
+
+
+def boot_after(guest: Guest, migration: Migration) -> BootResult:
+    """Boot the result on virtio, with a network card that has the old address."""
+    return boot(migration.disks, "qcow2", "virtio", **_machine(guest))
+
+
+def _machine(guest: Guest) -> dict[str, Any]:
+    return {
+        "firmware": guest.firmware,
+        "macs": [MAC],
+        "answers": {"Please unlock disk": guest.passphrase} if guest.passphrase else {},
+        "timeout": BOOT_SECONDS,
+    }
+
+
+def migrate(guest: Guest, scratch: Path) -> Migration:
+    """Export the guest below `scratch`, which is empty, and run one job on it, without libvirt."""
+    for name in ("exports", "images", "work"):
+        (scratch / name).mkdir()
+    shape: dict[str, Any] = {
+        "exports_dir": scratch / "exports",
+        "output_dir": scratch / "images",
+        "work_dir": scratch / "work",
+        "libvirt": {"import": False},
+    }
+    if guest.passphrase:
+        key = scratch / "key"
+        key.touch(0o600)
+        key.write_text(guest.passphrase)
+        shape["fix"] = {"luks_keys": {guest.name: key}}
+    dropped = export(guest.name, scratch / "exports", vm_name=guest.name, mac=MAC)
+    started = time.monotonic()
+    done = run_job(dropped, Settings.model_validate(shape), timeout=MIGRATION_SECONDS)
+    seconds = time.monotonic() - started
+    try:
+        report = report_of(dropped)
+    except FileNotFoundError:  # it did not come as far as that
+        error = {"code": f"exit status {done.returncode}", "message": done.stderr[-2000:]}
+        report = {"status": "failed", "error": error}
+    made = [scratch / "images" / f"{guest.name}-disk-{number}.qcow2" for number in range(len(guest.disk_sizes))]
+    return Migration(report, tuple(made), seconds)
+
+
+def differences(original: dict[str, str], after: dict[str, str]) -> list[str]:
+    """What two guests that work say of themselves that should be the same; device and kernel names need not."""
+    same = ("mounts", "net", "canary")
+    return [f"{key}: {original[key]} became {after[key]}" for key in same if original[key] != after[key]]
+
+
+def run(guest: Guest, say: Callable[[str], None]) -> Row:
+    """Take one guest all the way; `say` is told what happens."""
+    original = boot_as_on_vmware(guest)
+    say(f"{guest.name}: as on VMware: {_said(original)}")
+    before = boot_before(guest)
+    say(f"{guest.name}: before, on virtio: {_said(before)}")
+    scratch = Path(tempfile.mkdtemp(prefix="hyper2kvmd-matrix-", dir="/var/tmp"))
+    try:
+        migration = migrate(guest, scratch)
+        say(f"{guest.name}: migration: {migration.report['status']} after {migration.seconds:.0f} s")
+        after = boot_after(guest, migration) if migration.ok else None
+        if after:
+            say(f"{guest.name}: after, on virtio: {_said(after)}")
+    finally:
+        shutil.rmtree(scratch)
+    row = Row(guest, original, before, migration, after)
+    for problem in row.problems():
+        say(f"{guest.name}: NOT AS EXPECTED: {problem}")
+    return row
+
+
+def _said(result: BootResult) -> str:
+    report = result.report
+    if result.ok and report:
+        words = " ".join(f"{key}={report[key]}" for key in ("mounts", "swap", "net", "failed") if key in report)
+        return f"boots in {result.seconds:.0f} s: {words}"
+    return f"{result.outcome} {result.pattern!r} after {result.seconds:.0f} s"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| guest | firmware | storage | initramfs | network | before | migration | after |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        guest = row.guest
+        problems = row.problems()
+        cells = (
+            *(guest.name, guest.firmware.upper(), guest.storage, guest.initramfs, guest.network),
+            f"`{row.before.pattern or row.before.outcome}`",
+            f"{row.migration.seconds:.0f} s" if row.migration.ok else row.migration.report["error"]["code"],
+            "; ".join(problems) if problems else f"`{row.after.report['net']}`" if row.after else "",
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """One row, for a program."""
+
+    def shape(result: BootResult | None) -> dict[str, Any] | None:
+        if result is None:
+            return None
+        return {
+            "outcome": result.outcome,
+            "pattern": result.pattern,
+            "seconds": round(result.seconds, 1),
+            "report": result.report,
+        }
+
+    return {
+        "guest": row.guest.name,
+        "original": shape(row.original),
+        "before": shape(row.before),
+        "migration": {
+            "status": row.migration.report["status"],
+            "error": row.migration.report.get("error"),
+            "warnings": [warning["code"] for warning in row.migration.report.get("warnings", [])],
+            "seconds": round(row.migration.seconds, 1),
+        },
+        "after": shape(row.after),
+        "problems": row.problems(),
+    }
+
+
+def main() -> int:
+    """Run the guests that are named, or all of them; the exit status is 1 if one is not as expected."""
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser.add_argument("guests", nargs="*", choices=[[], *GUESTS], metavar="GUEST", help=f"of {', '.join(GUESTS)}")
+    parser.add_argument("--json", action="store_true", help="print a document instead of the table")
+    arguments = parser.parse_args()
+    rows = [
+        run(GUESTS[name], lambda text: print(text, file=sys.stderr, flush=True)) for name in arguments.guests or GUESTS
+    ]
+    print(json.dumps([as_json(row) for row in rows], indent=2) if arguments.json else table(rows))
+    return 1 if any(row.problems() for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
