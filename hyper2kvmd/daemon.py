@@ -200,9 +200,11 @@ class Daemon:
             look = replace(look, settled_since=self._settled_since(export, look, now))
             state, finding = spool.state(look, self.settings, now)
             setback = self._setbacks.get(export)
-            if setback is not None and state == State.QUEUED and now < setback.until:
-                state, finding = State.RETRYING, setback.finding
-                look = replace(look, next_attempt_at=setback.until)
+            if setback is not None and state == State.QUEUED:
+                # One that is further away than its delay is long: the clock was put back meanwhile.
+                if 0 < setback.until - now <= self.settings.retry.delay(setback.count):
+                    state, finding = State.RETRYING, setback.finding
+                    look = replace(look, next_attempt_at=setback.until)
             before = self.table.get(export)
             if before is None or before.state != state:
                 details = {} if finding is None else {"code": finding.code, "reason": finding.message}

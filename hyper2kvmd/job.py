@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import hashlib
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +65,7 @@ class Job:
 
     `only` limits the stages to these; `dry_run` leaves everything as it was. `running` has the stages that are under
     way with their beginning, `moved_at` is when something last moved, both by the monotonic clock; `verdict` is why
-    the job was stopped, if it was.
+    the job was stopped, if it was. `sources` are the files of the export that the disks are read from.
     """
 
     id: str
@@ -77,6 +79,7 @@ class Job:
     running: dict[str, float] = field(default_factory=dict)
     moved_at: float = field(default_factory=time.monotonic)
     verdict: MigrationError | None = None
+    sources: tuple[str, ...] = ()
 
     @property
     def work_dir(self) -> Path:
@@ -157,6 +160,12 @@ class Job:
         for error in sorted(errors, key=lambda error: isinstance(error, Cancelled)):
             raise error
         return [future.result() for future in futures]
+
+
+def job_id(export: Path, digest: str) -> str:
+    """The identifier of the job, safe as a file name: the export's name, and a hash over that and its manifest."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", export.name)[:40]
+    return f"{name}-{hashlib.sha256(f'{export.name}/{digest}'.encode()).hexdigest()[:8]}"
 
 
 def finding_records(findings: Iterable[Finding]) -> tuple[report.FindingRecord, ...]:

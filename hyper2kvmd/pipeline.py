@@ -45,6 +45,7 @@ def migrate(job: Job, manifest: Manifest) -> None:
     with contextlib.ExitStack() as stack:
         with job.stage("plan"):
             sources = images.open_sources(job.claim.fd, job.claim.directory, manifest.disks, stack)
+            job.sources = tuple(dict.fromkeys(f.name for source in sources for f in (source.file, source.data)))
             for source in sources:
                 for finding in source.warnings:
                     job.warn(finding)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import random
-import re
 import signal
 import socket
 import sys
@@ -20,7 +18,7 @@ import structlog
 from hyper2kvmd import journal, report, spool, steps
 from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.events import Emitter
-from hyper2kvmd.job import Job, finding_records
+from hyper2kvmd.job import Job, finding_records, job_id
 from hyper2kvmd.manifest import Manifest, ManifestError, parse
 from hyper2kvmd.options import (
     EXIT_BUSY,
@@ -93,12 +91,6 @@ def run_job(
         return _run_claimed(claim, settings, tools, events, only, dry_run, if_ready, died)
     finally:
         claim.close()
-
-
-def job_id(export: Path, digest: str) -> str:
-    """The identifier of the job, safe as a file name: the export's name, and a hash over that and its manifest."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", export.name)[:40]
-    return f"{name}-{hashlib.sha256(f'{export.name}/{digest}'.encode()).hexdigest()[:8]}"
 
 
 def _run_claimed(
@@ -239,6 +231,8 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
         claim.fulfil(spool.CANCEL)
     elif error is None or (outcome != Outcome.RETRY and not steps.unfinished(job.work_dir)):
         steps.abandon(job.work_dir)
+    if error is None and settings.cleanup_source:
+        _remove_sources(job)
     finished: dict[str, Any] = {"status": str(outcome), "seconds": document.seconds}
     if error is not None:
         finished["code"] = str(error.code)
@@ -247,6 +241,18 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
         log.info("succeeded", seconds=document.seconds, warnings=len(document.warnings))
     job.events.emit("finished", **finished, report=document.model_dump(mode="json"))
     return EXIT_OF[outcome]
+
+
+def _remove_sources(job: Job) -> None:
+    """Delete the exported disks, now that the report says that they are published as something else."""
+    if not all(disk.target for disk in job.record.disks):
+        return  # nothing was converted
+    for name in job.sources:
+        try:
+            os.unlink(name, dir_fd=job.claim.fd)
+            log.info("source removed", file=name)
+        except OSError as error:
+            log.warning("source cannot be removed", file=name, reason=error.strerror)
 
 
 def _outcome(error: MigrationError | None, tries: int, settings: Settings) -> str:

@@ -135,6 +135,40 @@ def wish(dir_fd: int) -> Literal["hold", "cancel"] | None:
     return None
 
 
+def wish_of(directory: Path) -> Literal["hold", "cancel"] | None:
+    """The same, of an export that is not open. Raise OSError."""
+    fd = open_directory(directory)
+    try:
+        return wish(fd)
+    finally:
+        os.close(fd)
+
+
+def ask(directory: Path, name: str) -> None:
+    """Put a wish (HOLD, CANCEL or DRAIN) into a directory, if it is not there already. Raise OSError."""
+    fd = open_directory(directory)
+    try:
+        with contextlib.suppress(FileExistsError):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(name, flags, 0o640, dir_fd=fd)
+            try:
+                os.write(file, f"asked for at {timestamp(time.time())} on {socket.gethostname()}\n".encode())
+            finally:
+                os.close(file)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def withdraw(directory: Path, name: str) -> bool:
+    """Take a wish away again; whether it was there. Raise OSError."""
+    try:
+        os.unlink(directory / name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def draining(settings: Settings) -> bool:
     """Whether somebody asked that no job is started any more."""
     return os.path.lexists(settings.exports_dir / DRAIN)

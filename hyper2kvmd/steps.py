@@ -7,6 +7,7 @@ long as these are still the very files, made from the same sources with the same
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -214,6 +215,18 @@ class Steps:
 def unfinished(work_dir: Path) -> bool:
     """Whether something may have been published that a later attempt must know as ours."""
     return bool(_read(work_dir).items)
+
+
+def in_use(work_dir: Path) -> bool:
+    """Whether a process works with a work directory now."""
+    try:
+        with (work_dir / reserve.FILE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def abandon(work_dir: Path) -> None:

@@ -1,0 +1,289 @@
+"""`hyper2kvmctl retry`, `cancel`, `hold`, `release`, `drain`, `resume`, `logs`, `prune`, all through the directory."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hyper2kvmd import spool, steps
+from hyper2kvmd.ctl import print_json
+from hyper2kvmd.ctl.listing import find
+from hyper2kvmd.job import job_id
+from hyper2kvmd.options import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION
+from hyper2kvmd.runner import Runner
+from hyper2kvmd.settings import Settings
+from hyper2kvmd.spool import State
+
+# A runner looks for wishes twice a second and has its tools ended within ten; NFS may show a file late.
+WAIT_SECONDS = 60.0
+POLL_SECONDS = 0.2
+ORPHAN_SECONDS = 86400.0
+
+
+def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the commands to the parser."""
+    made = []
+    for name, run, text in (
+        ("retry", retry, "start a job anew whose error is mended; the old report is kept under another name"),
+        ("cancel", cancel, "stop a job for good, and remove what it made"),
+        ("hold", hold, "stop a job, or do not start it, until it is released"),
+        ("release", release, "let a job on hold go on"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("exports", nargs="+", metavar="EXPORT", help="directory, its name, or the VM's name")
+        command.set_defaults(run=_for_each(name, run))
+        made.append(command)
+    drain_ = commands.add_parser("drain", help="have no job started any more, and wait for those that run")
+    drain_.add_argument("--no-wait", action="store_true", help="do not wait for the jobs that run")
+    drain_.set_defaults(run=drain)
+    resume_ = commands.add_parser("resume", help="have jobs started again after a drain")
+    resume_.set_defaults(run=resume)
+    logs_ = commands.add_parser("logs", help="print what the attempts at one export logged")
+    logs_.add_argument("export", help="directory, its name, or the VM's name")
+    logs_.add_argument("-f", "--follow", action="store_true", help="go on printing as the job goes on")
+    logs_.set_defaults(run=logs)
+    prune_ = commands.add_parser("prune", help="remove what nobody needs any more, as the settings' retention says")
+    prune_.add_argument("--dry-run", action="store_true", help="only print what would be removed")
+    prune_.set_defaults(run=prune)
+    return [*made, drain_, resume_, logs_, prune_]
+
+
+def _for_each(name: str, run: Callable[[Path, Settings], str]) -> Callable[[argparse.Namespace, Settings], int]:
+    """A command for several exports: it does what it can, and its exit status is that of the first failure."""
+
+    def command(options: argparse.Namespace, config: Settings) -> int:
+        status = EXIT_DONE
+        results = []
+        for wanted in options.exports:
+            export = find(wanted, config)
+            if export is None:
+                code, text = EXIT_NOT_FOUND, f"no export of this name in {config.exports_dir}; see `hyper2kvmctl list`"
+            else:
+                code, text = _attempt(run, export, config)
+            status = status or code
+            results.append(
+                {"export": str(export or wanted), "command": name, "done": code == EXIT_DONE, "result": text}
+            )
+            if not options.json:
+                print(f"{wanted}: {text}", file=sys.stderr if code else sys.stdout)
+        if options.json:
+            print_json(results)
+        return status
+
+    return command
+
+
+def _attempt(run: Callable[[Path, Settings], str], export: Path, config: Settings) -> tuple[int, str]:
+    try:
+        return EXIT_DONE, run(export, config)
+    except spool.Busy:
+        return EXIT_BUSY, "a runner works on it; `hyper2kvmctl hold` or `cancel` stops it"
+    except _Refused as refused:
+        return EXIT_FAILED, str(refused)
+    except OSError as error:
+        return EXIT_PERMISSION, f"{error.strerror}; run as root or as a member of its group"
+
+
+class _Refused(Exception):
+    """What is asked for makes no sense in the state that the export is in."""
+
+
+def retry(export: Path, config: Settings) -> str:
+    """Start anew. The job goes on with the steps that are done, if these still fit."""
+    claim = spool.claim(export)
+    try:
+        before = _state(export, config, held=False)
+        claim.forget()
+    finally:
+        claim.close()
+    if spool.wish_of(export) == "hold":
+        return f"was {before}, will be tried again once it is released"
+    return f"was {before}, will be tried again"
+
+
+def cancel(export: Path, config: Settings) -> str:
+    """Stop a job for good."""
+    state = _state(export, config)
+    if state in (State.SUCCEEDED, State.FAILED, State.REJECTED, State.CANCELLED):
+        raise _Refused(f"is {state} already")
+    spool.ask(export, spool.CANCEL)
+    # Whoever runs it now, here or elsewhere, is given the time to stop; then one of ours says so in a report.
+    _wait_until(lambda: _state(export, config) != State.RUNNING)
+    if _state(export, config) not in spool.FINAL or spool.wish_of(export) == "cancel":
+        runner = Runner(export, config)
+        try:
+            _wait_until(lambda: runner.poll() is not None)
+        finally:
+            runner.close()
+    state = _state(export, config)
+    if state != State.CANCELLED:
+        raise _Refused(f"is {state}: it ended before it could be cancelled")
+    return "cancelled"
+
+
+def hold(export: Path, config: Settings) -> str:
+    """Stop a job until it is released."""
+    state = _state(export, config)
+    if state in spool.FINAL - {State.BLOCKED}:
+        raise _Refused(f"is {state} already")
+    spool.ask(export, spool.HOLD)
+    _wait_until(lambda: _state(export, config) != State.RUNNING)
+    return "on hold"
+
+
+def release(export: Path, config: Settings) -> str:
+    """Let a job on hold go on."""
+    if not spool.withdraw(export, spool.HOLD):
+        raise _Refused("is not on hold")
+    return f"released, is {_state(export, config)} now"
+
+
+def drain(options: argparse.Namespace, config: Settings) -> int:
+    """Have no daemon on this directory start another job."""
+    try:
+        spool.ask(config.exports_dir, spool.DRAIN)
+    except OSError as error:
+        print(f"hyper2kvmctl: {config.exports_dir}: {error.strerror}", file=sys.stderr)
+        return EXIT_PERMISSION
+    if not options.no_wait:
+        while running := _running(config):
+            print(f"waiting for {', '.join(export.name for export in running)}", file=sys.stderr)
+            _wait_until(lambda: not _running(config), seconds=10.0)
+    left = [str(export) for export in _running(config)]
+    if options.json:
+        print_json({"draining": True, "running": left})
+    else:
+        print("drained; `hyper2kvmctl resume` has jobs started again" if not left else "no job is started any more")
+    return EXIT_DONE
+
+
+def resume(options: argparse.Namespace, config: Settings) -> int:
+    """Have jobs started again."""
+    was = spool.withdraw(config.exports_dir, spool.DRAIN)
+    if options.json:
+        print_json({"draining": False, "was_draining": was})
+    else:
+        print("jobs are started again" if was else "nobody had asked for a drain")
+    return EXIT_DONE
+
+
+def logs(options: argparse.Namespace, config: Settings) -> int:
+    """Print the log beside the export."""
+    export = find(options.export, config)
+    if export is None:
+        print(f"hyper2kvmctl: {options.export}: no export of this name in {config.exports_dir}", file=sys.stderr)
+        return EXIT_NOT_FOUND
+    try:
+        fd = os.open(export / spool.LOG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        print(f"hyper2kvmctl: {export}: nothing was logged yet", file=sys.stderr)
+        return EXIT_NOT_FOUND
+    except OSError as error:
+        print(f"hyper2kvmctl: {export / spool.LOG}: {error.strerror}", file=sys.stderr)
+        return EXIT_PERMISSION
+    with open(fd, encoding="utf-8", errors="replace") as file:
+        while True:
+            for line in file:
+                # The file lies where others may write: nothing in it moves the cursor of whoever reads it.
+                text = "".join(char if char.isprintable() or char == "\t" else "�" for char in line.rstrip("\n"))
+                print(json.dumps(text) if options.json else text, flush=options.follow)
+            if not options.follow or _state(export, config) in spool.FINAL:
+                return EXIT_DONE
+            time.sleep(POLL_SECONDS)
+
+
+def prune(options: argparse.Namespace, config: Settings) -> int:
+    """Remove what nobody needs: left-overs of jobs that are over, old logs, reports of earlier runs."""
+    removed = []
+    for path, remove in _prunable(config, time.time()):
+        removed.append(str(path))
+        if not options.dry_run:
+            remove()
+        if not options.json:
+            print(f"{'would remove' if options.dry_run else 'removed'} {path}")
+    if options.json:
+        print_json({"dry_run": options.dry_run, "removed": removed})
+    return EXIT_DONE
+
+
+def _prunable(config: Settings, now: float) -> Iterator[tuple[Path, Callable[[], object]]]:
+    exports = spool.exports(config)[0]
+    needed = set()
+    over: dict[str, Path] = {}
+    for export in exports:
+        look = spool.look(export, config)
+        state, _ = spool.state(look, config, now)
+        job = job_id(export, look.manifest_sha256 or "")
+        work_dir = config.work_dir / job
+        # What is published without a domain is known as ours by its journal alone.
+        if state not in spool.FINAL or steps.unfinished(work_dir):
+            needed.add(job)
+        else:
+            over[job] = export
+        yield from _old_files(export, config, now, finished=state in spool.FINAL)
+    with contextlib.suppress(FileNotFoundError):
+        for work_dir in sorted(config.work_dir.iterdir()):
+            if work_dir.is_dir() and work_dir.name not in needed and not steps.in_use(work_dir):
+                yield work_dir, partial(_abandon, work_dir, over.get(work_dir.name))
+    for directory in (config.output_dir, *config.output.allowed_dirs):
+        for path in sorted(directory.glob(".*.partial")):
+            with contextlib.suppress(FileNotFoundError):
+                known = any(f".{job}." in path.name for job in needed)
+                if not known and now - path.stat().st_mtime > ORPHAN_SECONDS:
+                    yield path, partial(path.unlink, missing_ok=True)
+
+
+def _abandon(work_dir: Path, export: Path | None) -> None:
+    """Remove what a job left; as long as its export is there, under its claim."""
+    if export is None:
+        steps.abandon(work_dir)
+        return
+    with contextlib.suppress(spool.Busy):
+        claim = spool.claim(export)
+        try:
+            steps.abandon(work_dir)
+            claim.interrupted()
+        finally:
+            claim.close()
+
+
+def _old_files(
+    export: Path, config: Settings, now: float, *, finished: bool
+) -> Iterable[tuple[Path, Callable[[], object]]]:
+    """Reports of earlier runs beyond those that are kept, and the log of a job that has been over for long."""
+    reports = sorted(
+        (path for path in export.glob("migration-report.*.json") if re.search(r"\.\d+\.json$", path.name)),
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
+    )
+    found = list(reports[config.retention.old_reports :])
+    log = export / spool.LOG
+    if finished and log.is_file() and now - log.stat().st_mtime > config.retention.log_days * 86400:
+        found.append(log)
+    return [(path, partial(path.unlink, missing_ok=True)) for path in found]
+
+
+def _state(export: Path, config: Settings, *, held: bool | None = None) -> State:
+    look = spool.look(export, config)
+    return spool.state(look if held is None else replace(look, held=held), config, time.time())[0]
+
+
+def _running(config: Settings) -> list[Path]:
+    return [export for export in spool.exports(config)[0] if _state(export, config) == State.RUNNING]
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:
+    """Wait until something is so, but not for ever: whoever asked looks at the state afterwards."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
