@@ -91,8 +91,9 @@ def boot_before(guest: Guest) -> BootResult:
 
 
 def boot_after(guest: Guest, migration: Migration) -> BootResult:
-    """Boot the result on virtio, with a network card that has the old address."""
-    return boot(migration.disks, "qcow2", "virtio", **_machine(guest))
+    """Boot the result on what its report says it is fit for, with a network card that has the old MAC address."""
+    bus: Bus = "compatible" if migration.report["results"]["fix"]["compatible"] else "virtio"
+    return boot(migration.disks, "qcow2", bus, **_machine(guest))
 
 
 def _machine(guest: Guest) -> dict[str, Any]:

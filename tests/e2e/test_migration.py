@@ -95,10 +95,11 @@ def test_the_migration_succeeds_and_leaves_nothing_behind(bios: Migrated) -> Non
     assert [] == list((bios.images.parent / "work").iterdir())
 
 
-def test_the_result_boots_on_virtio_with_its_root_mounted_by_uuid(bios: Migrated) -> None:
-    result = boot([bios.images / "web01-disk-0.qcow2"], "qcow2", "virtio", timeout=300)
+def test_the_result_boots_on_virtio_with_its_root_by_uuid_and_its_old_address(bios: Migrated) -> None:
+    result = boot([bios.images / "web01-disk-0.qcow2"], "qcow2", "virtio", macs=[MAC], timeout=300)
     assert "matched" == result.outcome, result.serial_log[-3000:]
     said = result.report
+    assert "ens192:UP:10.0.2.15/24" == said["net"], "the card lost its name or its address"
     assert said["fstab-root"].startswith("UUID=")
     assert ("/dev/vda2", "/dev/vda3", "none") == (said["root"], said["swap"], said["failed"])
     assert CANARY == said["canary"], "the data did not survive"

@@ -189,6 +189,7 @@ LAYOUTS: dict[str, Callable[[Any, Guest], None]] = {
     "debian12-three-disks": _three_disks,
     "debian12-networkmanager": _installer_mbr,
     "debian12-two-kernels": _installer_mbr,
+    "debian12-no-virtio": _installer_mbr,
 }
 # What is done to a guest that is complete
 FINISH: dict[str, Callable[[Any], None]] = {"debian11-btrfs": _btrfs_snapshots}

@@ -21,7 +21,8 @@ from typing import IO, Literal, get_args
 
 from tests.guests import nvram
 
-Bus = Literal["virtio", "virtio-scsi", "pvscsi", "sata"]
+# The last is what a guest without virtio gets: SATA disks and an e1000e card.
+Bus = Literal["virtio", "virtio-scsi", "pvscsi", "sata", "compatible"]
 Firmware = Literal["bios", "uefi"]
 Outcome = Literal["matched", "failed", "timeout", "exited"]
 
@@ -50,18 +51,21 @@ _CONTROLLER: dict[Bus, tuple[str, ...]] = {
     "virtio-scsi": ("-device", "virtio-scsi-pci,id=scsi0"),
     "pvscsi": ("-device", "pvscsi,id=scsi0"),
     "sata": (),  # q35 has one
+    "compatible": (),
 }
 _DISK: dict[Bus, str] = {
     "virtio": "virtio-blk-pci,drive=disk{n}",
     "virtio-scsi": "scsi-hd,drive=disk{n},bus=scsi0.0",
     "pvscsi": "scsi-hd,drive=disk{n},bus=scsi0.0,scsi-id={n}",
     "sata": "ide-hd,drive=disk{n},bus=ide.{n}",
+    "compatible": "ide-hd,drive=disk{n},bus=ide.{n}",
 }
 _NIC: dict[Bus, str] = {
     "virtio": "virtio-net-pci",
     "virtio-scsi": "virtio-net-pci",
     "pvscsi": "vmxnet3",
     "sata": "vmxnet3",
+    "compatible": "e1000e",
 }
 # A guest on VMware calls its cards ens192, ens224 and so on, after the slots of the hypervisor's PCIe ports. The same
 # slots give the same names here, provided that the ports, not ACPI, announce them.

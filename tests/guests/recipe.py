@@ -177,5 +177,22 @@ GUESTS = {
             "initramfs-tools",
             "ifupdown",
         ),
+        Guest(
+            "debian12-no-virtio",
+            Rootfs(
+                "debian12-no-virtio",
+                "bookworm",
+                (*COMMON, *INITRAMFS_TOOLS, "grub-pc-bin", "ifupdown"),
+                ("common", "initramfs-tools", "ifupdown", "debian12-two-kernels"),
+                (
+                    "find /lib/modules -name 'virtio*.ko' -delete; depmod $(ls /lib/modules)",
+                    *BUILD_INITRAMFS,
+                ),
+            ),
+            "bios",
+            "ext4, MBR; no kernel has virtio, so it gets SATA",
+            "initramfs-tools",
+            "ifupdown",
+        ),
     )
 }

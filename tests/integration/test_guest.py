@@ -16,7 +16,6 @@ from hyper2kvmd.guest.fix import FixOptions, FixResult, fix
 from hyper2kvmd.guest.inspect import Inspection, inspect
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.run import Tools
-from tests.guests.boot import boot
 from tests.guests.build import build
 
 MEMORY_MB = 1280
@@ -133,7 +132,7 @@ def mend(disk: Path, accelerator: str) -> tuple[Inspection, FixResult]:
         return inspection, fix(session, inspection, FixOptions())
 
 
-def test_guest_of_another_family_is_refused_with_the_remedy(tmp_path: Path, accelerator: str) -> None:
+def test_guest_whose_boot_menu_names_no_kernel_is_refused_with_the_remedy(tmp_path: Path, accelerator: str) -> None:
     tree = tmp_path / "tree"
     files = {
         "etc/fstab": "/dev/sda1 / xfs defaults 0 0\n",
@@ -178,15 +177,8 @@ def bios_guest(tmp_path: Path) -> Iterator[Path]:
     path.unlink()
 
 
-@pytest.fixture
-def uefi_guest(tmp_path: Path) -> Iterator[Path]:
-    path = overlay(build("debian12-uefi"), tmp_path)
-    yield path
-    path.unlink()
-
-
 @pytest.mark.timeout(1500)
-def test_vmware_guest_is_mended_once_and_then_boots_on_virtio(bios_guest: Path, accelerator: str) -> None:
+def test_vmware_guest_is_mended_once_and_then_left_alone(bios_guest: Path, accelerator: str) -> None:
     found, result = mend(bios_guest, accelerator)
     assert (found.os_type, found.distro, found.firmware, found.boot_disk) == ("linux", "debian", "bios", 0)
     assert (found.bootloader, found.initramfs) == ("grub2", "initramfs-tools")
@@ -197,16 +189,3 @@ def test_vmware_guest_is_mended_once_and_then_boots_on_virtio(bios_guest: Path, 
     _, again = mend(bios_guest, accelerator)
     assert again.changes == ()
     assert again.proofs == result.proofs
-
-    booted = boot(bios_guest, "qcow2", "virtio")
-    assert booted.ok, booted.tail()
-
-
-@pytest.mark.timeout(1500)
-def test_uefi_guest_gets_a_boot_loader_that_any_firmware_finds(uefi_guest: Path, accelerator: str) -> None:
-    found, result = mend(uefi_guest, accelerator)
-    assert (found.firmware, found.esp, found.mounts["/boot/efi"]) == ("uefi", "/dev/sda1", "/dev/sda1")
-    assert "/boot/efi/EFI/BOOT/BOOTX64.EFI" in [change.path for change in result.changes]
-
-    booted = boot(uefi_guest, "qcow2", "virtio", firmware="uefi")
-    assert booted.ok, booted.tail()
