@@ -285,7 +285,9 @@ class Daemon:
             if finished is None:
                 self.metrics.finished("crashed", None)
                 how = runner.poll() or 0
-                reason = f"was killed by signal {-how}" if how < 0 else f"ended with status {how} and said nothing"
+                reason = f"ended with status {how} and said nothing"
+                if how < 0:
+                    reason = f"was killed by signal {-how} ({signal.strsignal(-how)})"
                 self._set_back(export, f"the runner {reason}", "See the journal of that time, and `journalctl -k`.")
             elif finished["status"] in ("unclaimed", "unreported"):
                 self.metrics.finished(finished["status"], finished["code"])
