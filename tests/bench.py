@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd import accel, journal
+from hyper2kvmd import accel, journal, spool
 from hyper2kvmd.daemon import Daemon
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.metrics import Metrics
@@ -26,7 +26,8 @@ from tests.integration.test_daemon import daemon
 
 def main() -> int:
     """Run the benchmarks that are named, or all of them, and print one line for each figure."""
-    benchmarks = {"migration": migration, "fix": fix, "burst": burst, "scan": scan, "idle": idle}
+    functions = (migration, fix, latency, overhead, burst, scan, idle)
+    benchmarks = {function.__name__: function for function in functions}
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *benchmarks], help="which (default: all)")
     journal.configure("warning")
@@ -113,6 +114,54 @@ def fix(scratch: Path) -> None:
     ours = stages["inspect"] + stages["fix"]
     print(f"INSPECT {stages['inspect']:.1f} s, FIX {stages['fix']:.1f} s, bare launch and rebuild {needed:.1f} s")
     figure("INSPECT and FIX / bare launch and rebuild", ours / needed, "", "≤ 1.2")
+
+
+def latency(scratch: Path) -> None:
+    """From the drop of an export to its claim, one at a time, by a daemon that was told at once."""
+    settings = settings_in(scratch)
+    seconds = []
+    with daemon(settings):
+        time.sleep(3)
+        for number in range(100):
+            ready = scratch / f"vm{number:03}"
+            ready.mkdir()
+            disk = ready / "disk.raw"
+            disk.write_bytes(os.urandom(1 << 20))
+            write_manifest(ready, [disk_entry(disk)])
+            export = scratch / "exports" / ready.name
+            started = time.monotonic()
+            ready.rename(export)
+            while not (export / spool.LOCK).exists():
+                time.sleep(0.001)
+            seconds.append(time.monotonic() - started)
+            while not (export / spool.REPORT).exists():
+                time.sleep(0.01)
+    seconds.sort()
+    figure("drop to claim, median of 100", 1000 * seconds[49], "ms", "none set")
+    figure("drop to claim, p99 of 100", 1000 * seconds[98], "ms", "≤ 100")
+
+
+def overhead(scratch: Path) -> None:
+    """What a tiny job costs beside the start of a Python process that imports the same libraries."""
+    settings = settings_in(scratch)
+    imports = "import hyper2kvmd.__main__, hyper2kvmd.runjob"
+    bare, jobs = [], []
+    for number in range(20):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", imports], check=True)
+        bare.append(time.monotonic() - started)
+        export = scratch / "exports" / f"vm{number:02}"
+        export.mkdir()
+        disk = export / "disk.raw"
+        disk.write_bytes(os.urandom(1 << 20))
+        write_manifest(export, [disk_entry(disk)])
+        started = time.monotonic()
+        assert run_job(export, settings).returncode == 0
+        jobs.append(time.monotonic() - started)
+    bare.sort()
+    jobs.sort()
+    print(f"a tiny job {jobs[10]:.2f} s, Python with the libraries alone {bare[10]:.2f} s (medians of 20)")
+    figure("a tiny job / the start of Python with its libraries", jobs[10] / bare[10], "", "≤ 2")
 
 
 def burst(scratch: Path) -> None:

@@ -187,5 +187,5 @@ def _unreadable(image: Path, at: int, why: str) -> MigrationError:
     return MigrationError(
         Code.FIX_UNPROVED,
         f"the initramfs {image.name} cannot be read at byte {at}: {why}",
-        "Run `update-initramfs -u -k all` in the guest on VMware, see that it succeeds, and export it again.",
+        "Build it anew in the guest on VMware (update-initramfs, dracut or mkinitrd), and export it again.",
     )
