@@ -29,6 +29,7 @@ log = structlog.get_logger()
 
 DEBOUNCE_SECONDS = 1.0
 BUSY_SECONDS = 1.0  # how often STATUS is refreshed while jobs run
+SCANNING_SECONDS = 0.2  # how often it is asked whether a look that takes long has ended
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,11 @@ class Daemon:
                 self._tell()
                 self._notifier.alive()
                 timeout = next_scan - time.monotonic()
-                for limit in (watchdog, BUSY_SECONDS if self.runners or self._scanner.busy else None):
+                for limit in (
+                    watchdog,
+                    BUSY_SECONDS if self.runners else None,
+                    SCANNING_SECONDS if self._scanner.busy else None,
+                ):
                     timeout = timeout if limit is None else min(timeout, limit)
                 for key, _ in selector.select(max(timeout, 0)):
                     if key.fd == self._wake_read:
@@ -200,11 +205,11 @@ class Daemon:
             look = replace(look, settled_since=self._settled_since(export, look, now))
             state, finding = spool.state(look, self.settings, now)
             setback = self._setbacks.get(export)
-            if setback is not None and state == State.QUEUED:
-                # One that is further away than its delay is long: the clock was put back meanwhile.
-                if 0 < setback.until - now <= self.settings.retry.delay(setback.count):
-                    state, finding = State.RETRYING, setback.finding
-                    look = replace(look, next_attempt_at=setback.until)
+            # One that is further away than its delay is long does not count: the clock was put back meanwhile.
+            left = 0 if setback is None else setback.until - now
+            if setback is not None and state == State.QUEUED and 0 < left <= self.settings.retry.delay(setback.count):
+                state, finding = State.RETRYING, setback.finding
+                look = replace(look, next_attempt_at=setback.until)
             before = self.table.get(export)
             if before is None or before.state != state:
                 details = {} if finding is None else {"code": finding.code, "reason": finding.message}

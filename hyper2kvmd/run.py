@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import selectors
 import shlex
@@ -23,6 +24,7 @@ TAIL_LINES = 25
 KILL_AFTER_SECONDS = 5.0
 _KEPT_ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "JOURNAL_STREAM")
 _LIBGUESTFS_PREFIX = "LIBGUESTFS_"
+_STORAGE = tuple(map(os.strerror, (errno.EIO, errno.EROFS, errno.ESTALE)))  # the tools speak LC_ALL=C
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,14 @@ def _failure(command: list[str], done: Done) -> MigrationError:
             Code.NO_SPACE,
             f"{command[0]} ran out of space: {tail(done.stderr).splitlines()[-1]}",
             "Free some space on that file system, or set output_dir or work_dir to a larger one.",
+            tail=tail(done.stderr),
+        )
+    # What a tool could not read is the source's fault, not the storage's: see images.convert().
+    if any(reason in done.stderr for reason in _STORAGE) and "while reading" not in done.stderr:
+        return MigrationError(
+            Code.IO_ERROR,
+            f"{shlex.join(command)}: {tail(done.stderr).splitlines()[-1]}",
+            "Check the storage: `journalctl -k`, and the mount's state and options; the job is tried again by itself.",
             tail=tail(done.stderr),
         )
     if done.returncode in (-signal.SIGKILL, -signal.SIGTERM):

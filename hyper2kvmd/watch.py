@@ -79,14 +79,14 @@ class Watch:
 
     def _start(self, root: Path) -> str:
         """Start watching, or say why that is not possible."""
-        observer = Observer()
         # Without the filter, every block that the exporter writes is an event.
         interesting: list[type[FileSystemEvent]] = [FileClosedEvent, FileMovedEvent, DirCreatedEvent, DirMovedEvent]
         try:
+            observer = Observer()
             # The type: watchdog calls dispatch() and nothing else.
             observer.schedule(self, str(root), recursive=True, event_filter=interesting)  # type: ignore[arg-type]
             observer.start()
-        except OSError as error:  # most often the limit of watches
+        except OSError as error:  # most often a limit: of watches, or of those who watch
             if self._problem != str(error):  # once, not at every scan
                 log.warning("cannot watch, the scan finds everything later", directory=str(root), reason=str(error))
             return str(error)

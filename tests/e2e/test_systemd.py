@@ -49,6 +49,14 @@ shift
 setsid sleep 300 </dev/null >/dev/null 2>&1 &
 exec /usr/bin/qemu-img convert -r 1M "$@"
 """
+# Notes what it was called for (in empty files: some calls may write none), and waits as long as a file says so.
+HELD_QEMU_IMG = """#!/bin/sh
+mkdir -p /var/lib/hyper2kvmd/calls
+case "$*" in "check "*" -f "*) what=check-target ;; *) what=$1 ;; esac
+mktemp "/var/lib/hyper2kvmd/calls/$what.XXXXXX" >/dev/null
+while [ "$what" = "$(cat /run/hold 2>/dev/null)" ]; do sleep 0.2; done
+exec /usr/bin/qemu-img "$@"
+"""
 LOOKS_INSIDE = {"inspect": {"enabled": True}, "fix": {"enabled": True}, "convert": {"enabled": True}}
 QEMU_IMG = "/usr/local/bin/qemu-img"  # comes before /usr/bin on the service's PATH
 
@@ -119,7 +127,7 @@ def service(machine: Container) -> Iterator[Container]:
     yield machine
     # Shown by pytest if the test failed.
     print(machine.run("journalctl", "-b", "--no-pager", "-o", "short-monotonic", "-u", "hyper2kvmd", "-n", "50"))
-    (machine.root / QEMU_IMG.lstrip("/")).unlink(missing_ok=True)
+    machine.run("rm", "-rf", QEMU_IMG, "/run/hold", "/var/lib/hyper2kvmd/calls")
     machine.run("systemctl", "kill", "--kill-whom=main", "--signal=CONT", "hyper2kvmd", accept=(0, 1))
     machine.run("systemctl", "stop", "hyper2kvmd")
     machine.run("systemctl", "reset-failed", "hyper2kvmd", accept=(0, 1))
@@ -230,6 +238,23 @@ def start_slow_job(service: Container, drop: Drop, name: str) -> str:
     return name
 
 
+def wait_for_stage(service: Container, name: str, stage: str) -> None:
+    """Return when a job is in a stage, as the service's status tells it."""
+    wait_until(lambda: f"1 running ({name} {stage}" in show(service, "StatusText"), f"{name} is in {stage}")
+
+
+def hold(service: Container, command: str) -> None:
+    """Have qemu-img wait before it does something, until /run/hold is removed."""
+    service.write(QEMU_IMG, HELD_QEMU_IMG, 0o755)
+    service.write("/run/hold", command)
+
+
+def calls(service: Container, command: str) -> int:
+    """How often qemu-img was called for something since it is held."""
+    names = service.run("ls", "/var/lib/hyper2kvmd/calls", accept=(0, 2)).splitlines()
+    return sum(name.startswith(f"{command}.") for name in names)
+
+
 def appliance(machine: Container) -> int | None:
     """The QEMU that libguestfs has started with the overlay of a job."""
     found = (pid for pid, command in processes(machine).items() if "qemu-system" in command and "overlay-" in command)
@@ -265,6 +290,23 @@ def test_start_returns_when_the_directory_is_watched(service: Container) -> None
     (watching,) = journal(service, f"_PID={main_pid(service)}", "PRIORITY=6")
     assert watching["MESSAGE"].startswith("watching: ")
     assert int(watching["__MONOTONIC_TIMESTAMP"]) <= int(show(service, "ActiveEnterTimestampMonotonic"))
+
+
+def test_a_drop_right_after_the_start_is_seen_by_its_events(service: Container, drop: Drop) -> None:
+    configure(service, scan_interval_seconds=3600)
+    service.run("systemctl", "restart", "hyper2kvmd")
+    assert "succeeded" == report(service, drop("web01"), 20)["status"]
+
+
+def test_the_status_names_the_jobs_that_run(service: Container, drop: Drop) -> None:
+    name = start_slow_job(service, drop, "slow")
+    drop("bad", manifest_version="7.0")
+
+    def told() -> bool:
+        status = show(service, "StatusText")
+        return bool(re.fullmatch(rf"1 running \({name} convert [1-9]\d? %\), 1 rejected", status))
+
+    wait_until(told, "the status has both")
 
 
 def test_the_status_is_one_line_that_counts(service: Container, drop: Drop) -> None:
@@ -420,6 +462,123 @@ def test_a_killed_daemon_is_started_again_and_the_job_is_done_once(service: Cont
     assert ["1", "2"] == [entry["H2K_ATTEMPT"] for entry in claimed]
 
 
+def test_a_killed_runner_is_noticed_and_the_job_is_done_once(service: Container, drop: Drop) -> None:
+    hold(service, "convert")
+    name = drop("web01")
+    wait_until(lambda: 1 == calls(service, "convert"), "the conversion has begun")
+    pid = main_pid(service)
+    (runner,) = (number for number, command in processes(service).items() if "run-job" in command)
+    service.run("kill", "-KILL", str(runner))
+    service.run("rm", "/run/hold")
+    document = report(service, name)
+    assert ("succeeded", 2) == (document["status"], document["attempts"])
+    assert (pid, "0") == (main_pid(service), show(service, "NRestarts"))
+    assert [f"{name}-disk-0.qcow2"] == images(service)
+    assert is_same(service, name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "held", "conversions"),
+    [("plan", "check", 1), ("convert", "convert", 2), ("validate", "check-target", 1)],
+    ids=["plan", "convert", "validate"],
+)
+def test_a_restart_in_a_stage_goes_on_with_it(
+    service: Container, drop: Drop, stage: str, held: str, conversions: int
+) -> None:
+    hold(service, held)
+    name = drop("web01")
+    wait_for_stage(service, name, stage)
+    wait_until(lambda: 1 == calls(service, held), "the tool has begun")
+    service.run("rm", "/run/hold")
+    check_restart(service, name)
+    assert conversions == calls(service, "convert"), "what is done is not done again"
+
+
+def test_a_restart_while_checksums_are_computed_computes_them_again(service: Container, drop: Drop) -> None:
+    size = 2 << 30
+    name = drop("web01")
+    disk = service.root / of_export(name, f"{name}-disk-0.raw").lstrip("/")
+    report(service, name)
+    service.run("systemctl", "stop", "hyper2kvmd")
+    service.run("sh", "-c", f"rm -r {EXPORTS}/{name}/migration-report.json {IMAGES}/*")
+    os.truncate(disk, size)
+    manifest = disk.with_name("manifest.json")
+    content = json.loads(manifest.read_text())
+    digest = service.run("sha256sum", of_export(name, disk.name)).split()[0]
+    content["disks"][0].update(bytes=size, checksum=f"sha256:{digest}")
+    manifest.write_text(json.dumps(content))
+    service.run("systemctl", "start", "hyper2kvmd")
+    wait_for_stage(service, name, "verify")
+    service.run("systemctl", "restart", "hyper2kvmd")
+    document = report(service, name, 60)
+    assert ("succeeded", 3) == (document["status"], document["attempts"])
+    assert digest == document["disks"][0]["source_sha256"]
+    assert [f"{name}-disk-0.qcow2"] == images(service)
+
+
+def test_a_death_while_libvirt_does_not_answer_defines_the_domain_once(service: Container, drop: Drop) -> None:
+    configure(service, libvirt={"import": True, "uri": "qemu:///system"})
+    # Who may connect is not what is tested, and polkit does not run here.
+    service.write("/etc/libvirt/libvirtd.conf", 'auth_unix_rw = "none"\n')
+    service.run("systemctl", "start", "libvirtd")
+    service.run("systemctl", "restart", "hyper2kvmd")
+    libvirt = service.run("systemctl", "show", "--value", "--property=MainPID", "libvirtd").strip()
+    try:
+        hold(service, "check-target")
+        name = drop("web01")
+        wait_for_stage(service, name, "validate")
+        service.run("kill", "-STOP", libvirt)
+        service.run("rm", "/run/hold")
+        wait_for_stage(service, name, "import")
+        service.run("systemctl", "kill", "--signal=KILL", "hyper2kvmd")
+        service.run("kill", "-CONT", libvirt)
+        service.run("systemctl", "restart", "hyper2kvmd")
+        document = report(service, name, 60)
+        assert ("succeeded", 2) == (document["status"], document["attempts"]), document["error"]
+        assert 1 == calls(service, "convert")
+        assert [f"{name}-disk-0.qcow2"] == images(service)
+        assert "web01" == service.run("virsh", "-c", "qemu:///system", "list", "--all", "--name").strip()
+        service.run("virsh", "-c", "qemu:///system", "undefine", "web01")
+    finally:
+        service.run("kill", "-CONT", libvirt)
+        service.run("systemctl", "stop", "libvirtd")
+
+
+def check_restart(service: Container, name: str) -> None:
+    """Restart the service, and see that the job that ran is interrupted and then done once."""
+    before = set(processes(service))
+    service.run("systemctl", "restart", "hyper2kvmd")
+    assert set() == before & set(processes(service))
+    document = report(service, name)
+    assert ("succeeded", 2) == (document["status"], document["attempts"])
+    assert (2, "reported", 0) == last_attempt(service, name)
+    assert [f"{name}-disk-0.qcow2"] == images(service)
+    assert is_same(service, name)
+
+
+def test_a_drain_finishes_what_runs_and_starts_nothing(service: Container, drop: Drop) -> None:
+    hold(service, "check-target")
+    first = drop("first")
+    wait_for_stage(service, first, "validate")
+    service.write(f"{EXPORTS}/.hyper2kvmd.drain", "")
+    second = drop("second")
+    wait_until(lambda: "1 queued" in show(service, "StatusText"), "the second waits")
+    service.run("rm", "/run/hold")
+    document = report(service, first)
+    assert ("succeeded", 1) == (document["status"], document["attempts"])
+    wait_until(lambda: show(service, "StatusText").startswith("0 running, 1 queued"), "nothing runs any more")
+    time.sleep(3)
+    assert None is content(service, of_export(second, ".hyper2kvmd.lock"))
+    assert "draining" in show(service, "StatusText")
+    # A new start drains as well: who asked for it has not said otherwise.
+    service.run("systemctl", "restart", "hyper2kvmd")
+    time.sleep(2)
+    assert None is content(service, of_export(second, ".hyper2kvmd.lock"))
+    service.run("rm", f"{EXPORTS}/.hyper2kvmd.drain")
+    document = report(service, second)
+    assert ("succeeded", 1) == (document["status"], document["attempts"])
+
+
 def test_a_daemon_that_hangs_is_killed_and_started_again(service: Container) -> None:
     service.write(DROP_IN, "[Service]\nWatchdogSec=3\n")
     configure(service, scan_interval_seconds=3600, watch={"mode": "off"})
@@ -434,13 +593,52 @@ def test_a_daemon_that_hangs_is_killed_and_started_again(service: Container) -> 
     assert main_pid(service) not in (0, pid)
 
 
+def test_a_daemon_whose_file_server_is_gone_is_not_killed_for_it(service: Container, drop: Drop) -> None:
+    """Nobody is helped by a restart; the status says what is wrong, and the work goes on when it is back."""
+    service.run("systemctl", "stop", "hyper2kvmd")
+    service.write(DROP_IN, "[Service]\nWatchdogSec=3\n")
+    service.run("systemctl", "daemon-reload")
+    service.run("sh", "-c", "test -c /dev/fuse || mknod -m 0666 /dev/fuse c 10 229")
+    service.run("bindfs", "-o", "allow_other,attr_timeout=0,entry_timeout=0", EXPORTS, EXPORTS)
+    server = service.run("pgrep", "-x", "bindfs").strip()
+    try:
+        service.run("systemctl", "start", "hyper2kvmd")
+        pid = main_pid(service)
+        assert "succeeded" == report(service, drop("before"))["status"]
+        service.run("kill", "-STOP", server)
+        wait_until(lambda: f"no answer from {EXPORTS}" in show(service, "StatusText"), "the status tells", 20)
+        time.sleep(5)
+        service.run("kill", "-CONT", server)
+        assert "succeeded" == report(service, drop("after"))["status"]
+        assert (pid, "0") == (main_pid(service), show(service, "NRestarts"))
+    finally:
+        service.run("kill", "-CONT", server)
+        service.run("systemctl", "stop", "hyper2kvmd")
+        service.run("umount", EXPORTS)
+
+
+def test_a_systemd_that_executes_itself_anew_goes_on_hearing_from_the_daemon(service: Container) -> None:
+    """An update of systemd does that."""
+    service.write(DROP_IN, "[Service]\nWatchdogSec=3\n")
+    service.run("systemctl", "daemon-reload")
+    service.run("systemctl", "restart", "hyper2kvmd")
+    pid = main_pid(service)
+    service.run("systemctl", "daemon-reexec")
+    time.sleep(4.5)
+    assert (pid, "0", "active") == (
+        main_pid(service),
+        show(service, "NRestarts"),
+        show(service, "ActiveState"),
+    )
+
+
 # Configuration --------------------------------------------------------------------------------------------
 
 
 def test_a_reload_with_a_bad_file_changes_nothing_and_says_why(service: Container, drop: Drop) -> None:
     pid = main_pid(service)
     service.write(CONFIG, "worker: 2\nretry: {delay_seconds: soon}\n")
-    service.run("systemctl", "reload", "hyper2kvmd")
+    service.run("systemctl", "reload", "hyper2kvmd", accept=(1,))
     wait_until(lambda: bool(journal(service, f"_PID={pid}", "PRIORITY=3")), "the journal says why")
     (entry,) = journal(service, f"_PID={pid}", "PRIORITY=3")
     assert "the new configuration is bad, the old one stays in force" in entry["MESSAGE"]
