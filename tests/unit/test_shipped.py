@@ -12,6 +12,7 @@ import pytest
 from hyper2kvmd import report
 from hyper2kvmd.errors import MEANING, Code
 from hyper2kvmd.metrics import Metrics
+from tests.guests.recipe import GUESTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,3 +91,11 @@ def test_only_what_breaks_libguestfs_is_left_out_of_the_sandbox() -> None:
     assert "MemoryDenyWriteExecute" not in settings
     assert "ProtectKernelModules" not in settings
     assert "KillMode=mixed" in settings
+
+
+def test_readme_shows_every_guest_of_the_matrix_as_it_is() -> None:
+    readme = (ROOT / "README.md").read_text()
+    # Two more are the first one with other firmware.
+    for guest in [guest for guest in GUESTS.values() if not guest.name.startswith("debian12-uefi")]:
+        cells = (guest.name, guest.firmware.upper(), guest.storage, guest.initramfs, guest.network)
+        assert f"| {' | '.join(cells)} |" in readme
