@@ -67,6 +67,10 @@ matrix: deps venv ## migrate every test guest and boot it (an hour without KVM);
 demo: deps venv ## watch one guest being migrated
 	@$(PYTHON) -m tests.demo
 
+.PHONY: soak
+soak: deps venv ## break migrations in every way for ten minutes; SOAK="--seconds 7200" for longer
+	@$(PYTHON) -m tests.faults $(SOAK)
+
 .PHONY: bench
 bench: bench-deps venv ## measure a migration beside virt-v2v
 	@$(PYTHON) -m tests.bench

@@ -77,9 +77,9 @@ def virt_type(connection: Any, accel: str) -> str:
 def define(connection: Any, xml: str, name: str, uuid: str, job: str, *, autostart: bool, start: bool) -> None:
     """Define the domain, or define it again if an earlier attempt of the same job did.
 
-    Raise MigrationError (domain_exists, define_failed).
+    Raise MigrationError (domain_exists, define_failed, libvirt_unavailable).
     """
-    with _translated(Code.DEFINE_FAILED):
+    with _translated(Code.DEFINE_FAILED, connection):
         for domain in connection.listAllDomains():
             if domain.name() == name or domain.UUIDString() == uuid:
                 _refuse_foreign(domain, name, uuid, job)
@@ -107,11 +107,13 @@ def _refuse_foreign(domain: Any, name: str, uuid: str, job: str) -> None:
 
 
 @contextlib.contextmanager
-def _translated(code: Code) -> Iterator[None]:
-    """Turn an error of libvirt into one of ours."""
+def _translated(code: Code, connection: Any = None) -> Iterator[None]:
+    """Turn an error of libvirt into one of ours; with a connection, one that broke is libvirt_unavailable."""
     try:
         yield
     except libvirt.libvirtError as error:
+        if connection is not None and not connection.isAlive():  # restarted: it said nothing about the domain
+            code = Code.LIBVIRT_UNAVAILABLE
         raise MigrationError(
             code, f"libvirt: {error}", "See libvirt's log (`journalctl -u libvirtd`) for what it did not like."
         ) from None

@@ -54,11 +54,16 @@ def also_to(dir_fd: int, name: str) -> None:
 
     An old file is begun anew when it has become too large. Without write access there is no such file.
     """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=dir_fd)
+        fd = os.open(name, flags, 0o640, dir_fd=dir_fd)
     except OSError:
         return
-    if os.fstat(fd).st_size > FILE_LIMIT:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # planted: what is written would end up elsewhere
+        os.close(fd)
+        return
+    if status.st_size > FILE_LIMIT:
         os.ftruncate(fd, 0)
     *others, final = structlog.get_config()["processors"]
     structlog.configure(processors=[*others, _File(fd), final])

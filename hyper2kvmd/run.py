@@ -107,8 +107,9 @@ class Tools:
                         f"{shlex.join(command)} did not end within {timeout:g} s",
                         "Look at the host's load and storage; run the command by hand to see where it hangs.",
                     )
+                ended = process.poll() is not None  # asked first: what it said before it ended is there to be read
                 ready = selector.select(timeout=0.2)
-                if not ready and process.poll() is not None:
+                if not ready and ended:
                     break  # a child of the tool that outlives it holds the pipes; what it says is of no interest
                 for key, _ in ready:
                     data = os.read(key.fd, 65536)

@@ -219,11 +219,12 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
     elif error is None or error.code != Code.CLAIM_LOST:
         try:
             _write_report(job, manifest, document)
-        except OSError as problem:
-            # No report, so the job is not over: the next attempt finds in the work directory what is done.
-            unwritable = _unwritable(claim.directory, problem)
-            job.events.emit("finished", status="unreported", **unwritable.finding().as_json())
-            print(unwritable, file=sys.stderr)
+        except (OSError, MigrationError) as problem:
+            # No report, so the job is not over: the next attempt finds in the work directory what is done. The claim
+            # can be lost here, too; then it is somebody else's job by now.
+            lost = problem if isinstance(problem, MigrationError) else _unwritable(claim.directory, problem)
+            job.events.emit("finished", status="unreported", **lost.finding().as_json())
+            print(lost, file=sys.stderr)
             return EXIT_TEMPORARY
     # What is published without a domain is ours still, and the next attempt goes on with what is done.
     if outcome == Outcome.CANCELLED:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hyper2kvmd import spool
 from hyper2kvmd.settings import Settings
 from tests.conftest import MakeExport, disk_entry, report_of, run_job, write_manifest
 from tests.libvirtd import session
@@ -28,7 +29,7 @@ def digests(directory: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in directory.iterdir()
-        if path.is_file() and not path.is_symlink() and path.name not in (".hyper2kvmd.lock", "migration-report.json")
+        if path.is_file() and not path.is_symlink() and path.name not in (spool.LOCK, spool.LOG, spool.REPORT)
     }
 
 
@@ -368,3 +369,25 @@ def test_a_network_that_does_not_exist_is_found_before_the_copy(scratch: Setting
         }
     )
     refused(make_export(), settings, "network_missing", "vlan20")
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hard link", "fifo", "device"])
+def test_a_planted_log_is_not_written_to_and_the_job_goes_on(
+    scratch: Settings, make_export: MakeExport, tmp_path: Path, kind: str
+) -> None:
+    export = make_export()
+    victim = tmp_path / "victim"
+    victim.write_bytes(CANARY)
+    log = export / spool.LOG
+    match kind:
+        case "symlink":
+            log.symlink_to(victim)
+        case "hard link":
+            log.hardlink_to(victim)
+        case "fifo":
+            os.mkfifo(log)
+        case "device":
+            os.mknod(log, 0o20666, os.makedev(1, 3))
+    done = run_job(export, scratch)
+    assert 0 == done.returncode, done.stderr
+    assert CANARY == victim.read_bytes()
