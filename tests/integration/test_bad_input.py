@@ -266,13 +266,25 @@ def test_too_little_space_is_found_before_the_copy(small_output: Settings, make_
     assert "convert" not in [stage["name"] for stage in document["stages"]]
 
 
-def test_a_cause_that_does_not_pass_is_a_failure_in_the_end(small_output: Settings, make_export: MakeExport) -> None:
-    settings = Settings.model_validate({**small_output.model_dump(by_alias=True), "retry": {"max_attempts": 2}})
-    export = make_export(size=32 << 20)
+def test_a_cause_that_does_not_pass_is_a_failure_in_the_end(scratch: Settings, make_export: MakeExport) -> None:
+    away = {"uri": "qemu+unix:///system?socket=/nowhere", "import": True}
+    settings = Settings.model_validate(
+        {**scratch.model_dump(by_alias=True), "libvirt": away, "retry": {"max_attempts": 2, "delay_seconds": 0}}
+    )
+    export = make_export()
     assert 75 == run_job(export, settings).returncode
     assert 1 == run_job(export, settings).returncode
     document = report_of(export)
-    assert ("failed", "no_space", None) == (document["status"], document["error"]["code"], document["next_attempt_at"])
+    expected = ("failed", "libvirt_unavailable", None)
+    assert expected == (document["status"], document["error"]["code"], document["next_attempt_at"])
+
+
+def test_a_full_file_system_is_waited_for_and_never_a_failure(small_output: Settings, make_export: MakeExport) -> None:
+    settings = Settings.model_validate({**small_output.model_dump(by_alias=True), "retry": {"max_attempts": 1}})
+    export = make_export(size=32 << 20)
+    for _ in range(3):
+        assert 75 == run_job(export, settings).returncode
+    assert ("retrying", "no_space") == (report_of(export)["status"], report_of(export)["error"]["code"])
 
 
 def test_a_runner_of_the_daemon_leaves_an_export_alone_that_is_being_written_again(
