@@ -17,6 +17,7 @@ import pytest
 from hyper2kvmd.settings import Settings
 
 MakeExport = Callable[..., Path]
+Ctl = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -99,6 +100,26 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str]
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     return put
+
+
+@pytest.fixture
+def ctl(scratch: Settings, tmp_path: Path) -> Ctl:
+    """Runs hyper2kvmctl as a process of its own, with the settings of `scratch`."""
+    config = tmp_path / "ctl.json"
+    config.write_text(scratch.model_dump_json(by_alias=True))
+    program = (sys.executable, "-c", "import sys; from hyper2kvmd.ctl import main; sys.exit(main())")
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*program, *arguments, "--config", str(config)],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+        )
+
+    return run
 
 
 def run_job(

@@ -164,37 +164,21 @@ sys.exit(main())
 """
 
 
-def test_a_fixer_that_leaves_out_virtio_makes_the_job_fail_and_publishes_nothing(tmp_path: Path) -> None:
-    for name in ("exports", "images", "work"):
-        (tmp_path / name).mkdir()
-    settings = Settings.model_validate(
-        {
-            "exports_dir": tmp_path / "exports",
-            "output_dir": tmp_path / "images",
-            "work_dir": tmp_path / "work",
-            "libvirt": {"import": False},
-        }
-    )
+def test_a_fixer_that_leaves_out_virtio_makes_the_job_fail_and_publishes_nothing(
+    scratch: Settings, tmp_path: Path
+) -> None:
     directory = export("debian12-bios", tmp_path / "exports", dialect="seed", vm_name="web01")
-    done = run_job(directory, settings, timeout=900, program=("-c", BROKEN))
+    done = run_job(directory, scratch, timeout=900, program=("-c", BROKEN))
     report = report_of(directory)
     assert (1, "failed", "fix_unproved") == (done.returncode, report["status"], report["error"]["code"])
     assert "virtio_blk" in report["error"]["message"] and "the initramfs lacks" in report["error"]["message"]
     assert [] == list((tmp_path / "images").iterdir())
 
 
-def test_a_data_disk_that_the_manifest_lists_first_is_not_taken_for_the_boot_disk(tmp_path: Path) -> None:
+def test_a_data_disk_that_the_manifest_lists_first_is_not_taken_for_the_boot_disk(
+    scratch: Settings, tmp_path: Path
+) -> None:
     """The guest calls its root /dev/sda2, but the first disk of the export is another one."""
-    for name in ("exports", "images", "work"):
-        (tmp_path / name).mkdir()
-    settings = Settings.model_validate(
-        {
-            "exports_dir": tmp_path / "exports",
-            "output_dir": tmp_path / "images",
-            "work_dir": tmp_path / "work",
-            "libvirt": {"import": False},
-        }
-    )
     directory = export("debian12-bios", tmp_path / "exports", dialect="go", vm_name="db01")
     data = directory / "data.raw"
     data.write_bytes(os.urandom(8 << 20))
@@ -202,7 +186,7 @@ def test_a_data_disk_that_the_manifest_lists_first_is_not_taken_for_the_boot_dis
     manifest = json.loads(path.read_text())
     manifest["disks"].insert(0, disk_entry(data, id="data", disk_type="data", boot_order_hint=1))
     path.write_text(json.dumps(manifest))
-    done = run_job(directory, settings, timeout=900)
+    done = run_job(directory, scratch, timeout=900)
     report = report_of(directory)
     assert 0 == done.returncode, json.dumps(report["error"], indent=2)
     assert [("data", False), ("disk-1", True)] == [(disk["id"], disk["boot"]) for disk in report["disks"]]

@@ -14,32 +14,12 @@ import pytest
 
 from hyper2kvmd import spool
 from hyper2kvmd.settings import Settings
-from tests.conftest import MakeExport, report_of, run_job
+from tests.conftest import Ctl, MakeExport, report_of, run_job
 from tests.integration.test_daemon import daemon, wait_until
 from tests.integration.test_kill import check_finished_once, is_alive, start
 
 SLOW = '[ "$1" = convert ] && echo $$ > {pids} && exec sleep 120\nexec /usr/bin/qemu-img "$@"\n'
 GOOD = 'exec /usr/bin/qemu-img "$@"\n'
-Ctl = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def ctl(scratch: Settings, tmp_path: Path) -> Ctl:
-    config = tmp_path / "ctl.json"
-    config.write_text(scratch.model_dump_json(by_alias=True))
-    program = (sys.executable, "-c", "import sys; from hyper2kvmd.ctl import main; sys.exit(main())")
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*program, *arguments, "--config", str(config)],
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            timeout=120,
-        )
-
-    return run
 
 
 def state_of(export: Path, settings: Settings) -> str:

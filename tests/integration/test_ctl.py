@@ -4,35 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from hyper2kvmd.settings import Settings
 from tests.conftest import MakeExport, report_of, run_job
-
-
-@pytest.fixture
-def ctl(scratch: Settings, tmp_path: Path) -> Any:
-    config = tmp_path / "ctl.json"
-    config.write_text(scratch.model_dump_json(by_alias=True))
-
-    program = (sys.executable, "-c", "import sys; from hyper2kvmd.ctl import main; sys.exit(main())")
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*program, *arguments, "--config", str(config)],
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            timeout=120,
-        )
-
-    return run
 
 
 def test_migrate_works_without_the_daemon_and_prints_the_report(ctl: Any, make_export: MakeExport) -> None:
