@@ -71,9 +71,8 @@ def _check_space(need: Need, reserved: int) -> None:
 
 
 def _check_memory(memory_mb: int, reserved: int) -> None:
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    available = int(found[1]) // 1024 if found else memory_mb + reserved
-    if available - reserved < memory_mb:
+    available = available_mb()
+    if available is not None and available - reserved < memory_mb:
         others = f", of which running jobs still need {reserved}" if reserved else ""
         raise MigrationError(
             Code.NO_MEMORY,
@@ -107,6 +106,16 @@ def _others(job: Job) -> list[tuple[int, tuple[Need, ...], int]]:
                 needs = tuple(Need(**{**need, "files": tuple(need["files"])}) for need in content["needs"])
                 found.append((content["pid"], needs, content["memory_mb"]))
     return found
+
+
+def available_mb() -> int | None:
+    """MiB of memory that the host can give without swapping; None if it does not say."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.MULTILINE)
+    return int(found[1]) // 1024 if found else None
 
 
 def resident_mb(root: int) -> int:

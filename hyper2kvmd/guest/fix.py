@@ -142,7 +142,8 @@ def choose_bus(inspection: Inspection, images: Sequence[Image], options: FixOpti
     A menu whose default has no virtio starts another of its kernels from now on, if one has.
     Raise MigrationError: os_unsupported, fix_unproved.
     """
-    _refuse_unsupported(inspection, images)
+    if inspection.os_type != "linux" or not images:
+        raise _unsupported(inspection)
     rebuilt = options.drivers and options.initramfs and inspection.initramfs in initramfs.BUILDERS
     starts = _default(inspection, images)
     for bus in (VIRTIO, SATA):
@@ -216,11 +217,6 @@ def _plans(view: View, choice: Choice, options: FixOptions) -> list[Plan]:
         plans.append(vmware.plan(view))
     plans.append(configuration.plan(view, options.configuration))
     return plans
-
-
-def _refuse_unsupported(inspection: Inspection, images: Sequence[Image]) -> None:
-    if inspection.os_type != "linux" or not images:
-        raise _unsupported(inspection)
 
 
 def _unsupported(inspection: Inspection) -> MigrationError:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hyper2kvmd.errors import Cancelled, Code, MigrationError
 from hyper2kvmd.guest.change import decode, printable
+from hyper2kvmd.reserve import available_mb
 from hyper2kvmd.run import TAIL_LINES, Tools, tail
 
 CANCEL_POLL_SECONDS = 0.2
@@ -193,7 +194,7 @@ def _load() -> Any:
 
 
 def _launch_failed(error: RuntimeError, console: _Console, memory_mb: int) -> MigrationError:
-    available = _memory_available_mb()
+    available = available_mb()
     if available is not None and available < memory_mb:
         hint = (
             f"The host has {available} MiB of memory available and the appliance needs {memory_mb}: lower workers, "
@@ -224,12 +225,3 @@ def _work_failed(error: RuntimeError, console: _Console) -> MigrationError:
 def _last_line(error: RuntimeError) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return printable(lines[0] if lines else "no message", 400)
-
-
-def _memory_available_mb() -> int | None:
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.MULTILINE)
-    return int(found[1]) // 1024 if found else None
