@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hyper2kvmd import __version__, journal, settings
-from hyper2kvmd.errors import SettingsError
-from hyper2kvmd.options import EXIT_CONFIG, add_settings_options
+from hyper2kvmd import __version__, claims
+from hyper2kvmd.errors import MigrationError, SettingsError
+from hyper2kvmd.events import CHOICES, Emitter
+from hyper2kvmd.options import (
+    EXIT_BUSY,
+    EXIT_CONFIG,
+    EXIT_NOT_FOUND,
+    EXIT_PERMISSION,
+    EXIT_USAGE,
+    add_settings_options,
+)
+
+if TYPE_CHECKING:
+    from hyper2kvmd.settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,40 +37,83 @@ def main(argv: Sequence[str] | None = None) -> int:
     job.add_argument("export", type=Path, help="directory of the export")
     job.add_argument("--events-fd", type=int, metavar="N", help="write events as JSON lines to this descriptor")
     job.add_argument("--dry-run", action="store_true", help="inspect and fix on throw-away overlays, change nothing")
-    job.add_argument("--stages", metavar="A,B", help="run only these of inspect, fix, convert, validate, import")
+    job.add_argument("--stages", metavar="A,B", help=f"run only these of {', '.join(CHOICES)}")
     job.add_argument("--if-ready", action="store_true", help="do nothing while the export is being written")
     job.add_argument("--died", default="", metavar="HOW", help="how the last runner of this export died")
     check = commands.add_parser("check-config", help="check the settings and print them")
     for command in (run, job, check):
         add_settings_options(command)
     options = parser.parse_args(argv)
+    if options.command == "run-job":
+        return _run_job(options)
+    config = _settings(options)
+    if config is None:
+        return EXIT_CONFIG
+    if options.command == "check-config":
+        print(config.model_dump_json(by_alias=True, indent=2))
+        return 0
+    return _run(options, config)
+
+
+def _settings(options: argparse.Namespace) -> Settings | None:
+    """The settings, in force for the log; None if they are bad, which has been said."""
+    from hyper2kvmd import journal, settings
 
     try:
         config = settings.load(options.config, tuple(options.overrides))
     except SettingsError as error:
         print(f"hyper2kvmd: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return None
     journal.configure(config.log.level)
-    if options.command == "check-config":
-        print(config.model_dump_json(by_alias=True, indent=2))
-        return 0
-    if options.command == "run-job":
-        # Imported here: the daemon stays small, and the runner is where the big libraries are.
+    return config
+
+
+def _run_job(options: argparse.Namespace) -> int:
+    """Claim an export, and only then load the libraries that a migration needs: they take longer than the claim."""
+    only = None if options.stages is None else frozenset(options.stages.split(","))
+    if only is not None and (unknown := only - set(CHOICES)):
+        print(f"--stages: {', '.join(sorted(unknown))}: choose from {', '.join(CHOICES)}", file=sys.stderr)
+        return EXIT_USAGE
+    # Whoever stops us until we can take note of it is heard a moment later.
+    stops = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    events = Emitter(options.events_fd)
+    export = options.export.resolve()
+    try:
+        claim = claims.claim(export)
+    except claims.Busy:
+        events.emit("finished", status="busy")
+        print(f"{export}: another runner works on it; see `hyper2kvmctl show {export.name}`", file=sys.stderr)
+        return EXIT_BUSY
+    except (FileNotFoundError, NotADirectoryError):
+        print(f"{export}: no such export directory", file=sys.stderr)
+        return EXIT_NOT_FOUND
+    except (OSError, MigrationError) as problem:
+        # Not ours to write into: there is no report, only this.
+        error = problem if isinstance(problem, MigrationError) else claims.unwritable(export, problem)
+        events.emit("finished", status="unclaimed", **error.finding().as_json())
+        print(error, file=sys.stderr)
+        return EXIT_PERMISSION
+    try:
+        from hyper2kvmd.run import Tools
         from hyper2kvmd.runjob import run_job
 
-        return run_job(
-            options.export,
-            config,
-            options.events_fd,
-            dry_run=options.dry_run,
-            stages=options.stages,
-            if_ready=options.if_ready,
-            died=options.died,
-        )
-    return _run(options, config)
+        tools = Tools(claim.lock_fd)
+        for number in stops:
+            signal.signal(number, lambda *_: tools.cancel.set())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+        config = _settings(options)
+        if config is None:
+            claim.interrupted()
+            return EXIT_CONFIG
+        wanted = {"dry_run": options.dry_run, "if_ready": options.if_ready, "died": options.died}
+        return run_job(claim, config, tools, events, only=only, **wanted)
+    finally:
+        claim.close()
 
 
-def _run(options: argparse.Namespace, config: settings.Settings) -> int:
+def _run(options: argparse.Namespace, config: Settings) -> int:
+    from hyper2kvmd import settings
     from hyper2kvmd.daemon import Daemon
     from hyper2kvmd.metrics import Metrics
 

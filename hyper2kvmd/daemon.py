@@ -8,6 +8,7 @@ import os
 import random
 import selectors
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,18 +17,24 @@ from pathlib import Path
 
 import structlog
 
-from hyper2kvmd import journal, spool
+from hyper2kvmd import journal, run, spool
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
 from hyper2kvmd.metrics import Metrics
-from hyper2kvmd.notify import Notifier
-from hyper2kvmd.runner import Runner
+from hyper2kvmd.notify import STATUS_LIMIT, Notifier
+from hyper2kvmd.runner import STOP_SECONDS, Runner, spawn
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import State
 from hyper2kvmd.watch import POLL_SECONDS, Scan, Scanner, Watch
 
 log = structlog.get_logger()
 
-DEBOUNCE_SECONDS = 1.0
+# After a look, events wait for so many times as long as it took, but not for longer than a second: an export is seen at
+# once when it comes alone, and while many come, the looks take a twentieth of the time.
+PAUSE_FACTOR = 20
+PAUSE_SECONDS = 1.0
+# At rest, where events say when to look, looks take a hundredth of the time.
+REST_FACTOR = 100
+PRUNE_SECONDS = 3600.0
 BUSY_SECONDS = 1.0  # how often STATUS is refreshed while jobs run
 SCANNING_SECONDS = 0.2  # how often it is asked whether a look that takes long has ended
 
@@ -73,6 +80,9 @@ class Daemon:
         # By export: its newest modification, and when that was by a clock that does not jump.
         self._settling: dict[Path, tuple[float, float]] = {}
         self._last_status = ""
+        self._rested_at = 0.0  # when the next look may be taken at the earliest (monotonic)
+        self._pruner: subprocess.Popen[bytes] | None = None
+        self._prune_at = 0.0  # monotonic
         metrics.workers.set(settings.workers)
         metrics.reload_ok.set(1)
 
@@ -109,23 +119,32 @@ class Daemon:
         self._scan(now, found)
         self.draining = found.draining
         self._start(now)
+        self._prune()
         self._count()
+        self._rested_at = time.monotonic() + min(PAUSE_FACTOR * found.seconds, PAUSE_SECONDS)
         self.metrics.scan_seconds.observe(found.seconds)
         self.metrics.last_scan.set(now)
-        return self._next_look(now)
+        return self._next_look(now, found.seconds)
 
     def status(self) -> str:
         """One line for people: what runs, what waits, what is over."""
         # The table is as old as the last scan; who runs is known.
         states = Counter(seen.state for export, seen in self.table.items() if export not in self.runners)
-        running = ", ".join(str(runner.progress) for runner in self.runners.values())
-        parts = [f"{len(self.runners)} running" + (f" ({running})" if running else "")]
-        parts += [f"{states[state]} {state}" for state in State if states[state] and state != State.RUNNING]
+        parts = [f"{states[state]} {state}" for state in State if states[state] and state != State.RUNNING]
         if states[State.RUNNING]:
             parts.append(f"{states[State.RUNNING]} running elsewhere")
         if self.draining:
             parts.append("draining: no job is started (hyper2kvmctl resume)")
-        return ", ".join([*parts, *([self._trouble] if self._trouble else [])])
+        parts += [self._trouble] if self._trouble else []
+        names = [str(runner.progress) for runner in self.runners.values()]
+        # The counts matter more than the names: of these, as many as there is room for.
+        for shown in range(len(names), -1, -1):
+            more = [f"{len(names) - shown} more"] if 0 < shown < len(names) else []
+            running = f" ({', '.join([*names[:shown], *more])})" if shown else ""
+            line = ", ".join([f"{len(names)} running{running}", *parts])
+            if len(line) <= STATUS_LIMIT:
+                break
+        return line
 
     def _loop(self, once: bool) -> None:
         watchdog = self._notifier.watchdog_interval()
@@ -169,9 +188,8 @@ class Daemon:
                     timeout = timeout if limit is None else min(timeout, limit)
                 for key, _ in selector.select(max(timeout, 0)):
                     if key.fd == self._wake_read:
-                        # The first of many events: what follows within a second is seen by the same scan.
                         os.read(self._wake_read, 65536)
-                        next_scan = min(next_scan, time.monotonic() + DEBOUNCE_SECONDS)
+                        next_scan = min(next_scan, max(time.monotonic(), self._rested_at))
                     else:
                         self._read(watched[key.fd])
 
@@ -251,16 +269,31 @@ class Daemon:
                 self.metrics.started.inc()
                 log.info("started", export=export.name, pid=self.runners[export].pid)
 
+    def _prune(self) -> None:
+        """Have what nobody needs any more removed now and then, by a process of its own, as it may take long."""
+        if self._pruner is not None and self._pruner.poll() is None:
+            return
+        self._pruner = None
+        if self.draining or time.monotonic() < self._prune_at:
+            return
+        self._prune_at = time.monotonic() + PRUNE_SECONDS
+        try:
+            self._pruner = spawn(self.settings, "hyper2kvmd.ctl", "prune")
+        except (OSError, MigrationError) as error:
+            log.warning("nothing is pruned", reason=str(error))
+
     def _count(self) -> None:
         states = Counter(State.RUNNING if export in self.runners else seen.state for export, seen in self.table.items())
         for state in State:
             self.metrics.jobs.labels(state).set(states[state])
         self.metrics.workers_busy.set(len(self.runners))
 
-    def _next_look(self, now: float) -> float:
+    def _next_look(self, now: float, took: float) -> float:
         interval = self.settings.scan_interval_seconds
         if self._watch.polls:
             interval = min(interval, POLL_SECONDS)
+        elif self._watch.up:
+            interval = max(interval, REST_FACTOR * took)
         interval *= random.uniform(0.75, 1.25)
         for seen in self.table.values():
             if seen.state == State.WAITING:
@@ -339,7 +372,10 @@ class Daemon:
         self._notifier.stopping()
         for runner in self.runners.values():
             runner.stop()
+        deadline = time.monotonic() + STOP_SECONDS
         for runner in self.runners.values():
-            runner.close()
+            runner.close(max(deadline - time.monotonic(), 0))
+        if self._pruner is not None:
+            run.end(self._pruner)
         if self.runners:
             log.info("stopped; the jobs that ran go on at the next start", jobs=len(self.runners))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+CHOICES = ("inspect", "fix", "convert", "validate", "import")  # the stages that can be left out
 STAGES = ("plan", "verify", "inspect", "fix", "convert", "commit", "validate", "publish", "import")
 
 

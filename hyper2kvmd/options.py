@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hyper2kvmd import settings
-
+DEFAULT_PATH = Path("/etc/hyper2kvmd/hyper2kvmd.yaml")
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_BUSY = 0, 1, 2, 3, 4, 5
 EXIT_MANIFEST, EXIT_UNAVAILABLE, EXIT_TEMPORARY, EXIT_CONFIG = 65, 69, 75, 78
 
 
 def add_settings_options(parser: argparse.ArgumentParser) -> None:
     """The two options that every command has."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"settings file (default: {settings.DEFAULT_PATH})")
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"settings file (default: {DEFAULT_PATH})")
     parser.add_argument(
         "--set",
         action="append",

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LUKS_MEMORY_MB = 2304
-STAGE_NAMES = ("inspect", "fix", "convert", "validate", "import")
 
 
 def migrate(job: Job, manifest: Manifest) -> None:

@@ -53,7 +53,7 @@ def reserve(job: Job, needs: Sequence[Need], memory_mb: int, stack: contextlib.E
         path = job.work_dir / FILE
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, fd)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX)  # whoever looks at it has it for an instant
         content = {"pid": os.getpid(), "needs": [asdict(need) for need in needs], "memory_mb": memory_mb}
         os.write(fd, json.dumps(content).encode())
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import random
-import signal
 import socket
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import structlog
 
-from hyper2kvmd import journal, report, spool, steps
+from hyper2kvmd import claims, journal, report, spool, steps
 from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.events import Emitter
 from hyper2kvmd.job import Job, finding_records, job_id
@@ -25,13 +23,10 @@ from hyper2kvmd.options import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_MANIFEST,
-    EXIT_NOT_FOUND,
-    EXIT_PERMISSION,
     EXIT_TEMPORARY,
-    EXIT_USAGE,
 )
 from hyper2kvmd.oversee import overseen
-from hyper2kvmd.pipeline import STAGE_NAMES, migrate
+from hyper2kvmd.pipeline import migrate
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 
@@ -48,61 +43,21 @@ EXIT_OF = {
 
 
 def run_job(
-    export: Path,
-    settings: Settings,
-    events_fd: int | None,
-    *,
-    dry_run: bool,
-    stages: str | None,
-    if_ready: bool,
-    died: str,
-) -> int:
-    """Migrate one export and return the exit status. Whatever happens to the job, its report is written.
-
-    if_ready: do nothing unless the export is queued, as the daemon saw it; a person's word goes at any time.
-    died: how the last runner died, if whoever started it knows.
-    """
-    only = None if stages is None else frozenset(stages.split(","))
-    if only is not None and (unknown := only - set(STAGE_NAMES)):
-        print(f"--stages: {', '.join(sorted(unknown))}: choose from {', '.join(STAGE_NAMES)}", file=sys.stderr)
-        return EXIT_USAGE
-    tools = Tools()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: tools.cancel.set())
-    events = Emitter(events_fd)
-    export = export.resolve()
-    try:
-        claim = spool.claim(export)
-    except spool.Busy:
-        events.emit("finished", status="busy")
-        print(f"{export}: another runner works on it; see `hyper2kvmctl show {export.name}`", file=sys.stderr)
-        return EXIT_BUSY
-    except (FileNotFoundError, NotADirectoryError):
-        print(f"{export}: no such export directory", file=sys.stderr)
-        return EXIT_NOT_FOUND
-    except (OSError, MigrationError) as problem:
-        # Not ours to write into: there is no report, only this.
-        error = problem if isinstance(problem, MigrationError) else _unwritable(export, problem)
-        events.emit("finished", status="unclaimed", **error.finding().as_json())
-        print(error, file=sys.stderr)
-        return EXIT_PERMISSION
-    tools.claim_fd = claim.lock_fd
-    try:
-        return _run_claimed(claim, settings, tools, events, only, dry_run, if_ready, died)
-    finally:
-        claim.close()
-
-
-def _run_claimed(
-    claim: spool.Claim,
+    claim: claims.Claim,
     settings: Settings,
     tools: Tools,
     events: Emitter,
+    *,
     only: frozenset[str] | None,
     dry_run: bool,
     if_ready: bool,
     died: str,
 ) -> int:
+    """Migrate an export that was claimed and return the exit status. Whatever happens to it, its report is written.
+
+    only: the stages to run, if not all. died: how the last runner died, if whoever started it knows.
+    if_ready: do nothing unless the export is queued, as the daemon saw it; a person's word goes at any time.
+    """
     began = time.time()
     # What the daemon saw may be over since: only what is found under the claim counts.
     look = replace(spool.look(claim.directory, settings), held=False)
@@ -115,7 +70,7 @@ def _run_claimed(
     given_up = wish == "cancel" and state not in (spool.State.SUCCEEDED, spool.State.FAILED, spool.State.REJECTED)
     if state in spool.FINAL and not dry_run and not given_up:
         claim.interrupted()
-        claim.fulfil(spool.CANCEL)  # which came too late
+        claim.fulfil(claims.CANCEL)  # which came too late
         # What a runner that died right after its report could not remove any more.
         steps.abandon(settings.work_dir / job_id(claim.directory, look.manifest_sha256 or ""))
         events.emit("finished", status="nothing")
@@ -124,7 +79,7 @@ def _run_claimed(
     job = Job(job_id(claim.directory, look.manifest_sha256 or ""), claim, settings, tools, events, only=only)
     job.dry_run = dry_run
     structlog.contextvars.bind_contextvars(job=job.id, attempt=claim.attempt)
-    journal.also_to(claim.fd, spool.LOG)
+    journal.also_to(claim.fd, claims.LOG)
     _be_nice(settings, tools)
     manifest: Manifest | None = None
     error: MigrationError | None = None
@@ -183,7 +138,11 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
     claim, settings = job.claim, job.settings
     outcome = _outcome(error, claim.retries + 1, settings)
     now = time.time()
-    due = now + settings.retry.delay(claim.retries + 1) * random.uniform(1, 1.25) if outcome == Outcome.RETRY else None
+    due = (
+        now + settings.retry.delay(claim.retries + 1) * random.uniform(1, spool.JITTER)
+        if outcome == Outcome.RETRY
+        else None
+    )
     problems = finding_records(error.problems if isinstance(error, ManifestError) else ())
     dry_run = job.dry_run or (manifest is not None and manifest.options.dry_run)
     document = report.Report(
@@ -195,10 +154,10 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
             name=look.manifest or "", sha256=look.manifest_sha256, dialect=manifest.dialect if manifest else None
         ),
         attempts=claim.attempt,
-        started_at=spool.timestamp(began),
-        finished_at=spool.timestamp(now),
+        started_at=claims.timestamp(began),
+        finished_at=claims.timestamp(now),
         seconds=round(now - began, 3),
-        next_attempt_at=None if due is None else spool.timestamp(due),
+        next_attempt_at=None if due is None else claims.timestamp(due),
         error=None
         if error is None
         else report.ErrorRecord(
@@ -222,14 +181,14 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
         except (OSError, MigrationError) as problem:
             # No report, so the job is not over: the next attempt finds in the work directory what is done. The claim
             # can be lost here, too; then it is somebody else's job by now.
-            lost = problem if isinstance(problem, MigrationError) else _unwritable(claim.directory, problem)
+            lost = problem if isinstance(problem, MigrationError) else claims.unwritable(claim.directory, problem)
             job.events.emit("finished", status="unreported", **lost.finding().as_json())
             print(lost, file=sys.stderr)
             return EXIT_TEMPORARY
     # What is published without a domain is ours still, and the next attempt goes on with what is done.
     if outcome == Outcome.CANCELLED:
         steps.undo(job.work_dir)
-        claim.fulfil(spool.CANCEL)
+        claim.fulfil(claims.CANCEL)
     elif error is None or (outcome != Outcome.RETRY and not steps.unfinished(job.work_dir)):
         steps.abandon(job.work_dir)
     if error is None and settings.cleanup_source:
@@ -271,18 +230,9 @@ def _write_report(job: Job, manifest: Manifest | None, document: report.Report) 
         there = spool.read_report(job.claim.directory, name)
         if name.startswith(".") or (there is not None and "schema_version" not in there):
             log.warning("no extra copy of the report: the manifest gives it the name of another file", name=name)
-        elif name != spool.REPORT:
-            spool.write_durably(job.claim.fd, name, document.to_bytes(), document.attempts)
+        elif name != claims.REPORT:
+            claims.write_durably(job.claim.fd, name, document.to_bytes(), document.attempts)
     job.claim.finish(document)
-
-
-def _unwritable(export: Path, error: OSError) -> MigrationError:
-    return MigrationError(
-        Code.EXPORT_UNWRITABLE,
-        f"{export}: the lock and the report cannot be written there: {error.strerror}",
-        "Give the user of the service write access (run it as the exporter's user with User= in a drop-in,"
-        " or set an ACL), or free some space; it is tried again by itself.",
-    )
 
 
 def _from_os(error: OSError) -> MigrationError:

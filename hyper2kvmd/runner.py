@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hyper2kvmd import run
+from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.events import Decoder, Event
 from hyper2kvmd.settings import Settings
 
@@ -65,19 +66,19 @@ class Runner:
         self._decoder = Decoder()
         self.events_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(write_fd, True)
-        # The settings in force, not the file: it may have been edited since, and badly.
-        settings_fd = os.memfd_create("settings", os.MFD_CLOEXEC)
-        os.write(settings_fd, settings.model_dump_json(by_alias=True).encode())
-        argv = [
-            *(sys.executable, "-m", "hyper2kvmd", "run-job", str(export)),
-            *("--config", f"/proc/self/fd/{settings_fd}", "--events-fd", str(write_fd)),
-            *options,
-        ]
         try:
-            self._process = run.spawn(argv, pass_fds=(write_fd, settings_fd), stdout=subprocess.DEVNULL, stderr=stderr)
+            self._process = spawn(
+                settings,
+                *("hyper2kvmd", "run-job", str(export), "--events-fd", str(write_fd), *options),
+                pass_fds=(write_fd,),
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+            )
+        except (OSError, MigrationError):
+            os.close(self.events_fd)
+            raise
         finally:
             os.close(write_fd)
-            os.close(settings_fd)
 
     @property
     def pid(self) -> int:
@@ -108,8 +109,29 @@ class Runner:
         if self._process.poll() is None:
             os.kill(self._process.pid, signal.SIGTERM)
 
-    def close(self) -> None:
-        """Release what belongs to a process that has ended; ends it if it has not."""
+    def close(self, patience: float = STOP_SECONDS) -> None:
+        """Release what belongs to a process that has ended; ends it if it has not, within `patience` seconds."""
         # Closed first: a job that still has much to say must not wait for a reader.
         os.close(self.events_fd)
-        run.end(self._process, STOP_SECONDS)
+        run.end(self._process, patience)
+
+
+def spawn(
+    settings: Settings,
+    module: str,
+    *arguments: str,
+    pass_fds: Sequence[int] = (),
+    stdout: int | None = None,
+    stderr: int | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start one of our programs with the settings in force, not those of the file: it may have been edited since.
+
+    Raise OSError or MigrationError.
+    """
+    settings_fd = os.memfd_create("settings", os.MFD_CLOEXEC)
+    try:
+        os.write(settings_fd, settings.model_dump_json(by_alias=True).encode())
+        argv = [sys.executable, "-m", module, *arguments, "--config", f"/proc/self/fd/{settings_fd}"]
+        return run.spawn(argv, pass_fds=(*pass_fds, settings_fd), stdout=stdout, stderr=stderr)
+    finally:
+        os.close(settings_fd)

@@ -10,8 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hyper2kvmd.errors import SettingsError
-
-DEFAULT_PATH = Path("/etc/hyper2kvmd/hyper2kvmd.yaml")
+from hyper2kvmd.options import DEFAULT_PATH
 
 Seconds = Annotated[float, Field(ge=0)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -113,8 +112,9 @@ class Limits(Section):
 
 
 class Retention(Section):
-    """How long what nobody needs any more is kept; `hyper2kvmctl prune` and the daemon remove it."""
+    """How long what nobody needs any more is kept; `hyper2kvmctl prune` and the daemon, every hour, remove the rest."""
 
+    work_days: int = Field(default=7, ge=0)
     log_days: int = Field(default=30, ge=0)
     old_reports: int = Field(default=10, ge=0)
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd import images, reserve, spool
+from hyper2kvmd import claims, images, reserve
 from hyper2kvmd.job import Job
 from hyper2kvmd.plan import Plan, PlannedDisk
 
@@ -207,7 +207,7 @@ class Steps:
         self._job.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(self._job.work_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            spool.write_durably(fd, JOURNAL, json.dumps(asdict(self._journal)).encode(), self._job.claim.attempt)
+            claims.write_durably(fd, JOURNAL, json.dumps(asdict(self._journal)).encode(), self._job.claim.attempt)
         finally:
             os.close(fd)
 

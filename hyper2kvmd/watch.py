@@ -14,7 +14,7 @@ import structlog
 from watchdog.events import DirCreatedEvent, DirMovedEvent, FileClosedEvent, FileMovedEvent, FileSystemEvent
 from watchdog.observers import Observer
 
-from hyper2kvmd import spool
+from hyper2kvmd import claims, spool
 from hyper2kvmd.settings import Settings
 
 log = structlog.get_logger()
@@ -47,7 +47,7 @@ class Watch:
     def dispatch(self, event: FileSystemEvent) -> None:
         """Called by watchdog, in its thread: a hint, unless the event is about our own files."""
         name = os.path.basename(os.fsdecode(event.dest_path or event.src_path))
-        if not name.startswith(".") and name != spool.REPORT:
+        if not name.startswith(".") and name != claims.REPORT:
             self._wake()
 
     def ensure(self, root: Path, mode: str) -> None:

@@ -107,7 +107,7 @@ def ctl(scratch: Settings, tmp_path: Path) -> Ctl:
     """Runs hyper2kvmctl as a process of its own, with the settings of `scratch`."""
     config = tmp_path / "ctl.json"
     config.write_text(scratch.model_dump_json(by_alias=True))
-    program = (sys.executable, "-c", "import sys; from hyper2kvmd.ctl import main; sys.exit(main())")
+    program = (sys.executable, "-m", "hyper2kvmd.ctl")
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd import spool, steps
+from hyper2kvmd import claims, spool, steps
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.job import job_id
@@ -27,7 +27,6 @@ from hyper2kvmd.spool import State
 # A runner looks for wishes twice a second and has its tools ended within ten; NFS may show a file late.
 WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.2
-ORPHAN_SECONDS = 86400.0
 
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
@@ -86,7 +85,7 @@ def _for_each(name: str, run: Callable[[Path, Settings], str]) -> Callable[[argp
 def _attempt(run: Callable[[Path, Settings], str], export: Path, config: Settings) -> tuple[int, str]:
     try:
         return EXIT_DONE, run(export, config)
-    except spool.Busy:
+    except claims.Busy:
         return EXIT_BUSY, "a runner works on it; `hyper2kvmctl hold` or `cancel` stops it"
     except _Refused as refused:
         return EXIT_FAILED, str(refused)
@@ -100,7 +99,7 @@ class _Refused(Exception):
 
 def retry(export: Path, config: Settings) -> str:
     """Start anew. The job goes on with the steps that are done, if these still fit."""
-    claim = spool.claim(export)
+    claim = claims.claim(export)
     try:
         before = _state(export, config, held=False)
         claim.forget()
@@ -116,7 +115,7 @@ def cancel(export: Path, config: Settings) -> str:
     state = _state(export, config)
     if state in (State.SUCCEEDED, State.FAILED, State.REJECTED, State.CANCELLED):
         raise _Refused(f"is {state} already")
-    spool.ask(export, spool.CANCEL)
+    spool.ask(export, claims.CANCEL)
     # Whoever runs it now, here or elsewhere, is given the time to stop; then one of ours says so in a report.
     _wait_until(lambda: _state(export, config) != State.RUNNING)
     if _state(export, config) not in spool.FINAL or spool.wish_of(export) == "cancel":
@@ -136,14 +135,14 @@ def hold(export: Path, config: Settings) -> str:
     state = _state(export, config)
     if state in spool.FINAL - {State.BLOCKED}:
         raise _Refused(f"is {state} already")
-    spool.ask(export, spool.HOLD)
+    spool.ask(export, claims.HOLD)
     _wait_until(lambda: _state(export, config) != State.RUNNING)
     return "on hold"
 
 
 def release(export: Path, config: Settings) -> str:
     """Let a job on hold go on."""
-    if not spool.withdraw(export, spool.HOLD):
+    if not spool.withdraw(export, claims.HOLD):
         raise _Refused("is not on hold")
     return f"released, is {_state(export, config)} now"
 
@@ -151,7 +150,7 @@ def release(export: Path, config: Settings) -> str:
 def drain(options: argparse.Namespace, config: Settings) -> int:
     """Have no daemon on this directory start another job."""
     try:
-        spool.ask(config.exports_dir, spool.DRAIN)
+        spool.ask(config.exports_dir, claims.DRAIN)
     except OSError as error:
         print(f"hyper2kvmctl: {config.exports_dir}: {error.strerror}", file=sys.stderr)
         return EXIT_PERMISSION
@@ -169,7 +168,7 @@ def drain(options: argparse.Namespace, config: Settings) -> int:
 
 def resume(options: argparse.Namespace, config: Settings) -> int:
     """Have jobs started again."""
-    was = spool.withdraw(config.exports_dir, spool.DRAIN)
+    was = spool.withdraw(config.exports_dir, claims.DRAIN)
     if options.json:
         print_json({"draining": False, "was_draining": was})
     else:
@@ -184,12 +183,12 @@ def logs(options: argparse.Namespace, config: Settings) -> int:
         print(f"hyper2kvmctl: {options.export}: no export of this name in {config.exports_dir}", file=sys.stderr)
         return EXIT_NOT_FOUND
     try:
-        fd = os.open(export / spool.LOG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(export / claims.LOG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         print(f"hyper2kvmctl: {export}: nothing was logged yet", file=sys.stderr)
         return EXIT_NOT_FOUND
     except OSError as error:
-        print(f"hyper2kvmctl: {export / spool.LOG}: {error.strerror}", file=sys.stderr)
+        print(f"hyper2kvmctl: {export / claims.LOG}: {error.strerror}", file=sys.stderr)
         return EXIT_PERMISSION
     with open(fd, encoding="utf-8", errors="replace") as file:
         while True:
@@ -219,6 +218,7 @@ def prune(options: argparse.Namespace, config: Settings) -> int:
 def _prunable(config: Settings, now: float) -> Iterator[tuple[Path, Callable[[], object]]]:
     exports = spool.exports(config)[0]
     needed = set()
+    oldest = now - config.retention.work_days * 86400
     over: dict[str, Path] = {}
     for export in exports:
         look = spool.look(export, config)
@@ -233,13 +233,15 @@ def _prunable(config: Settings, now: float) -> Iterator[tuple[Path, Callable[[],
         yield from _old_files(export, config, now, finished=state in spool.FINAL)
     with contextlib.suppress(FileNotFoundError):
         for work_dir in sorted(config.work_dir.iterdir()):
-            if work_dir.is_dir() and work_dir.name not in needed and not steps.in_use(work_dir):
+            # One whose export is not here may belong to somebody else: a daemon on another directory, a job by hand.
+            idle = work_dir.name in over or (work_dir.name not in needed and work_dir.stat().st_mtime < oldest)
+            if idle and work_dir.is_dir() and not steps.in_use(work_dir):
                 yield work_dir, partial(_abandon, work_dir, over.get(work_dir.name))
     for directory in (config.output_dir, *config.output.allowed_dirs):
         for path in sorted(directory.glob(".*.partial")):
             with contextlib.suppress(FileNotFoundError):
                 known = any(f".{job}." in path.name for job in needed)
-                if not known and now - path.stat().st_mtime > ORPHAN_SECONDS:
+                if not known and path.stat().st_mtime < oldest:
                     yield path, partial(path.unlink, missing_ok=True)
 
 
@@ -248,8 +250,8 @@ def _abandon(work_dir: Path, export: Path | None) -> None:
     if export is None:
         steps.abandon(work_dir)
         return
-    with contextlib.suppress(spool.Busy):
-        claim = spool.claim(export)
+    with contextlib.suppress(claims.Busy):
+        claim = claims.claim(export)
         try:
             steps.abandon(work_dir)
             claim.interrupted()
@@ -267,7 +269,7 @@ def _old_files(
         reverse=True,
     )
     found = list(reports[config.retention.old_reports :])
-    log = export / spool.LOG
+    log = export / claims.LOG
     if finished and log.is_file() and now - log.stat().st_mtime > config.retention.log_days * 86400:
         found.append(log)
     return [(path, partial(path.unlink, missing_ok=True)) for path in found]

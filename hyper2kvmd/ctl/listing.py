@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hyper2kvmd import spool
+from hyper2kvmd import claims, spool
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.migrate import print_report
 from hyper2kvmd.errors import Finding
@@ -76,7 +76,7 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
         print(f"hyper2kvmctl: {export}: {error.strerror}; run as root or as a member of its group", file=sys.stderr)
         return EXIT_PERMISSION
     document = spool.read_report(export)
-    holder = spool.holder(export)
+    holder = claims.holder(export)
     if options.json:
         print_json({"export": str(export), "state": state, **_reason(finding), "holder": holder, "report": document})
         return EXIT_DONE

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hyper2kvmd.ctl import print_json
-from hyper2kvmd.events import Event
+from hyper2kvmd.events import CHOICES, Event
 from hyper2kvmd.options import EXIT_NOT_FOUND
-from hyper2kvmd.pipeline import STAGE_NAMES
 from hyper2kvmd.runner import Runner
 from hyper2kvmd.settings import Settings
 
@@ -25,7 +24,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     parser.add_argument("manifest", type=Path, help="manifest, or directory of the export")
     parser.add_argument("--dry-run", action="store_true", help="check, inspect and fix on throw-away overlays only")
     parser.add_argument("--skip-fix", action="store_true", help="leave the guest as it is")
-    parser.add_argument("--stages", metavar="A,B", help=f"run only these of {', '.join(STAGE_NAMES)}")
+    parser.add_argument("--stages", metavar="A,B", help=f"run only these of {', '.join(CHOICES)}")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="write the disks there")
     parser.add_argument("--no-import", action="store_true", help="do not define a domain")
     parser.add_argument(
@@ -53,7 +52,7 @@ def migrate(options: argparse.Namespace, config: Settings) -> int:
         update["validate_"] = config.validate_.model_copy(update={"compare": True})
     stages = options.stages
     if options.skip_fix:
-        wanted = STAGE_NAMES if stages is None else stages.split(",")
+        wanted = CHOICES if stages is None else stages.split(",")
         stages = ",".join(stage for stage in wanted if stage != "fix")
     arguments = [*(["--dry-run"] if options.dry_run else []), *(["--stages", stages] if stages is not None else [])]
     runner = Runner(export, config.model_copy(update=update), arguments)

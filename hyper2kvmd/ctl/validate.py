@@ -12,13 +12,14 @@ from typing import Any
 from rich.console import Console
 
 from hyper2kvmd import images
+from hyper2kvmd.claims import open_directory
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.manifest import Manifest, ManifestError, parse
 from hyper2kvmd.options import EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.spool import open_directory, read_manifest
+from hyper2kvmd.spool import read_manifest
 
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:

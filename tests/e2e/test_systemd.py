@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 
 from tests.conftest import disk_entry, write_manifest
 from tests.e2e.container import Container, booted, wait_until
+from tests.guests.build import export
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd/hyper2kvmd.service"
@@ -150,14 +152,20 @@ def drop(service: Container, tmp_path: Path) -> Drop:
         disk = directory / f"{name}-disk-0.raw"
         disk.write_bytes(os.urandom(size) if content is None else content)
         write_manifest(directory, [disk_entry(disk, local_path=disk.name)], **changes)
-        hidden = service.root / EXPORTS.lstrip("/") / f".{name}"
-        shutil.copytree(directory, hidden)
-        service.run("chown", "-R", "hypersdk:hypersdk", f"{EXPORTS}/.{name}")
-        service.run("chmod", "2775", f"{EXPORTS}/.{name}")
-        hidden.rename(hidden.with_name(name))
-        return name
+        return hand_over(service, directory)
 
     return drop
+
+
+def hand_over(service: Container, directory: Path) -> str:
+    """Put an export into the machine, all at once, as the exporter's user; return its name."""
+    name = directory.name
+    hidden = service.root / EXPORTS.lstrip("/") / f".{name}"
+    shutil.copytree(directory, hidden)
+    service.run("chown", "-R", "hypersdk:hypersdk", f"{EXPORTS}/.{name}")
+    service.run("chmod", "2775", f"{EXPORTS}/.{name}")
+    hidden.rename(hidden.with_name(name))
+    return name
 
 
 def show(machine: Container, name: str) -> str:
@@ -236,6 +244,12 @@ def start_slow_job(service: Container, drop: Drop, name: str) -> str:
 
     wait_until(converting, f"{name} is being converted")
     return name
+
+
+def is_in(service: Container, name: str, stage: str) -> bool:
+    """Whether a job is in a stage, and its disk has been converted."""
+    text = show(service, "StatusText")
+    return "convert" not in text and re.search(rf"\b{name}\b.* {stage}\b", text) is not None
 
 
 def wait_for_stage(service: Container, name: str, stage: str) -> None:
@@ -492,6 +506,24 @@ def test_a_restart_in_a_stage_goes_on_with_it(
     service.run("rm", "/run/hold")
     check_restart(service, name)
     assert conversions == calls(service, "convert"), "what is done is not done again"
+
+
+def test_a_restart_while_a_guest_is_inspected_fixed_and_committed_loses_nothing(
+    service: Container, tmp_path: Path
+) -> None:
+    hold(service, "commit")
+    name = hand_over(service, export("debian12-bios", tmp_path, vm_name="web01"))
+    for stage in ("inspect", "fix", "commit"):
+        wait_until(partial(is_in, service, name, stage), stage, 240)
+        time.sleep(2)
+        service.run("systemctl", "restart", "hyper2kvmd", timeout=90)
+    service.run("rm", "/run/hold")
+    document = report(service, name, 240)
+    assert ("succeeded", 4) == (document["status"], document["attempts"]), document["error"]
+    assert 1 == calls(service, "convert"), "the disk was converted again"
+    assert all(proof["ok"] for proof in document["results"]["fix"]["proofs"])
+    assert [f"{name}-disk-0.qcow2"] == images(service)
+    assert [] == list((service.root / "var/lib/hyper2kvmd/work").iterdir())
 
 
 def test_a_restart_while_checksums_are_computed_computes_them_again(service: Container, drop: Drop) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd import spool
+from hyper2kvmd import claims, spool
 from hyper2kvmd.settings import Settings
 from tests.conftest import Ctl, MakeExport, report_of, run_job
 from tests.integration.test_daemon import daemon, wait_until
@@ -53,7 +53,7 @@ def test_cancel_ends_a_running_job_within_ten_seconds_and_leaves_nothing(
     assert not is_alive(tool)
     assert ("cancelled", "cancelled") == (report_of(export)["status"], report_of(export)["error"]["code"])
     assert ([], []) == (list(scratch.output_dir.iterdir()), list(scratch.work_dir.iterdir()))
-    assert spool.CANCEL not in os.listdir(export)
+    assert claims.CANCEL not in os.listdir(export)
 
 
 def test_cancel_ends_a_job_that_the_daemon_runs(
@@ -71,7 +71,7 @@ def test_cancel_ends_a_job_that_the_daemon_runs(
 # hyper2kvmd whose last step hangs, as a call to a server that does not answer does: nothing looks at `cancel` there.
 HANGS = """
 import sys, time
-from hyper2kvmd import images
+from hyper2kvmd import claims, images
 from hyper2kvmd.__main__ import main
 images.publish = lambda *paths: time.sleep(600)
 sys.exit(main())
@@ -112,10 +112,10 @@ def test_cancel_of_a_job_that_waits_or_is_blocked_writes_the_report(
 def test_cancel_of_a_job_that_is_over_changes_nothing(scratch: Settings, make_export: MakeExport, ctl: Ctl) -> None:
     export = make_export()
     assert 0 == run_job(export, scratch).returncode
-    before = (export / spool.REPORT).read_bytes()
+    before = (export / claims.REPORT).read_bytes()
     done = ctl("cancel", "web01")
     assert (1, "web01: is succeeded already\n") == (done.returncode, done.stderr)
-    assert before == (export / spool.REPORT).read_bytes()
+    assert before == (export / claims.REPORT).read_bytes()
 
 
 def test_hold_stops_a_job_and_release_lets_it_go_on(
@@ -128,11 +128,11 @@ def test_hold_stops_a_job_and_release_lets_it_go_on(
         assert not is_alive(tool)
         assert "blocked" == state_of(export, scratch)
         assert "on hold" in ctl("show", "web01").stdout
-        assert not (export / spool.REPORT).exists(), "a hold is no end"
+        assert not (export / claims.REPORT).exists(), "a hold is no end"
         fake("qemu-img", GOOD)
         done = ctl("release", "web01")
         assert "released, is queued now" in done.stdout
-        wait_until((export / spool.REPORT).exists, 60)
+        wait_until((export / claims.REPORT).exists, 60)
     assert "succeeded" == report_of(export)["status"]
     assert 1 == ctl("release", "web01").returncode
 
@@ -158,10 +158,10 @@ def test_retry_wakes_a_daemon_that_would_look_again_only_in_an_hour(
     obstacle = scratch.output_dir / "web01-disk-0.qcow2"
     obstacle.write_text("in the way")
     with daemon(settings):
-        wait_until((export / spool.REPORT).exists, 60)
+        wait_until((export / claims.REPORT).exists, 60)
         obstacle.unlink()
         assert 0 == ctl("retry", "web01").returncode
-        wait_until(lambda: (export / spool.REPORT).exists() and "succeeded" == report_of(export)["status"], 60)
+        wait_until(lambda: (export / claims.REPORT).exists() and "succeeded" == report_of(export)["status"], 60)
 
 
 def test_retry_of_a_running_job_is_refused(
@@ -194,9 +194,9 @@ def test_drain_finishes_what_runs_and_starts_nothing_until_resume(
         assert "drained" in done.stdout
         assert "succeeded" == report_of(first)["status"]
         time.sleep(3)
-        assert not (second / spool.REPORT).exists()
+        assert not (second / claims.REPORT).exists()
         assert 0 == ctl("resume").returncode
-        wait_until((second / spool.REPORT).exists, 60)
+        wait_until((second / claims.REPORT).exists, 60)
     assert "succeeded" == report_of(second)["status"]
 
 
@@ -210,7 +210,7 @@ def test_logs_has_every_attempt_and_no_line_that_a_name_could_forge(
     lines = done.stdout.splitlines()
     assert any("claimed" in line and "attempt=1" in line for line in lines)
     assert any("succeeded" in line for line in lines)
-    with (export / spool.LOG).open("a") as log:
+    with (export / claims.LOG).open("a") as log:
         log.write("\x1b[2Jforged\n")
     assert "\x1b" not in ctl("logs", "web01").stdout
     assert [json.loads(line) for line in ctl("logs", "web01", "--json").stdout.splitlines()]
@@ -236,6 +236,11 @@ def test_prune_removes_what_is_over_and_nothing_that_is_needed(
     (needed,) = scratch.work_dir.iterdir()
     gone = scratch.work_dir / "gone-01234567"
     gone.mkdir()
+    os.utime(gone, (1, 1))
+    elsewhere = scratch.work_dir / "elsewhere-01234567"
+    elsewhere.mkdir()
+    left = scratch.work_dir / report_of(finished)["job"]
+    left.mkdir()
     old, new = (scratch.output_dir / f".x.gone-01234567.{n}.partial" for n in (1, 2))
     for path in (old, new):
         path.write_bytes(b"half")
@@ -243,13 +248,14 @@ def test_prune_removes_what_is_over_and_nothing_that_is_needed(
     for number in range(1, 13):
         (finished / f"migration-report.{number}.json").write_text("{}")
         os.utime(finished / f"migration-report.{number}.json", (number, number))
-    os.utime(finished / spool.LOG, (1, 1))
+    os.utime(finished / claims.LOG, (1, 1))
     would = json.loads(ctl("prune", "--dry-run", "--json").stdout)["removed"]
     removed = json.loads(ctl("prune", "--json").stdout)["removed"]
     assert would == removed
-    expected = {gone, old, finished / spool.LOG, *(finished / f"migration-report.{n}.json" for n in (1, 2))}
+    expected = {gone, left, old, finished / claims.LOG, *(finished / f"migration-report.{n}.json" for n in (1, 2))}
     assert {str(path) for path in expected} == set(removed)
-    assert needed.exists() and new.exists()
+    assert needed.exists() and new.exists() and elsewhere.exists()
+    elsewhere.rmdir()
     assert "succeeded" == report_of(finished)["status"]
     new.unlink()
     check_finished_once_beside(interrupted, scratch, finished)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from hyper2kvmd.settings import Settings
-from tests.conftest import MakeExport, report_of
+from tests.conftest import MakeExport, report_of, run_job
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -241,6 +241,15 @@ def test_once_works_off_what_is_there_and_says_how_it_went(scratch: Settings, ma
     assert 0 == process.returncode, output
     assert done(*exports)
     assert "5 succeeded" in output
+
+
+def test_what_a_job_left_is_removed_when_the_daemon_starts(scratch: Settings, make_export: MakeExport) -> None:
+    export = make_export()
+    assert 0 == run_job(export, scratch).returncode
+    left = scratch.work_dir / report_of(export)["job"]
+    left.mkdir()
+    with daemon(scratch):
+        wait_until(lambda: not left.exists())
 
 
 def test_two_daemons_on_one_directory_do_nothing_twice(scratch: Settings, make_export: MakeExport) -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyper2kvmd import spool
+from hyper2kvmd import claims, spool
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.report import HostRecord, ManifestRecord, Report
 from hyper2kvmd.settings import Settings
@@ -67,6 +67,11 @@ def report(status: str = "succeeded", **changes: Any) -> Report:
         ({"report_status": "succeeded", "report_sha256": "b"}, State.BLOCKED),
         ({"report_status": "retrying", "report_sha256": "a", "next_attempt_at": NOW + 1}, State.RETRYING),
         ({"report_status": "retrying", "report_sha256": "a", "next_attempt_at": NOW}, State.QUEUED),
+        # Further away than the longest delay (an hour, stretched): the clock was put back meanwhile.
+        ({"report_status": "retrying", "report_sha256": "a", "next_attempt_at": NOW + 4400}, State.RETRYING),
+        ({"report_status": "retrying", "report_sha256": "a", "next_attempt_at": NOW + 4600}, State.QUEUED),
+        ({"crashes": 9, "began_at": NOW}, State.RETRYING),
+        ({"crashes": 9, "began_at": NOW + 3}, State.QUEUED),
         ({"crashes": 1, "began_at": NOW - 30}, State.RETRYING),
         ({"crashes": 1, "began_at": NOW - 60}, State.QUEUED),
         ({"crashes": 2, "began_at": NOW - 60}, State.RETRYING),
@@ -111,7 +116,7 @@ def test_nothing_runs_twice_and_nothing_is_stuck(look: Look) -> None:
 def test_a_fresh_export_is_queued_and_a_finished_one_is_over(make_export: MakeExport, scratch: Settings) -> None:
     export = make_export()
     assert State.QUEUED == spool.state(spool.look(export, scratch), scratch, time.time())[0]
-    claim = spool.claim(export)
+    claim = claims.claim(export)
     assert State.RUNNING == spool.state(spool.look(export, scratch), scratch, time.time())[0]
     claim.finish(report(manifest=ManifestRecord(name="manifest.json", sha256=None)))
     claim.close()
@@ -120,7 +125,7 @@ def test_a_fresh_export_is_queued_and_a_finished_one_is_over(make_export: MakeEx
 
 def test_another_manifest_beside_a_report_is_a_conflict(make_export: MakeExport, scratch: Settings) -> None:
     export = make_export()
-    claim = spool.claim(export)
+    claim = claims.claim(export)
     claim.finish(report(manifest=ManifestRecord(name="manifest.json", sha256="0" * 64)))
     claim.close()
     now, finding = spool.state(spool.look(export, scratch), scratch, time.time())
@@ -130,11 +135,11 @@ def test_another_manifest_beside_a_report_is_a_conflict(make_export: MakeExport,
 
 def test_something_else_under_the_reports_name_is_never_overwritten(make_export: MakeExport, scratch: Settings) -> None:
     export = make_export()
-    (export / spool.REPORT).write_text("my notes")
+    (export / claims.REPORT).write_text("my notes")
     assert State.BLOCKED == spool.state(spool.look(export, scratch), scratch, time.time())[0]
 
 
-@pytest.mark.parametrize("name", [spool.LOCK, spool.REPORT])
+@pytest.mark.parametrize("name", [claims.LOCK, claims.REPORT])
 @pytest.mark.parametrize(
     "content",
     [
@@ -152,7 +157,7 @@ def test_whatever_somebody_planted_a_look_and_a_claim_survive(
     export = make_export()
     (export / name).write_text(content)
     spool.state(spool.look(export, scratch), scratch, time.time())
-    claim = spool.claim(export)
+    claim = claims.claim(export)
     claim.check()
     claim.interrupted()
     claim.close()
@@ -188,11 +193,11 @@ def test_names_that_could_forge_lines_are_told_apart_and_the_rest_are_exports(sc
 
 def test_one_of_two_claims_wins(make_export: MakeExport) -> None:
     export = make_export()
-    first = spool.claim(export)
-    with pytest.raises(spool.Busy):
-        spool.claim(export)
+    first = claims.claim(export)
+    with pytest.raises(claims.Busy):
+        claims.claim(export)
     first.close()
-    second = spool.claim(export)
+    second = claims.claim(export)
     assert (1, 2) == (first.attempt, second.attempt)
     second.close()
 
@@ -200,9 +205,9 @@ def test_one_of_two_claims_wins(make_export: MakeExport) -> None:
 def test_of_many_processes_that_race_one_wins(make_export: MakeExport) -> None:
     export = make_export()
     code = (
-        "import sys, time; from pathlib import Path; from hyper2kvmd import spool\n"
-        "try: claim = spool.claim(Path(sys.argv[1]))\n"
-        "except spool.Busy: print('busy')\n"
+        "import sys, time; from pathlib import Path; from hyper2kvmd import claims, spool\n"
+        "try: claim = claims.claim(Path(sys.argv[1]))\n"
+        "except claims.Busy: print('busy')\n"
         "else: print('won', claim.attempt, flush=True); time.sleep(30)"
     )
     racers = [
@@ -223,8 +228,8 @@ def test_of_many_processes_that_race_one_wins(make_export: MakeExport) -> None:
 def test_the_kernel_frees_the_claim_of_a_killed_process_and_the_death_is_counted(make_export: MakeExport) -> None:
     export = make_export()
     code = (
-        "import sys, time; from pathlib import Path; from hyper2kvmd import spool\n"
-        "spool.claim(Path(sys.argv[1])); print('ok', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from hyper2kvmd import claims, spool\n"
+        "claims.claim(Path(sys.argv[1])); print('ok', flush=True); time.sleep(60)"
     )
     for expected in (1, 2):
         holder = subprocess.Popen([sys.executable, "-c", code, str(export)], stdout=subprocess.PIPE)
@@ -232,7 +237,7 @@ def test_the_kernel_frees_the_claim_of_a_killed_process_and_the_death_is_counted
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
         assert expected == spool.look(export, Settings()).crashes
-    claim = spool.claim(export)
+    claim = claims.claim(export)
     assert (3, 2) == (claim.attempt, claim.crashes)
     claim.interrupted()
     claim.close()
@@ -242,21 +247,21 @@ def test_the_kernel_frees_the_claim_of_a_killed_process_and_the_death_is_counted
 def test_only_failures_count_as_retries(make_export: MakeExport) -> None:
     export = make_export()
     for status, expected in ((None, 0), (None, 0), ("retrying", 0), (None, 1), ("retrying", 1), ("succeeded", 2)):
-        claim = spool.claim(export)
+        claim = claims.claim(export)
         assert expected == claim.retries
         if status is None:
             claim.interrupted()
         else:
             claim.finish(report(status))
         claim.close()
-    claim = spool.claim(export)
+    claim = claims.claim(export)
     assert (7, 0) == (claim.attempt, claim.retries)
     claim.close()
 
 
 def test_a_claim_notices_that_it_was_lost(make_export: MakeExport) -> None:
     export = make_export()
-    claim = spool.claim(export)
+    claim = claims.claim(export)
     claim.check()
     os.pwrite(claim.lock_fd, b'{"attempt": 7, ', 0)
     with pytest.raises(MigrationError, match="attempt 7 has begun"):
@@ -264,14 +269,14 @@ def test_a_claim_notices_that_it_was_lost(make_export: MakeExport) -> None:
     with pytest.raises(MigrationError, match="was lost"):
         claim.finish(report())
     claim.close()
-    assert not (export / spool.REPORT).exists()
+    assert not (export / claims.REPORT).exists()
 
 
 def test_a_claim_notices_that_its_lock_was_replaced(make_export: MakeExport) -> None:
     export = make_export()
-    claim = spool.claim(export)
-    (export / spool.LOCK).unlink()
-    (export / spool.LOCK).touch()
+    claim = claims.claim(export)
+    (export / claims.LOCK).unlink()
+    (export / claims.LOCK).touch()
     with pytest.raises(MigrationError, match="was replaced"):
         claim.check()
     claim.close()
@@ -282,7 +287,7 @@ def test_a_planted_lock_is_refused(make_export: MakeExport, tmp_path: Path, plan
     export = make_export()
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    lock = export / spool.LOCK
+    lock = export / claims.LOCK
     match plant:
         case "symlink":
             lock.symlink_to(victim)
@@ -293,34 +298,34 @@ def test_a_planted_lock_is_refused(make_export: MakeExport, tmp_path: Path, plan
         case "directory":
             lock.mkdir()
     with pytest.raises((MigrationError, OSError)):
-        spool.claim(export)
+        claims.claim(export)
     assert "precious" == victim.read_text()
 
 
 def test_a_half_written_lock_still_tells_the_attempt(make_export: MakeExport) -> None:
     export = make_export()
-    (export / spool.LOCK).write_text('{"attempt": 41, "cra')
-    claim = spool.claim(export)
+    (export / claims.LOCK).write_text('{"attempt": 41, "cra')
+    claim = claims.claim(export)
     assert 42 == claim.attempt
     claim.close()
 
 
 def test_a_report_is_written_whole_or_not_at_all(make_export: MakeExport) -> None:
     export = make_export()
-    (export / f".{spool.REPORT}.1.tmp").write_text("left by a dead attempt")
-    claim = spool.claim(export)
+    (export / f".{claims.REPORT}.1.tmp").write_text("left by a dead attempt")
+    claim = claims.claim(export)
     claim.finish(report())
     claim.close()
-    assert "succeeded" == json.loads((export / spool.REPORT).read_text())["status"]
+    assert "succeeded" == json.loads((export / claims.REPORT).read_text())["status"]
     assert not list(export.glob(".*.tmp"))
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
-    spool.write_durably(fd, "report", b"old", 1)
+    claims.write_durably(fd, "report", b"old", 1)
     os.mkdir(tmp_path / ".report.2.tmp")
     with pytest.raises(OSError):
-        spool.write_durably(fd, "report", b"new", 2)
+        claims.write_durably(fd, "report", b"new", 2)
     os.close(fd)
     assert b"old" == (tmp_path / "report").read_bytes()
 

@@ -1,0 +1,283 @@
+"""The claim that makes an export ours, by a lock in it; needs nothing that takes long to import."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import socket
+import stat
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyper2kvmd.errors import MEANING, Code, MigrationError
+
+if TYPE_CHECKING:
+    from hyper2kvmd.report import Report
+
+LOCK = ".hyper2kvmd.lock"
+REPORT = "migration-report.json"
+# What people ask for, as files beside the manifest, so that it reaches a runner on any host that shares the directory.
+HOLD = ".hyper2kvmd.hold"
+CANCEL = ".hyper2kvmd.cancel"
+LOG = ".hyper2kvmd.log"
+# In the exports directory itself: no daemon starts another job.
+DRAIN = ".hyper2kvmd.drain"
+# A look at the lock takes it for an instant; a claimer that meets it there tries again for this long.
+CLAIM_PATIENCE_SECONDS = 0.5
+
+
+class Busy(Exception):
+    """Another runner holds the claim."""
+
+
+class Claim:
+    """One export held by this process, until it and every tool that it handed the lock to are gone.
+
+    `attempt` is the fencing number: whoever has the highest one owns the export. `crashes` is how many attempts in
+    a row died, `retries` how many in a row ended for a passing cause; one that was stopped on purpose is neither.
+    """
+
+    def __init__(self, directory: Path, fd: int, lock_fd: int, attempt: int, crashes: int, retries: int) -> None:
+        self.directory = directory
+        self.fd = fd
+        self.lock_fd = lock_fd
+        self.attempt = attempt
+        self.crashes = crashes
+        self.retries = retries
+
+    def check(self) -> None:
+        """Raise MigrationError (claim_lost) unless the claim is still ours. Comes before what cannot be undone."""
+        try:
+            os.fsync(self.lock_fd)  # on NFS this is what notices a lock that the server has given away
+            ours, named = os.fstat(self.lock_fd), os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False)
+            attempt = _read_lock(self.lock_fd).get("attempt")
+        except OSError as error:
+            raise self._lost(str(error)) from None
+        if (ours.st_dev, ours.st_ino) != (named.st_dev, named.st_ino):
+            raise self._lost(f"{LOCK} was replaced")
+        if attempt != self.attempt:
+            raise self._lost(f"attempt {attempt} has begun")
+
+    def _lost(self, why: str) -> MigrationError:
+        return MigrationError(
+            Code.CLAIM_LOST,
+            f"the claim on {self.directory} (attempt {self.attempt}) was lost: {why}",
+            f"Nothing was published. Never remove or edit {LOCK}; check the shared file system's lock service.",
+        )
+
+    def finish(self, report: Report) -> None:
+        """Write the report durably: it is complete under its name, or it is not there. Then the job is over."""
+        self.check()
+        write_durably(self.fd, REPORT, report.to_bytes(), self.attempt)
+        waits = report.error is not None and MEANING[Code(report.error.code)].patient
+        self._end("reported", self.retries + (not waits) if report.status == "retrying" else 0)
+
+    def forget(self) -> None:
+        """Begin anew: the report gets out of the way (`migration-report.N.json`), and no crash or retry counts.
+
+        Raise OSError.
+        """
+        self.check()
+        taken = set(os.listdir(self.fd))
+        if REPORT in taken:
+            name = next(name for n in itertools.count(1) if (name := f"migration-report.{n}.json") not in taken)
+            os.rename(REPORT, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self.fulfil(CANCEL)
+        os.fsync(self.fd)
+        self._end("retried", 0)
+
+    def fulfil(self, name: str) -> None:
+        """Take a wish away that is fulfilled."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.fd)
+
+    def interrupted(self) -> None:
+        """Note that the job was stopped on purpose, so that this attempt does not count as a crash."""
+        self._end("interrupted", self.retries)
+
+    def _end(self, how: str, retries: int) -> None:
+        _write_lock(self.lock_fd, {**_read_lock(self.lock_fd), "ended": how, "crashes": 0, "retries": retries})
+
+    def close(self) -> None:
+        """Give the export up."""
+        os.close(self.lock_fd)
+        os.close(self.fd)
+
+
+def claim(directory: Path) -> Claim:
+    """Claim an export for this process.
+
+    Raise Busy if another process holds it, MigrationError (export_unsafe) if the lock is not a plain file of
+    ours, OSError if the directory cannot be used.
+    """
+    fd = open_directory(directory)
+    try:
+        lock_fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o640, dir_fd=fd)
+    except OSError as error:
+        os.close(fd)
+        if error.errno == errno.ELOOP:
+            raise _unsafe_lock(directory) from None
+        raise
+    try:
+        status = os.fstat(lock_fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_uid not in (0, os.geteuid()):
+            raise _unsafe_lock(directory)
+        if status.st_uid == os.geteuid():
+            os.fchmod(lock_fd, 0o640)  # whatever the umask: the group may look at who holds the claim
+        deadline = time.monotonic() + CLAIM_PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Busy(str(directory)) from None
+                time.sleep(0.02)
+        before = _read_lock(lock_fd)
+        attempt, retries = _number(before, "attempt") + 1, _number(before, "retries")
+        crashes = _crashes(before)
+        _write_lock(
+            lock_fd,
+            {
+                "attempt": attempt,
+                "crashes": crashes,
+                "retries": retries,
+                "ended": None,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "since": timestamp(time.time()),
+            },
+        )
+        os.fsync(fd)
+        _remove_leftovers(fd)
+        return Claim(directory, fd, lock_fd, attempt, crashes, retries)
+    except BaseException:
+        os.close(lock_fd)
+        os.close(fd)
+        raise
+
+
+def holder(directory: Path) -> dict[str, Any]:
+    """What the lock file says about the last process that claimed the export; {} if nobody ever did."""
+    try:
+        fd = os.open(directory / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return {}
+    try:
+        return _read_lock(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durably(dir_fd: int, name: str, data: bytes, attempt: int) -> None:
+    """Write a file so that after a crash it is the old one or the new one, whole.
+
+    Raise OSError; then the old one is still there.
+    """
+    temporary = f".{name}.{attempt}.tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=dir_fd)
+    try:
+        try:
+            os.fchmod(fd, 0o644)  # whatever the umask: reports are for reading
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=dir_fd)
+        raise
+    os.fsync(dir_fd)
+
+
+def timestamp(seconds: float) -> str:
+    """Seconds since the epoch as RFC 3339 in UTC, with milliseconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def open_directory(directory: Path) -> int:
+    """A descriptor of an export's directory. Raise OSError, also for a symbolic link."""
+    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def unwritable(export: Path, error: OSError) -> MigrationError:
+    """What an error of the operating system means that keeps us from claiming an export, or from reporting."""
+    return MigrationError(
+        Code.EXPORT_UNWRITABLE,
+        f"{export}: the lock and the report cannot be written there: {error.strerror}",
+        "Give the user of the service write access (run it as the exporter's user with User= in a drop-in,"
+        " or set an ACL), or free some space; it is tried again by itself.",
+    )
+
+
+def _unsafe_lock(directory: Path) -> MigrationError:
+    return MigrationError(
+        Code.EXPORT_UNSAFE,
+        f"{directory / LOCK} is not a plain file that belongs to this service",
+        "Somebody put it there. Find out who, then remove it.",
+    )
+
+
+def _remove_leftovers(dir_fd: int) -> None:
+    """Remove the half-written reports of attempts that died; the claim makes them ours."""
+    for name in os.listdir(dir_fd):
+        if re.fullmatch(rf"\.{re.escape(REPORT)}\.\d+\.tmp", name):
+            os.unlink(name, dir_fd=dir_fd)
+
+
+def probe(dir_fd: int) -> tuple[bool, int, float]:
+    """Whether the claim on an open export is held; else how many attempts in a row died, and when the last began."""
+    try:
+        fd = os.open(LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)
+    except PermissionError:
+        raise  # who may not look cannot know, and must not be told "free"
+    except OSError:
+        return False, 0, 0.0
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True, 0, 0.0
+        return False, _crashes(_read_lock(fd)), os.fstat(fd).st_mtime
+    finally:
+        os.close(fd)
+
+
+def _read_lock(fd: int) -> dict[str, Any]:
+    """The JSON in the lock file. It is written in place, so a crash can leave half of it: the number comes first."""
+    data = os.pread(fd, 4096, 0)
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        match = re.match(rb'\{"attempt": (\d+),', data)
+        return {"attempt": int(match[1])} if match else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _number(content: dict[str, Any], key: str) -> int:
+    """A count in the lock file; 0 for what is none, as the file may have been planted."""
+    value = content.get(key)
+    return value if isinstance(value, int) and 0 <= value < 1 << 53 else 0
+
+
+def _crashes(content: dict[str, Any]) -> int:
+    """How many attempts in a row died, the last one included if it did not say how it ended."""
+    return _number(content, "crashes") + (bool(content.get("attempt")) and content.get("ended") is None)
+
+
+def _write_lock(fd: int, content: dict[str, Any]) -> None:
+    """Write the JSON in the lock file in place (a rename would let a second process lock a new file), and fsync it."""
+    data = json.dumps({"attempt": content.pop("attempt", 0), **content}).encode() + b"\n"
+    os.pwrite(fd, data, 0)
+    os.ftruncate(fd, len(data))
+    os.fsync(fd)
