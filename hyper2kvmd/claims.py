@@ -27,6 +27,9 @@ REPORT = "migration-report.json"
 HOLD = ".hyper2kvmd.hold"
 CANCEL = ".hyper2kvmd.cancel"
 LOG = ".hyper2kvmd.log"
+# What was seen of the guest in the boot test.
+BOOT_LOG = "boot-test.log"
+BOOT_SCREEN = "boot-test.png"
 # In the exports directory itself: no daemon starts another job.
 DRAIN = ".hyper2kvmd.drain"
 # A look at the lock takes it for an instant; a claimer that meets it there tries again for this long.

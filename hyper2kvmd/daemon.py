@@ -29,8 +29,8 @@ from hyper2kvmd.watch import POLL_SECONDS, Scan, Scanner, Watch
 log = structlog.get_logger()
 
 # After a look, events wait for so many times as long as it took, but not for longer than a second: an export is seen at
-# once when it comes alone, and while many come, the looks take a twentieth of the time.
-PAUSE_FACTOR = 20
+# once when it comes alone, and while many come, the looks take a fifth of the time at most.
+PAUSE_FACTOR = 4
 PAUSE_SECONDS = 1.0
 # At rest, where events say when to look, looks take a hundredth of the time.
 REST_FACTOR = 100

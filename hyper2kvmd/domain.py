@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hyper2kvmd.manifest.problems import show
+from hyper2kvmd.osinfo import osinfo_id
+
 METADATA_NAMESPACE = "urn:hyper2kvmd:domain:1"
+OSINFO_NAMESPACE = "http://libosinfo.org/xmlns/libvirt/domain/1.0"
 # Fixed for ever: a domain's UUID follows from it, and a job that is done again must find the domain it made.
 _UUID_NAMESPACE = uuid.UUID("5f7a1c7e-2f54-4a0e-9d55-0d2b8f1f6a11")
+# Every virtio-blk disk takes a PCI slot of its own, and about 30 are left for disks and network cards together.
+VIRTIO_BLK_DISKS = 20
+IDE_DISKS = 4
+SCSI_TARGETS = 256  # of one virtio-scsi controller
+SERIAL_LENGTH = 20  # what virtio-blk and SATA have room for
+TEXT_LENGTH = 4096  # more of an annotation than anybody reads in virt-manager
+# What XML 1.0 cannot hold, and what is there to harm the terminal on which it is shown.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_TARGET = re.compile(r"(?:(bridge|ovs):)?([^@:/\x00-\x1f]+)(?:@([0-9]{1,4}))?")
 
 ET.register_namespace("h2k", METADATA_NAMESPACE)
+ET.register_namespace("libosinfo", OSINFO_NAMESPACE)
 
 
 @dataclass(frozen=True)
@@ -27,29 +44,65 @@ class DomainDisk:
 
 @dataclass(frozen=True)
 class DomainNic:
-    """A network interface: `target` is a libvirt network, `bridge:NAME`, or `user` (no privileges needed)."""
+    """A network interface. `target` is as `attachment` reads it; without `link`, its cable is unplugged."""
 
     mac: str
     target: str
+    link: bool = True
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """Where a network interface leads to. `name` is that of the network or bridge; `user` has none."""
+
+    kind: Literal["network", "bridge", "ovs", "user"]
+    name: str
+    vlan: int | None = None
+
+
+@dataclass(frozen=True)
+class Guest:
+    """The operating system that was found on the disks, in the words of libguestfs.
+
+    type: "linux", "windows"... distro: "debian", "sles"... version: "12.0", "10.0"... product: what it calls itself,
+    which is all that tells one Windows 10.0 from another. kernel: "6.1.0-18-amd64", the one that will boot.
+    """
+
+    type: str
+    distro: str
+    version: str
+    kernel: str | None
+    product: str = ""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What the domain is made of. `virt_type` is libvirt's: kvm, qemu or test."""
+    """What the domain is made of.
+
+    virt_type: libvirt's, kvm, qemu or test. guest: None if nobody looked into the disks. compatible: SATA and e1000e,
+    for a guest that is not known to have virtio. nvram: where the variables of UEFI are kept, if not where libvirt
+    keeps them.
+    """
 
     name: str
     uuid: str
     title: str
+    description: str
     cpus: int
+    cores_per_socket: int | None
     memory_mib: int
     firmware: Literal["bios", "uefi"]
     secure_boot: bool
+    tpm: bool
     virt_type: str
+    guest: Guest | None
     disks: tuple[DomainDisk, ...]
     nics: tuple[DomainNic, ...]
     job: str
     source: dict[str, str]
-    compatible: bool = False  # SATA and e1000e, for a guest that is not known to have virtio
+    tags: dict[str, str]
+    compatible: bool = False
+    nvram: Path | None = None
 
 
 def domain_uuid(*identity: str) -> str:
@@ -63,41 +116,50 @@ def generated_mac(domain_uuid: str, index: int) -> str:
     return "52:54:00:" + ":".join(f"{byte:02x}" for byte in digest[:3])
 
 
+def attachment(target: str) -> Attachment:
+    """Read `NETWORK`, `bridge:NAME` or `ovs:NAME`, each with an optional `@VLAN`, or `user`. Raise ValueError."""
+    found = _TARGET.fullmatch(target)
+    vlan = int(found[3]) if found and found[3] else None
+    if found is None or (vlan is not None and (target.startswith("user@") or not 1 <= vlan <= 4094)):
+        raise ValueError(
+            f"{show(target)} is not the name of a network, bridge:NAME, ovs:NAME, one of these with"
+            " @VLAN (1 to 4094), or user"
+        )
+    if target == "user":
+        return Attachment("user", "")
+    kinds: dict[str | None, Literal["network", "bridge", "ovs"]] = {None: "network", "bridge": "bridge", "ovs": "ovs"}
+    return Attachment(kinds[found[1]], found[2], vlan)
+
+
 def to_xml(domain: Domain) -> str:
-    """The domain as libvirt XML."""
+    """The domain as libvirt XML. Raise ValueError if a NIC's target is none."""
+    machine = _machine(domain.guest)
+    windows = domain.guest is not None and domain.guest.type == "windows"
+    # Enlightenments are KVM's; emulation has none.
+    hyperv = windows and domain.virt_type == "kvm"
+
     root = ET.Element("domain", type=domain.virt_type)
     _text(root, "name", domain.name)
     _text(root, "uuid", domain.uuid)
-    _text(root, "title", domain.title)
-    record = ET.SubElement(ET.SubElement(root, "metadata"), f"{{{METADATA_NAMESPACE}}}migration", job=domain.job)
-    for key, value in domain.source.items():
-        _text(record, f"{{{METADATA_NAMESPACE}}}{key}", value)
+    _text(root, "title", " ".join(_printable(domain.title).split()) or domain.name)
+    if description := _printable(domain.description).strip():
+        _text(root, "description", description)
+    _metadata(root, domain)
     _text(root, "memory", str(domain.memory_mib), unit="MiB")
     _text(root, "vcpu", str(domain.cpus))
-
-    # libvirt chooses loader and NVRAM by itself: naming them as well is an error on some versions.
-    system = ET.SubElement(root, "os", {"firmware": "efi"} if domain.firmware == "uefi" else {})
-    _text(system, "type", "hvm", arch="x86_64", machine="q35")
-    if domain.firmware == "uefi":
-        firmware = ET.SubElement(system, "firmware")
-        secure = "yes" if domain.secure_boot else "no"
-        ET.SubElement(firmware, "feature", enabled=secure, name="secure-boot")
-        ET.SubElement(firmware, "feature", enabled=secure, name="enrolled-keys")
-
-    features = ET.SubElement(root, "features")
-    ET.SubElement(features, "acpi")
-    ET.SubElement(features, "apic")
-    if domain.secure_boot and domain.firmware == "uefi":
-        ET.SubElement(features, "smm", state="on")
-    if domain.virt_type != "test":
-        ET.SubElement(root, "cpu", mode="host-model" if domain.virt_type == "kvm" else "maximum")
-    ET.SubElement(root, "clock", offset="utc")
+    threaded = bool(domain.disks) and not domain.compatible
+    if threaded:
+        _text(root, "iothreads", "1")
+    _firmware(root, domain, machine)
+    _features(root, secure_boot=domain.firmware == "uefi" and domain.secure_boot, hyperv=hyperv)
+    _cpu(root, domain)
+    _clock(root, windows=windows, hyperv=hyperv)
 
     devices = ET.SubElement(root, "devices")
-    for index, disk in enumerate(domain.disks):
-        _disk(devices, disk, index, "sata" if domain.compatible else "virtio")
+    _disks(devices, domain, machine)
+    nic_model = "virtio" if not domain.compatible else "e1000e" if machine == "q35" else "e1000"
     for nic in domain.nics:
-        _nic(devices, nic, "e1000e" if domain.compatible else "virtio")
+        _nic(devices, nic, nic_model)
     serial = ET.SubElement(devices, "serial", type="pty")
     ET.SubElement(serial, "target", port="0")
     console = ET.SubElement(devices, "console", type="pty")
@@ -106,7 +168,11 @@ def to_xml(domain: Domain) -> str:
     ET.SubElement(channel, "target", type="virtio", name="org.qemu.guest_agent.0")
     ET.SubElement(devices, "input", type="tablet", bus="usb")
     ET.SubElement(devices, "graphics", type="vnc", port="-1", autoport="yes", listen="127.0.0.1")
+    # Every guest and both firmwares can draw on VGA; virtio needs a driver that old guests do not have.
     ET.SubElement(ET.SubElement(devices, "video"), "model", type="vga")
+    if domain.tpm:
+        tpm = ET.SubElement(devices, "tpm", model="tpm-crb" if machine == "q35" else "tpm-tis")
+        ET.SubElement(tpm, "backend", type="emulator", version="2.0")
     rng = ET.SubElement(devices, "rng", model="virtio")
     _text(rng, "backend", "/dev/urandom", model="random")
     ET.indent(root)
@@ -119,40 +185,157 @@ def job_of(xml: str) -> str | None:
     return None if record is None else record.get("job")
 
 
-def _disk(devices: ET.Element, disk: DomainDisk, index: int, bus: str) -> None:
-    element = ET.SubElement(devices, "disk", type="file", device="disk")
-    # io=native needs O_DIRECT, which tmpfs and some network file systems refuse.
-    caching = {"cache": "none", "io": "native"} if disk.direct_io else {}
-    ET.SubElement(element, "driver", {"name": "qemu", "type": disk.format, "discard": "unmap", **caching})
-    ET.SubElement(element, "source", file=str(disk.path))
-    ET.SubElement(element, "target", dev=_device_name("vd" if bus == "virtio" else "sd", index), bus=bus)
-    _text(element, "serial", disk.serial[:20])
-    # Every disk has an order: OVMF connects only the devices it is told of, and /boot may be on the second.
-    ET.SubElement(element, "boot", order=str(index + 1))
+def _machine(guest: Guest | None) -> Literal["q35", "pc"]:
+    """The chipset: ICH9 with PCI Express, or the older PIIX for guests that know no other."""
+    if guest is None:
+        return "q35"
+    if guest.type == "linux":
+        found = re.match(r"2\.([0-9]{1,3})(?:\.([0-9]{1,3}))?(?![0-9])", guest.kernel or "")
+        old = found is not None and (int(found[1]), int(found[2] or 0)) < (6, 25)
+    else:
+        old = guest.type == "windows" and re.match(r"[1-5]\.", guest.version) is not None  # up to XP and 2003
+    return "pc" if old else "q35"
+
+
+def _metadata(root: ET.Element, domain: Domain) -> None:
+    """Whose domain it is, which is how we know it again, and what runs in it, which virt-manager wants to know."""
+    metadata = ET.SubElement(root, "metadata")
+    record = ET.SubElement(metadata, f"{{{METADATA_NAMESPACE}}}migration", job=domain.job)
+    for key, value in domain.source.items():
+        _text(record, f"{{{METADATA_NAMESPACE}}}{key}", _printable(value))
+    for key, value in domain.tags.items():
+        _text(record, f"{{{METADATA_NAMESPACE}}}tag", _printable(value), name=_printable(key))
+    if domain.guest is not None and (id := osinfo_id(domain.guest)):
+        osinfo = ET.SubElement(metadata, f"{{{OSINFO_NAMESPACE}}}libosinfo")
+        ET.SubElement(osinfo, f"{{{OSINFO_NAMESPACE}}}os", id=id)
+
+
+def _firmware(root: ET.Element, domain: Domain, machine: str) -> None:
+    """libvirt chooses loader and NVRAM by what is asked of them: naming a loader as well is an error."""
+    uefi = domain.firmware == "uefi"
+    system = ET.SubElement(root, "os", {"firmware": "efi"} if uefi else {})
+    _text(system, "type", "hvm", arch="x86_64", machine=machine)
+    if uefi:
+        firmware = ET.SubElement(system, "firmware")
+        secure = "yes" if domain.secure_boot else "no"
+        ET.SubElement(firmware, "feature", enabled=secure, name="secure-boot")
+        ET.SubElement(firmware, "feature", enabled=secure, name="enrolled-keys")
+        if domain.nvram is not None:
+            _text(system, "nvram", str(domain.nvram))
+
+
+def _features(root: ET.Element, *, secure_boot: bool, hyperv: bool) -> None:
+    features = ET.SubElement(root, "features")
+    ET.SubElement(features, "acpi")
+    ET.SubElement(features, "apic")
+    if hyperv:
+        enlightenments = ET.SubElement(features, "hyperv")
+        for name in ("relaxed", "vapic", "vpindex", "synic", "stimer"):
+            ET.SubElement(enlightenments, name, state="on")
+        ET.SubElement(enlightenments, "spinlocks", state="on", retries="8191")
+    if secure_boot:
+        ET.SubElement(features, "smm", state="on")  # it guards the variables
+
+
+def _cpu(root: ET.Element, domain: Domain) -> None:
+    mode = {"kvm": "host-model", "qemu": "maximum"}.get(domain.virt_type)
+    cpu = ET.Element("cpu", {} if mode is None else {"mode": mode})
+    cores = domain.cores_per_socket
+    if cores and cores > 0 and domain.cpus % cores == 0:
+        # Some guests are licensed by the socket, and Windows clients use no more than two.
+        ET.SubElement(cpu, "topology", sockets=str(domain.cpus // cores), cores=str(cores), threads="1")
+    if cpu.attrib or len(cpu):
+        root.append(cpu)
+
+
+def _clock(root: ET.Element, *, windows: bool, hyperv: bool) -> None:
+    """Windows keeps local time in the hardware clock, everybody else UTC."""
+    clock = ET.SubElement(root, "clock", offset="localtime" if windows else "utc")
+    if windows:
+        ET.SubElement(clock, "timer", name="rtc", tickpolicy="catchup")
+        ET.SubElement(clock, "timer", name="pit", tickpolicy="delay")
+        ET.SubElement(clock, "timer", name="hpet", present="no")
+    if hyperv:
+        ET.SubElement(clock, "timer", name="hypervclock", present="yes")
+
+
+def _disks(devices: ET.Element, domain: Domain, machine: str) -> None:
+    buses = [_bus(domain, machine, index) for index in range(len(domain.disks))]
+    for index in range(-(-buses.count("scsi") // SCSI_TARGETS)):
+        controller = ET.SubElement(devices, "controller", type="scsi", index=str(index), model="virtio-scsi")
+        ET.SubElement(controller, "driver", iothread="1")
+    used: Counter[str] = Counter()
+    serials = _unique_serials(disk.serial for disk in domain.disks)
+    for order, (disk, bus, serial) in enumerate(zip(domain.disks, buses, serials, strict=True), start=1):
+        number = used[bus]
+        used[bus] += 1
+        element = ET.SubElement(devices, "disk", type="file", device="disk")
+        # io=native needs O_DIRECT, which tmpfs and some network file systems refuse.
+        caching = {"cache": "none", "io": "native"} if disk.direct_io else {}
+        thread = {"iothread": "1"} if bus == "virtio" else {}
+        ET.SubElement(element, "driver", {"name": "qemu", "type": disk.format, "discard": "unmap", **caching, **thread})
+        ET.SubElement(element, "source", file=str(disk.path))
+        ET.SubElement(element, "target", dev=_device_name(number, bus), bus=bus)
+        if bus == "scsi":
+            # By itself libvirt puts 15 disks on a controller, and adds LSI controllers, for which OVMF has no driver.
+            controller_index, target = divmod(number, SCSI_TARGETS)
+            place = {"controller": str(controller_index), "bus": "0", "target": str(target), "unit": "0"}
+            ET.SubElement(element, "address", {"type": "drive", **place})
+        _text(element, "serial", serial)
+        # Every disk has an order: OVMF connects only the devices it is told of, and /boot may be on the second.
+        ET.SubElement(element, "boot", order=str(order))
+
+
+def _bus(domain: Domain, machine: str, index: int) -> str:
+    if domain.compatible:
+        # Windows XP has no driver for SATA; what does not fit on IDE can at least be given one.
+        return "ide" if machine == "pc" and index < IDE_DISKS else "sata"
+    # A guest that is old enough for pc has no virtio-scsi, and there libvirt adds bridges with more slots.
+    return "scsi" if machine == "q35" and len(domain.disks) > VIRTIO_BLK_DISKS else "virtio"
+
+
+def _unique_serials(serials: Iterable[str]) -> list[str]:
+    """The serials cut to their length, and told apart by a number at the end where that made two equal."""
+    taken: dict[str, None] = {}  # in the order given
+    for serial in serials:
+        cut = serial[:SERIAL_LENGTH]
+        number = 1
+        while cut in taken:
+            number += 1
+            cut = f"{serial[: SERIAL_LENGTH - 1 - len(str(number))]}-{number}"
+        taken[cut] = None
+    return list(taken)
 
 
 def _nic(devices: ET.Element, nic: DomainNic, model: str) -> None:
-    kind, _, name = nic.target.partition(":")
-    if nic.target == "user":
-        element = ET.SubElement(devices, "interface", type="user")
-    elif kind == "bridge" and name:
-        element = ET.SubElement(devices, "interface", type="bridge")
-        ET.SubElement(element, "source", bridge=name)
-    else:
-        element = ET.SubElement(devices, "interface", type="network")
-        ET.SubElement(element, "source", network=nic.target)
+    leads = attachment(nic.target)
+    element = ET.SubElement(devices, "interface", type="bridge" if leads.kind == "ovs" else leads.kind)
+    if leads.kind != "user":
+        ET.SubElement(element, "source", {"network" if leads.kind == "network" else "bridge": leads.name})
+    if leads.kind == "ovs":
+        ET.SubElement(element, "virtualport", type="openvswitch")
+    if leads.vlan is not None:
+        ET.SubElement(ET.SubElement(element, "vlan"), "tag", id=str(leads.vlan))
     ET.SubElement(element, "mac", address=nic.mac)
     ET.SubElement(element, "model", type=model)
+    if not nic.link:
+        ET.SubElement(element, "link", state="down")
 
 
-def _device_name(prefix: str, index: int) -> str:
-    """vda to vdz, then vdaa (or sda...): the kernel's own order."""
+def _device_name(index: int, bus: str) -> str:
+    """vda to vdz, then vdaa (or sda, hda...): the kernel's own order."""
     letters = ""
     index += 1
     while index:
         index, letter = divmod(index - 1, 26)
         letters = chr(ord("a") + letter) + letters
-    return prefix + letters
+    return {"virtio": "vd", "ide": "hd"}.get(bus, "sd") + letters
+
+
+def _printable(text: str) -> str:
+    """Text of the source that XML can hold and a terminal can show, of bounded length."""
+    kept = _UNPRINTABLE.sub("", text[: TEXT_LENGTH + 1].replace("\r\n", "\n"))
+    return kept if len(kept) <= TEXT_LENGTH else kept[: TEXT_LENGTH - 1] + "…"
 
 
 def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:

@@ -45,8 +45,12 @@ class Code(StrEnum):
     FIX_UNPROVED = "fix_unproved"
     APPLIANCE_FAILED = "appliance_failed"
     VALIDATION_FAILED = "validation_failed"
+    BOOT_FAILED = "boot_failed"
     DOMAIN_EXISTS = "domain_exists"
+    MAC_EXISTS = "mac_exists"
     NETWORK_MISSING = "network_missing"
+    POOL_MISSING = "pool_missing"
+    FIRMWARE_MISSING = "firmware_missing"
     DEFINE_FAILED = "define_failed"
     LIBVIRT_UNAVAILABLE = "libvirt_unavailable"
     TOOL_MISSING = "tool_missing"
@@ -100,8 +104,17 @@ MEANING: dict[Code, Meaning] = {
     Code.FIX_UNPROVED: Meaning(Outcome.FAILED, "the changed guest does not hold what it needs to boot on virtio"),
     Code.APPLIANCE_FAILED: Meaning(Outcome.RETRY, "the libguestfs appliance could not be started"),
     Code.VALIDATION_FAILED: Meaning(Outcome.FAILED, "the converted disk is damaged or differs from the source"),
+    Code.BOOT_FAILED: Meaning(Outcome.FAILED, "the migrated guest did not boot in the boot test"),
     Code.DOMAIN_EXISTS: Meaning(Outcome.BLOCKED, "libvirt already has a domain of this name or UUID"),
-    Code.NETWORK_MISSING: Meaning(Outcome.BLOCKED, "a network that the VM is to be connected to does not exist"),
+    Code.MAC_EXISTS: Meaning(Outcome.BLOCKED, "another domain has one of the VM's MAC addresses"),
+    Code.NETWORK_MISSING: Meaning(
+        Outcome.BLOCKED, "a network that the VM is to be connected to does not exist, is not active, or has no VLANs"
+    ),
+    Code.POOL_MISSING: Meaning(
+        Outcome.BLOCKED,
+        "the storage pool of the settings does not exist, is not active, or is not of the output directory",
+    ),
+    Code.FIRMWARE_MISSING: Meaning(Outcome.BLOCKED, "the host has no UEFI firmware that the VM needs"),
     Code.DEFINE_FAILED: Meaning(Outcome.FAILED, "libvirt refused the domain"),
     Code.LIBVIRT_UNAVAILABLE: Meaning(Outcome.RETRY, "libvirt does not answer"),
     Code.TOOL_MISSING: Meaning(Outcome.BLOCKED, "a program or library that is needed is not installed"),
@@ -142,8 +155,11 @@ class Finding:
 class MigrationError(Exception):
     """A job cannot go on: `code` from the closed list, what failed with its value, and what to do.
 
-    `tail` is the end of the output of the tool that failed, if there was one.
+    `tail` is the end of the output of the tool that failed, if there was one. `problems` is everything that is wrong,
+    this included, where more than one thing can be.
     """
+
+    problems: tuple[Finding, ...] = ()
 
     def __init__(self, code: Code, message: str, hint: str, *, field: str | None = None, tail: str = "") -> None:
         super().__init__(message)
@@ -164,6 +180,36 @@ class MigrationError(Exception):
 
     def __str__(self) -> str:
         return str(self.finding())
+
+
+class Noted:
+    """Keeps the errors of several checks, so that all of them can be told at once: `with noted: check()`."""
+
+    def __init__(self) -> None:
+        self.errors: list[MigrationError] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, MigrationError):
+            self.errors.append(error)
+        return isinstance(error, MigrationError)
+
+    def findings(self) -> tuple[Finding, ...]:
+        """All that was noted, each once."""
+        return tuple(dict.fromkeys(f for error in self.errors for f in error.problems or (error.finding(),)))
+
+    def check(self) -> None:
+        """Raise the error that decides most about the job, with all the others as its problems, if there is one."""
+        if self.errors:
+            error = min(self.errors, key=lambda error: _FIRST.index(error.outcome))
+            error.problems = self.findings() if len(self.findings()) > 1 else ()
+            raise error
+
+
+# What waits for a person, or can never be, is not tried again because something else passes by itself.
+_FIRST = (Outcome.REJECTED, Outcome.FAILED, Outcome.BLOCKED, Outcome.CANCELLED, Outcome.RETRY)
 
 
 class SettingsError(Exception):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CHOICES = ("inspect", "fix", "convert", "validate", "import")  # the stages that can be left out
-STAGES = ("plan", "verify", "inspect", "fix", "convert", "commit", "validate", "publish", "import")
+STAGES = ("plan", "verify", "inspect", "fix", "convert", "commit", "validate", "boot", "publish", "import")
 
 
 @dataclass(frozen=True)

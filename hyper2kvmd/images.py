@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hyper2kvmd import imageheader
-from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError
+from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted
 from hyper2kvmd.imageheader import Header
 from hyper2kvmd.manifest import Disk
 from hyper2kvmd.run import Done, Tools
@@ -108,11 +108,11 @@ def _node(driver: str, path: str) -> dict[str, Any]:
 
 
 def open_sources(
-    export_fd: int, export_dir: Path, disks: Sequence[Disk], stack: contextlib.ExitStack
+    export_fd: int, export_dir: Path, disks: Sequence[Disk], stack: contextlib.ExitStack, noted: Noted
 ) -> tuple[Source, ...]:
-    """Open and examine the disks of a manifest; `stack` closes them.
+    """Open and examine the disks of a manifest; `stack` closes them. Those that cannot be used are left out.
 
-    `export_fd` is the export's directory, `export_dir` its path as in the manifest. Raise MigrationError, with
+    `export_fd` is the export's directory, `export_dir` its path as in the manifest. `noted` gets, with
     the disk's field in the manifest: disk_missing, disk_size, export_unsafe, or those of imageheader.examine().
     """
     sources = []
@@ -133,7 +133,8 @@ def open_sources(
         except MigrationError as error:
             wrong = "source_format" if error.code == Code.FORMAT_MISMATCH else "local_path"
             error.field = error.field or f"{field}.{wrong}"
-            raise
+            noted.errors.append(error)
+            continue
         sources.append(source)
     return tuple(sources)
 
@@ -370,6 +371,11 @@ def create_overlay(tools: Tools, overlay: Path, source: Source) -> None:
         "qemu-img", "create", "-q", "-f", "qcow2", "-b", source.node, "-F", source.header.format,
         overlay, str(source.virtual_size), limits=WORK_LIMITS,
     )  # fmt: skip
+
+
+def create_throw_away(tools: Tools, overlay: Path, disk: Path, format: str) -> None:
+    """Create a qcow2 file that starts as a disk of ours, and takes all writes in its place."""
+    tools.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", disk, "-F", format, overlay, limits=WORK_LIMITS)
 
 
 def convert(

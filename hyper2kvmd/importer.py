@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import libvirt
 
-from hyper2kvmd.domain import job_of
-from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.domain import Attachment, Domain, attachment, job_of, to_xml
+from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.manifest.problems import show
+
+NETWORKS_FIELD = "libvirt.network_map"
+POOL_FIELD = "libvirt.pool"
+BRIDGE_VLANS = 11_000_000  # the version of libvirt that tags on the kernel's own bridges
 
 
 @contextlib.contextmanager
@@ -33,26 +41,29 @@ def connect(uri: str) -> Iterator[Any]:
             connection.close()
 
 
-def preflight(connection: Any, name: str, uuid: str, job: str, networks: set[str]) -> None:
-    """Check that the domain can be defined: nobody has its name or UUID, its networks exist.
+def preflight(connection: Any, domain: Domain, pool: str | None, directory: Path) -> list[MigrationError]:
+    """Everything because of which the domain could not be defined, or could not start then.
 
-    A domain that an earlier attempt of the same job defined is not in the way, unless it runs.
-    Raise MigrationError (domain_exists, network_missing, libvirt_unavailable).
+    pool: the storage pool that the disks are to belong to, if any. directory: where the disks go; they need not exist
+    yet. A domain that an earlier attempt of the same job defined is not in the way, unless it runs.
+    Codes: domain_exists, mac_exists, network_missing, pool_missing, firmware_missing, tool_missing, define_failed.
+    Raise MigrationError (libvirt_unavailable).
     """
     with _translated(Code.LIBVIRT_UNAVAILABLE):
-        existing = [domain for domain in connection.listAllDomains() if domain.name() == name]
-        existing += [d for d in connection.listAllDomains() if d.UUIDString() == uuid and d.name() != name]
-        for domain in existing:
-            _refuse_foreign(domain, name, uuid, job)
-        known = {network.name() for network in connection.listAllNetworks()} if networks else set()
-    for network in sorted(networks - known):
-        raise MigrationError(
-            Code.NETWORK_MISSING,
-            f"libvirt ({connection.getURI()}) has no network {network!r}; it has {', '.join(sorted(known)) or 'none'}",
-            "Create the network, or set libvirt.network_map or libvirt.default_network to an existing one,"
-            " to bridge:NAME, or to user.",
-            field="libvirt.default_network",
-        )
+        existing = _existing(connection)
+        return [
+            *_conflicts(existing, domain.name, domain.uuid, domain.job),
+            *_taken_macs(existing, domain),
+            *_unreachable(connection, domain),
+            *_misplaced(connection, pool, directory),
+            *_refused(connection, domain),
+        ]
+
+
+def taken(connection: Any, uuid: str, job: str) -> bool:
+    """Whether a domain that this job did not make has the UUID. Raise MigrationError (libvirt_unavailable)."""
+    with _translated(Code.LIBVIRT_UNAVAILABLE):
+        return any(other.uuid == uuid and other.job != job for other in _existing(connection))
 
 
 def version(connection: Any) -> str:
@@ -80,9 +91,8 @@ def define(connection: Any, xml: str, name: str, uuid: str, job: str, *, autosta
     Raise MigrationError (domain_exists, define_failed, libvirt_unavailable).
     """
     with _translated(Code.DEFINE_FAILED, connection):
-        for domain in connection.listAllDomains():
-            if domain.name() == name or domain.UUIDString() == uuid:
-                _refuse_foreign(domain, name, uuid, job)
+        for conflict in _conflicts(_existing(connection), name, uuid, job):
+            raise conflict
         domain = connection.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
         if autostart:
             domain.setAutostart(1)
@@ -90,20 +100,242 @@ def define(connection: Any, xml: str, name: str, uuid: str, job: str, *, autosta
             domain.create()
 
 
-def _refuse_foreign(domain: Any, name: str, uuid: str, job: str) -> None:
-    if domain.name() == name and domain.UUIDString() == uuid and not domain.isActive():
-        if job_of(domain.XMLDesc(0)) == job:
-            return
-        what = "made by another migration"
-    else:
-        what = "running" if domain.isActive() else "shut off"
-    raise MigrationError(
-        Code.DOMAIN_EXISTS,
-        f"libvirt already has the domain {domain.name()!r} (UUID {domain.UUIDString()}, {what});"
-        f" this VM would be {name!r} (UUID {uuid})",
-        "Rename or undefine that domain, or export the VM under another name; then `hyper2kvmctl retry`.",
-        field="source.vm_name",
+def refresh_pools(connection: Any, directory: Path, pool: str | None) -> Finding | None:
+    """Let libvirt see the new disks: refresh the named pool, or those of the directory. Return a warning on failure."""
+    try:
+        for candidate in connection.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
+            if candidate.name() == pool or (pool is None and _is_of(candidate, directory)):
+                candidate.refresh(0)
+    except libvirt.libvirtError as error:
+        if pool is None and error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+            return None  # a libvirt without storage pools has none to refresh
+        return Finding(
+            "pool_not_refreshed",
+            f"libvirt did not look again at the storage pool of {directory}: {error}",
+            "The domain is not affected. Run `virsh pool-refresh POOL`, so that `virsh vol-list` shows the disks.",
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class _Existing:
+    """A domain that libvirt has. `job` is that which made it, None for domains that are not ours."""
+
+    name: str
+    uuid: str
+    active: bool
+    job: str | None
+    macs: frozenset[str]
+
+
+def _existing(connection: Any) -> list[_Existing]:
+    found = []
+    for domain in connection.listAllDomains():
+        try:
+            xml, active = domain.XMLDesc(0), bool(domain.isActive())
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:  # undefined since it was listed
+                continue
+            raise
+        addresses = ET.fromstring(xml).findall("devices/interface/mac")
+        macs = frozenset(str(mac.get("address")).lower() for mac in addresses)
+        found.append(_Existing(domain.name(), domain.UUIDString(), active, job_of(xml), macs))
+    return found
+
+
+def _conflicts(existing: list[_Existing], name: str, uuid: str, job: str) -> Iterator[MigrationError]:
+    """Domains that have the name or the UUID, other than one that this job defined and nobody started."""
+    for other in existing:
+        same = (other.name, other.uuid) == (name, uuid)
+        if (other.name != name and other.uuid != uuid) or (same and other.job == job and not other.active):
+            continue
+        what = "running" if other.active else "made by another migration" if same else "shut off"
+        yield MigrationError(
+            Code.DOMAIN_EXISTS,
+            f"libvirt already has the domain {show(other.name)} (UUID {other.uuid}, {what});"
+            f" this VM would be {show(name)} (UUID {uuid})",
+            "Rename or undefine that domain, or export the VM under another name; then `hyper2kvmctl retry`.",
+            field="source.vm_name",
+        )
+
+
+def _taken_macs(existing: list[_Existing], domain: Domain) -> Iterator[MigrationError]:
+    """Two VMs with one address on one network lose each other's packets."""
+    for nic in domain.nics:
+        for other in existing:
+            if other.job != domain.job and nic.mac.lower() in other.macs:
+                yield MigrationError(
+                    Code.MAC_EXISTS,
+                    f"the domain {show(other.name)} has the MAC address {nic.mac} of this VM",
+                    "Undefine that domain if it is an older copy of this VM; else give one of the two a new MAC"
+                    " address; then `hyper2kvmctl retry`.",
+                    field="nics",
+                )
+
+
+def _unreachable(connection: Any, domain: Domain) -> Iterator[MigrationError]:
+    """Networks and bridges that are not there, are not active, or cannot do what is asked of them."""
+    targets = sorted({nic.target for nic in domain.nics})
+    places = {target: attachment(target) for target in targets}
+    networks = {}
+    if any(place.kind == "network" for place in places.values()):
+        networks = {network.name(): network for network in connection.listAllNetworks()}
+    for target, place in places.items():
+        if place.kind == "network" and place.name not in networks:
+            yield MigrationError(
+                Code.NETWORK_MISSING,
+                f"libvirt ({connection.getURI()}) has no network {show(place.name)};"
+                f" it has {', '.join(sorted(networks)) or 'none'}",
+                "Create the network, or set libvirt.network_map or libvirt.default_network to an existing one,"
+                " to bridge:NAME, to ovs:NAME, or to user.",
+                field=NETWORKS_FIELD,
+            )
+        elif place.kind == "network" and not networks[place.name].isActive():
+            yield MigrationError(
+                Code.NETWORK_MISSING,
+                f"libvirt's network {show(place.name)} is not active: no VM that is connected to it can start",
+                f"Run `virsh net-start {place.name}` and `virsh net-autostart {place.name}`.",
+                field=NETWORKS_FIELD,
+            )
+        elif place.kind in ("bridge", "ovs"):
+            yield from _bridge_errors(connection, place)
+        if place.vlan is not None and not _tags(connection, place, networks.get(place.name)):
+            yield MigrationError(
+                Code.NETWORK_MISSING,
+                f"{show(target)}: libvirt {version(connection)} can tag with a VLAN only on Open vSwitch",
+                "Use ovs:NAME@VLAN, a bridge on top of the VLAN's own interface, or libvirt 11.",
+                field=NETWORKS_FIELD,
+            )
+
+
+def _bridge_errors(connection: Any, place: Attachment) -> Iterator[MigrationError]:
+    """libvirt is asked rather than /sys, because it may run on another host."""
+    wanted = "Open vSwitch bridge" if place.kind == "ovs" else "bridge"
+    try:
+        kind = ET.fromstring(connection.interfaceLookupByName(place.name).XMLDesc(0)).get("type")
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_INTERFACE:
+            yield MigrationError(
+                Code.NETWORK_MISSING,
+                f"the host has no {wanted} {show(place.name)}",
+                "Create it, or set libvirt.network_map or libvirt.default_network to another network or bridge.",
+                field=NETWORKS_FIELD,
+            )
+        elif error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:  # without the interface driver it cannot tell
+            raise
+        return
+    if (kind == "bridge") != (place.kind == "bridge"):
+        yield MigrationError(
+            Code.NETWORK_MISSING,
+            f"{show(place.name)} of the host is not of the kind that {place.kind}: stands for, but of type {kind}",
+            "Write bridge:NAME for a bridge of the kernel, and ovs:NAME for one of Open vSwitch.",
+            field=NETWORKS_FIELD,
+        )
+
+
+def _tags(connection: Any, place: Attachment, network: Any) -> bool:
+    """Whether libvirt can give an interface there a VLAN; of a network that does not exist, nothing is said."""
+    if place.kind == "ovs" or connection.getLibVersion() >= BRIDGE_VLANS:
+        return True
+    if place.kind == "bridge":
+        return False
+    if network is None:
+        return True
+    content = ET.fromstring(network.XMLDesc(0))
+    forward = content.find("forward")
+    # Network cards of the host that are handed to guests tag by themselves.
+    return content.find(".//virtualport[@type='openvswitch']") is not None or (
+        forward is not None and forward.get("mode") in ("hostdev", "passthrough")
     )
+
+
+def _misplaced(connection: Any, pool: str | None, directory: Path) -> Iterator[MigrationError]:
+    """The storage pool that is named in the settings, if it is not the active one of the directory."""
+    if pool is None:
+        return
+    pools = {candidate.name(): candidate for candidate in connection.listAllStoragePools()}
+    if pool not in pools:
+        yield MigrationError(
+            Code.POOL_MISSING,
+            f"libvirt ({connection.getURI()}) has no storage pool {show(pool)};"
+            f" it has {', '.join(sorted(pools)) or 'none'}",
+            f"Run `virsh pool-define-as {pool} dir --target {directory}` and `virsh pool-start {pool}`,"
+            " or name another pool.",
+            field=POOL_FIELD,
+        )
+        return
+    if not pools[pool].isActive():
+        yield MigrationError(
+            Code.POOL_MISSING,
+            f"libvirt's storage pool {show(pool)} is not active",
+            f"Run `virsh pool-start {pool}` and `virsh pool-autostart {pool}`.",
+            field=POOL_FIELD,
+        )
+    if not _is_of(pools[pool], directory):
+        yield MigrationError(
+            Code.POOL_MISSING,
+            f"libvirt's storage pool {show(pool)} is of {_path(pools[pool])}, the disks go to {directory}",
+            "Set output_dir to the directory of the pool, or name the pool of the output directory.",
+            field=POOL_FIELD,
+        )
+
+
+def _is_of(pool: Any, directory: Path) -> bool:
+    path = _path(pool)
+    return path is not None and os.path.realpath(path) == os.path.realpath(directory)
+
+
+def _path(pool: Any) -> str | None:
+    return ET.fromstring(pool.XMLDesc(0)).findtext("target/path")
+
+
+def _refused(connection: Any, domain: Domain) -> Iterator[MigrationError]:
+    """What this host's libvirt and QEMU cannot give the domain: firmware, TPM, that many CPUs or devices."""
+    refusal = _refusal(connection, domain)
+    if refusal is None:
+        return
+    # The texts of errors differ between versions, so the culprit is found by asking for one thing at a time.
+    plain = replace(domain, firmware="bios", tpm=False)
+    firmware = _refusal(connection, replace(plain, firmware=domain.firmware))
+    tpm = _refusal(connection, replace(plain, tpm=domain.tpm))
+    if _refusal(connection, plain) is not None or firmware is tpm is None:
+        yield MigrationError(
+            Code.DEFINE_FAILED,
+            f"libvirt would refuse the domain: {refusal}",
+            "See libvirt's log (`journalctl -u libvirtd`) for what it did not like.",
+        )
+        return
+    if firmware is not None:
+        kind = "UEFI firmware with Secure Boot and its keys" if domain.secure_boot else "UEFI firmware"
+        yield MigrationError(
+            Code.FIRMWARE_MISSING,
+            f"the host has no {kind} for the VM: {firmware}",
+            "Install the package ovmf (edk2-ovmf outside Debian and Ubuntu).",
+            field="vm.firmware",
+        )
+    if tpm is not None:
+        yield MigrationError(
+            Code.TOOL_MISSING,
+            f"the VM has a TPM, and the host has no program that emulates one: {tpm}",
+            "Install the packages swtpm and swtpm-tools, and restart libvirt.",
+        )
+
+
+def _refusal(connection: Any, domain: Domain) -> str | None:
+    """Why libvirt would not start the domain; None if it would, or cannot tell.
+
+    It is let make QEMU's command line, for which it checks the domain, chooses the firmware and gives every device its
+    place, but opens no disk and runs nothing.
+    """
+    try:
+        connection.domainXMLToNative("qemu-argv", to_xml(domain), 0)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+            return None
+        if not connection.isAlive():
+            raise
+        return str(error)
+    return None
 
 
 @contextlib.contextmanager

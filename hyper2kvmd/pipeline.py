@@ -11,19 +11,21 @@ its slowest branch, not as long as all of them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hyper2kvmd import images, importer, report, reserve
-from hyper2kvmd.domain import Domain, DomainDisk, to_xml
-from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Outcome
+from hyper2kvmd import boottest, claims, images, importer, report, reserve
+from hyper2kvmd.domain import Domain, DomainDisk, Guest, to_xml
+from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted, Outcome
 from hyper2kvmd.job import Job
 from hyper2kvmd.manifest import Manifest
-from hyper2kvmd.plan import Plan, PlannedDisk, make_plan, needs
+from hyper2kvmd.plan import Plan, PlannedDisk, appliance_mb, make_plan, memory_mb, needs
+from hyper2kvmd.run import tail
 from hyper2kvmd.steps import Item, Steps
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-LUKS_MEMORY_MB = 2304
+BOOT_HINT = "See boot-test.log and boot-test.png beside the report; with validate.boot_failure: warn the job goes on."
 
 
 def migrate(job: Job, manifest: Manifest) -> None:
@@ -43,21 +45,19 @@ def migrate(job: Job, manifest: Manifest) -> None:
     """
     with contextlib.ExitStack() as stack:
         with job.stage("plan"):
-            sources = images.open_sources(job.claim.fd, job.claim.directory, manifest.disks, stack)
-            job.sources = tuple(dict.fromkeys(f.name for source in sources for f in (source.file, source.data)))
-            for source in sources:
-                for finding in source.warnings:
-                    job.warn(finding)
+            noted = Noted()
             steps = Steps(job)
             resumed = steps.to_publish()
             items, record = resumed or ((), {})
-            plan = make_plan(job, manifest, sources, ours=[Path(item.final) for item in items])
+            plan = make_plan(job, manifest, noted, stack, ours=[Path(item.final) for item in items])
+            if not noted.errors:
+                plan = plan if resumed else steps.adopt(plan)
+                steps.clean(plan)
             if not resumed:
-                plan = steps.adopt(plan)
-            steps.clean(plan)
-            if not resumed:
-                memory = _memory_mb(job) if plan.looks_inside and not steps.fixed(plan) else 0
-                reserve.reserve(job, needs(job, plan, steps.converted), memory, stack)
+                with noted:
+                    memory = memory_mb(job, plan, fixed=not noted.errors and steps.fixed(plan) is not None)
+                    reserve.reserve(job, needs(job, plan, steps.converted), memory, stack)
+            noted.check()
         if resumed:
             job.record.restore(record)
         else:
@@ -67,6 +67,7 @@ def migrate(job: Job, manifest: Manifest) -> None:
                 if plan.convert:
                     _commit(job, plan, steps)
                     _validate(job, plan)
+                    _boot(job, plan)
                     items = steps.note_finished(plan, job.record.dump())
             except (Cancelled, OSError, MigrationError) as error:
                 # The next attempt can use what is done, if the job was stopped or failed for a passing cause.
@@ -103,7 +104,7 @@ def _branches(job: Job, plan: Plan, steps: Steps) -> None:
     if plan.convert:
         branches.append(partial(_convert, job, plan, steps))
     job.together(*branches)
-    boot = job.record.results.get("inspect", {}).get("boot_disk") or plan.manifest.boot_disk().id
+    boot = job.record.results.get("inspect", {}).get("boot_disk") or plan.boot_disk
     job.record.disks = [
         report.DiskRecord(
             id=disk.id,
@@ -150,10 +151,8 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
     # Imported here: a job that does not look inside needs none of it.
     from hyper2kvmd.guest.fix import fix
     from hyper2kvmd.guest.inspect import inspect
-    from hyper2kvmd.guest.keys import passphrase
     from hyper2kvmd.guest.session import open_guest
 
-    settings = job.settings
     manifest = plan.manifest
     with contextlib.ExitStack() as stack:
         with job.stage("inspect"):
@@ -163,15 +162,14 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
                 open_guest(
                     [(disk.overlay, "qcow2") for disk in plan.disks],
                     accel=plan.accel,
-                    memory_mb=_memory_mb(job),
+                    memory_mb=appliance_mb(job),
                     tools=job.tools,
                 )
             )
             version = session.version()
             job.record.tools["libguestfs"] = f"{version['major']}.{version['minor']}.{version['release']}"
             try:
-                key_for = partial(passphrase, settings.fix.luks_keys, manifest.vm_name)
-                inspection = inspect(session, key_for, manifest.vm.firmware)
+                inspection = inspect(session, _key_for(job, plan), plan.hardware.firmware)
             except MigrationError as error:
                 if not _tolerated(job, plan, error):
                     raise
@@ -203,11 +201,10 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
             stack.close()  # what the appliance could not write is an error of this stage
 
 
-def _memory_mb(job: Job) -> int:
-    """MiB of memory for the appliance."""
-    settings = job.settings
-    # A key derivation that was made to be slow on a computer with much memory needs up to 1 GiB of it.
-    return max(settings.guest.memory_mb, LUKS_MEMORY_MB if settings.fix.luks_keys else 0)
+def _key_for(job: Job, plan: Plan) -> Callable[[str], str | None]:
+    from hyper2kvmd.guest.keys import passphrase
+
+    return partial(passphrase, job.settings.fix.luks_keys, plan.manifest.vm_name)
 
 
 def _fix_options(job: Job, plan: Plan) -> FixOptions:
@@ -246,23 +243,22 @@ def _inspected(job: Job, plan: Plan, inspection: Inspection) -> None:
     """Put on the record what was found, and where the manifest says otherwise."""
     for finding in inspection.warnings:
         job.warn(finding)
-    firmware = plan.manifest.vm.firmware
+    firmware = plan.hardware.firmware
     if firmware not in ("unknown", inspection.firmware):
         job.warn(
             Finding(
                 "firmware_differs",
-                f"the manifest says firmware {firmware}, the disks are made for {inspection.firmware}",
+                f"the VM had firmware {firmware}, the disks are made for {inspection.firmware}",
                 f"The domain gets {inspection.firmware}.",
                 "vm.firmware",
             )
         )
     boot = plan.disks[inspection.boot_disk]
-    expected = plan.manifest.boot_disk().id
-    if expected != boot.id:
+    if plan.boot_disk != boot.id:
         job.warn(
             Finding(
                 "boot_disk_differs",
-                f"the guest boots from {boot.id}, not from {expected} as the manifest has it",
+                f"the guest boots from {boot.id}, not from {plan.boot_disk} as the export has it",
                 f"The domain boots from {boot.id}.",
                 "disks",
             )
@@ -345,48 +341,115 @@ def _describe_targets(job: Job, plan: Plan, finals: dict[str, Path]) -> None:
     ]
 
 
+def _boot(job: Job, plan: Plan) -> None:
+    """Boot what is about to be published, on overlays that are thrown away, if that is wished for."""
+    if not plan.boot:
+        job.skip("boot")
+        return
+    with job.stage("boot"), contextlib.ExitStack() as stack:
+        disks = _boot_order(plan, job.record.results.get("inspect", {}).get("boot_disk") or plan.boot_disk)
+        # Beside the disks, where libvirt's QEMU may read and write; under names that the next attempt removes.
+        overlays = [disk.partial.with_suffix(".boot.partial") for disk in disks]
+        nvram = disks[0].partial.with_suffix(".nvram.partial")
+        for path in (*overlays, nvram):
+            stack.callback(path.unlink, missing_ok=True)
+        for disk, overlay in zip(disks, overlays, strict=True):
+            images.create_throw_away(job.tools, overlay, disk.partial, plan.format)
+        _add_console(job, plan, dict(zip((disk.id for disk in disks), overlays, strict=True)))
+        seconds = job.settings.validate_.boot_seconds * (1 if plan.accel == "kvm" else boottest.TCG_FACTOR)
+        with importer.connect(job.settings.libvirt.uri) as connection:
+            domain = _as_found(job, plan, disks)
+            tested = boottest.thrown_away(domain, overlays, nvram, job.settings.validate_.boot_memory_mb)
+            verdict = boottest.run(job, connection, tested, seconds)
+        _keep(job, verdict)
+        if verdict.outcome == "passed":
+            return
+        message = f"the boot test {verdict.outcome}: {verdict.reason}"
+        if verdict.outcome == "failed" and job.settings.validate_.boot_failure == "fail":
+            raise MigrationError(
+                Code.BOOT_FAILED, message, BOOT_HINT, field="validate.test_boot", tail=tail(verdict.console)
+            )
+        job.warn(Finding(f"boot_{verdict.outcome}", message, BOOT_HINT, "validate.test_boot"))
+
+
+def _add_console(job: Job, plan: Plan, overlays: dict[str, Path]) -> None:
+    """Have a Linux guest write to its serial port, in the test alone; most write to nothing but their screen."""
+    from hyper2kvmd.guest.fix import add_serial_console
+    from hyper2kvmd.guest.inspect import inspect
+    from hyper2kvmd.guest.session import open_guest
+
+    found = job.record.results.get("inspect", {})
+    if found.get("os_type") != "linux" or found["serial_console"]:
+        return
+    disks = [(overlays[disk.id], "qcow2") for disk in plan.disks]
+    try:
+        with open_guest(disks, accel=plan.accel, memory_mb=appliance_mb(job), tools=job.tools) as session:
+            add_serial_console(session, inspect(session, _key_for(job, plan), found["firmware"]))
+    except MigrationError as error:
+        log.warning("the boot test cannot have the guest write to its serial port", reason=error.message)
+
+
+def _keep(job: Job, verdict: boottest.Verdict) -> None:
+    """Put the verdict on the record, and what was seen beside the report."""
+    kept: dict[str, str | None] = {"serial_log": None, "screenshot": None}
+    for key, name, data in (
+        ("serial_log", claims.BOOT_LOG, verdict.console.encode()),
+        ("screenshot", claims.BOOT_SCREEN, verdict.screen),
+    ):
+        if data:
+            claims.write_durably(job.claim.fd, name, data, job.claim.attempt)
+            kept[key] = name
+    job.record.results["boot"] = {
+        "outcome": verdict.outcome,
+        "reason": verdict.reason,
+        "seconds": verdict.seconds,
+        **kept,
+    }
+    log.info("boot test", outcome=verdict.outcome, reason=verdict.reason, seconds=verdict.seconds)
+
+
+def _boot_order(plan: Plan, boot_disk: str) -> list[PlannedDisk]:
+    """The disks as the domain has them: the one that it boots from, then the others in the VM's order."""
+    return sorted(plan.disks, key=lambda disk: disk.id != boot_disk)
+
+
+def _as_found(job: Job, plan: Plan, disks: Sequence[PlannedDisk]) -> Domain:
+    """The plan's domain, with what the disks say of it."""
+    inspected = job.record.results.get("inspect", {})
+    firmware = inspected.get("firmware", plan.domain.firmware)
+    guest = None
+    if inspected:
+        guest = Guest(*(inspected[key] for key in ("os_type", "distro", "version", "kernel_version", "product_name")))
+    return replace(
+        plan.domain,
+        firmware=firmware,
+        secure_boot=plan.domain.secure_boot and firmware == "uefi",
+        guest=guest,
+        disks=tuple(DomainDisk(disk.final, plan.format, disk.id, False) for disk in disks),
+        compatible=job.record.results.get("fix", {}).get("compatible", False),
+    )
+
+
 def _import(job: Job, plan: Plan) -> None:
     """Define the domain."""
-    manifest, libvirt = plan.manifest, job.settings.libvirt
-    inspected = job.record.results.get("inspect", {})
-    order = [disk.id for disk in manifest.ordered()]
-    disks = sorted(job.record.disks, key=lambda disk: (not disk.boot, order.index(disk.id)))
-    firmware = inspected.get("firmware", manifest.vm.firmware)
+    libvirt = job.settings.libvirt
+    (boot,) = (disk.id for disk in job.record.disks if disk.boot)
     job.claim.check()
     with importer.connect(libvirt.uri) as connection:
         job.record.tools["libvirt"] = importer.version(connection)
-        domain = Domain(
-            name=plan.domain_name,
-            uuid=plan.domain_uuid,
-            title=manifest.vm_name,
-            cpus=manifest.vm.cpu,
-            memory_mib=manifest.vm.memory_mib,
-            firmware="uefi" if firmware == "uefi" else "bios",
-            secure_boot=bool(manifest.vm.secure_boot),
-            virt_type=importer.virt_type(connection, plan.accel),
-            disks=tuple(
-                DomainDisk(target, plan.format, disk.id, images.direct_io(target))
-                for disk in disks
-                if (target := Path(disk.target or ""))
-            ),
-            nics=plan.nics,
-            job=job.id,
-            source={
-                "provider": manifest.provider or "",
-                "vm_id": manifest.vm_id or "",
-                "vm_name": manifest.vm_name,
-                "export": job.claim.directory.name,
-            },
-            compatible=job.record.results.get("fix", {}).get("compatible", False),
-        )
+        domain = _as_found(job, plan, _boot_order(plan, boot))
+        disks = tuple(replace(disk, direct_io=images.direct_io(disk.path)) for disk in domain.disks)
         importer.define(
             connection,
-            to_xml(domain),
+            to_xml(replace(domain, disks=disks)),
             domain.name,
             domain.uuid,
             job.id,
             autostart=libvirt.autostart,
             start=libvirt.start,
         )
+        for directory in dict.fromkeys(disk.path.parent for disk in domain.disks):
+            if warning := importer.refresh_pools(connection, directory, libvirt.pool):
+                job.warn(warning)
     job.record.domain = report.DomainRecord(name=domain.name, uuid=domain.uuid, uri=libvirt.uri)
     job.record.results["import"] = {"domain": domain.name, "uuid": domain.uuid}

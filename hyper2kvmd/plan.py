@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hyper2kvmd import accel, images, importer, reserve
-from hyper2kvmd.domain import DomainNic, domain_uuid, generated_mac
-from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd import accel, hardware, images, importer, reserve
+from hyper2kvmd.domain import Domain, DomainDisk, DomainNic, domain_uuid, generated_mac
+from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
+from hyper2kvmd.hardware import Card, Hardware
 from hyper2kvmd.job import Job
-from hyper2kvmd.manifest import Manifest, ovf
+from hyper2kvmd.manifest import Manifest
 
 # What an overlay grows by while a guest is fixed: new initramfs images, replayed journals.
 FIX_SPACE = 512 << 20
+LUKS_MEMORY_MB = 2304
 
 
 @dataclass(frozen=True)
@@ -33,36 +36,32 @@ class PlannedDisk:
 
 
 @dataclass(frozen=True)
-class Card:
-    """A network card of the VM: what is known of it. `pci_slot` is VMware's number, from which Linux makes a name."""
-
-    mac: str | None
-    network: str | None
-    pci_slot: int | None = None
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What will be done. `disks` is in the manifest's order; stages that are False are left out.
+    """What will be done; stages that are False are left out.
 
-    cards: the VM's network cards in the order of their slots, with the MACs they will have, as far as that is known.
+    disks: in the order in which the VM had them. boot_disk: the id of the one that it boots from, as far as is known
+    before the disks are looked into. target: whether disks are written, were this no dry run. hardware: what the VM
+    was; cards: its network cards in the order of their slots, with the MACs they will have, as far as that is known.
+    domain: what it will be, as far as can be said now.
     """
 
     manifest: Manifest
+    hardware: Hardware
     disks: tuple[PlannedDisk, ...]
+    boot_disk: str
     format: str
     compress: bool
     verify: bool
     inspect: bool
     fix: bool
+    target: bool
     convert: bool
     check: bool
     compare: bool
+    boot: bool
     import_: bool
     accel: str
-    domain_name: str
-    domain_uuid: str
-    nics: tuple[DomainNic, ...]
+    domain: Domain
     cards: tuple[Card, ...]
 
     @property
@@ -71,58 +70,87 @@ class Plan:
         return self.inspect or self.fix
 
 
-def make_plan(job: Job, manifest: Manifest, sources: tuple[images.Source, ...], ours: Iterable[Path]) -> Plan:
-    """Decide everything, and check what can be checked at once.
+def make_plan(
+    job: Job, manifest: Manifest, noted: Noted, stack: contextlib.ExitStack, ours: Iterable[Path] = ()
+) -> Plan:
+    """Decide everything, and check what can be checked at once; all that is wrong is put into `noted`.
 
-    `ours` are outputs that an earlier attempt of this job has published already.
-    Raise MigrationError for the first thing that is wrong.
+    The sources are open until `stack` is closed. `ours` are outputs that an earlier attempt of this job has published.
+    The plan is of use only if nothing is wrong. Raise OSError.
     """
-    settings = job.settings
-    stages = manifest.stages
+    settings, stages = job.settings, manifest.stages
     format = stages.convert.format or manifest.output.format or settings.output.format
     compress = settings.output.compress if stages.convert.compress is None else stages.convert.compress
     convert = job.wants("convert", stages.convert.enabled)
-    writes = convert and not job.dry_run and not manifest.options.dry_run
-    directory = _output_dir(job, manifest)
-    name = manifest.slug
+    dry_run = job.dry_run or manifest.options.dry_run
+    inspect, fix = job.wants("inspect", stages.inspect.enabled), job.wants("fix", stages.fix.enabled)
+    check = job.wants("validate", stages.validate_.enabled)
+    boot = check and convert and (settings.validate_.test_boot or bool(stages.validate_.test_boot))
+    defines = job.wants("import", settings.libvirt.import_)
+    sources, directory = _sources(job, manifest, noted, stack), settings.output_dir
+    with noted:
+        directory = _output_dir(job, manifest)
+    was, warnings = hardware.read(job.claim.fd, manifest)
+    for finding in warnings:
+        job.warn(finding)
+    order = [*was.disks]
+    disks = [_planned(job, manifest, source, directory, format) for source in sources]
+    disks.sort(key=lambda disk: order.index(disk.id))
+    acceleration = "tcg"
+    if inspect or fix or boot or defines:
+        with noted:
+            acceleration = _accel(job)
+    if inspect or fix:
+        with noted:
+            _check_appliance()
     uuid = domain_uuid(
         *(part or "" for part in (manifest.provider, manifest.datacenter, manifest.vm_id)), manifest.vm_name
     )
-    disks = tuple(_planned(job, manifest, source, directory, format) for source in sources)
-    inspect, fix = job.wants("inspect", stages.inspect.enabled), job.wants("fix", stages.fix.enabled)
-    defines = job.wants("import", settings.libvirt.import_)
-    cards = _cards(job, manifest)
-    nics = _nics(job, cards, uuid)
-    import_ = defines and writes
+    domain = _domain(job, manifest, was, disks, format, uuid)
+    if convert:
+        _check_outputs(disks, directory, set(ours), noted)
+    if convert and (defines or boot):
+        with noted:
+            domain = _check_target(job, domain, uuid, acceleration, directory, noted, defines=defines)
     plan = Plan(
         manifest=manifest,
-        disks=disks,
+        hardware=was,
+        disks=tuple(disks),
+        # The manifest's order is that of the exporter, which is of less worth than the VM's own.
+        boot_disk=manifest.boot_disk().id if order == [disk.id for disk in manifest.disks] else order[0],
         format=format,
         compress=compress and format == "qcow2",
         verify=stages.validate_.verify_checksum and any(disk.sha256 for disk in manifest.disks),
         inspect=inspect,
         fix=fix,
-        convert=writes,
-        check=job.wants("validate", stages.validate_.enabled),
-        compare=settings.validate_.compare and job.wants("validate", stages.validate_.enabled),
-        import_=import_,
-        accel=_accel(job) if inspect or fix or import_ else "tcg",
-        domain_name=name,
-        domain_uuid=uuid,
-        nics=nics,
+        target=convert,
+        convert=convert and not dry_run,
+        check=check,
+        compare=settings.validate_.compare and check,
+        boot=boot and not dry_run,
+        import_=defines and convert and not dry_run,
+        accel=acceleration,
+        domain=domain,
         # Where we define the domain, we know the address that a card without one will get.
-        cards=tuple(replace(card, mac=nic.mac) for card, nic in zip(cards, nics, strict=True)) if defines else cards,
+        cards=tuple(replace(card, mac=nic.mac) for card, nic in zip(was.cards, domain.nics, strict=True))
+        if defines
+        else was.cards,
     )
-    _warn(job, plan, convert_wanted=convert)
-    for source in sources:
-        images.check_source(job.tools, source)
-    if writes:
-        _check_outputs(plan, directory, set(ours))
-    if plan.import_:
-        networks = {nic.target for nic in plan.nics if nic.target != "user" and not nic.target.startswith("bridge:")}
-        with importer.connect(settings.libvirt.uri) as connection:
-            importer.preflight(connection, name, uuid, job.id, networks)
+    if not convert:
+        job.warn(Finding("not_converted", "the CONVERT stage is off: no disk is written", "Enable it in the manifest."))
     return plan
+
+
+def _sources(job: Job, manifest: Manifest, noted: Noted, stack: contextlib.ExitStack) -> tuple[images.Source, ...]:
+    """The open disks, without those that cannot be used."""
+    sources = images.open_sources(job.claim.fd, job.claim.directory, manifest.disks, stack, noted)
+    job.sources = tuple(dict.fromkeys(file.name for source in sources for file in (source.file, source.data)))
+    for source in sources:
+        for finding in source.warnings:
+            job.warn(finding)
+        with noted:
+            images.check_source(job.tools, source)
+    return sources
 
 
 def _planned(job: Job, manifest: Manifest, source: images.Source, directory: Path, format: str) -> PlannedDisk:
@@ -169,77 +197,94 @@ def _accel(job: Job) -> str:
     return found.name
 
 
-def _cards(job: Job, manifest: Manifest) -> tuple[Card, ...]:
-    """The VM's network cards: the manifest's, else those of the .ovf beside the disks, which exporters leave there."""
-    if manifest.nics:
-        return tuple(Card(nic.mac, nic.network) for nic in manifest.nics)
-    try:
-        cards = _cards_of_ovf(job, manifest)
-    except ovf.OvfError as error:
-        job.warn(error.finding)
-        cards = ()
-    if cards:
-        return cards
-    job.warn(
-        Finding(
-            "no_nics",
-            "neither the manifest nor an .ovf beside it has NICs: the VM gets one with a new MAC address",
-            "A guest that binds its address to the old MAC needs it in the manifest's nics.",
-            "nics",
-        )
-    )
-    return (Card(None, None),)
+def _check_appliance() -> None:
+    # Imported here: a job that does not look inside needs none of it.
+    from hyper2kvmd.guest.session import check_host
+
+    check_host()
 
 
-def _cards_of_ovf(job: Job, manifest: Manifest) -> tuple[Card, ...]:
-    name = ovf.choose(os.listdir(job.claim.fd), manifest.vm_name)
-    if name is None:
-        return ()
-    # In the directory that is claimed, and nowhere else, whatever the name leads to.
-    with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=job.claim.fd), "rb") as file:
-        found = ovf.parse(file.read(ovf.SIZE_LIMIT + 1), name)
-    return tuple(Card(nic.mac, nic.network, nic.pci_slot) for nic in found.nics)
-
-
-def _nics(job: Job, cards: Sequence[Card], uuid: str) -> tuple[DomainNic, ...]:
+def _domain(
+    job: Job, manifest: Manifest, was: Hardware, disks: Sequence[PlannedDisk], format: str, uuid: str
+) -> Domain:
+    """The domain as far as it is known before the disks are looked into."""
     libvirt = job.settings.libvirt
-    return tuple(
-        DomainNic(
-            card.mac or generated_mac(uuid, index), libvirt.network_map.get(card.network or "", libvirt.default_network)
-        )
-        for index, card in enumerate(cards)
+    return Domain(
+        name=manifest.slug,
+        uuid=was.uuid or uuid,
+        title=manifest.vm_name,
+        description=was.annotation,
+        cpus=was.cpus,
+        cores_per_socket=was.cores_per_socket,
+        memory_mib=was.memory_mib,
+        firmware="uefi" if was.firmware == "uefi" else "bios",
+        secure_boot=was.secure_boot,
+        tpm=was.tpm,
+        virt_type="qemu",
+        guest=None,
+        disks=tuple(DomainDisk(disk.final, format, disk.id, False) for disk in disks),
+        nics=tuple(
+            DomainNic(
+                card.mac or generated_mac(uuid, index),
+                libvirt.network_map.get(card.network or "", libvirt.default_network),
+            )
+            for index, card in enumerate(was.cards)
+        ),
+        job=job.id,
+        source={
+            "provider": manifest.provider or "",
+            "vm_id": manifest.vm_id or "",
+            "vm_name": manifest.vm_name,
+            "export": job.claim.directory.name,
+        },
+        tags=manifest.tags,
     )
 
 
-def _warn(job: Job, plan: Plan, *, convert_wanted: bool) -> None:
-    if not convert_wanted:
-        job.warn(Finding("not_converted", "the CONVERT stage is off: no disk is written", "Enable it in the manifest."))
-    if plan.manifest.stages.validate_.test_boot:
-        job.warn(
-            Finding(
-                "no_boot_test", "the manifest asks for a boot test, which this version does not have", "Start the VM."
+def _check_target(
+    job: Job, domain: Domain, uuid: str, acceleration: str, directory: Path, noted: Noted, *, defines: bool
+) -> Domain:
+    """Ask libvirt for all that would keep it from defining the domain; return the domain with a UUID that is free.
+
+    uuid: the one to take if somebody has the VM's own. Raise MigrationError (libvirt_unavailable).
+    """
+    settings = job.settings.libvirt
+    with importer.connect(settings.uri) as connection:
+        domain = replace(domain, virt_type=importer.virt_type(connection, acceleration))
+        if not defines:
+            return domain
+        if domain.uuid != uuid and importer.taken(connection, domain.uuid, job.id):
+            job.warn(
+                Finding(
+                    "uuid_taken",
+                    f"another domain has the UUID of the VM ({domain.uuid}): this one gets {uuid}",
+                    "A guest that is licensed by its UUID needs the old one: undefine the other domain first.",
+                )
             )
-        )
+            domain = replace(domain, uuid=uuid)
+        noted.errors += importer.preflight(connection, domain, settings.pool, directory)
+    return domain
 
 
-def _check_outputs(plan: Plan, directory: Path, ours: set[Path]) -> None:
+def _check_outputs(disks: Iterable[PlannedDisk], directory: Path, ours: set[Path], noted: Noted) -> None:
     """Check that the outputs can be written and nobody's file is in their place."""
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise MigrationError(
-            Code.OUTPUT_DENIED,
-            f"{directory} is not a directory that this service can write to",
-            "Create it, give the service's user write access, or set output_dir to another one.",
-            field="output_dir",
-        )
-    for disk in plan.disks:
+        with noted:
+            raise MigrationError(
+                Code.OUTPUT_DENIED,
+                f"{directory} is not a directory that this service can write to",
+                "Create it, give the service's user write access, or set output_dir to another one.",
+                field="output_dir",
+            )
+    for disk in disks:
         if disk.final not in ours and os.path.lexists(disk.final):
-            raise images.output_exists(disk.final)
+            noted.errors.append(images.output_exists(disk.final))
 
 
 def needs(job: Job, plan: Plan, done: Callable[[PlannedDisk], bool]) -> list[reserve.Need]:
     """What the job will write where. done: whether a disk has been converted already."""
     found = []
-    if plan.convert:
+    if plan.target:
         for disk in plan.disks:
             bytes = 0 if done(disk) else images.measure(job.tools, disk.source, plan.format)
             # The fix is laid onto the disks at the end.
@@ -247,5 +292,22 @@ def needs(job: Job, plan: Plan, done: Callable[[PlannedDisk], bool]) -> list[res
             found.append(reserve.Need(str(disk.final.parent), bytes + more, (str(disk.partial),), "output_dir"))
     if plan.looks_inside:
         overlays = tuple(str(disk.overlay) for disk in plan.disks)
-        found.append(reserve.Need(str(job.work_dir), FIX_SPACE, overlays, "work_dir"))
+        work_dir = job.settings.work_dir  # which the first job makes
+        directory = next(path for path in (work_dir, *work_dir.parents) if path.is_dir())
+        found.append(reserve.Need(str(directory), FIX_SPACE, overlays, "work_dir"))
     return found
+
+
+def memory_mb(job: Job, plan: Plan, *, fixed: bool) -> int:
+    """MiB of memory for the largest machine that the job starts. fixed: whether the guest has been looked into."""
+    return max(
+        appliance_mb(job) if plan.looks_inside and not fixed else 0,
+        min(plan.domain.memory_mib, job.settings.validate_.boot_memory_mb) if plan.boot else 0,
+    )
+
+
+def appliance_mb(job: Job) -> int:
+    """MiB of memory for the appliance."""
+    settings = job.settings
+    # A key derivation that was made to be slow on a computer with much memory needs up to 1 GiB of it.
+    return max(settings.guest.memory_mb, LUKS_MEMORY_MB if settings.fix.luks_keys else 0)

@@ -29,7 +29,9 @@ class ErrorRecord(FindingRecord):
 
     stage: str | None = Field(default=None, description="the stage that failed")
     tail: str = Field(default="", description="the last lines of the output of the tool that failed")
-    problems: tuple[FindingRecord, ...] = Field(default=(), description="everything that is wrong with the manifest")
+    problems: tuple[FindingRecord, ...] = Field(
+        default=(), description="all that is wrong, if it is more than one thing"
+    )
 
 
 class StageRecord(Part):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.errors import Code, MigrationError, Noted
 from hyper2kvmd.job import Job
 
 FILE = "reserved.json"
@@ -41,15 +41,7 @@ def reserve(job: Job, needs: Sequence[Need], memory_mb: int, stack: contextlib.E
     job.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     # One after the other: two jobs that look at the same time would both find the same space.
     with _locked(job.settings.work_dir):
-        others = _others(job)
-        for need in needs:
-            device = os.stat(need.directory).st_dev
-            reserved = sum(
-                other.left() for _, taken, _ in others for other in taken if _device(other.directory) == device
-            )
-            _check_space(need, reserved)
-        if memory_mb:
-            _check_memory(memory_mb, sum(max(0, memory - resident_mb(pid)) for pid, _, memory in others))
+        check(job, needs, memory_mb)
         path = job.work_dir / FILE
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, fd)
@@ -58,15 +50,37 @@ def reserve(job: Job, needs: Sequence[Need], memory_mb: int, stack: contextlib.E
         os.write(fd, json.dumps(content).encode())
 
 
-def _check_space(need: Need, reserved: int) -> None:
-    free = shutil.disk_usage(need.directory).free
-    if free - reserved < need.bytes:
+def check(job: Job, needs: Sequence[Need], memory_mb: int) -> None:
+    """Check that what a job needs is there, with what other jobs have reserved left alone.
+
+    Raise MigrationError (no_space, no_memory), with all that is missing as its problems.
+    """
+    noted = Noted()
+    others = _others(job)
+    for device in dict.fromkeys(_device(need.directory) for need in needs):
+        if device is None:
+            continue  # a directory that is not there is an error of its own
+        ours = [need for need in needs if _device(need.directory) == device]
+        reserved = sum(other.left() for _, taken, _ in others for other in taken if _device(other.directory) == device)
+        with noted:
+            _check_space(ours, reserved)
+    if memory_mb:
+        with noted:
+            _check_memory(memory_mb, sum(max(0, memory - resident_mb(pid)) for pid, _, memory in others))
+    noted.check()
+
+
+def _check_space(needs: Sequence[Need], reserved: int) -> None:
+    """Check what a job needs on one file system."""
+    directory, bytes = needs[0].directory, sum(need.bytes for need in needs)
+    free = shutil.disk_usage(directory).free
+    if free - reserved < bytes:
         others = f", of which running jobs still need {reserved / 2**20:.0f} MiB" if reserved else ""
         raise MigrationError(
             Code.NO_SPACE,
-            f"{need.directory} has {free / 2**20:.0f} MiB free{others}; the job needs {need.bytes / 2**20:.0f} MiB",
-            f"Free some space there, or set {need.field} to a larger file system; the job waits for it.",
-            field=need.field,
+            f"{directory} has {free / 2**20:.0f} MiB free{others}; the job needs {bytes / 2**20:.0f} MiB",
+            f"Free some space there, or set {needs[0].field} to a larger file system; the job waits for it.",
+            field=needs[0].field,
         )
 
 

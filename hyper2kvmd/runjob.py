@@ -17,7 +17,7 @@ from hyper2kvmd import claims, journal, report, spool, steps
 from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.events import Emitter
 from hyper2kvmd.job import Job, finding_records, job_id
-from hyper2kvmd.manifest import Manifest, ManifestError, parse
+from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.options import (
     EXIT_BUSY,
     EXIT_DONE,
@@ -143,7 +143,7 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
         if outcome == Outcome.RETRY
         else None
     )
-    problems = finding_records(error.problems if isinstance(error, ManifestError) else ())
+    problems = finding_records(error.problems if error else ())
     dry_run = job.dry_run or (manifest is not None and manifest.options.dry_run)
     document = report.Report(
         status=outcome,

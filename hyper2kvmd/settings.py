@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from hyper2kvmd.domain import attachment
 from hyper2kvmd.errors import SettingsError
 from hyper2kvmd.options import DEFAULT_PATH
 
 Seconds = Annotated[float, Field(ge=0)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+def _checked(target: str) -> str:
+    attachment(target)
+    return target
+
+
+Network = Annotated[str, AfterValidator(_checked)]
 
 
 class Section(BaseModel):
@@ -41,8 +50,9 @@ class Libvirt(Section):
 
     uri: str = "qemu:///system"
     import_: bool = Field(default=True, alias="import")
-    network_map: dict[str, str] = Field(default_factory=dict)
-    default_network: str = "default"
+    network_map: dict[str, Network] = Field(default_factory=dict)
+    default_network: Network = "default"
+    pool: str | None = None
     autostart: bool = False
     start: bool = False
 
@@ -68,10 +78,17 @@ class Fix(Section):
 
 
 class Validate(Section):
-    """How the result is checked beyond `qemu-img check`."""
+    """How the result is checked beyond `qemu-img check`.
+
+    boot_seconds: how long a guest may take to boot, on KVM; four times that under emulation. boot_memory_mb: of the
+    test, at most. boot_failure: whether a guest that is seen not to boot fails its job, or gives a warning.
+    """
 
     compare: bool = False
-    test_boot: Literal[False] = False  # reserved: refused, not ignored
+    test_boot: bool = False
+    boot_seconds: float = Field(default=300, ge=10, le=7200)
+    boot_memory_mb: int = Field(default=2048, ge=128)
+    boot_failure: Literal["fail", "warn"] = "fail"
 
 
 class Retry(Section):
@@ -96,6 +113,7 @@ class StageSeconds(Section):
     convert: Seconds = 172800
     commit: Seconds = 14400
     validate_: Seconds = Field(default=172800, alias="validate")
+    boot: Seconds = 36000
     publish: Seconds = 3600
     import_: Seconds = Field(default=1800, alias="import")
 

@@ -27,7 +27,7 @@ from tests.integration.test_daemon import daemon
 
 def main() -> int:
     """Run the benchmarks that are named, or all of them, and print one line for each figure."""
-    functions = (migration, fix, latency, overhead, burst, scan, idle)
+    functions = (migration, fix, latency, overhead, burst, endurance, scan, idle)
     benchmarks = {function.__name__: function for function in functions}
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *benchmarks], help="which (default: all)")
@@ -200,6 +200,30 @@ def burst(scratch: Path) -> None:
     figure("  time", seconds, "s", "none set")
 
 
+def endurance(scratch: Path) -> None:
+    """The daemon's memory over ten thousand tiny jobs; what is done is taken away after each thousand."""
+    settings = settings_in(scratch, log={"level": "error"}, metrics={"listen": "127.0.0.1:9879"}, workers=4)
+    sizes = []
+    with daemon(settings) as process:
+        for turn in range(10):
+            exports = [scratch / "exports" / f"vm{turn}-{number:03}" for number in range(1000)]
+            for export in exports:
+                export.mkdir()
+                disk = export / "disk.raw"
+                disk.write_bytes(os.urandom(4096))
+                write_manifest(export, [disk_entry(disk)])
+            while not all((export / claims.REPORT).exists() for export in exports):
+                time.sleep(1)
+            for export in exports:
+                assert report_of(export)["status"] == "succeeded", export
+                shutil.rmtree(export)
+            for image in (scratch / "images").iterdir():
+                image.unlink()
+            sizes.append(_resident_mb(process.pid))
+            print(f"after {1000 * (turn + 1):,} jobs: {sizes[-1]:.1f} MiB", flush=True)
+    figure("memory of the daemon, growth from 2,000 to 10,000 jobs", sizes[-1] - sizes[1], "MiB", "0")
+
+
 def scan(scratch: Path) -> None:
     """A scan of ten thousand finished exports."""
     settings = settings_in(scratch, watch={"mode": "off"})
@@ -224,6 +248,12 @@ def scan(scratch: Path) -> None:
         watcher.tick(time.time())
         figure(f"scan of 10,000 finished exports, {what}", time.monotonic() - started, "s", "≤ 1")
     assert len(watcher.table) == 10_000 and not watcher.runners, watcher.status()
+    watching = settings.model_copy(update={"watch": settings.watch.model_copy(update={"mode": "auto"})})
+    with daemon(watching) as process:
+        time.sleep(30)
+        before, watched = _cpu_seconds(process.pid), 180
+        time.sleep(watched)
+        figure("CPU at rest with them", 100 * (_cpu_seconds(process.pid) - before) / watched, "%", "≤ 1")
 
 
 def idle(scratch: Path) -> None:
@@ -234,10 +264,14 @@ def idle(scratch: Path) -> None:
         before, watched = _cpu_seconds(process.pid), 90
         time.sleep(watched)
         cpu = 100 * (_cpu_seconds(process.pid) - before) / watched
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
-    figure("resident memory of the idle daemon", resident / 1024, "MiB", "≤ 60")
+        resident = _resident_mb(process.pid)
+    figure("resident memory of the idle daemon", resident, "MiB", "≤ 60")
     figure("CPU of the idle daemon", cpu, "%", "≤ 0.2")
+
+
+def _resident_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -35,7 +35,9 @@ def session(directory: Path) -> Iterator[str]:
         "for d in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt /run/libvirt; do"
         " mkdir -p $d && mount -t tmpfs tmpfs $d || exit 1; done;"
         " mkdir -p /etc/libvirt/qemu;"
-        ' printf \'user = "root"\\ngroup = "root"\\nsecurity_driver = "none"\\n\' > /etc/libvirt/qemu.conf;'
+        # No virtlogd: it would be the host's.
+        ' printf \'user = "root"\\ngroup = "root"\\nsecurity_driver = "none"\\nstdio_handler = "file"\\n\''
+        " > /etc/libvirt/qemu.conf;"
         f" exec libvirtd --config {config} --pid-file {run}/pid"
     )
     with (run / "log").open("wb") as log:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from hyper2kvmd import images
-from hyper2kvmd.claims import open_directory
+from hyper2kvmd import images, journal, reserve
+from hyper2kvmd.claims import Claim, open_directory
 from hyper2kvmd.ctl import print_json
-from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.manifest import Manifest, ManifestError, parse
+from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
+from hyper2kvmd.events import Emitter
+from hyper2kvmd.job import Job, job_id
+from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.options import EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST
+from hyper2kvmd.plan import make_plan, memory_mb, needs
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.spool import read_manifest
+from hyper2kvmd.spool import read_manifest, read_report
 
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
@@ -33,38 +35,15 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 def validate(options: argparse.Namespace, config: Settings) -> int:
     """Check one export; the exit status is 1 if there are errors, 65 if the manifest itself is bad."""
-    errors: list[Finding] = []
     warnings: list[Finding] = []
     path: Path = options.manifest
-    status = EXIT_DONE
     manifest: Manifest | None = None
-    with contextlib.ExitStack() as stack:
-        try:
-            fd = open_directory(path.parent.resolve())
-            stack.callback(os.close, fd)
-            manifest = parse(read_manifest(fd, path.parent, (path.name,))[1], path.name)
-        except OSError as error:
-            hint = "Name the manifest of an existing export."
-            errors.append(Finding(Code.MANIFEST_UNREADABLE, f"{path.parent}: {error.strerror}", hint))
-        except ManifestError as error:
-            errors += error.problems
-        except MigrationError as error:
-            errors.append(error.finding())
-        if manifest is None:
-            status = EXIT_MANIFEST
-        else:
-            warnings += manifest.warnings
-            for disk in manifest.disks:
-                try:
-                    (source,) = images.open_sources(fd, path.parent.resolve(), (disk,), stack)
-                    warnings += source.warnings
-                    images.check_source(Tools(), source)
-                    if options.strict:
-                        images.verify(source, threading.Event(), lambda ratio: None)
-                except MigrationError as error:
-                    errors.append(error.finding())
-    if errors and status == EXIT_DONE:
-        status = EXIT_FAILED
+    noted = Noted()
+    journal.configure("error")  # what is to be said is printed below
+    with contextlib.ExitStack() as stack, noted:
+        manifest = _check(path, config, noted, warnings, stack, checksums=options.strict)
+    errors = noted.findings()
+    status = EXIT_MANIFEST if manifest is None else EXIT_FAILED if errors else EXIT_DONE
     if options.json:
         print_json(
             {
@@ -88,3 +67,32 @@ def validate(options: argparse.Namespace, config: Settings) -> int:
             soft_wrap=True,
         )
     return status
+
+
+def _check(
+    path: Path, config: Settings, noted: Noted, warnings: list[Finding], stack: contextlib.ExitStack, *, checksums: bool
+) -> Manifest:
+    """Make the plan of the job, as a runner would, without a claim. Raise MigrationError for a bad manifest."""
+    export = path.parent.resolve()
+    try:
+        fd = open_directory(export)
+    except OSError as error:
+        hint = "Name the manifest of an existing export."
+        raise MigrationError(Code.MANIFEST_UNREADABLE, f"{path.parent}: {error.strerror}", hint) from None
+    stack.callback(os.close, fd)
+    manifest = parse(read_manifest(fd, path.parent, (path.name,))[1], path.name)
+    warnings += manifest.warnings
+    # Nothing is locked, so nothing may be written: whoever may read an export may check it.
+    claim = Claim(export, fd, lock_fd=-1, attempt=0, crashes=0, retries=0)
+    job = Job(job_id(export, manifest.sha256), claim, config, Tools(), Emitter(None))
+    report = read_report(export) or {}
+    published = report.get("disks", ()) if report.get("job") == job.id else ()
+    ours = [Path(disk["target"]) for disk in published if disk["target"]]
+    plan = make_plan(job, manifest, noted, stack, ours)
+    with noted:
+        reserve.check(job, needs(job, plan, lambda disk: disk.final in ours), memory_mb(job, plan, fixed=False))
+    for disk in plan.disks if checksums else ():
+        with noted:
+            images.verify(disk.source, job.tools.cancel, lambda ratio: None)
+    warnings += job.record.warnings
+    return manifest

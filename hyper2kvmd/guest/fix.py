@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hyper2kvmd.domain import VIRTIO_BLK_DISKS
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest import kernels, selinux
 from hyper2kvmd.guest.change import Change, Command, Edit, Proof, encode, printable
@@ -29,7 +30,7 @@ from hyper2kvmd.guest.fixers import (
     vmware,
 )
 from hyper2kvmd.guest.inspect import Inspection
-from hyper2kvmd.guest.kernels import SATA, VIRTIO, Bus, Image
+from hyper2kvmd.guest.kernels import SATA, VIRTIO, VIRTIO_SCSI, Bus, Image
 from hyper2kvmd.guest.session import Session, last_line, shell
 from hyper2kvmd.guest.storage import device_of
 from hyper2kvmd.manifest import Configuration
@@ -146,7 +147,7 @@ def choose_bus(inspection: Inspection, images: Sequence[Image], options: FixOpti
         raise _unsupported(inspection)
     rebuilt = options.drivers and options.initramfs and inspection.initramfs in initramfs.BUILDERS
     starts = _default(inspection, images)
-    for bus in (VIRTIO, SATA):
+    for bus in (VIRTIO if len(inspection.disks) <= VIRTIO_BLK_DISKS else VIRTIO_SCSI, SATA):
         able = tuple(image for image in images if image.can(bus, rebuilt=rebuilt))
         new = next((image for image in able if not image.kernel.rescue), None)
         if new is None:
@@ -349,3 +350,16 @@ def _injected(before: Sequence[Image], after: Sequence[Image], bus: Bus) -> tupl
     return tuple(
         d for d in drivers if any(new.has(d) and not old.has(d) for old, new in zip(before, after, strict=True))
     )
+
+
+def add_serial_console(session: Session, inspection: Inspection) -> bool:
+    """Have the kernels of the guest that `inspect` mounted write to the first serial port too, and unmount it.
+
+    Return whether there was anything to change. Raise MigrationError (guest_dirty).
+    """
+    view = View(session.g, inspection, _names(session.g, inspection)[0])
+    plan = bootloader.plan(view, console=True)
+    if plan.edits:
+        _apply(session.g, [plan], FixOptions())
+    _close(session.g, inspection, changed=bool(plan.edits))
+    return bool(plan.edits)

@@ -26,6 +26,7 @@ BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
 class Inspection:
     """What was found on the disks. Strings from the guest are printable and short.
 
+    serial_console: whether a kernel on the menu writes to a serial port.
     `mounts` maps mount points to what is mounted there now, `disks` are the appliance's names in the order given,
     `boot_disk` is an index into them, `locked` are the encrypted devices that nobody had a key for.
     """
@@ -50,6 +51,7 @@ class Inspection:
     filesystems: tuple[Device, ...]
     locked: tuple[str, ...]
     menu: Menu | None
+    serial_console: bool
     warnings: tuple[Finding, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -106,6 +108,7 @@ def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint
         filesystems=devices,
         locked=locked,
         menu=found,
+        serial_console=found is not None and any("console=ttyS" in file.text for file in found.files),
         warnings=tuple(warnings),
     )
 

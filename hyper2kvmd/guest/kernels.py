@@ -43,6 +43,7 @@ class Bus:
 
 
 VIRTIO = Bus("virtio", ("virtio_pci", "virtio_blk"), ("virtio_scsi", "virtio_net"))
+VIRTIO_SCSI = Bus("virtio-scsi", ("virtio_pci", "virtio_scsi", "sd_mod"), ("virtio_blk", "virtio_net"))
 SATA = Bus("SATA", ("ahci", "sd_mod"), ("e1000e",))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import threading
 from collections import deque
@@ -20,6 +21,7 @@ from hyper2kvmd.run import TAIL_LINES, Tools, tail
 
 CANCEL_POLL_SECONDS = 0.2
 LOG_LINES = 200
+KERNELS = Path("/boot")
 MAX_TEXT_BYTES = 1 << 20
 
 
@@ -38,6 +40,28 @@ class Session:
         """The version of libguestfs: `major`, `minor`, `release`."""
         version: dict[str, Any] = self.g.version()
         return version
+
+
+def check_host() -> None:
+    """Check what can be checked of libguestfs without starting an appliance.
+
+    Raise MigrationError: tool_missing, appliance_failed for a host whose kernel this user cannot read.
+    """
+    _load()
+    if shutil.which("qemu-system-x86_64") is None:
+        raise MigrationError(
+            Code.TOOL_MISSING, "qemu-system-x86_64 is not installed", "Install the package that holds QEMU for x86_64."
+        )
+    if {"LIBGUESTFS_PATH", "SUPERMIN_KERNEL"} & os.environ.keys():
+        return  # the appliance, or its kernel, is somebody's own
+    kernels = [path for path in KERNELS.glob("vmlinuz-*") if not path.name.endswith(".old")]
+    if not any(os.access(path, os.R_OK) for path in kernels):
+        raise MigrationError(
+            Code.APPLIANCE_FAILED,
+            f"the libguestfs appliance is made from this host's kernel, and {KERNELS} holds "
+            f"{'none that this user may read' if kernels else 'none'}",
+            f"`chmod 0644 {KERNELS}/vmlinuz-*` (Ubuntu: dpkg-statoverride), or install a kernel package.",
+        )
 
 
 @contextlib.contextmanager

@@ -21,10 +21,10 @@ class Part(BaseModel):
 
 
 class VMSpec(Part):
-    """The virtual hardware. `secure_boot` is None where the manifest cannot tell."""
+    """The virtual hardware, as far as the manifest says: None and "unknown" are what it leaves out or cannot tell."""
 
-    cpu: int
-    memory_mib: int
+    cpu: int | None
+    memory_mib: int | None
     firmware: Literal["bios", "uefi", "unknown"]
     secure_boot: bool | None
     os_hint: str | None

@@ -1,25 +1,48 @@
-"""Reads the OVF descriptor that lies beside the exported disks, for what the manifest leaves out: the network cards."""
+"""Reads the OVF descriptor that lies beside the exported disks: what the VM was, where the manifest does not say."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import unicodedata
+import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import defusedxml
 from defusedxml import ElementTree
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.manifest.problems import plain, show
+from hyper2kvmd.manifest.problems import PROBLEM_LIMIT, plain, show
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 SIZE_LIMIT = 1 << 20
 NIC_LIMIT = 64  # VMware allows 10
-_ETHERNET = "10"  # CIM's resource type
+ANNOTATION_LIMIT = 4096  # characters
+OS_LIMIT = 100
+
+# CIM's resource types.
+_CPU, _MEMORY, _ETHERNET, _DISK = "3", "4", "10", "17"
+_CONTROLLERS = {"5": "ide", "6": "scsi", "20": "sata"}
+# VMware does not say in which order a guest sees controllers of different kinds. This is libvirt's for VMware's VMs,
+# and therefore that of virt-v2v and Forklift.
+_KINDS = ("scsi", "sata", "nvme", "ide")
+
 _MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
+_UUID = re.compile(r"(?!0{32}|f{32})[0-9a-f]{32}")  # SMBIOS has all zeros and all ones for "none"
+# DSP0004's "byte * 2^20" without its spaces, and the words that writers used before it.
+_UNITS = re.compile(r"(?P<word>[a-z]{1,9})(?P<factors>(?:\*[0-9]{1,4}(?:\^[0-9]{1,2})?){0,4})")
+_WORDS = {
+    **dict.fromkeys(("byte", "bytes"), 1),
+    **dict.fromkeys(("kilobytes", "kb"), 1 << 10),
+    **dict.fromkeys(("megabytes", "mb"), 1 << 20),
+    **dict.fromkeys(("gigabytes", "gb"), 1 << 30),
+}
+
+# Notes a value that is not used: what it is, the value, what it must be, the manifest's field that can say it instead.
+_Warn = Callable[[str, str, str, str | None], None]
 
 
 class OvfError(ValueError):
@@ -44,10 +67,42 @@ class OvfNic:
 
 
 @dataclass(frozen=True)
-class Ovf:
-    """What a descriptor says of the VM. `nics` are in the order of the VM's adapters."""
+class OvfDisk:
+    """A hard disk; `file` is a base name, and None for a disk without content. What is not given is None.
 
-    nics: tuple[OvfNic, ...]
+    controller: its model as written (lsilogic, VirtualSCSI, vmware.sata.ahci), or else its kind (ide).
+    bus: the controller's number among those of its kind. unit: the disk's number on it.
+    """
+
+    file: str | None
+    capacity_bytes: int | None
+    controller: str | None
+    bus: int | None
+    unit: int | None
+
+
+@dataclass(frozen=True)
+class Ovf:
+    """What the descriptor in the file `name` says. What is not in it, or cannot be used (`warnings`), is None or empty.
+
+    nics, disks: in the order in which the guest sees them.
+    uuid: the BIOS UUID as libvirt spells it, which is not how VMware does.
+    os: VMware's osType such as debian12_64Guest, or else a description.
+    """
+
+    name: str
+    cpus: int | None = None
+    cores_per_socket: int | None = None
+    memory_mib: int | None = None
+    firmware: Literal["bios", "uefi"] | None = None
+    secure_boot: bool | None = None
+    tpm: bool = False
+    nics: tuple[OvfNic, ...] = ()
+    disks: tuple[OvfDisk, ...] = ()
+    uuid: str | None = None
+    annotation: str = ""
+    os: str | None = None
+    warnings: tuple[Finding, ...] = ()
 
 
 def choose(names: Iterable[str], vm_name: str) -> str | None:
@@ -73,9 +128,12 @@ def choose(names: Iterable[str], vm_name: str) -> str | None:
 
 
 def parse(data: bytes, name: str) -> Ovf:
-    """Read a descriptor, of OVF 1.x or 2.x; `name` is its file's, for messages. Raise OvfError."""
+    """Read a descriptor, of OVF 1.x or 2.x; `name` is its file's, for messages.
+
+    A value that is not understood is left out, with a warning. Raise OvfError where nothing can be relied on.
+    """
     if len(data) > SIZE_LIMIT:
-        raise _unreadable(name, f"it has {len(data)} bytes, more than the {SIZE_LIMIT} that are read")
+        raise unreadable(name, f"it has {len(data)} bytes, more than the {SIZE_LIMIT} that are read")
     try:
         root = ElementTree.fromstring(data, forbid_dtd=True)
     except (ElementTree.ParseError, defusedxml.DefusedXmlException, LookupError, ValueError) as error:
@@ -83,28 +141,140 @@ def parse(data: bytes, name: str) -> Ovf:
         position = getattr(error, "position", None)
         where = f" at line {position[0]}, column {position[1] + 1}" if position else ""
         refused = isinstance(error, defusedxml.DefusedXmlException)
-        raise _unreadable(name, "it has a DTD" if refused else f"it is no complete XML{where}") from None
+        raise unreadable(name, "it has a DTD" if refused else f"it is no complete XML{where}") from None
     if _local(root.tag) != "Envelope":
-        raise _unreadable(name, f"its root element is {show(_local(root.tag))}, not 'Envelope'")
+        raise unreadable(name, f"its root element is {show(_local(root.tag))}, not 'Envelope'")
     systems = [element for element in root.iter() if _local(element.tag) == "VirtualSystem"]
     if len(systems) != 1:
-        raise _unreadable(name, f"it describes {len(systems)} virtual machines, not one")
-    nics = [_nic(item, name) for item in _in_order(_items(systems[0], _ETHERNET))]
-    if len(nics) > NIC_LIMIT:
-        raise _unreadable(name, f"it has {len(nics)} network adapters, more than {NIC_LIMIT}")
-    macs = [nic.mac for nic in nics if nic.mac]
-    if twice := next((mac for mac in macs if macs.count(mac) > 1), None):
-        raise _unreadable(name, f"two network adapters have the MAC address {twice}")
-    return Ovf(nics=tuple(nics))
+        raise unreadable(name, f"it describes {len(systems)} virtual machines, not one")
+    section = _child(systems[0], "VirtualHardwareSection")
+    if section is None:
+        raise unreadable(name, "it describes no hardware: it has no VirtualHardwareSection")
+
+    warnings: list[Finding] = []
+
+    def warn(what: str, value: str, hint: str, field: str | None) -> None:
+        if len(warnings) < PROBLEM_LIMIT:
+            message = f"the OVF descriptor {show(name)} gives {value} as {what}: it was not used"
+            warnings.append(Finding("ovf_value", message, hint, field))
+
+    # OVF 2 has names of its own for some devices, and 1 calls all of them Item.
+    items = [item for item in section if _local(item.tag) in ("Item", "StorageItem", "EthernetPortItem")]
+    config = _config(section)
+    cpus, cores_per_socket = _cpus(_items(items, _CPU), warn)
+    return Ovf(
+        name=name,
+        cpus=cpus,
+        cores_per_socket=cores_per_socket,
+        memory_mib=_memory_mib(_items(items, _MEMORY), warn),
+        firmware=_firmware(config.get("firmware"), warn),
+        secure_boot=_secure_boot(config.get("bootOptions.efiSecureBootEnabled"), warn),
+        tpm=any(_value(item, "ResourceSubType") == "vmware.vtpm" for item in items),
+        nics=_nics(_items(items, _ETHERNET), name, warn),
+        disks=_disks(root, items, warn),
+        uuid=_uuid(config.get("uuid") or config.get("uuid.bios"), warn),
+        annotation=_annotation(systems[0]),
+        os=_os(systems[0]),
+        warnings=tuple(warnings),
+    )
 
 
-def _items(system: Element, resource_type: str) -> list[Element]:
-    """The devices of one type. OVF 2 calls them EthernetPortItem and the like, and 1 calls all of them Item.
+def _items(items: list[Element], resource_type: str) -> list[Element]:
+    """The devices of one type.
 
     A device that belongs to another choice of hardware ("configuration") than the default is not told apart.
     """
-    items = (element for element in system.iter() if _local(element.tag) in ("Item", "EthernetPortItem"))
     return [item for item in items if _value(item, "ResourceType") == resource_type]
+
+
+def _cpus(items: list[Element], warn: _Warn) -> tuple[int | None, int | None]:
+    """The number of CPUs and that of cores per socket. Where there are alternatives, the first is the usual one."""
+    if not items:
+        return None, None
+    quantity, cores = _value(items[0], "VirtualQuantity"), _value(items[0], "CoresPerSocket")
+    cpus = _number(quantity)
+    if quantity and cpus is None:
+        warn("the number of CPUs", show(quantity), "Write it into the manifest's vm.cpu.", "vm.cpu")
+    cores_per_socket = _number(cores)
+    if cores and cores_per_socket is None:
+        warn("the cores per socket", show(cores), "Correct it in the descriptor: it must be a number.", None)
+    return cpus, cores_per_socket or None  # 0 is vSphere's for "choose"
+
+
+def _memory_mib(items: list[Element], warn: _Warn) -> int | None:
+    quantity = _value(items[0], "VirtualQuantity") if items else None
+    if quantity is None:
+        return None
+    units = _value(items[0], "AllocationUnits")
+    size = _bytes(quantity, units)
+    if size is None:
+        hint = "Write it into the manifest's vm.mem_gb. Units that are known are such as 'byte * 2^20'."
+        given = f"{show(quantity)} in {show(units)}" if units else f"{show(quantity)} without units"
+        warn("the memory", given, hint, "vm.mem_gb")
+        return None
+    return size >> 20
+
+
+def _firmware(value: str | None, warn: _Warn) -> Literal["bios", "uefi"] | None:
+    match (value or "").lower():
+        case "":
+            return None
+        case "bios":
+            return "bios"
+        case "efi":
+            return "uefi"
+    warn("the firmware", show(value), "Write it into the manifest's vm.firmware: bios or uefi.", "vm.firmware")
+    return None
+
+
+def _secure_boot(value: str | None, warn: _Warn) -> bool | None:
+    match (value or "").lower():
+        case "":
+            return None
+        case "true":
+            return True
+        case "false":
+            return False
+    warn("Secure Boot", show(value), "Write it into the manifest's vm.secure_boot: true or false.", "vm.secure_boot")
+    return None
+
+
+def _uuid(text: str | None, warn: _Warn) -> str | None:
+    if not text:
+        return None
+    digits = re.sub("[ -]", "", text).lower()
+    if not _UUID.fullmatch(digits):
+        warn("the BIOS UUID", show(text), "Correct it in the descriptor: it must have 32 hexadecimal digits.", None)
+        return None
+    # VMware prints the bytes as they lie in SMBIOS, as "56 4d a6 d2 17 06 63 43-..." or as 564da6d2-1706-6343-...
+    # SMBIOS has the first three fields in little-endian, and libvirt's UUID is put there so: the guest finds the same
+    # bytes if libvirt is told d2a64d56-0617-4363-... That is also what a guest on hardware version 13 or later prints;
+    # with the SMBIOS 2.4 of older hardware Linux, but not Windows, prints VMware's spelling.
+    return str(uuid.UUID(bytes_le=bytes.fromhex(digits)))
+
+
+def _annotation(system: Element) -> str:
+    section = _child(system, "AnnotationSection")
+    text = (_value(section, "Annotation") if section is not None else None) or ""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")[:ANNOTATION_LIMIT]
+
+
+def _os(system: Element) -> str | None:
+    section = _child(system, "OperatingSystemSection")
+    if section is None:
+        return None
+    name = _attribute(section, "osType") or _value(section, "Description") or _attribute(section, "id")
+    return plain(name, OS_LIMIT) if name else None
+
+
+def _nics(items: list[Element], name: str, warn: _Warn) -> tuple[OvfNic, ...]:
+    if len(items) > NIC_LIMIT:
+        raise unreadable(name, f"it has {len(items)} network adapters, more than {NIC_LIMIT}")
+    nics = tuple(_nic(item, warn) for item in _in_order(items))
+    macs = [nic.mac for nic in nics if nic.mac]
+    if twice := next((mac for mac in macs if macs.count(mac) > 1), None):
+        raise unreadable(name, f"two network adapters have the MAC address {twice}")
+    return nics
 
 
 def _in_order(items: list[Element]) -> list[Element]:
@@ -115,27 +285,123 @@ def _in_order(items: list[Element]) -> list[Element]:
     return [item for _, item in sorted(zip(numbers, items, strict=True), key=lambda pair: pair[0] or 0)]
 
 
-def _nic(item: Element, name: str) -> OvfNic:
+def _nic(item: Element, warn: _Warn) -> OvfNic:
     address = _value(item, "Address")
-    slots = (e for e in item if _local(e.tag) == "Config" and _attribute(e, "key") == "slotInfo.pciSlotNumber")
     return OvfNic(
-        mac=_mac(address, name) if address else None,
+        mac=_mac(address, warn) if address else None,
         network=_value(item, "Connection"),
         model=_value(item, "ResourceSubType"),
-        pci_slot=next((_number(_attribute(slot, "value")) for slot in slots), None),
+        pci_slot=_number(_config(item).get("slotInfo.pciSlotNumber")),
     )
 
 
-def _mac(text: str, name: str) -> str:
+def _mac(text: str, warn: _Warn) -> str | None:
     mac = text.lower().replace("-", ":")
     if not _MAC.fullmatch(mac) or int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
-        raise _unreadable(name, f"{show(text)} is not the MAC address of a network adapter")
+        warn("the MAC address of a network adapter", show(text), "Write it into the manifest's nics.", "nics")
+        return None
     return mac
 
 
+def _disks(root: Element, items: list[Element], warn: _Warn) -> tuple[OvfDisk, ...]:
+    """The hard disks by their controller's kind and number, and their number on it; else as listed.
+
+    vSphere does not list controllers in order: scsi3 can come before scsi0, and ide1 always comes before ide0.
+    """
+    files = _by_id(root, "References", "File", "id")
+    disks = _by_id(root, "DiskSection", "Disk", "diskId")
+    controllers = {
+        number: item
+        for item in items
+        if _value(item, "ResourceType") in _CONTROLLERS and (number := _value(item, "InstanceID"))
+    }
+    found: list[tuple[tuple[int, int, int], OvfDisk]] = []
+    for item in _items(items, _DISK):
+        disk, file = _backing(item, disks, files, warn)
+        bus, kind, model = _controller(controllers.get(_value(item, "Parent") or ""))
+        unit = _number(_value(item, "AddressOnParent"))
+        if disk is not None:
+            quantity, units = _attribute(disk, "capacity"), _attribute(disk, "capacityAllocationUnits") or "byte"
+        else:
+            quantity, units = _value(item, "VirtualQuantity"), _value(item, "AllocationUnits") or "byte"
+        capacity = _bytes(quantity, units)
+        if quantity and capacity is None:
+            hint = "Correct it in the descriptor: it must be a number, and units such as 'byte * 2^30'."
+            warn("the capacity of a disk", f"{show(quantity)} in {show(units)}", hint, None)
+        rank = _KINDS.index(kind) if kind else len(_KINDS)
+        found.append(((rank, _last(bus), _last(unit)), OvfDisk(file, capacity, model, bus, unit)))
+    return tuple(disk for _, disk in sorted(found, key=lambda pair: pair[0]))
+
+
+def _backing(
+    item: Element, disks: dict[str, Element], files: dict[str, Element], warn: _Warn
+) -> tuple[Element | None, str | None]:
+    """What a disk is made of: its entry in the DiskSection, and the base name of its file."""
+    resource = _value(item, "HostResource")
+    if resource is None:
+        return None, None
+    id = resource.rpartition("/")[2]  # of ovf:/disk/ID or ovf:/file/ID
+    disk = disks.get(id)
+    reference = id if disk is None else _attribute(disk, "fileRef")
+    if reference is None:
+        return disk, None
+    href = _attribute(files[reference], "href") if reference in files else None
+    if href is None:
+        warn("the content of a disk", show(reference), "Export the VM again: the descriptor has no such file.", None)
+    return disk, href.rpartition("/")[2] if href else None
+
+
+def _controller(item: Element | None) -> tuple[int | None, str | None, str | None]:
+    """The number, the kind (one of _KINDS) and the model of a controller."""
+    if item is None:
+        return None, None, None
+    kind = _CONTROLLERS[_value(item, "ResourceType") or ""]
+    model = _value(item, "ResourceSubType") or kind
+    if "nvme" in model.lower():  # of SATA's resource type
+        kind = "nvme"
+    return _number(_value(item, "Address")), kind, model
+
+
+def _last(number: int | None) -> int:
+    """A number to sort by; None comes last."""
+    return 1 << 20 if number is None else number
+
+
+def _bytes(quantity: str | None, units: str | None) -> int | None:
+    """An amount in bytes, None if it is not understood."""
+    found = _UNITS.fullmatch("".join((units or "").split()).lower())
+    if not quantity or not re.fullmatch("[0-9]{1,19}", quantity) or found is None or found["word"] not in _WORDS:
+        return None
+    size = int(quantity) * _WORDS[found["word"]]
+    for factor in found["factors"].split("*")[1:]:
+        base, _, exponent = factor.partition("^")
+        size *= int(base) ** int(exponent or 1)
+    return size if size < 1 << 63 else None
+
+
+def _config(parent: Element) -> dict[str, str]:
+    """VMware's settings of the VM or of a device, which it writes as keys and values."""
+    return {
+        key: _attribute(element, "value") or ""
+        for element in parent
+        if _local(element.tag) in ("Config", "ExtraConfig") and (key := _attribute(element, "key"))
+    }
+
+
+def _by_id(root: Element, section: str, tag: str, id: str) -> dict[str, Element]:
+    parent = _child(root, section)
+    found = [] if parent is None else [element for element in parent if _local(element.tag) == tag]
+    return {key: element for element in found if (key := _attribute(element, id))}
+
+
+def _child(parent: Element, tag: str) -> Element | None:
+    return next((element for element in parent if _local(element.tag) == tag), None)
+
+
 def _value(item: Element, tag: str) -> str | None:
-    """The text of a device's property; writers differ in the namespace (rasd, epasd) and in their prefixes."""
-    return next(((e.text or "").strip() or None for e in item if _local(e.tag) == tag), None)
+    """The text of a child; writers differ in the namespace (rasd, sasd, epasd) and in their prefixes."""
+    child = _child(item, tag)
+    return (child.text or "").strip() or None if child is not None else None
 
 
 def _attribute(element: Element, key: str) -> str | None:
@@ -143,14 +409,15 @@ def _attribute(element: Element, key: str) -> str | None:
 
 
 def _number(text: str | None) -> int | None:
-    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= 5 else None
+    return int(text) if text and re.fullmatch("[0-9]{1,5}", text) else None
 
 
 def _local(tag: str) -> str:
     return tag.rpartition("}")[2]
 
 
-def _unreadable(name: str, why: str) -> OvfError:
+def unreadable(name: str, why: str) -> OvfError:
+    """What to raise for the descriptor in the file `name`; `why` is the second half of a sentence."""
     return OvfError(
         Finding(
             "ovf_unreadable",

@@ -16,9 +16,6 @@ from hyper2kvmd.errors import Code, Finding
 from hyper2kvmd.manifest import document, model, wire
 from hyper2kvmd.manifest.problems import PROBLEM_LIMIT, ManifestError, invalid, nearest, place, show
 
-DEFAULT_CPU = 2  # the contract's own defaults, for the manifests that leave them out
-DEFAULT_MEMORY_MIB = 4096
-
 # Only the Go library writes these; where it writes a stage, it leaves out what is false, zero or empty.
 _GO_FIX = {"backup", "print_fstab", "update_grub", "regen_initramfs", "fstab_mode", "remove_vmware_tools"}
 _GO_STAGE = {
@@ -260,30 +257,19 @@ def _normalise(written: wire.Document, dialect: Literal["seed", "go"], sha256: s
 
 
 def _vm(vm: wire.VM, warnings: list[Finding]) -> model.VMSpec:
-    memory_mib = round((vm.mem_gb or 0) * 1024)
-    if not vm.cpu:
-        warnings.append(Finding("no_cpu", f"the number of CPUs is not given: using {DEFAULT_CPU}", "Add it.", "vm.cpu"))
-    if not memory_mib:
-        # The Go exporter divides without remainder, so a VM of less than 1 GiB comes without its memory.
-        message = f"the memory is not given: using {DEFAULT_MEMORY_MIB} MiB"
-        warnings.append(Finding("no_memory", message, "Add it; 0.5 is 512 MiB.", "vm.mem_gb"))
     if vm.os_hint and vm.os_hint.lower() not in _OS_HINTS:
         message = f"{show(vm.os_hint)} is not an operating system that is known here"
         warnings.append(
             Finding("os_hint_unknown", message, "Nothing depends on it: the disks are looked at.", "vm.os_hint")
         )
-    firmware = {"efi": "uefi", "": "unknown", None: "unknown"}.get(vm.firmware, vm.firmware)
-    # The Go exporter never looks, and leaves out what is false: only its `true` means something.
-    secure_boot = vm.secure_boot if vm.secure_boot is not None else (vm.secureboot or None)
-    if firmware == "uefi" and secure_boot is None:
-        message = "the manifest does not say whether the VM uses Secure Boot"
-        warnings.append(Finding("secure_boot_unknown", message, "Set it if the guest depends on it.", "vm.secure_boot"))
     return model.VMSpec.model_validate(
         {
-            "cpu": vm.cpu or DEFAULT_CPU,
-            "memory_mib": memory_mib or DEFAULT_MEMORY_MIB,
-            "firmware": firmware,
-            "secure_boot": secure_boot,
+            "cpu": vm.cpu or None,
+            # The Go exporter divides without remainder, so a VM of less than 1 GiB comes without its memory.
+            "memory_mib": round((vm.mem_gb or 0) * 1024) or None,
+            "firmware": {"efi": "uefi", "": "unknown", None: "unknown"}.get(vm.firmware, vm.firmware),
+            # It never looks for Secure Boot, and leaves out what is false: only its `true` means something.
+            "secure_boot": vm.secure_boot if vm.secure_boot is not None else (vm.secureboot or None),
             "os_hint": vm.os_hint or None,
             "os_version": vm.os_version or None,
         }

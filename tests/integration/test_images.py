@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pytest
 
 from hyper2kvmd import images
-from hyper2kvmd.errors import Cancelled, Code, MigrationError
+from hyper2kvmd.errors import Cancelled, Code, MigrationError, Noted
 from hyper2kvmd.imageheader import DRIVERS, Header
 from hyper2kvmd.manifest import Disk
 from hyper2kvmd.run import Tools
@@ -99,7 +99,10 @@ def opened(export: Path, *disks: Disk) -> Iterator[tuple[images.Source, ...]]:
     fd = os.open(export, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.ExitStack() as stack:
-            yield images.open_sources(fd, export, disks, stack)
+            noted = Noted()
+            sources = images.open_sources(fd, export, disks, stack, noted)
+            noted.check()
+            yield sources
     finally:
         os.close(fd)
 

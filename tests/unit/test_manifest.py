@@ -98,7 +98,7 @@ def test_manifest_of_the_vsphere_exporter_is_read() -> None:
     assert (manifest.stages.convert.compress, manifest.stages.fix.remove_vmware_tools) == (True, True)
     assert manifest.stages.fix.drivers
     assert manifest.tags["export_format"] == "ovf"
-    assert [warning.field for warning in manifest.warnings] == ["vm.secure_boot"]
+    assert manifest.warnings == ()
 
 
 def test_everything_that_the_go_library_writes_is_read() -> None:
@@ -211,10 +211,10 @@ def test_stage_that_is_not_enabled_is_off_and_said_to_be() -> None:
     assert manifest.warnings == ()
 
 
-def test_least_manifest_gets_defaults_and_warnings() -> None:
+def test_least_manifest_leaves_the_hardware_open_and_gets_warnings() -> None:
     manifest = read({"manifest_version": "1.0", "source": {"vm_name": "x"}, "disks": disks(("a", None, None))})
-    assert (manifest.vm.cpu, manifest.vm.memory_mib, manifest.vm.firmware) == (2, 4096, "unknown")
-    assert {warning.field for warning in manifest.warnings} == {"vm.cpu", "vm.mem_gb", "disks[0].checksum", "pipeline"}
+    assert (manifest.vm.cpu, manifest.vm.memory_mib, manifest.vm.firmware) == (None, None, "unknown")
+    assert {warning.field for warning in manifest.warnings} == {"disks[0].checksum", "pipeline"}
 
 
 @pytest.mark.parametrize(
@@ -224,6 +224,8 @@ def test_least_manifest_gets_defaults_and_warnings() -> None:
         ("vm.firmware", "unknown", "vm.firmware", "unknown"),
         ("vm.firmware", "", "vm.firmware", "unknown"),
         ("vm.mem_gb", 0.5, "vm.memory_mib", 512),
+        ("vm.mem_gb", 0, "vm.memory_mib", None),
+        ("vm.cpu", 0, "vm.cpu", None),
         ("vm.secure_boot", True, "vm.secure_boot", True),
         ("vm.secure_boot", ..., "vm.secure_boot", None),
         ("disks.0.checksum", "sha256:" + "A" * 64, "disks.0.sha256", "a" * 64),

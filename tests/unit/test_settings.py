@@ -43,7 +43,11 @@ def test_a_file_overrides_defaults_and_set_overrides_the_file(tmp_path: Path) ->
         ("workers: 2\nworkers: 3\n", "c.yaml:2: workers is set twice"),
         ("workers: [\n", "not valid YAML"),
         ("- a\n", "expected settings such as"),
-        ("validate: {test_boot: true}\n", "c.yaml:1: validate.test_boot: Input should be False (found True)"),
+        ("validate: {boot_failure: never}\n", "c.yaml:1: validate.boot_failure: Input should be 'fail' or 'warn'"),
+        (
+            "libvirt: {default_network: 'lan@5000'}\n",
+            "libvirt.default_network: Value error, 'lan@5000' is not the name",
+        ),
         ("metrics: {listen: nonsense}\n", "c.yaml:1: metrics.listen:"),
     ],
 )

@@ -1,0 +1,229 @@
+"""The boot test: starts the migrated VM on throw-away overlays, without a network, and watches what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import struct
+import threading
+import time
+import uuid
+import xml.etree.ElementTree as ET
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import libvirt
+import libvirt_qemu
+import structlog
+
+from hyper2kvmd.domain import Domain, DomainDisk, job_of, to_xml
+from hyper2kvmd.errors import Cancelled
+from hyper2kvmd.job import Job
+
+log = structlog.get_logger()
+
+POLL_SECONDS = 0.25
+AGENT_SECONDS = 5.0  # between two questions to the guest agent
+TCG_FACTOR = 4  # how much longer a guest may take whose CPU is emulated
+KEPT_BYTES = 1 << 20
+MAX_CPUS = 4
+
+# Consoles are written for screens: colours, cursor moves, and what else ECMA-48 has.
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*\x07|[@-Z\\^_=>78]|[()][0-9A-B])")
+_PASSES = (
+    (re.compile(r"^(?!Last )[\w.()-]{1,64} login:", re.MULTILINE), "a login prompt"),
+    (
+        re.compile(r"Reached target .{0,40}(?:multi-user\.target|Multi-User System|graphical\.target|Graphical Inter)"),
+        "systemd reached its target",
+    ),
+)
+# What a guest says when it will not get any further.
+_FAILS = (
+    ("(initramfs)", "it ended in the shell of its initramfs, which did not find the root file system"),
+    ("dracut-initqueue: Warning: Could not boot", "dracut did not find the root file system"),
+    ("Entering emergency mode", "it entered emergency mode"),
+    ("You are in emergency mode", "it is in emergency mode"),
+    ("Cannot open access to console, the root account is locked", "it is in emergency mode"),
+    ("Kernel panic - not syncing", "its kernel panicked"),
+    ("grub rescue>", "GRUB did not find its files"),
+    ("grub>", "GRUB has no configuration"),
+    ("No bootable device", "the firmware found no disk to boot from"),
+    ("No bootable option or device was found", "the firmware found no disk to boot from"),
+    ("UEFI Interactive Shell", "the firmware found no boot loader"),
+    # Disks come first: a firmware that tries the network has found none of them bootable.
+    ("Start PXE over", "the firmware found no boot loader"),
+    ("Start HTTP Boot over", "the firmware found no boot loader"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a boot test ended. `console` is the end of what the guest wrote, `screen` a PNG of its screen, if any."""
+
+    outcome: Literal["passed", "failed", "inconclusive"]
+    reason: str
+    seconds: float
+    console: str
+    screen: bytes | None
+
+
+def judge(text: str) -> tuple[Literal["passed", "failed"], str] | None:
+    """What the text on a console says about a guest; None if that is nothing yet."""
+    for sign, reason in _FAILS:  # first: some of it follows what looks like success
+        if sign in text:
+            return "failed", reason
+    for pattern, reason in _PASSES:
+        if pattern.search(text):
+            return "passed", reason
+    return None
+
+
+def thrown_away(domain: Domain, overlays: Sequence[Path], nvram: Path, memory_mb: int) -> Domain:
+    """The domain that is tested: the same hardware on `overlays`, without a network and with less of the host."""
+    return replace(
+        domain,
+        name=f"{domain.name}.boot-test",
+        uuid=str(uuid.uuid5(uuid.UUID(domain.uuid), "boot test")),
+        cpus=min(domain.cpus, MAX_CPUS),
+        cores_per_socket=None,
+        memory_mib=min(domain.memory_mib, memory_mb),
+        # What is in a TPM stays on VMware: with a new one or without, the guest boots the same way.
+        tpm=False,
+        disks=tuple(
+            DomainDisk(overlay, "qcow2", disk.serial, False)
+            for disk, overlay in zip(domain.disks, overlays, strict=True)
+        ),
+        # The source may be running, with the same addresses.
+        nics=tuple(replace(nic, target="user", link=False) for nic in domain.nics),
+        nvram=nvram if domain.firmware == "uefi" else None,
+    )
+
+
+def run(job: Job, connection: Any, domain: Domain, seconds: float) -> Verdict:
+    """Start `domain`, from thrown_away(), for at most `seconds`, and end it when it has said how it does.
+
+    It dies with the connection, and so with this process. Raise Cancelled.
+    """
+    began = time.monotonic()
+    console = bytearray()
+
+    def verdict(outcome: Literal["passed", "failed", "inconclusive"], reason: str, screen: bytes | None) -> Verdict:
+        return Verdict(outcome, reason, round(time.monotonic() - began, 1), readable(console), screen)
+
+    try:
+        with _running(connection, domain, console) as guest:
+            outcome, reason = _watched(job, guest, console, began + seconds)
+            return verdict(outcome, reason, _screen(connection, guest))
+    except libvirt.libvirtError as error:
+        # It says nothing about the guest: libvirt cannot read the disks, or went away.
+        return verdict("inconclusive", f"libvirt could not run the test: {error}", None)
+
+
+def readable(console: bytes | bytearray) -> str:
+    """What a console shows, as text without control sequences; the last MiB of it."""
+    text = _ESCAPES.sub("", bytes(console[-KEPT_BYTES:]).decode("utf-8", errors="replace"))
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return "".join(char for char in lines if char.isprintable() or char in "\n\t")
+
+
+@contextlib.contextmanager
+def _running(connection: Any, domain: Domain, console: bytearray) -> Iterator[Any]:
+    """The started domain, whose console is appended to `console`; it is gone at the end."""
+    for other in connection.listAllDomains():  # of an attempt that died while libvirt was away
+        if other.name() == domain.name and job_of(other.XMLDesc(0)) == domain.job:
+            other.destroy()
+    root = ET.fromstring(to_xml(domain))
+    system = root.find("os")
+    if system is not None and domain.firmware == "bios":
+        ET.SubElement(system, "bios", useserial="yes")
+    # Paused until somebody listens: what a firmware has to say comes first.
+    flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_VALIDATE
+    guest = connection.createXML(ET.tostring(root, encoding="unicode"), flags)
+    try:
+        stream = connection.newStream()
+        guest.openConsole(None, stream, libvirt.VIR_DOMAIN_CONSOLE_FORCE)
+        threading.Thread(target=_listen, args=(stream, console), name="console", daemon=True).start()
+        guest.resume()
+        yield guest
+    finally:
+        with contextlib.suppress(libvirt.libvirtError):
+            guest.destroy()
+
+
+def _listen(stream: Any, console: bytearray) -> None:
+    """Take what comes from a console until it ends."""
+    with contextlib.suppress(libvirt.libvirtError):
+        while data := stream.recv(65536):
+            console += data
+            if len(console) > 2 * KEPT_BYTES:
+                del console[:KEPT_BYTES]
+
+
+def _watched(
+    job: Job, guest: Any, console: bytearray, deadline: float
+) -> tuple[Literal["passed", "failed", "inconclusive"], str]:
+    """Wait until the guest has said how it does."""
+    seen, ask_at = 0, 0.0
+    while time.monotonic() < deadline:
+        if job.tools.cancel.wait(POLL_SECONDS):
+            raise Cancelled
+        if len(console) != seen:
+            seen, job.moved_at = len(console), time.monotonic()
+            if found := judge(readable(console)):
+                return found
+        if not guest.isActive():
+            return "failed", "it switched itself off"
+        if time.monotonic() >= ask_at:
+            if _agent_answers(guest):
+                return "passed", "the guest agent answers"
+            ask_at = time.monotonic() + AGENT_SECONDS
+    said = "it said nothing that tells how it does" if console else "its kernel writes nothing to the serial port"
+    return "inconclusive", f"{said} before the time was over"
+
+
+def _agent_answers(guest: Any) -> bool:
+    channel = ET.fromstring(guest.XMLDesc(0)).find("devices/channel/target[@state='connected']")
+    if channel is None:
+        return False
+    try:
+        libvirt_qemu.qemuAgentCommand(guest, '{"execute": "guest-ping"}', 2, 0)
+    except libvirt.libvirtError:
+        return False
+    return True
+
+
+def _screen(connection: Any, guest: Any) -> bytes | None:
+    """A picture of the guest's screen as PNG; None if it has none."""
+    picture = bytearray()
+    try:
+        stream = connection.newStream()
+        kind = guest.screenshot(stream, 0, 0)
+        stream.recvAll(lambda _stream, data, _: picture.extend(data), None)
+        stream.finish()
+    except libvirt.libvirtError as error:
+        log.debug("no screenshot", reason=str(error))
+        return None
+    return bytes(picture) if kind == "image/png" else png(bytes(picture))
+
+
+def png(ppm: bytes) -> bytes | None:
+    """A picture in the binary PPM format, as QEMU makes them, as PNG; None if it is something else."""
+    header = re.match(rb"P6\s+(\d{1,5})\s+(\d{1,5})\s+255\s", ppm)
+    if header is None:
+        return None
+    width, height = int(header[1]), int(header[2])
+    pixels = ppm[header.end() :]
+    if len(pixels) != 3 * width * height:
+        return None
+    rows = b"".join(b"\0" + pixels[start : start + 3 * width] for start in range(0, len(pixels), 3 * width))
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows, 9)),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
