@@ -19,13 +19,15 @@ import libvirt
 import libvirt_qemu
 import structlog
 
+from hyper2kvmd import importer
 from hyper2kvmd.domain import Domain, DomainDisk, job_of, to_xml
-from hyper2kvmd.errors import Cancelled
+from hyper2kvmd.errors import Cancelled, MigrationError
 from hyper2kvmd.job import Job
 
 log = structlog.get_logger()
 
 POLL_SECONDS = 0.25
+LISTEN_SECONDS = 30.0
 AGENT_SECONDS = 5.0  # between two questions to the guest agent
 TCG_FACTOR = 4  # how much longer a guest may take whose CPU is emulated
 KEPT_BYTES = 1 << 20
@@ -114,7 +116,7 @@ def run(job: Job, connection: Any, domain: Domain, seconds: float) -> Verdict:
         return Verdict(outcome, reason, round(time.monotonic() - began, 1), readable(console), screen)
 
     try:
-        with _running(connection, domain, console) as guest:
+        with _running(connection, job.settings.libvirt.uri, domain, console) as guest:
             outcome, reason = _watched(job, guest, console, began + seconds)
             return verdict(outcome, reason, _screen(connection, guest))
     except libvirt.libvirtError as error:
@@ -130,7 +132,7 @@ def readable(console: bytes | bytearray) -> str:
 
 
 @contextlib.contextmanager
-def _running(connection: Any, domain: Domain, console: bytearray) -> Iterator[Any]:
+def _running(connection: Any, uri: str, domain: Domain, console: bytearray) -> Iterator[Any]:
     """The started domain, whose console is appended to `console`; it is gone at the end."""
     for other in connection.listAllDomains():  # of an attempt that died while libvirt was away
         if other.name() == domain.name and job_of(other.XMLDesc(0)) == domain.job:
@@ -143,9 +145,11 @@ def _running(connection: Any, domain: Domain, console: bytearray) -> Iterator[An
     flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_VALIDATE
     guest = connection.createXML(ET.tostring(root, encoding="unicode"), flags)
     try:
-        stream = connection.newStream()
-        guest.openConsole(None, stream, libvirt.VIR_DOMAIN_CONSOLE_FORCE)
-        threading.Thread(target=_listen, args=(stream, console), name="console", daemon=True).start()
+        listening = threading.Event()
+        threading.Thread(
+            target=_listen, args=(uri, domain.uuid, console, listening), name="console", daemon=True
+        ).start()
+        listening.wait(LISTEN_SECONDS)
         guest.resume()
         yield guest
     finally:
@@ -153,9 +157,13 @@ def _running(connection: Any, domain: Domain, console: bytearray) -> Iterator[An
             guest.destroy()
 
 
-def _listen(stream: Any, console: bytearray) -> None:
-    """Take what comes from a console until it ends."""
-    with contextlib.suppress(libvirt.libvirtError):
+def _listen(uri: str, uuid: str, console: bytearray, listening: threading.Event) -> None:
+    """Take what comes from a console until it ends; `listening` is set when nothing can be missed any more."""
+    # On a connection of its own: one that waits for a stream can keep another thread's call waiting for ever.
+    with contextlib.suppress(libvirt.libvirtError, MigrationError), importer.connect(uri) as connection:
+        stream = connection.newStream()
+        connection.lookupByUUIDString(uuid).openConsole(None, stream, libvirt.VIR_DOMAIN_CONSOLE_FORCE)
+        listening.set()
         while data := stream.recv(65536):
             console += data
             if len(console) > 2 * KEPT_BYTES:

@@ -72,7 +72,9 @@ def run_job(
         claim.interrupted()
         claim.fulfil(claims.CANCEL)  # which came too late
         # What a runner that died right after its report could not remove any more.
-        steps.abandon(settings.work_dir / job_id(claim.directory, look.manifest_sha256 or ""))
+        work_dir = settings.work_dir / job_id(claim.directory, look.manifest_sha256 or "")
+        if state == spool.State.SUCCEEDED or not steps.unfinished(work_dir):
+            steps.abandon(work_dir)
         events.emit("finished", status="nothing")
         print(f"{claim.directory}: {state} already" + (f": {finding}" if finding else ""), file=sys.stderr)
         return EXIT_DONE if state == spool.State.SUCCEEDED else EXIT_BUSY

@@ -86,7 +86,7 @@ class Validate(Section):
 
     compare: bool = False
     test_boot: bool = False
-    boot_seconds: float = Field(default=300, ge=10, le=7200)
+    boot_seconds: float = Field(default=300, ge=1, le=7200)
     boot_memory_mb: int = Field(default=2048, ge=128)
     boot_failure: Literal["fail", "warn"] = "fail"
 

@@ -226,7 +226,7 @@ def _prunable(config: Settings, now: float) -> Iterator[tuple[Path, Callable[[],
         job = job_id(export, look.manifest_sha256 or "")
         work_dir = config.work_dir / job
         # What is published without a domain is known as ours by its journal alone.
-        if state not in spool.FINAL or steps.unfinished(work_dir):
+        if state not in spool.FINAL or (state != State.SUCCEEDED and steps.unfinished(work_dir)):
             needed.add(job)
         else:
             over[job] = export
