@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,15 @@ from hyper2kvmd.settings import Settings
 from tests.conftest import report_of, run_job
 from tests.guests.boot import BootResult, Bus, boot
 from tests.guests.build import disks, export
-from tests.guests.recipe import GUESTS, Guest
+from tests.guests.ovf import Identity
+from tests.guests.recipe import GUESTS, ONE_NIC, Guest
 
-MAC = "00:50:56:aa:bb:01"
+# Of a guest's cards, as far as it has them, and what else an export says of it.
+IDENTITY = Identity(
+    macs=("00:50:56:aa:bb:01", "00:50:56:aa:bb:02"),
+    uuid="564d1a2b-3c4d-5e6f-7081-92a3b4c5d6e7",
+    annotation="Orders & stock\nOwner: Jürgen",
+)
 BOOT_SECONDS = 420
 MIGRATION_SECONDS = 1200
 
@@ -53,34 +59,35 @@ class Row:
     def problems(self) -> list[str]:
         """What is not as it should be."""
         found = []
-        if not works(self.original):
+        cards = self.guest.cards
+        if not works(self.original, cards):
             found.append(f"the original does not work as on VMware: {_said(self.original)}")
         if self.before.outcome != "failed":
             found.append(f"the original should fail on virtio: {_said(self.before)}")
         if self.after is None:
             found.append(f"the migration failed: {json.dumps(self.migration.report.get('error'))}")
-        elif not works(self.after):
+        elif not works(self.after, cards):
             found.append(f"the result does not work on virtio: {_said(self.after)}")
-        elif works(self.original):
+        elif works(self.original, cards):
             found += differences(self.original.report, self.after.report)
         return found
 
 
-def works(result: BootResult) -> bool:
-    """Whether the guest booted with all that it was told to use: file systems, swap, address, services."""
+def works(result: BootResult, cards: Sequence[str] = ONE_NIC) -> bool:
+    """Whether the guest booted with all that it was told to use: file systems, swap, addresses, services."""
     said = result.report
     return (
         result.ok
         and bool(said)
         and "failed" not in said["mounts"]
         and "none" != said["swap"]
-        and "ens192:UP:10.0.2.15/24" == said["net"]
+        and ",".join(cards) == said["net"]
         and "none" == said["failed"]
     )
 
 
 def boot_as_on_vmware(guest: Guest) -> BootResult:
-    """Boot the original on the controller and the network card it knows, whose slots name the card ens192."""
+    """Boot the original on the controller and the network cards it knows, whose slots name them ens192 and ens224."""
     bus: Bus = "sata" if guest.firmware == "uefi" else "pvscsi"
     return boot(disks(guest.name), "raw", bus, **_machine(guest), loader=guest.loader)
 
@@ -91,7 +98,7 @@ def boot_before(guest: Guest) -> BootResult:
 
 
 def boot_after(guest: Guest, migration: Migration) -> BootResult:
-    """Boot the result on what its report says it is fit for, with a network card that has the old MAC address."""
+    """Boot the result on what its report says it is fit for, with network cards that have the old MAC addresses."""
     bus: Bus = "compatible" if migration.report["results"]["fix"]["compatible"] else "virtio"
     return boot(migration.disks, "qcow2", bus, **_machine(guest))
 
@@ -99,10 +106,15 @@ def boot_after(guest: Guest, migration: Migration) -> BootResult:
 def _machine(guest: Guest) -> dict[str, Any]:
     return {
         "firmware": guest.firmware,
-        "macs": [MAC],
+        "macs": identity(guest).macs,
         "answers": {"Please unlock disk": guest.passphrase} if guest.passphrase else {},
         "timeout": BOOT_SECONDS,
     }
+
+
+def identity(guest: Guest) -> Identity:
+    """What the export says of the guest besides its disks."""
+    return replace(IDENTITY, macs=IDENTITY.macs[: len(guest.cards)])
 
 
 def migrate(guest: Guest, scratch: Path) -> Migration:
@@ -120,7 +132,7 @@ def migrate(guest: Guest, scratch: Path) -> Migration:
         key.touch(0o600)
         key.write_text(guest.passphrase)
         shape["fix"] = {"luks_keys": {guest.name: key}}
-    dropped = export(guest.name, scratch / "exports", vm_name=guest.name, mac=MAC)
+    dropped = export(guest.name, scratch / "exports", vm_name=guest.name, identity=identity(guest))
     started = time.monotonic()
     done = run_job(dropped, Settings.model_validate(shape), timeout=MIGRATION_SECONDS)
     seconds = time.monotonic() - started
@@ -135,7 +147,7 @@ def migrate(guest: Guest, scratch: Path) -> Migration:
 
 def differences(original: dict[str, str], after: dict[str, str]) -> list[str]:
     """What two guests that work say of themselves that should be the same; device and kernel names need not."""
-    same = ("mounts", "net", "canary")
+    same = ("mounts", "net", "links", "canary")
     return [f"{key}: {original[key]} became {after[key]}" for key in same if original[key] != after[key]]
 
 

@@ -129,9 +129,10 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
     line("status", f"{document['status']}{dry}", "green" if good else "red")
     line("VM", f"{document['vm_name'] or '?'}, job {document['job']}, attempt {document['attempts']}")
     if error := document["error"]:
-        where = f"{error['field']}: " if error.get("field") else ""
-        line("error", f"{error['code']} in {error['stage'] or 'plan'}: {where}{error['message']}", "red")
-        line("remedy", error["hint"])
+        for problem in error["problems"] or [error]:
+            where = f"{problem['field']}: " if problem.get("field") else ""
+            line("error", f"{problem['code']} in {error['stage'] or 'plan'}: {where}{problem['message']}", "red")
+            line("remedy", problem["hint"])
         if error["tail"]:
             console.print(error["tail"], markup=False, highlight=False)
     if document["next_attempt_at"]:
@@ -153,6 +154,8 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
             line("", proof["evidence"])
     for when, text in fixed.get("fstab", {}).items():
         line(f"fstab {when}"[:10], text)
+    if boot := document["results"].get("boot"):
+        line("boot test", f"{boot['outcome']} after {boot['seconds']:.0f} s: {boot['reason']}")
     for disk in document["disks"]:
         if disk["target"]:
             line("disk", f"{disk['id']}: {disk['target']} ({disk['virtual_size'] / 2**30:.1f} GiB)")

@@ -143,16 +143,6 @@ def test_one_success_was_counted(bios: Migrated) -> None:
     assert 'hyper2kvmd_jobs_completed_total{result="failed"} 0.0' in bios.metrics
 
 
-def test_a_uefi_guest_in_the_go_dialect_boots_too(tmp_path: Path) -> None:
-    migrated = migrate(tmp_path, "debian12-uefi-fallback", "go", "app01")
-    assert "succeeded" == migrated.report["status"], json.dumps(migrated.report["error"], indent=2)
-    assert "uefi" == migrated.report["results"]["inspect"]["firmware"]
-    assert "efi" == ET.fromstring(migrated.domain_xml).find("os").get("firmware")  # type: ignore[union-attr]
-    (image,) = migrated.images.iterdir()
-    result = boot([image], "qcow2", "virtio", firmware="uefi", timeout=300)
-    assert "matched" == result.outcome, result.serial_log[-3000:]
-
-
 # hyper2kvmd with one line left out: what asks for virtio in the initramfs.
 BROKEN = """
 import dataclasses, sys

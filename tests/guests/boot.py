@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import selectors
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, get_args
@@ -69,7 +71,7 @@ _NIC: dict[Bus, str] = {
 }
 # A guest on VMware calls its cards ens192, ens224 and so on, after the slots of the hypervisor's PCIe ports. The same
 # slots give the same names here, provided that the ports, not ACPI, announce them.
-_VMWARE_SLOTS = (192, 224, 256, 161)
+VMWARE_SLOTS = (192, 224, 256, 161)
 _VMWARE_PORTS = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
 # Consoles are written for screens: colours, cursor moves, and what else ECMA-48 has
 _ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|[@-Z\\^_=>cNOM78])")
@@ -90,6 +92,12 @@ class BootResult:
     def report(self) -> dict[str, str]:
         """What our guests' boot-report says ("root", "fstab-root", "swap", "net", "links", "canary", ...)."""
         found = re.search(r"GUEST-BOOTED-OK (.*)", self.serial_log)
+        return dict(word.split("=", 1) for word in found[1].split()) if found else {}
+
+    @property
+    def mounts(self) -> dict[str, str]:
+        """Which device is mounted where ("/boot": "/dev/vda1"), as our guests with several disks say."""
+        found = re.search(r"GUEST-DISKS (.*)", self.serial_log)
         return dict(word.split("=", 1) for word in found[1].split()) if found else {}
 
     def tail(self, lines: int = 30) -> str:
@@ -121,22 +129,54 @@ def boot(
             raise FileNotFoundError(f"{path} is not there: nothing to boot")
     with tempfile.TemporaryDirectory(prefix="boot-") as scratch:
         command = _qemu_command(images, fmt, bus, firmware, macs, loader, Path(scratch))
-        started = time.monotonic()
-        log = ""
-        for text in _console(command, answers or {}, deadline=started + timeout, scratch=scratch):
-            log += text
-            if echo:
-                echo.write(text)
-                echo.flush()
-            clean = _ESCAPES.sub("", log)
-            # failures first: "(initramfs)" is final, while `until` may be a text that also precedes it
-            for outcome, patterns in (("failed", fail), ("matched", until)):
-                for pattern in patterns:
-                    if pattern in clean:
-                        return _result(outcome, pattern, log, started)
-        if time.monotonic() - started >= timeout:
-            return _result("timeout", "", log, started)
-        return _result("exited", "", log, started)
+        deadline = time.monotonic() + timeout
+        return _judge(_console(command, answers or {}, deadline=deadline, scratch=scratch), deadline, until, fail, echo)
+
+
+def boot_domain(uri: str, name: str, *, timeout: float = 420) -> BootResult:
+    """Start a domain of libvirt, whose disks are then written to, and read its console likewise. It is off afterwards.
+
+    uri: of a libvirt on this host.
+    """
+    # Paused until somebody listens: the firmware speaks first.
+    _virsh(uri, "start", name, "--paused")
+    try:
+        console = os.open(_virsh(uri, "ttyconsole", name), os.O_RDWR | os.O_NOCTTY)
+        try:
+            deadline = time.monotonic() + timeout
+            _virsh(uri, "resume", name)
+            return _judge(_read(console, deadline), deadline, BOOTED, STUCK)
+        finally:
+            os.close(console)
+    finally:
+        _virsh(uri, "destroy", name)
+
+
+def _virsh(uri: str, *arguments: str) -> str:
+    done = subprocess.run(["virsh", "-c", uri, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"virsh {shlex.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def _judge(
+    console: Iterable[str], deadline: float, until: Sequence[str], fail: Sequence[str], echo: IO[str] | None = None
+) -> BootResult:
+    """Read until a text is seen, the console ends, or the deadline has passed."""
+    started = time.monotonic()
+    log = ""
+    for text in console:
+        log += text
+        if echo:
+            echo.write(text)
+            echo.flush()
+        clean = _ESCAPES.sub("", log)
+        # failures first: "(initramfs)" is final, while `until` may be a text that also precedes it
+        for outcome, patterns in (("failed", fail), ("matched", until)):
+            for pattern in patterns:
+                if pattern in clean:
+                    return _result(outcome, pattern, log, started)
+    return _result("timeout" if time.monotonic() >= deadline else "exited", "", log, started)
 
 
 def _result(outcome: str, pattern: str, log: str, started: float) -> BootResult:
@@ -165,7 +205,7 @@ def _qemu_command(
     for number, mac in enumerate(macs):
         port = ""
         if vmware:
-            slot = _VMWARE_SLOTS[number]
+            slot = VMWARE_SLOTS[number]
             command += ["-device", f"pcie-root-port,id=port{slot},chassis={number + 1},slot={slot}"]
             port = f",bus=port{slot}"
         command += ["-netdev", f"user,id=net{number},restrict=on"]
@@ -201,27 +241,37 @@ def _console(command: Sequence[str], answers: Mapping[str, str], *, deadline: fl
     unanswered, log = dict(answers), ""
     assert process.stdin and process.stdout
     try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while (left := deadline - time.monotonic()) > 0:
-                if not selector.select(left):
-                    return
-                data = os.read(process.stdout.fileno(), 65536)
-                if not data:
-                    return
-                text = data.decode("utf-8", errors="replace")
-                if unanswered:
-                    log += text
-                    for question in [question for question in unanswered if question in log]:
-                        process.stdin.write(unanswered.pop(question).encode() + b"\n")
-                        process.stdin.flush()
-                yield text
+        for text in _read(process.stdout.fileno(), deadline):
+            if unanswered:
+                log += text
+                for question in [question for question in unanswered if question in log]:
+                    process.stdin.write(unanswered.pop(question).encode() + b"\n")
+                    process.stdin.flush()
+            yield text
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         process.wait()
         process.stdin.close()
         process.stdout.close()
+
+
+def _read(fd: int, deadline: float) -> Iterator[str]:
+    """Yield what comes out of a file, until it ends or the deadline has passed."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            if not selector.select(left):
+                return
+            try:
+                data = os.read(fd, 65536)
+            except OSError as error:
+                if error.errno != errno.EIO:  # how a terminal says that nobody is at its other end
+                    raise
+                return
+            if not data:
+                return
+            yield data.decode("utf-8", errors="replace")
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from tests.guests import appliance, native
-from tests.guests.recipe import GUESTS, Guest
+from tests.guests.ovf import Identity, descriptor
+from tests.guests.recipe import CPUS, GUESTS, MEMORY_GIB, Guest
 from tests.guests.rootfs import Rootfs, make_rootfs, run
 
 CACHE = Path(__file__).parents[2] / ".cache" / "guests"
@@ -46,7 +47,14 @@ def disks(name: str) -> list[Path]:
     names = _disk_names(guest, "raw")
 
     def make(into: Path) -> None:
-        _maker(guest).make_disks(guest, _rootfs(guest.rootfs), [into / disk for disk in names])
+        boot, *data = (into / disk for disk in names)
+        if _maker(guest) is appliance:
+            appliance.make_disks(guest, _rootfs(guest.rootfs), [boot, *data])
+        else:
+            native.make_disks(guest, _rootfs(guest.rootfs), [boot])
+            for disk, size, label in zip(data, guest.disk_sizes[1:], ("data", "logs"), strict=False):
+                # whole, without partitions, as a disk is that was added to a running machine
+                run("mke2fs", "-q", "-t", "ext4", "-L", label, disk, f"{size >> 10}k")
 
     directory = _cached(name, digest(guest), make)
     return [directory / disk for disk in names]
@@ -98,22 +106,36 @@ def export(
     checksum: bool = True,
     disk_format: DiskFormat = "vmdk",
     mac: str | None = None,
+    identity: Identity | None = None,
 ) -> Path:
     """Make `<into>/<vm_name>/` with the disks and, written last, the manifest. Return that directory.
 
-    The exporter leaves `nics` out; a `mac` puts one in, as its library can.
+    The exporter leaves `nics` out; a `mac` puts one in, as its library can. With an `identity`, vSphere's descriptor
+    lies beside the disks, and the manifest lists these backwards: the exporter takes them as they come.
     """
     guest = GUESTS[name]
     directory = into / vm_name
     directory.mkdir(parents=True)
-    entries = []
+    copies, checksums = [], []
     for number, disk in enumerate(exported_disks(name, disk_format)):
         copy = directory / f"{vm_name}-disk-{number}.{disk_format}"
         # a plain copy: a link would let a program that damages its source damage the cache
         run("cp", "--reflink=auto", "--sparse=auto", disk, copy)
-        entry = (_seed_disk if dialect == "seed" else _go_disk)(number, guest, vm_name, copy)
+        copies.append(copy)
+        checksums.append(f"sha256:{disk.with_suffix('.sha256').read_text()}")
+    numbers = range(len(copies))
+    if identity:
+        text = descriptor(guest, vm_name, copies, identity)
+        (directory / f"{vm_name}.ovf").write_text(text, encoding="utf-8")
+        numbers = numbers[::-1]
+    entries = []
+    for place, number in enumerate(numbers):
+        if dialect == "seed":
+            entry = _seed_disk(number, guest.disk_sizes[number], copies[number])
+        else:
+            entry = _go_disk(place, vm_name, copies[number])
         if checksum:
-            entry["checksum"] = f"sha256:{disk.with_suffix('.sha256').read_text()}"
+            entry["checksum"] = checksums[number]
         entries.append(entry)
     if dialect == "seed":
         path = directory / "manifest.json"
@@ -127,32 +149,28 @@ def export(
     return directory
 
 
-def _seed_disk(number: int, guest: Guest, _vm_name: str, disk: Path) -> dict[str, Any]:
+def _seed_disk(number: int, size: int, disk: Path) -> dict[str, Any]:
     return {
         "id": f"disk-{number}",
         "source_format": disk.suffix[1:],
-        "bytes": guest.disk_sizes[number],
+        "bytes": size,
         "local_path": str(disk.absolute()),
         "boot_order_hint": number,
         "disk_type": "data" if number else "boot",
     }
 
 
-def _go_disk(number: int, _guest: Guest, vm_name: str, disk: Path) -> dict[str, Any]:
+def _go_disk(place: int, vm_name: str, disk: Path) -> dict[str, Any]:
     """A disk as the exporter has it: stale path, no boot disk, size of the file."""
     return {
-        "id": f"disk-{number + 1}",
+        "id": f"disk-{place + 1}",
         "source_format": disk.suffix[1:],
         "bytes": disk.stat().st_size,
         "local_path": f"/var/lib/hypersdk/exports/{vm_name}/{disk.name}",
-        "boot_order_hint": number + 1,
-        "label": f"disk-{number + 1}",
+        "boot_order_hint": place + 1,
+        "label": f"disk-{place + 1}",
         "disk_type": "data",
     }
-
-
-def _os_version(guest: Guest) -> str:
-    return {"bullseye": "11", "bookworm": "12", "trixie": "13"}[guest.rootfs.suite]
 
 
 def _seed_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -168,11 +186,11 @@ def _seed_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]]) -> d
             "export_method": "hypersdk-govc",
         },
         "vm": {
-            "cpu": 2,
-            "mem_gb": 1,
+            "cpu": CPUS,
+            "mem_gb": MEMORY_GIB,
             "firmware": guest.firmware,
             "os_hint": "debian",
-            "os_version": _os_version(guest),
+            "os_version": guest.os_version,
             "secure_boot": False,
         },
         "disks": disks,
@@ -205,11 +223,11 @@ def _go_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]], direct
             "export_method": "hypersdk-govc",
         },
         "vm": {
-            "cpu": 2,
-            "mem_gb": 1,
+            "cpu": CPUS,
+            "mem_gb": MEMORY_GIB,
             "firmware": "efi" if guest.firmware == "uefi" else guest.firmware,
             "os_hint": "linux",
-            "os_version": f"Debian GNU/Linux {_os_version(guest)} (64-bit)",
+            "os_version": f"Debian GNU/Linux {guest.os_version} (64-bit)",
         },
         "disks": disks,
         "notes": ["Export method: ovf"],

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tests.guests.rootfs import Rootfs
 
+MIB = 1 << 20
 GIB = 1 << 30
+# What every guest had on VMware.
+CPUS, MEMORY_GIB = 2, 1
+ONE_NIC = ("ens192:UP:10.0.2.15/24",)
+TWO_NICS = (*ONE_NIC, "ens224:UP:10.0.3.15/24")
 
 COMMON = (
     *("linux-image-amd64", "zstd", "kmod", "udev", "systemd-sysv", "mount", "login", "iproute2", "open-vm-tools"),
@@ -50,6 +55,13 @@ class Guest:
     disk_sizes: tuple[int, ...] = (3 * GIB,)  # bytes; in the guest's order, sda first
     fallback: bool = False  # also EFI/BOOT/BOOTX64.EFI, so that it boots without an NVRAM entry
     passphrase: str | None = None  # unlocks its encrypted disk
+    # Its network cards as its boot-report names them. What is installed makes them so: they are not in the digest.
+    cards: tuple[str, ...] = field(default=ONE_NIC, repr=False)
+
+    @property
+    def os_version(self) -> str:
+        """Debian's major version."""
+        return {"bullseye": "11", "bookworm": "12", "trixie": "13"}[self.rootfs.suite]
 
     @property
     def loader(self) -> str | None:
@@ -134,7 +146,7 @@ GUESTS = {
                 "debian12-three-disks",
                 "bookworm",
                 (*INITRAMFS_TOOLS, "grub-pc-bin", "lvm2", "ifupdown"),
-                *("initramfs-tools", "ifupdown"),
+                *("initramfs-tools", "two-nics"),
                 commands=BUILD_INITRAMFS,
             ),
             "bios",
@@ -142,6 +154,23 @@ GUESTS = {
             "initramfs-tools",
             "ifupdown",
             (1 * GIB, 2 * GIB, 1 * GIB),
+            cards=TWO_NICS,
+        ),
+        Guest(
+            "debian12-uefi-three-disks",
+            _debian(
+                "debian12-uefi-three-disks",
+                "bookworm",
+                (*INITRAMFS_TOOLS, "grub-efi-amd64-bin", "ifupdown"),
+                *("initramfs-tools", "debian12", "two-nics"),
+                commands=("systemctl enable --quiet data.mount logs.mount", *BUILD_INITRAMFS),
+            ),
+            "uefi",
+            "ext4, GPT; /data and /logs on disks of their own, by label",
+            "initramfs-tools",
+            "ifupdown",
+            (2 * GIB, 256 * MIB, 512 * MIB),
+            cards=TWO_NICS,
         ),
         Guest(
             "debian12-networkmanager",

@@ -1,0 +1,140 @@
+"""The whole VM: from an export whose manifest has no network cards to a domain that runs as the VM did on VMware."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyper2kvmd.settings import Settings
+from tests.conftest import report_of, run_job
+from tests.guests.boot import BootResult, boot_domain
+from tests.guests.build import export
+from tests.guests.recipe import GUESTS, Guest
+from tests.libvirtd import session
+from tests.matrix import IDENTITY, MIGRATION_SECONDS, boot_as_on_vmware, differences, works
+
+# The same bytes as the UUID of IDENTITY, in the spelling of libvirt.
+UUID = "2b1a4d56-4d3c-6f5e-7081-92a3b4c5d6e7"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A guest, how it was on VMware, what its job says, the domain as libvirt shows it, and how that domain boots."""
+
+    guest: Guest
+    original: BootResult
+    export: Path
+    report: dict[str, Any]
+    domain: ET.Element
+    started: BootResult
+
+
+@contextmanager
+def settings(directory: Path) -> Iterator[Settings]:
+    """Settings with a libvirt of their own, and the boot test."""
+    for name in ("exports", "images", "work"):
+        (directory / name).mkdir()
+    with session(directory) as uri:
+        yield Settings.model_validate(
+            {
+                "exports_dir": directory / "exports",
+                "output_dir": directory / "images",
+                "work_dir": directory / "work",
+                "libvirt": {"uri": uri, "default_network": "user"},
+                "validate": {"test_boot": True},
+            }
+        )
+
+
+def virsh(uri: str, *arguments: str) -> str:
+    done = subprocess.run(["virsh", "-c", uri, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def attribute(parent: ET.Element, tag: str, key: str) -> str | None:
+    child = parent.find(tag)
+    assert child is not None, tag
+    return child.get(key)
+
+
+@pytest.fixture(scope="module", params=("debian12-three-disks", "debian12-uefi-three-disks"))
+def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Imported:
+    guest = GUESTS[request.param]
+    with settings(tmp_path_factory.mktemp(guest.name)) as used:
+        dropped = export(guest.name, used.exports_dir, vm_name="db01", dialect="go", identity=IDENTITY)
+        run_job(dropped, used, timeout=MIGRATION_SECONDS)
+        report = report_of(dropped)
+        assert "succeeded" == report["status"], json.dumps(report["error"], indent=2)
+        domain = ET.fromstring(virsh(used.libvirt.uri, "dumpxml", "db01"))
+        started = boot_domain(used.libvirt.uri, "db01")
+    return Imported(guest, boot_as_on_vmware(guest), dropped, report, domain, started)
+
+
+def test_the_export_says_nothing_of_network_cards_and_lists_the_disks_backwards(imported: Imported) -> None:
+    manifest = json.loads((imported.export / "artifact-manifest.json").read_text())
+    assert not manifest.get("nics")
+    assert [f"db01-disk-{number}.vmdk" for number in (2, 1, 0)] == [
+        Path(disk["local_path"]).name for disk in manifest["disks"]
+    ]
+
+
+def test_the_boot_test_passes(imported: Imported) -> None:
+    boot = imported.report["results"]["boot"]
+    assert "passed" == boot["outcome"]
+    assert "login prompt" in boot["reason"]
+    assert "login:" in (imported.export / boot["serial_log"]).read_text()
+
+
+def test_the_domain_has_the_cards_disks_firmware_uuid_and_notes_of_the_old_machine(imported: Imported) -> None:
+    domain, images = imported.domain, imported.export.parents[1] / "images"
+    assert [*IDENTITY.macs] == [mac.get("address") for mac in domain.iterfind("devices/interface/mac")]
+    # The manifest calls the last disk disk-1.
+    ids = ("disk-3", "disk-2", "disk-1")
+    wanted = [(f"vd{letter}", id, str(images / f"db01-{id}.qcow2")) for letter, id in zip("abc", ids, strict=True)]
+    assert wanted == [
+        (attribute(disk, "target", "dev"), disk.findtext("serial"), attribute(disk, "source", "file"))
+        for disk in domain.iterfind("devices/disk")
+    ]
+    assert ("efi" if imported.guest.firmware == "uefi" else None) == attribute(domain, "os", "firmware")
+    assert (UUID, IDENTITY.annotation) == (domain.findtext("uuid"), domain.findtext("description"))
+
+
+def test_the_running_domain_has_the_names_addresses_and_file_systems_of_the_old_machine(imported: Imported) -> None:
+    original, started = imported.original, imported.started
+    assert works(original, imported.guest.cards), original.tail()
+    assert works(started, imported.guest.cards), started.tail()
+    assert [] == differences(original.report, started.report)
+
+
+def test_the_running_domain_finds_each_file_system_on_the_disk_where_it_was(imported: Imported) -> None:
+    before = imported.original.mounts
+    assert "/dev/sdc" == before["/data" if imported.guest.firmware == "bios" else "/logs"][:8]
+    assert {point: device.replace("/dev/sd", "/dev/vd") for point, device in before.items()} == imported.started.mounts
+
+
+def test_a_guest_that_is_not_fixed_fails_the_boot_test_in_its_initramfs_and_nothing_is_published(
+    tmp_path: Path,
+) -> None:
+    with settings(tmp_path) as used:
+        dropped = export("debian12-bios", used.exports_dir, vm_name="web01", dialect="go")
+        manifest = dropped / "artifact-manifest.json"
+        wishes = json.loads(manifest.read_text())
+        wishes["pipeline"]["fix"]["enabled"] = False
+        manifest.write_text(json.dumps(wishes))
+        done = run_job(dropped, used, timeout=MIGRATION_SECONDS)
+        report = report_of(dropped)
+        assert (1, "failed", "boot_failed") == (done.returncode, report["status"], report["error"]["code"])
+        boot = report["results"]["boot"]
+        assert "failed" == boot["outcome"]
+        assert "initramfs" in boot["reason"] and boot["reason"] in report["error"]["message"]
+        assert "(initramfs)" in (dropped / boot["serial_log"]).read_text()
+        assert [] == list(used.output_dir.iterdir())
+        assert "" == virsh(used.libvirt.uri, "list", "--all", "--name").strip()
