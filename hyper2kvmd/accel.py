@@ -12,7 +12,7 @@ from hyper2kvmd.run import Tools
 DEVICE = Path("/dev/kvm")
 PROBE_SECONDS = 10.0
 HINT = (
-    "Run `hyper2kvmctl doctor`; check that the CPU's virtualisation is on in the firmware (or nested "
+    "Check that the CPU's virtualisation is on in the firmware (or nested "
     "virtualisation in the outer hypervisor), that the kvm_intel or kvm_amd module is loaded, and that this "
     "user may open /dev/kvm. Set guest.accel: tcg to use emulation without this warning."
 )

@@ -25,6 +25,9 @@ def _checked(target: str) -> str:
 Network = Annotated[str, AfterValidator(_checked)]
 
 
+_PORT = r"(\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5])"
+
+
 class Section(BaseModel):
     """A group of settings: immutable, and strict about its keys."""
 
@@ -140,7 +143,7 @@ class Retention(Section):
 class Metrics(Section):
     """The Prometheus endpoint; an empty address turns it off."""
 
-    listen: str = Field(default="127.0.0.1:9878", pattern=r"^(|[^:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5})$")
+    listen: str = Field(default="127.0.0.1:9878", pattern=rf"^(|[^:]+:{_PORT}|\[[0-9a-fA-F:]+\]:{_PORT})$")
 
 
 class Log(Section):

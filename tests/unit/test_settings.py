@@ -49,6 +49,7 @@ def test_a_file_overrides_defaults_and_set_overrides_the_file(tmp_path: Path) ->
             "libvirt.default_network: Value error, 'lan@5000' is not the name",
         ),
         ("metrics: {listen: nonsense}\n", "c.yaml:1: metrics.listen:"),
+        ("metrics: {listen: '127.0.0.1:65536'}\n", "c.yaml:1: metrics.listen:"),
     ],
 )
 def test_a_bad_file_is_explained_with_line_and_remedy(tmp_path: Path, text: str, expected: str) -> None:
