@@ -332,7 +332,15 @@ class Metadata(Table):
     job_id: Printable | None = Field(None, description="the export's identifier, as text")
     created_at: Printable | None = Field(None, description="a time such as 2026-01-22T10:30:00Z")
     tags: Annotated[dict[Printable, str] | None, BeforeValidator(_tags)] = Field(
-        None, description="a list of words, or a table of words and their values, as text"
+        None,
+        description="a list of words, or a table of words and their values, as text",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "object", "additionalProperties": {"type": "string"}},
+                {"type": "null"},
+            ]
+        },
     )
 
 

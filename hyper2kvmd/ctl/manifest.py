@@ -1,0 +1,460 @@
+"""`hyper2kvmctl manifest`: make manifests, mend them, and bring them from one dialect to the other."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from hyper2kvmd import claims, images
+from hyper2kvmd.ctl import print_json
+from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
+from hyper2kvmd.manifest import Manifest, create, document, ova, parse, rewrite, wire
+from hyper2kvmd.manifest.problems import plain
+from hyper2kvmd.options import (
+    EXIT_BUSY,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_MANIFEST,
+    EXIT_NOT_FOUND,
+    EXIT_PERMISSION,
+    EXIT_USAGE,
+)
+from hyper2kvmd.run import Tools
+from hyper2kvmd.settings import Settings
+from hyper2kvmd.spool import read_manifest
+
+_FORMATS = {".json": "json", ".yaml": "yaml", ".yml": "yaml"}
+_MANIFEST_CODES = (Code.MANIFEST_INVALID, Code.MANIFEST_UNREADABLE)
+
+_Command = Callable[[argparse.Namespace, Settings], int]
+
+
+def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the commands to the parser."""
+    group = commands.add_parser("manifest", help="make, mend and translate manifests")
+    actions = group.add_subparsers(dest="action", required=True)
+
+    make = actions.add_parser("create", help="make a manifest from disk files, a directory, an .ovf or an OVA")
+    make.add_argument("sources", nargs="+", type=Path, metavar="SOURCE")
+    make.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="the manifest (default: manifest.json beside the disks)"
+    )
+    make.add_argument("--name", metavar="VM", help="the VM's name (default: that of the source)")
+    make.add_argument("--format", choices=("json", "yaml"), help="default: by the name of FILE, or json")
+    make.add_argument("--dialect", choices=("seed", "go"), default="seed", help="whose keys are used (default: seed)")
+    make.add_argument(
+        "--checksum",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute the checksums, which reads every disk (default)",
+    )
+    make.add_argument(
+        "--directory", type=Path, metavar="DIR", help="unpack an OVA there; it must not exist yet, or be empty"
+    )
+    make.set_defaults(run=_told(_create))
+
+    hash_ = actions.add_parser("rehash", help="compute the checksums of a manifest's disks, and put them in")
+    move = actions.add_parser("relocate", help="replace the leading directory of the disks' paths")
+    move.add_argument("old", metavar="OLD")
+    move.add_argument("new", metavar="NEW")
+    for parser, run in ((hash_, _rehash), (move, _relocate)):
+        parser.add_argument("manifest", type=Path, metavar="MANIFEST")
+        parser.add_argument("--yes", action="store_true", help="do not ask")
+        parser.set_defaults(run=_told(run))
+
+    schema = actions.add_parser("schema", help="print the JSON Schema of manifests")
+    schema.set_defaults(run=_schema)
+
+    upgrade = actions.add_parser("upgrade", help="say a manifest in the other dialect")
+    upgrade.add_argument("manifest", type=Path, metavar="MANIFEST")
+    upgrade.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="a new file (default: print it); JSON or YAML by its name"
+    )
+    upgrade.add_argument("--dialect", choices=("seed", "go"), help="default: the one that it is not in")
+    upgrade.set_defaults(run=_told(_upgrade))
+    return [make, hash_, move, schema, upgrade]
+
+
+def _told(command: _Command) -> _Command:
+    """The command, with everything that can be wrong on standard error, and an exit status for it."""
+
+    def run(options: argparse.Namespace, config: Settings) -> int:
+        try:
+            return command(options, config)
+        except MigrationError as error:
+            if not error.problems:
+                raise
+            where = f"{options.manifest}: " if "manifest" in options else ""
+            for finding in error.problems:
+                print(f"hyper2kvmctl: {where}{finding}", file=sys.stderr)
+            return EXIT_MANIFEST if any(found.code in _MANIFEST_CODES for found in error.problems) else EXIT_FAILED
+        except OSError as error:
+            print(f"hyper2kvmctl: {error.filename or 'the manifest'}: {error.strerror}", file=sys.stderr)
+            if isinstance(error, PermissionError):
+                return EXIT_PERMISSION
+            return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_FAILED
+
+    return run
+
+
+# create ---------------------------------------------------------------------------------------------------
+
+
+def _create(options: argparse.Namespace, config: Settings) -> int:
+    sources: list[Path] = options.sources
+    for source in sources:
+        if not os.path.lexists(source):
+            print(f"hyper2kvmctl: {source}: no such file or directory", file=sys.stderr)
+            return EXIT_NOT_FOUND
+    output: Path | None = options.output
+    written = _FORMATS.get("" if output is None else output.suffix.lower())
+    if output is not None and (written is None or written != (options.format or written)):
+        print(f"hyper2kvmctl: {output} does not end in .{options.format or 'json, .yaml or .yml'}", file=sys.stderr)
+        return EXIT_USAGE
+    name = output.name if output is not None else f"manifest.{options.format or 'json'}"
+    first = sources[0]
+    archive = first.is_file() and first.suffix.lower() != ".ovf" and ova.is_archive(first)
+    if len(sources) > 1 and (archive or any(source.is_dir() or source.suffix.lower() == ".ovf" for source in sources)):
+        print("hyper2kvmctl: several sources must all be disk files of one VM", file=sys.stderr)
+        return EXIT_USAGE
+    if options.directory is not None and not archive:
+        print(f"hyper2kvmctl: --directory is for OVAs, and {first} is none", file=sys.stderr)
+        return EXIT_USAGE
+    if archive:
+        return _create_from_archive(options, first, name)
+    if first.is_dir():
+        found = create.in_directory(first, options.name)
+    elif first.suffix.lower() == ".ovf":
+        found = create.of_descriptor(first, options.name)
+    else:
+        found = create.of_files(sources, first.parent if output is None else output.parent, options.name)
+    path = found.directory / name if output is None else output
+    if path.parent.resolve() != found.directory.resolve():
+        print(f"hyper2kvmctl: {path} is not in {found.directory}, where the disks are", file=sys.stderr)
+        return EXIT_USAGE
+    _refuse_existing(path)
+    with _bars() as tell:
+        described = _describe(options, found, {}, tell)
+        manifest = described.builder.write(name, options.dialect)
+    return _say_created(options, path, manifest, described, ())
+
+
+def _create_from_archive(options: argparse.Namespace, archive: Path, name: str) -> int:
+    output: Path | None = options.output
+    stem = archive.name.removesuffix(".gz")
+    target: Path = options.directory or (Path(Path(stem).stem) if output is None else output.parent)
+    if output is not None and output.parent.resolve() != target.resolve():
+        print(f"hyper2kvmctl: {output} is not in {target}, where the disks are unpacked", file=sys.stderr)
+        return EXIT_USAGE
+    with _bars() as tell, ova.unpacked(archive, target, lambda ratio: tell(archive.name, ratio)) as content:
+        descriptors = [file for file in content.files if file.lower().endswith(".ovf")]
+        vm_name = options.name or Path(stem).stem
+        try:
+            if len(descriptors) == 1:
+                found = create.of_descriptor(content.directory / descriptors[0], vm_name)
+            else:
+                found = create.in_directory(content.directory, vm_name)
+            described = _describe(options, found, content.sha256, tell)
+            manifest = described.builder.write(name, options.dialect)
+        except MigrationError as error:
+            # Where it was unpacked will be gone when somebody reads this.
+            error.message = error.message.replace(str(content.directory), str(archive))
+            error.problems = tuple(
+                replace(finding, message=finding.message.replace(str(content.directory), str(archive)))
+                for finding in error.problems
+            )
+            raise
+    return _say_created(options, target / name, manifest, described, content.warnings)
+
+
+def _describe(
+    options: argparse.Namespace, found: create.Found, digests: dict[str, str], tell: Callable[[str, float], None]
+) -> create.Described:
+    return create.describe(
+        found, options.dialect, checksum=options.checksum, digests=digests, tools=Tools(), on_progress=tell
+    )
+
+
+def _say_created(
+    options: argparse.Namespace,
+    path: Path,
+    manifest: Manifest,
+    described: create.Described,
+    warnings: Sequence[Finding],
+) -> int:
+    warnings = (*warnings, *described.warnings, *manifest.warnings)
+    if options.json:
+        print_json(
+            {
+                "manifest": str(path),
+                "vm_name": manifest.vm_name,
+                "firmware": manifest.vm.firmware,
+                "boot_disk": manifest.boot_disk().id,
+                "disks": [
+                    {
+                        "id": disk.id,
+                        "path": disk.path,
+                        "format": disk.format,
+                        "bytes": disk.bytes,
+                        "virtual_size": described.virtual_sizes[disk.id],
+                        "sha256": disk.sha256,
+                    }
+                    for disk in manifest.disks
+                ],
+                "warnings": [finding.as_json() for finding in warnings],
+            }
+        )
+        return EXIT_DONE
+    _print_warnings(warnings)
+    for disk in manifest.disks:
+        size = described.virtual_sizes[disk.id] / 2**30
+        boot = ", boots" if disk == manifest.boot_disk() else ""
+        _say(f"{disk.id:<10} {disk.path}: {disk.format}, {size:.1f} GiB{boot}")
+    _say(f"{'VM':<10} {manifest.vm_name}: firmware {manifest.vm.firmware}, {len(manifest.nics)} network cards")
+    _say(f"{'manifest':<10} {path}")
+    return EXIT_DONE
+
+
+# rehash, relocate -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _File:
+    """A manifest as a file in an open directory: its bytes, the document in it, and what that says."""
+
+    path: Path
+    dir_fd: int
+    data: bytes
+    document: rewrite.Document
+    manifest: Manifest
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_File]:
+    """Raise ManifestError, or MigrationError if it is no file."""
+    try:
+        fd = claims.open_directory(path.parent.resolve())
+    except OSError as error:
+        hint = "Name the manifest of an existing export."
+        raise MigrationError(Code.MANIFEST_UNREADABLE, f"{path.parent}: {error.strerror}", hint) from None
+    try:
+        _, data = read_manifest(fd, path.parent, (path.name,))
+        yield _File(path, fd, data, document.load(data, path.name), parse(data, path.name))
+    finally:
+        os.close(fd)
+
+
+def _rehash(options: argparse.Namespace, config: Settings) -> int:
+    with _opened(options.manifest) as file:
+        if claims.probe(file.dir_fd)[0]:
+            return _busy(file)
+        measured = _measure(file)
+        changed, changes = rewrite.rehash(file.document, measured)
+        return _replace(options, file, changed, changes, ())
+
+
+def _measure(file: _File) -> list[rewrite.Measured]:
+    """Look at every disk of the manifest. Raise MigrationError with all that is wrong, or OSError."""
+    measured, noted = list[rewrite.Measured](), Noted()
+    # With a checksum, a wrong size is no error but a warning: here both are to be corrected.
+    disks = [disk.model_copy(update={"sha256": disk.sha256 or "0" * 64}) for disk in file.manifest.disks]
+    with contextlib.ExitStack() as stack, _bars() as tell:
+        sources = images.open_sources(file.dir_fd, file.path.parent.resolve(), disks, stack, noted)
+        noted.check()
+        for source in sources:
+            digest = images.sha256(source, threading.Event(), functools.partial(tell, source.disk.id))
+            images.unchanged(source)
+            wrong = any(finding.code == Code.DISK_SIZE for finding in source.warnings)
+            measured.append(rewrite.Measured(digest, source.size if wrong else None))
+    return measured
+
+
+def _relocate(options: argparse.Namespace, config: Settings) -> int:
+    with _opened(options.manifest) as file:
+        if claims.probe(file.dir_fd)[0]:
+            return _busy(file)
+        changed, changes = rewrite.relocate(file.document, options.old, options.new)
+        if not changes:
+            paths = ", ".join(plain(disk.path, 300) for disk in file.manifest.disks[:5])
+            print(f"hyper2kvmctl: no disk in {file.path} lies in {options.old}: the paths are {paths}", file=sys.stderr)
+            return EXIT_NOT_FOUND
+        missing = [
+            Finding(
+                Code.DISK_MISSING,
+                f"{plain(str(change.new), 200)} does not exist",
+                "Copy the disk there, or relocate it once more.",
+                change.field,
+            )
+            for change in changes
+            if change.field.startswith("disks") and not os.path.lexists(file.path.parent / str(change.new))
+        ]
+        return _replace(options, file, changed, changes, missing)
+
+
+def _replace(
+    options: argparse.Namespace,
+    file: _File,
+    changed: rewrite.Document,
+    changes: Sequence[rewrite.Change],
+    warnings: Sequence[Finding],
+) -> int:
+    """Show the changes, ask, and write them; the old file is kept beside the new one."""
+    data = rewrite.dump(changed, file.path.name)
+    parse(data, file.path.name)
+    backup = None
+    if file.path.suffix.lower() != ".json" and re.search(rb"(?m)(^|\s)#", file.data):
+        lost = Finding(
+            "comments", f"the comments in {file.path} are not kept", "The old file, which is kept, has them."
+        )
+        warnings = (*warnings, lost)
+    if not options.json:
+        _print_warnings(warnings)
+        for change in changes:
+            old = "none" if change.old is None else plain(str(change.old), 200)
+            _say(f"{change.field}: {old} -> {plain(str(change.new), 200)}")
+    changes = [change for change in changes if change.old != change.new]
+    if changes:
+        if not options.yes:
+            if not sys.stdin.isatty():
+                print("hyper2kvmctl: nothing was changed: there is nobody to ask; use --yes", file=sys.stderr)
+                return EXIT_USAGE
+            print(f"Change {file.path}? [y/N] ", end="", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                print("hyper2kvmctl: nothing was changed", file=sys.stderr)
+                return EXIT_FAILED
+        backup = _write(file, data)
+    if options.json:
+        print_json(
+            {
+                "manifest": str(file.path),
+                "backup": backup,
+                "changes": [{"field": change.field, "old": change.old, "new": change.new} for change in changes],
+                "warnings": [finding.as_json() for finding in warnings],
+            }
+        )
+    elif backup is None:
+        _say(f"{file.path}: nothing to change")
+    else:
+        _say(f"{file.path}: changed; the old one is {backup}")
+        if os.path.lexists(file.path.parent / claims.REPORT):
+            _say("It has been migrated before: `hyper2kvmctl retry` has the new manifest taken.")
+    return EXIT_DONE
+
+
+def _write(file: _File, data: bytes) -> str:
+    """Write the manifest durably, and return the name that the old one is kept under. Raise OSError."""
+    if read_manifest(file.dir_fd, file.path.parent, (file.path.name,))[1] != file.data:
+        raise MigrationError(
+            Code.MANIFEST_CHANGED,
+            f"{file.path} was changed by somebody else in the meantime",
+            "Nothing was written. Look at it, and run the command again.",
+        )
+    taken = set(os.listdir(file.dir_fd))
+    backup, number = f"{file.path.name}.bak", 0
+    while backup in taken:
+        number += 1
+        backup = f"{file.path.name}.bak.{number}"
+    claims.write_durably(file.dir_fd, backup, file.data, os.getpid())
+    claims.write_durably(file.dir_fd, file.path.name, data, os.getpid())
+    return backup
+
+
+def _busy(file: _File) -> int:
+    print(
+        f"hyper2kvmctl: {file.path.parent}: a runner works on it; `hyper2kvmctl hold` or `cancel` stops it",
+        file=sys.stderr,
+    )
+    return EXIT_BUSY
+
+
+# schema, upgrade ------------------------------------------------------------------------------------------
+
+
+def _schema(options: argparse.Namespace, config: Settings) -> int:
+    shape = wire.Document.model_json_schema()
+    print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **shape, "title": "Artifact Manifest 1.0"})
+    return EXIT_DONE
+
+
+def _upgrade(options: argparse.Namespace, config: Settings) -> int:
+    with _opened(options.manifest) as file:
+        dialect: rewrite.Dialect = options.dialect or ("go" if file.manifest.dialect == "seed" else "seed")
+        changed, warnings = rewrite.upgrade(file.document, dialect)
+    output: Path | None = options.output
+    name = file.path.name if output is None else output.name
+    if output is not None and output.suffix.lower() not in _FORMATS:
+        print(f"hyper2kvmctl: {output} does not end in .json, .yaml or .yml", file=sys.stderr)
+        return EXIT_USAGE
+    data = rewrite.dump(changed, name)
+    parse(data, name)
+    if output is not None:
+        _refuse_existing(output)
+        fd = claims.open_directory(output.parent.resolve())
+        try:
+            claims.write_durably(fd, name, data, os.getpid())
+        finally:
+            os.close(fd)
+    if options.json:
+        print_json(
+            {
+                "dialect": dialect,
+                "output": None if output is None else str(output),
+                "manifest": changed,
+                "warnings": [finding.as_json() for finding in warnings],
+            }
+        )
+        return EXIT_DONE
+    _print_warnings(warnings)
+    if output is None:
+        sys.stdout.write(data.decode())
+    else:
+        _say(f"{output}: {rewrite.CALLED[dialect]} dialect")
+    return EXIT_DONE
+
+
+# What all of them need ------------------------------------------------------------------------------------
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        hint = "Move it away, or name another file with -o."
+        raise MigrationError(Code.OUTPUT_EXISTS, f"{path} already exists", hint)
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Callable[[str, float], None]]:
+    """A function that shows for a name how much is done, from 0 to 1; on a terminal only."""
+    console = Console(stderr=True)
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(name: str, ratio: float) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(plain(name, 40), total=1.0)
+            bars.update(tasks[name], completed=ratio)
+
+        yield tell
+
+
+def _print_warnings(warnings: Sequence[Finding]) -> None:
+    console = Console(stderr=True)
+    for finding in warnings:
+        console.print(f"warning: {finding}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)

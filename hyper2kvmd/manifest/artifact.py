@@ -1,0 +1,69 @@
+"""A manifest together with the disks beside it: load it, prove its checksums, ask for its boot disk."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyper2kvmd import claims, images, spool
+from hyper2kvmd.errors import Code, MigrationError, Noted
+from hyper2kvmd.manifest import Disk, Manifest, parse
+
+
+@dataclass(frozen=True)
+class ArtifactManifest:
+    """A manifest that was read from the file `path`; `manifest` is what it says, the same for both dialects."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ArtifactManifest:
+        """Read a manifest. Raise ManifestError, with all that is wrong with it, or MigrationError if it is no file."""
+        file = Path(path)
+        try:
+            fd = claims.open_directory(file.parent.resolve())
+        except OSError as error:
+            hint = "Name the manifest of an existing export."
+            raise MigrationError(Code.MANIFEST_UNREADABLE, f"{file.parent}: {error.strerror}", hint) from None
+        try:
+            _, data = spool.read_manifest(fd, file.parent, (file.name,))
+        finally:
+            os.close(fd)
+        return cls(file, parse(data, file.name))
+
+    def verify_checksums(
+        self, on_progress: Callable[[str, float], None] = lambda id, ratio: None, cancel: threading.Event | None = None
+    ) -> dict[str, str]:
+        """Hold every disk that has a checksum against it; return the checksums by the disks' ids, in hexadecimal.
+
+        `on_progress` gets a disk's id and the ratio done, from 0 to 1; set `cancel` to have it end with Cancelled.
+        Raise MigrationError for the disks that are wrong, with all of them as its problems; OSError.
+        """
+        digests, noted = {}, Noted()
+        directory = self.path.parent.resolve()
+        with contextlib.ExitStack() as stack:
+            fd = claims.open_directory(directory)
+            stack.callback(os.close, fd)
+            for source in images.open_sources(fd, directory, self.manifest.disks, stack, noted):
+                id = source.disk.id
+                if source.disk.sha256 is None:
+                    continue
+                with noted:
+                    digests[id] = images.verify(source, cancel or threading.Event(), functools.partial(on_progress, id))
+                    images.unchanged(source)
+        noted.check()
+        return digests
+
+    def get_boot_disk(self) -> Disk:
+        """The disk that the VM boots from, as far as the manifest says; there is always one."""
+        return self.manifest.boot_disk()
+
+    def get_data_disks(self) -> tuple[Disk, ...]:
+        """All the others, in boot order."""
+        return self.manifest.ordered()[1:]

@@ -1,0 +1,329 @@
+"""Unpacking OVAs: all of it, checked, in one place, or nothing at all."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import resource
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.manifest import ova
+
+DISK = os.urandom(100_000)
+OVF = b"<Envelope/>"
+
+Member = tuple[str, bytes]
+
+
+def mf(members: Sequence[Member], algorithm: str = "sha256") -> Member:
+    lines = [f"{algorithm.upper()}({name})= {hashlib.new(algorithm, data).hexdigest()}\n" for name, data in members]
+    return "web.mf", "".join(lines).encode()
+
+
+def tar(members: Sequence[Member], format: int = tarfile.USTAR_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, link: str = "") -> bytes:
+    """A header as it is, whatever it says, with the content and end that do not fit it."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, size, link
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes(4096)
+
+
+def unpack(archive: Path, target: Path) -> ova.Unpacked:
+    with ova.unpacked(archive, target, lambda ratio: None) as content:
+        return content
+
+
+def refused(data: bytes, directory: Path) -> MigrationError:
+    """What is said of an archive that is refused; nothing may have been written, and it may not take long."""
+    archive = directory / "web.ova"
+    archive.write_bytes(data)
+    (directory / "out").mkdir()
+    started, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MigrationError) as caught:
+        unpack(archive, directory / "out/web")
+    assert time.monotonic() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 64 << 10  # KiB
+    assert [] == list((directory / "out").iterdir())
+    assert ["out", "web.ova"] == sorted(path.name for path in directory.iterdir())
+    assert str(archive) in caught.value.message or "web.mf" in caught.value.message
+    assert caught.value.hint
+    return caught.value
+
+
+@pytest.mark.parametrize("compress", [lambda data: data, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_an_ova_is_unpacked_whole(tmp_path: Path, compress: Callable[[bytes], bytes], format: int) -> None:
+    long = "d" * 150 + ".vmdk"  # longer than the field of a header
+    members = [("web.ovf", OVF), ("web-disk1.vmdk", DISK), *([] if format == tarfile.USTAR_FORMAT else [(long, b"x")])]
+    archive = tmp_path / "web.ova"
+    archive.write_bytes(compress(tar([members[0], mf(members), *members[1:]], format)))
+    content = unpack(archive, tmp_path / "web")
+    assert {"web.mf", *dict(members)} == {path.name for path in (tmp_path / "web").iterdir()} == set(content.files)
+    for name, data in members:
+        assert data == (tmp_path / "web" / name).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == content.sha256[name]
+    assert () == content.warnings
+
+
+def test_what_tar_makes_of_a_directory_is_unpacked(tmp_path: Path) -> None:
+    archive = tmp_path / "web.ova"
+    archive.write_bytes(header("./", tarfile.DIRTYPE)[:512] + tar([("./web.ovf", OVF)]))
+    assert ("web.ovf",) == unpack(archive, tmp_path / "web").files
+
+
+@pytest.mark.parametrize("algorithm", ["sha1", "sha256", "sha512"])
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_every_digest_of_the_mf_is_checked_wherever_it_stands(tmp_path: Path, algorithm: str, last: bool) -> None:
+    good = [("web.ovf", OVF), ("disk.vmdk", DISK)]
+    changed = [("web.ovf", OVF), ("disk.vmdk", DISK[:-1] + b"!" if DISK[-1:] != b"!" else DISK[:-1] + b"?")]
+    sums = mf(good, algorithm)
+    error = refused(tar([*changed, sums] if last else [sums, *changed]), tmp_path)
+    assert Code.CHECKSUM_MISMATCH == error.code
+    assert f"'disk.vmdk' in {tmp_path / 'web.ova'} has {algorithm} " in error.message
+    (tmp_path / "web.ova").write_bytes(tar([*good, sums] if last else [sums, *good]))
+    assert () == unpack(tmp_path / "web.ova", tmp_path / "out/web").warnings
+
+
+def test_a_file_that_the_mf_names_and_the_archive_lacks_is_an_error(tmp_path: Path) -> None:
+    error = refused(tar([mf([("web.ovf", OVF), ("disk.vmdk", DISK)]), ("web.ovf", OVF)]), tmp_path)
+    assert Code.DISK_MISSING == error.code
+    assert "has a digest of 'disk.vmdk', but not the file" in error.message
+
+
+def test_files_without_digests_give_a_warning(tmp_path: Path) -> None:
+    archive = tmp_path / "web.ova"
+    archive.write_bytes(tar([("web.ovf", OVF), ("disk.vmdk", DISK)]))
+    assert [f"{archive} holds no digests (.mf) of its files"] == [
+        finding.message for finding in unpack(archive, tmp_path / "one").warnings
+    ]
+    archive.write_bytes(tar([mf([("web.ovf", OVF)]), ("web.ovf", OVF), ("disk.vmdk", DISK)]))
+    assert [f"{archive} holds no digest of 'disk.vmdk'"] == [
+        finding.message for finding in unpack(archive, tmp_path / "two").warnings
+    ]
+
+
+@pytest.mark.parametrize("line", ["MD5(web.ovf)= " + "0" * 32, "SHA256(web.ovf)= " + "0" * 40, "\0\x1b[2J", "(" * 9999])
+def test_a_line_of_the_mf_that_is_no_digest_is_an_error(tmp_path: Path, line: str) -> None:
+    error = refused(tar([("web.ovf", OVF), ("web.mf", line.encode())]), tmp_path)
+    assert Code.IMAGE_CORRUPT == error.code
+    assert error.message.startswith("line 1 of web.mf is no digest: ")
+    assert error.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../web.ovf", "/etc/cron.d/web", "a/b.vmdk", "..", "", "./", "a\x1b[2J.ovf", "\udcff.ovf", "x" * 256),
+        *(".hyper2kvmd.hold", "migration-report.json", "migration-report.7.json", "manifest.json"),
+        *("artifact-manifest.json", "manifest.yml", "boot-test.png"),
+    ],
+)
+def test_a_name_that_is_none_of_a_file_of_the_export_is_refused(tmp_path: Path, name: str) -> None:
+    info = tarfile.TarInfo(name)
+    data = info.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape") + bytes(1024)
+    error = refused(data, tmp_path)
+    assert Code.EXPORT_UNSAFE == error.code
+    assert error.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (tarfile.SYMTYPE, "a symbolic link"),
+        (tarfile.LNKTYPE, "a hard link"),
+        (tarfile.CHRTYPE, "a character device"),
+        (tarfile.BLKTYPE, "a block device"),
+        (tarfile.FIFOTYPE, "a FIFO"),
+        (tarfile.DIRTYPE, "a directory"),
+        (tarfile.GNUTYPE_SPARSE, "a sparse file"),
+        (tarfile.CONTTYPE, "an entry of type '7'"),
+        (tarfile.XGLTYPE, "an entry of type 'g'"),
+    ],
+)
+def test_what_is_no_plain_file_is_refused(tmp_path: Path, kind: bytes, what: str) -> None:
+    error = refused(header("web.ovf", kind, link="/etc/passwd"), tmp_path)
+    assert Code.EXPORT_UNSAFE == error.code
+    assert error.message.endswith(f"holds 'web.ovf', which is {what}")
+
+
+def test_a_sparse_file_in_an_extended_header_is_refused(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("disk.vmdk")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.realsize": str(1 << 50)}
+    error = refused(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024), tmp_path)
+    assert error.message.endswith("holds a sparse file")
+
+
+@pytest.mark.parametrize("compress", [lambda data: data, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("size", [1 << 30, 1 << 40, 1 << 62])
+def test_a_file_larger_than_the_archive_can_hold_is_refused(
+    tmp_path: Path, compress: Callable[[bytes], bytes], size: int
+) -> None:
+    error = refused(compress(header("disk.vmdk", size=size)), tmp_path)
+    assert Code.EXPORT_UNSAFE == error.code
+    assert f"claims {size} bytes for 'disk.vmdk', more than it can hold" in error.message
+
+
+def test_a_size_in_an_extended_header_is_held_against_the_archive_too(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("disk.vmdk")
+    info.pax_headers = {"size": str(1 << 50)}
+    error = refused(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024), tmp_path)
+    assert f"claims {1 << 50} bytes for 'disk.vmdk'" in error.message
+
+
+def test_a_file_larger_than_the_free_space_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    status = os.statvfs(tmp_path)
+    size = status.f_bavail * status.f_frsize + (1 << 30)
+    # A sparse file of the needed length: what is behind the header is never read.
+    archive = tmp_path / "web.ova"
+    archive.write_bytes(header("disk.vmdk", size=size))
+    os.truncate(archive, size + 4096)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(MigrationError) as caught:
+        unpack(archive, tmp_path / "out/web")
+    assert Code.NO_SPACE == caught.value.code
+    assert [] == list((tmp_path / "out").iterdir())
+
+
+def test_a_hundred_thousand_files_are_refused_after_a_thousand(tmp_path: Path) -> None:
+    data = b"".join(tarfile.TarInfo(f"{number}.vmdk").tobuf() for number in range(100_000)) + bytes(1024)
+    error = refused(gzip.compress(data, 1), tmp_path)
+    assert error.message.endswith("holds more than 1000 files")
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    error = refused(tar([("web.ovf", OVF), ("./web.ovf", b"other")]), tmp_path)
+    assert error.message.endswith("holds 'web.ovf' twice")
+
+
+def test_headers_take_no_more_memory_than_they_need(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1 << 28
+    archive = tmp_path / "web.ova"
+    archive.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(archive, 1 << 29)
+    with pytest.raises(MigrationError) as caught:
+        unpack(archive, tmp_path / "web")
+    assert "has a header of 268435456 bytes" in caught.value.message
+
+
+def test_a_second_header_of_a_kind_is_refused(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 512
+    one = info.tobuf(tarfile.GNU_FORMAT) + b"a" * 512
+    error = refused(one * 3 + bytes(1024), tmp_path)
+    assert error.message.endswith("has two headers of a kind for one file")
+
+
+@pytest.mark.parametrize("data", [b"", b"12", b"99999 a=b\n", b"5 a=b", b"0 \n", b"1 \n", b"6 a=b\n6 a=b!"])
+def test_a_damaged_extended_header_is_refused(tmp_path: Path, data: bytes) -> None:
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, len(data)
+    whole = info.tobuf(tarfile.GNU_FORMAT) + data.ljust(-(-len(data) // 512) * 512, b"\0") + tar([("web.ovf", OVF)])
+    if data:
+        assert refused(whole, tmp_path).message.endswith("has a damaged extended header")
+    else:
+        (tmp_path / "web.ova").write_bytes(whole)
+        assert ("web.ovf",) == unpack(tmp_path / "web.ova", tmp_path / "web").files
+
+
+@pytest.mark.parametrize("cut", [100, 512, 700, 1536, 60_000])
+def test_an_archive_that_was_cut_short_is_no_archive(tmp_path: Path, cut: int) -> None:
+    whole = tar([("web.ovf", OVF), ("disk.vmdk", DISK)])
+    assert len(whole) > 100_000
+    error = refused(whole[:cut], tmp_path)
+    assert error.code in (Code.IMAGE_CORRUPT, Code.EXPORT_UNSAFE)
+
+
+@pytest.mark.parametrize("cut", [20, 5000, -8, -1])
+def test_a_compressed_archive_that_was_cut_short_is_no_archive(tmp_path: Path, cut: int) -> None:
+    whole = gzip.compress(tar([("web.ovf", OVF), ("disk.vmdk", DISK)]))
+    assert Code.IMAGE_CORRUPT == refused(whole[:cut], tmp_path).code
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    whole = bytearray(tar([("web.ovf", OVF), ("disk.vmdk", DISK)]))
+    whole[1024 + 10] ^= 1
+    assert refused(bytes(whole), tmp_path).message.endswith("has a damaged header")
+
+
+@pytest.mark.parametrize("data", [b"#!/bin/sh\n" * 100, gzip.compress(b"x" * 2000), os.urandom(2000)])
+def test_what_is_no_tar_archive_is_called_so(tmp_path: Path, data: bytes) -> None:
+    error = refused(data, tmp_path)
+    assert Code.FORMAT_UNSUPPORTED == error.code
+    assert error.message.endswith("is not a tar archive")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_no_damage_does_more_than_an_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    directory = tmp_path_factory.mktemp("ova")
+    members = [("web.ovf", OVF), ("disk.vmdk", DISK[:3000])]
+    whole = bytearray(tar([mf(members), *members], tarfile.PAX_FORMAT))
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, 4095))] = data.draw(st.integers(0, 255))
+    (directory / "web.ova").write_bytes(whole)
+    try:
+        content = unpack(directory / "web.ova", directory / "web")
+    except MigrationError:
+        assert ["web.ova"] == [path.name for path in directory.iterdir()]
+    else:
+        assert {"web", "web.ova"} == {path.name for path in directory.iterdir()}
+        assert set(content.files) == {path.name for path in (directory / "web").iterdir()}
+
+
+def test_nothing_is_unpacked_over_what_is_there(tmp_path: Path) -> None:
+    archive = tmp_path / "web.ova"
+    archive.write_bytes(tar([("web.ovf", OVF)]))
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web/other").touch()
+    with pytest.raises(MigrationError) as caught:
+        unpack(archive, tmp_path / "web")
+    assert Code.OUTPUT_EXISTS == caught.value.code
+    (tmp_path / "web/other").unlink()
+    unpack(archive, tmp_path / "web")
+    assert ["web.ovf"] == [path.name for path in (tmp_path / "web").iterdir()]
+
+
+def test_nothing_is_left_when_the_block_fails(tmp_path: Path) -> None:
+    archive = tmp_path / "web.ova"
+    archive.write_bytes(tar([("web.ovf", OVF)]))
+    with pytest.raises(KeyboardInterrupt), ova.unpacked(archive, tmp_path / "web", lambda ratio: None) as content:
+        assert content.directory.name.startswith(".")  # no daemon takes it for an export
+        assert OVF == (content.directory / "web.ovf").read_bytes()
+        raise KeyboardInterrupt
+    assert ["web.ova"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_what_is_no_plain_file_is_not_opened_for_ever(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "web.ova")
+    with pytest.raises(OSError, match="not a plain file"):
+        ova.is_archive(tmp_path / "web.ova")
+
+
+def test_progress_goes_to_the_end(tmp_path: Path) -> None:
+    archive = tmp_path / "web.ova"
+    archive.write_bytes(tar([("web.ovf", OVF), ("disk.vmdk", DISK)]))
+    ratios: list[float] = []
+    with ova.unpacked(archive, tmp_path / "web", ratios.append):
+        pass
+    assert sorted(ratios) == ratios
+    assert 0.9 < ratios[-1] <= 1.0
