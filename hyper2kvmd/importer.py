@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from hyper2kvmd.domain import Attachment, Domain, attachment, job_of, to_xml
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.manifest.problems import show
 
+ANSWER_SECONDS = 30.0  # the first that is asked after its start has libvirt look at every QEMU there is
 NETWORKS_FIELD = "libvirt.network_map"
 POOL_FIELD = "libvirt.pool"
 BRIDGE_VLANS = 11_000_000  # the version of libvirt that tags on the kernel's own bridges
@@ -23,17 +25,33 @@ BRIDGE_VLANS = 11_000_000  # the version of libvirt that tags on the kernel's ow
 
 @contextlib.contextmanager
 def connect(uri: str) -> Iterator[Any]:
-    """A connection to libvirt, closed at the end. Raise MigrationError (libvirt_unavailable)."""
+    """A connection to libvirt, closed at the end.
+
+    Raise MigrationError (libvirt_unavailable), also for one that does not answer within ANSWER_SECONDS.
+    """
     # Without a handler of ours, libvirt prints every error to standard error besides raising it.
     libvirt.registerErrorHandler(lambda context, error: None, None)
-    try:
-        connection = libvirt.open(uri)
-    except libvirt.libvirtError as error:
+    opened: list[Any] = []
+    refused: list[libvirt.libvirtError] = []
+
+    def open_() -> None:
+        try:
+            opened.append(libvirt.open(uri))
+        except libvirt.libvirtError as error:
+            refused.append(error)
+
+    # In a thread: a call to a libvirt that hangs cannot be ended, only left alone.
+    thread = threading.Thread(target=open_, name="libvirt", daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    if not opened:
         raise MigrationError(
             Code.LIBVIRT_UNAVAILABLE,
-            f"{uri}: {error}",
-            "Start libvirt (`systemctl start libvirtd`), check libvirt.uri and the user's groups.",
-        ) from None
+            f"{uri}: {refused[0] if refused else f'no answer within {ANSWER_SECONDS:g} s'}",
+            "Start libvirt (`systemctl start libvirtd`), or restart it if it hangs (running guests stay as they are);"
+            " check libvirt.uri and the user's groups.",
+        )
+    connection = opened[0]
     try:
         yield connection
     finally:

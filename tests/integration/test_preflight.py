@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,3 +144,23 @@ def test_an_export_without_a_fault_is_valid_before_and_after_its_migration(
     assert 0 == run_job(export, settings).returncode, report_of(export)["error"]
     after = subprocess.run(program, capture_output=True, text=True, check=False)
     assert (0, 0) == (before.returncode, after.returncode), before.stdout + after.stdout
+
+
+def test_a_libvirt_that_hangs_is_waited_for_and_named(scratch: Settings, uri: str, tmp_path: Path) -> None:
+    socket = Path(uri.rpartition("socket=")[2])
+    daemon = int((socket.parent / "pid").read_text())
+    shape = scratch.model_dump(by_alias=True)
+    shape["libvirt"] |= {"uri": uri, "import": True, "default_network": "user"}
+    export = scratch.exports_dir / "db02"
+    export.mkdir()
+    disk = export / "disk.raw"
+    disk.write_bytes(os.urandom(1 << 20))
+    write_manifest(export, [disk_entry(disk)])
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        run_job(export, Settings.model_validate(shape), timeout=90)
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+    document = report_of(export)
+    assert ("retrying", "libvirt_unavailable") == (document["status"], document["error"]["code"])
+    assert "no answer within 30 s" in document["error"]["message"]

@@ -95,7 +95,6 @@ def test_only_what_breaks_libguestfs_is_left_out_of_the_sandbox() -> None:
 
 def test_readme_shows_every_guest_of_the_matrix_as_it_is() -> None:
     readme = (ROOT / "README.md").read_text()
-    # Two more are the first one with other firmware.
     for guest in GUESTS.values():
         cells = (guest.name, guest.firmware.upper(), guest.storage, guest.initramfs, guest.network)
         assert f"| {' | '.join(cells)} |" in readme
