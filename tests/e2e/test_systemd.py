@@ -549,7 +549,7 @@ def test_a_restart_while_checksums_are_computed_computes_them_again(service: Con
 
 
 def test_a_death_while_libvirt_does_not_answer_defines_the_domain_once(service: Container, drop: Drop) -> None:
-    configure(service, libvirt={"import": True, "uri": "qemu:///system"})
+    configure(service, libvirt={"import": True, "uri": "qemu:///system", "default_network": "user"})
     # Who may connect is not what is tested, and polkit does not run here.
     service.write("/etc/libvirt/libvirtd.conf", 'auth_unix_rw = "none"\n')
     service.run("systemctl", "start", "libvirtd")
