@@ -840,8 +840,6 @@ def _metrics(host: Host, diagnosis: Diagnosis) -> str:
     name, _, port = listen.rpartition(":")
     name = name.strip("[]")
     try:
-        if int(port) > 65535:
-            raise OSError(errno.EINVAL, "there is no port of that number")
         family, kind, _, _, address = socket.getaddrinfo(name, int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as server:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

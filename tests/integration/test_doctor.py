@@ -363,9 +363,8 @@ def test_a_metrics_address_that_the_daemon_has_is_in_order(doctor: Doctor) -> No
     assert f"{listen}, served by hyper2kvmd" == doctor("metrics", metrics__listen=listen).detail("metrics")
 
 
-@pytest.mark.parametrize("listen", ["127.0.0.1:99999", "192.0.2.1:9878"])
-def test_a_metrics_address_that_cannot_be_is_a_failure(listen: str, doctor: Doctor) -> None:
-    report = doctor("metrics", metrics__listen=listen)
+def test_a_metrics_address_that_the_host_does_not_have_is_a_failure(doctor: Doctor) -> None:
+    report = doctor("metrics", metrics__listen="192.0.2.1:9878")
     assert (1, [("metrics", "failed", "io_error")]) == (report.status, report.faults())
 
 
