@@ -129,7 +129,7 @@ def test_a_manifest_can_ask_for_it(settings: Callable[..., Settings], drop: Call
         "validate": {"enabled": True, "test_boot": True},
     }
     for name, asked in (("asks", pipeline), ("silent", {**pipeline, "validate": {"enabled": True}})):
-        export = drop(says("x login: "), name, pipeline=asked)
+        export = drop(says("\r\nx login: "), name, pipeline=asked)
         run_job(export, settings(test_boot=False))
         assert (name == "asks") == ("boot" in report_of(export)["results"])
 
