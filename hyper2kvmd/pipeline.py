@@ -347,7 +347,7 @@ def _boot(job: Job, plan: Plan) -> None:
         job.skip("boot")
         return
     with job.stage("boot"), contextlib.ExitStack() as stack:
-        disks = _boot_order(plan, job.record.results.get("inspect", {}).get("boot_disk") or plan.boot_disk)
+        disks = _boot_order(job, plan)
         # Beside the disks, where libvirt's QEMU may read and write; under names that the next attempt removes.
         overlays = [disk.partial.with_suffix(".boot.partial") for disk in disks]
         nvram = disks[0].partial.with_suffix(".nvram.partial")
@@ -408,9 +408,10 @@ def _keep(job: Job, verdict: boottest.Verdict) -> None:
     log.info("boot test", outcome=verdict.outcome, reason=verdict.reason, seconds=verdict.seconds)
 
 
-def _boot_order(plan: Plan, boot_disk: str) -> list[PlannedDisk]:
+def _boot_order(job: Job, plan: Plan) -> list[PlannedDisk]:
     """The disks as the domain has them: the one that it boots from, then the others in the VM's order."""
-    return sorted(plan.disks, key=lambda disk: disk.id != boot_disk)
+    boots = {disk.id for disk in job.record.disks if disk.boot}
+    return sorted(plan.disks, key=lambda disk: disk.id not in boots)
 
 
 def _as_found(job: Job, plan: Plan, disks: Sequence[PlannedDisk]) -> Domain:
@@ -433,11 +434,10 @@ def _as_found(job: Job, plan: Plan, disks: Sequence[PlannedDisk]) -> Domain:
 def _import(job: Job, plan: Plan) -> None:
     """Define the domain."""
     libvirt = job.settings.libvirt
-    (boot,) = (disk.id for disk in job.record.disks if disk.boot)
     job.claim.check()
     with importer.connect(libvirt.uri) as connection:
         job.record.tools["libvirt"] = importer.version(connection)
-        domain = _as_found(job, plan, _boot_order(plan, boot))
+        domain = _as_found(job, plan, _boot_order(job, plan))
         disks = tuple(replace(disk, direct_io=images.direct_io(disk.path)) for disk in domain.disks)
         importer.define(
             connection,

@@ -64,7 +64,6 @@ VIRTIO_WIN = Path("/usr/share/virtio-win")
 PREFIX = ".hyper2kvmd-doctor-"
 ANSWER_SECONDS = 10.0
 LAUNCH_SECONDS = 120.0
-LIBVIRT_SECONDS = 30.0  # the first that is asked after its start has it look at every QEMU there is
 IN_CLOSE_WRITE = 0x8
 NAMES_SHOWN = 5
 _HINTS = {
@@ -582,13 +581,13 @@ def _libvirt(host: Host, diagnosis: Diagnosis) -> str:
 
     thread = threading.Thread(target=ask, name="libvirt", daemon=True)
     thread.start()
-    thread.join(LIBVIRT_SECONDS)
+    thread.join(importer.ANSWER_SECONDS)
     diagnosis.errors += theirs.errors
     diagnosis.warnings += theirs.warnings
     if thread.is_alive():
         raise MigrationError(
             Code.LIBVIRT_UNAVAILABLE,
-            f"no answer from libvirt ({uri}) within {LIBVIRT_SECONDS:g} s",
+            f"no answer from libvirt ({uri}) within {importer.ANSWER_SECONDS:g} s",
             "Restart it: `systemctl restart libvirtd` (or virtqemud); running guests stay as they are.",
         )
     if not found and not theirs.errors:  # a defect must not look like silence
