@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyper2kvmd import __version__, claims
-from hyper2kvmd.errors import MigrationError, SettingsError
+from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.events import CHOICES, Emitter
 from hyper2kvmd.options import (
     EXIT_BUSY,
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
     from hyper2kvmd.settings import Settings
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line, from which the manual is made too."""
     parser = argparse.ArgumentParser(prog="hyper2kvmd", description="Migrates exported virtual machines to KVM.")
     parser.add_argument("--version", action="version", version=f"hyper2kvmd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -38,12 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     job.add_argument("--events-fd", type=int, metavar="N", help="write events as JSON lines to this descriptor")
     job.add_argument("--dry-run", action="store_true", help="inspect and fix on throw-away overlays, change nothing")
     job.add_argument("--stages", metavar="A,B", help=f"run only these of {', '.join(CHOICES)}")
+    job.add_argument("--name", metavar="VM", help="call the VM so, whatever the manifest calls it")
     job.add_argument("--if-ready", action="store_true", help="do nothing while the export is being written")
     job.add_argument("--died", default="", metavar="HOW", help="how the last runner of this export died")
     check = commands.add_parser("check-config", help="check the settings and print them")
     for command in (run, job, check):
         add_settings_options(command)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    options = build_parser().parse_args(argv)
     if options.command == "run-job":
         return _run_job(options)
     config = _settings(options)
@@ -82,8 +90,10 @@ def _run_job(options: argparse.Namespace) -> int:
     try:
         claim = claims.claim(export)
     except claims.Busy:
-        events.emit("finished", status="busy")
-        print(f"{export}: another runner works on it; see `hyper2kvmctl show {export.name}`", file=sys.stderr)
+        hint = f"See `hyper2kvmctl show {export.name}`."
+        busy = MigrationError(Code.BUSY, f"{export}: another runner works on it", hint)
+        events.emit("finished", status="busy", **busy.finding().as_json())
+        print(busy, file=sys.stderr)
         return EXIT_BUSY
     except (FileNotFoundError, NotADirectoryError):
         print(f"{export}: no such export directory", file=sys.stderr)
@@ -99,17 +109,44 @@ def _run_job(options: argparse.Namespace) -> int:
         from hyper2kvmd.runjob import run_job
 
         tools = Tools(claim.lock_fd)
-        for number in stops:
-            signal.signal(number, lambda *_: tools.cancel.set())
+        _cancel_on(stops, tools.cancel)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
         config = _settings(options)
         if config is None:
             claim.interrupted()
             return EXIT_CONFIG
-        wanted = {"dry_run": options.dry_run, "if_ready": options.if_ready, "died": options.died}
-        return run_job(claim, config, tools, events, only=only, **wanted)
+        return run_job(
+            claim,
+            config,
+            tools,
+            events,
+            only=only,
+            vm_name=options.name,
+            dry_run=options.dry_run,
+            if_ready=options.if_ready,
+            died=options.died,
+        )
     finally:
         claim.close()
+
+
+def _cancel_on(signals: Iterable[signal.Signals], cancel: threading.Event) -> None:
+    """Have `cancel` set when one of `signals` comes.
+
+    Not by a handler in Python: it runs between any two steps of the main thread, and a second signal in the midst of
+    the first one's `set`, or of the main thread's own, would wait for a lock that its own thread holds.
+    """
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    for number in signals:
+        signal.signal(number, lambda *_: None)
+
+    def wait() -> None:
+        os.read(read_fd, 1)
+        cancel.set()
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def _run(options: argparse.Namespace, config: Settings) -> int:

@@ -288,3 +288,20 @@ def test_a_fix_that_was_proved_is_not_done_again_and_half_a_commit_is_completed(
     assert ["inspect", "fix", "plan"] == [stage["name"] for stage in report["stages"]][:3]
     assert time.monotonic() - started < 60, "as long as a fix takes"
     assert [] == list(settings.work_dir.iterdir())
+
+
+def test_a_burst_of_signals_stops_a_job_as_one_does(
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    fake("qemu-img", f'[ "$1" = convert ] && touch {tmp_path}/converts && exec sleep 60\nexec /usr/bin/qemu-img "$@"')
+    for attempt in range(5):
+        (tmp_path / "converts").unlink(missing_ok=True)
+        runner = start(make_export(f"web{attempt}"), scratch)
+        try:
+            while not (tmp_path / "converts").exists():
+                time.sleep(0.01)
+            for _ in range(300):
+                runner.send_signal(signal.SIGTERM)
+            assert 75 == runner.wait(timeout=20)
+        finally:
+            runner.kill()
