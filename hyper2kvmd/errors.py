@@ -28,6 +28,7 @@ class Code(StrEnum):
     DISK_SIZE = "disk_size"
     SOURCE_CHANGED = "source_changed"
     CHECKSUM_MISMATCH = "checksum_mismatch"
+    CHECKSUM_MISSING = "checksum_missing"
     FORMAT_MISMATCH = "format_mismatch"
     FORMAT_UNSUPPORTED = "format_unsupported"
     IMAGE_UNSAFE = "image_unsafe"
@@ -58,6 +59,8 @@ class Code(StrEnum):
     TOOL_KILLED = "tool_killed"
     IO_ERROR = "io_error"
     TIMED_OUT = "timed_out"
+    BUSY = "busy"
+    INTERRUPTED = "interrupted"
     HELD = "held"
     CANCELLED = "cancelled"
     CLAIM_LOST = "claim_lost"
@@ -87,6 +90,7 @@ MEANING: dict[Code, Meaning] = {
     Code.DISK_SIZE: Meaning(Outcome.FAILED, "a disk is shorter than the manifest or its own header says"),
     Code.SOURCE_CHANGED: Meaning(Outcome.FAILED, "a disk changed while it was being migrated"),
     Code.CHECKSUM_MISMATCH: Meaning(Outcome.FAILED, "a disk does not have the checksum of the manifest"),
+    Code.CHECKSUM_MISSING: Meaning(Outcome.BLOCKED, "a disk has no checksum, and the settings require one"),
     Code.FORMAT_MISMATCH: Meaning(Outcome.REJECTED, "a disk is not in the format that the manifest says"),
     Code.FORMAT_UNSUPPORTED: Meaning(Outcome.BLOCKED, "a disk is in a variant of its format that is not supported"),
     Code.IMAGE_UNSAFE: Meaning(Outcome.REJECTED, "a disk image refers to other files"),
@@ -122,6 +126,8 @@ MEANING: dict[Code, Meaning] = {
     Code.TOOL_KILLED: Meaning(Outcome.RETRY, "a program that was run was killed from outside"),
     Code.IO_ERROR: Meaning(Outcome.RETRY, "the operating system reported an input/output error"),
     Code.TIMED_OUT: Meaning(Outcome.RETRY, "a stage took longer than its limit, or nothing moved for too long"),
+    Code.BUSY: Meaning(Outcome.RETRY, "another runner works on the export"),
+    Code.INTERRUPTED: Meaning(Outcome.RETRY, "the job was stopped from outside; the next attempt goes on"),
     Code.HELD: Meaning(Outcome.BLOCKED, "somebody put the export on hold"),
     Code.CANCELLED: Meaning(Outcome.CANCELLED, "somebody cancelled the job"),
     Code.CLAIM_LOST: Meaning(Outcome.RETRY, "another runner took the export over"),

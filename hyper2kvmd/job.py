@@ -63,7 +63,8 @@ class Record:
 class Job:
     """One job. `id` names its work directory and everything temporary, and is the same for every attempt.
 
-    `only` limits the stages to these; `dry_run` leaves everything as it was. `running` has the stages that are under
+    `only` limits the stages to these; `vm_name` is the VM's name if it is not the manifest's; `by_daemon` is whether no
+    person started it; `dry_run` leaves everything as it was. `running` has the stages that are under
     way with their beginning, `moved_at` is when something last moved, both by the monotonic clock; `verdict` is why
     the job was stopped, if it was. `sources` are the files of the export that the disks are read from.
     """
@@ -75,6 +76,8 @@ class Job:
     events: Emitter
     record: Record = field(default_factory=Record)
     only: frozenset[str] | None = None
+    vm_name: str | None = None
+    by_daemon: bool = False
     dry_run: bool = False
     running: dict[str, float] = field(default_factory=dict)
     moved_at: float = field(default_factory=time.monotonic)
@@ -102,11 +105,11 @@ class Job:
         self.events.emit("stage", stage=stage, status="skipped", seconds=0.0)
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, and tell about its begin and end."""
+    def stage(self, name: str, total: int = 0) -> Iterator[None]:
+        """Time a stage, and tell about its begin and end. total: the bytes that it will report as progress."""
         began = time.time()
         started = self.running[name] = self.moved_at = time.monotonic()
-        self.events.emit("stage", stage=name, status="started", seconds=0.0)
+        self.events.emit("stage", stage=name, status="started", seconds=0.0, total=total)
         log.info("stage started", stage=name)
         status = "failed"
         try:

@@ -79,6 +79,8 @@ def migrate(job: Job, manifest: Manifest) -> None:
                 else:
                     steps.discard(plan)
     if not plan.convert:
+        for stage in ("validate", "import"):
+            job.skip(stage)
         return
     with job.stage("publish"):
         _publish(job, items)
@@ -101,8 +103,13 @@ def _branches(job: Job, plan: Plan, steps: Steps) -> None:
         job.skip("verify")
     if plan.looks_inside:
         branches.append(partial(_guest, job, plan, steps))
+    else:
+        job.skip("inspect")
+        job.skip("fix")
     if plan.convert:
         branches.append(partial(_convert, job, plan, steps))
+    else:
+        job.skip("convert")
     job.together(*branches)
     boot = job.record.results.get("inspect", {}).get("boot_disk") or plan.boot_disk
     job.record.disks = [
@@ -121,19 +128,16 @@ def _branches(job: Job, plan: Plan, steps: Steps) -> None:
 
 def _verify(job: Job, plan: Plan, steps: Steps, digests: dict[str, str]) -> None:
     """Read every disk that has a checksum, once."""
-    with job.stage("verify"):
 
-        def verify(disk: PlannedDisk) -> None:
-            if disk.source.disk.sha256 is None:
-                return
-            if digest := steps.verified(disk):
-                digests[disk.id] = digest
-                return
-            tell = job.progress("verify", disk.id, disk.source.size)
-            digests[disk.id] = images.verify(disk.source, job.tools.cancel, tell)
-            steps.note_verified(disk, digests[disk.id])
+    def verify(disk: PlannedDisk) -> None:
+        tell = job.progress("verify", disk.id, disk.source.size)
+        digests[disk.id] = images.verify(disk.source, job.tools.cancel, tell)
+        steps.note_verified(disk, digests[disk.id])
 
-        job.together(*(partial(verify, disk) for disk in plan.disks))
+    digests.update({disk.id: digest for disk in plan.disks if (digest := steps.verified(disk))})
+    left = [disk for disk in plan.disks if disk.source.disk.sha256 is not None and disk.id not in digests]
+    with job.stage("verify", sum(disk.source.size for disk in left)):
+        job.together(*(partial(verify, disk) for disk in left))
 
 
 def _guest(job: Job, plan: Plan, steps: Steps) -> None:
@@ -275,16 +279,15 @@ def _convert(job: Job, plan: Plan, steps: Steps) -> None:
     """Convert every disk, side by side."""
 
     def convert(disk: PlannedDisk) -> None:
-        if steps.converted(disk):
-            return
         tell = job.progress("convert", disk.id, disk.source.virtual_size)
         images.convert(
             job.tools, disk.source, disk.partial, plan.format, compress=plan.compress, on_progress=tell
         )  # fmt: skip
         steps.note_converted(disk)
 
-    with job.stage("convert"):
-        job.together(*(partial(convert, disk) for disk in plan.disks))
+    left = [disk for disk in plan.disks if not steps.converted(disk)]
+    with job.stage("convert", sum(disk.source.virtual_size for disk in left)):
+        job.together(*(partial(convert, disk) for disk in left))
 
 
 def _commit(job: Job, plan: Plan, steps: Steps) -> None:

@@ -93,6 +93,7 @@ def make_plan(
     was, warnings = hardware.read(job.claim.fd, manifest)
     for finding in warnings:
         job.warn(finding)
+    _check_checksums(job, manifest, noted)
     order = [*was.disks]
     disks = [_planned(job, manifest, source, directory, format) for source in sources]
     disks.sort(key=lambda disk: order.index(disk.id))
@@ -120,7 +121,8 @@ def make_plan(
         boot_disk=manifest.boot_disk().id if order == [disk.id for disk in manifest.disks] else order[0],
         format=format,
         compress=compress and format == "qcow2",
-        verify=stages.validate_.verify_checksum and any(disk.sha256 for disk in manifest.disks),
+        verify=(stages.validate_.verify_checksum or settings.validate_.require_checksums)
+        and any(disk.sha256 for disk in manifest.disks),
         inspect=inspect,
         fix=fix,
         target=convert,
@@ -153,6 +155,20 @@ def _sources(job: Job, manifest: Manifest, noted: Noted, stack: contextlib.ExitS
     return sources
 
 
+def _check_checksums(job: Job, manifest: Manifest, noted: Noted) -> None:
+    """Check that each disk has a checksum, if the settings want that."""
+    if not job.settings.validate_.require_checksums:
+        return
+    for index, disk in enumerate(manifest.disks):
+        if disk.sha256 is None:
+            hint = (
+                "Export the VM again with hypersdk's -manifest-checksum option; or, if the disks are known to be good,"
+                " run `hyper2kvmctl manifest rehash` on the manifest, and `hyper2kvmctl retry`."
+            )
+            message = f"disk {disk.id} has no checksum, which validate.require_checksums demands"
+            noted.errors.append(MigrationError(Code.CHECKSUM_MISSING, message, hint, field=f"disks[{index}].checksum"))
+
+
 def _planned(job: Job, manifest: Manifest, source: images.Source, directory: Path, format: str) -> PlannedDisk:
     name = f"{manifest.slug}-{source.disk.id}.{format}"
     if wish := manifest.output.filename:
@@ -171,7 +187,7 @@ def _planned(job: Job, manifest: Manifest, source: images.Source, directory: Pat
 def _output_dir(job: Job, manifest: Manifest) -> Path:
     """Where the disks go: the manifest's wish if the settings allow it."""
     settings = job.settings
-    wish = manifest.output.directory or manifest.stages.convert.output_dir
+    wish = manifest.stages.convert.output_dir or manifest.output.directory
     # The vSphere exporter always names the export itself, wherever it was when it was written: no wish.
     exports = {job.claim.directory, *(Path(disk.path).parent for disk in manifest.disks if disk.path.startswith("/"))}
     if wish is None or _same(wish, exports):

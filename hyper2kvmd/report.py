@@ -35,7 +35,7 @@ class ErrorRecord(FindingRecord):
 
 
 class StageRecord(Part):
-    """One stage of one job."""
+    """One stage of one job, by its `name`, and how many `seconds` it took; one that was skipped has no times."""
 
     name: str
     status: Literal["done", "skipped", "failed", "cancelled"]
@@ -44,7 +44,10 @@ class StageRecord(Part):
 
 
 class DiskRecord(Part):
-    """One disk: where it came from and what it became."""
+    """One disk: where it came from and what it became.
+
+    `id` and `source_format` are those of the manifest. What begins with `target` is null if no disk was published.
+    """
 
     id: str
     source: str = Field(description="path of the source, relative to the export")
@@ -59,7 +62,10 @@ class DiskRecord(Part):
 
 
 class ChangeRecord(Part):
-    """One change inside the guest."""
+    """One change inside the guest: the `fixer` that made it, the `path` of the file, and a `summary` for people.
+
+    `diff` is what changed in a text, `command` what was run for it, `evidence` what was found that made it necessary.
+    """
 
     fixer: str
     path: str
@@ -70,7 +76,7 @@ class ChangeRecord(Part):
 
 
 class DomainRecord(Part):
-    """The domain that was defined in libvirt."""
+    """The domain that was defined in libvirt: its `name`, its `uuid`, and the `uri` of that libvirt."""
 
     name: str
     uuid: str
@@ -78,7 +84,7 @@ class DomainRecord(Part):
 
 
 class ManifestRecord(Part):
-    """The manifest that this report belongs to."""
+    """The manifest that this report belongs to. `dialect` says whose keys it has: seed or go."""
 
     name: str = Field(description="file name")
     sha256: str | None = Field(description="digest of its bytes; null if it could not be read")
@@ -86,14 +92,21 @@ class ManifestRecord(Part):
 
 
 class HostRecord(Part):
-    """Where the job ran."""
+    """Where the job ran, and for whom: the `name` of the host, the `pid` of the process, and who started it."""
 
     name: str
     pid: int
+    user: str | None = Field(default=None, description="the user with whose rights it ran")
+    login_user: str | None = Field(default=None, description="who had logged in to start it; null for a service")
+    started_by: Literal["daemon", "command"] | None = None
 
 
 class Report(Part):
-    """What became of one export. Its presence means: nothing more to do, unless the status is `retrying`."""
+    """What became of one export. Its presence means: nothing more to do, unless the status is `retrying`.
+
+    The times, and the `seconds` it took, are those of the last attempt. `warnings`, `stages`, `disks` and `changes` are
+    in the order in which they came about.
+    """
 
     schema_version: Literal["1.0"] = "1.0"
     status: Status
@@ -113,6 +126,9 @@ class Report(Part):
     disks: tuple[DiskRecord, ...] = ()
     changes: tuple[ChangeRecord, ...] = ()
     domain: DomainRecord | None = None
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="what the settings and the command line put in place of the manifest's wishes"
+    )
     tags: dict[str, str] = Field(default_factory=dict, description="tags of the manifest")
     tools: dict[str, str] = Field(default_factory=dict, description="versions of the tools that were used")
     host: HostRecord

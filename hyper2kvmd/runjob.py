@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import pwd
 import random
 import socket
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -32,6 +35,8 @@ from hyper2kvmd.settings import Settings
 
 log = structlog.get_logger()
 
+_NOBODY = 2**32 - 1
+
 EXIT_OF = {
     "succeeded": EXIT_DONE,
     "failed": EXIT_FAILED,
@@ -49,14 +54,16 @@ def run_job(
     events: Emitter,
     *,
     only: frozenset[str] | None,
+    vm_name: str | None,
     dry_run: bool,
     if_ready: bool,
     died: str,
 ) -> int:
     """Migrate an export that was claimed and return the exit status. Whatever happens to it, its report is written.
 
-    only: the stages to run, if not all. died: how the last runner died, if whoever started it knows.
-    if_ready: do nothing unless the export is queued, as the daemon saw it; a person's word goes at any time.
+    only: the stages to run, if not all. vm_name: what to call the VM, if not as the manifest does. died: how the last
+    runner died, if whoever started it knows. if_ready: do nothing unless the export is queued, as the daemon saw it; a
+    person's word goes at any time.
     """
     began = time.time()
     # What the daemon saw may be over since: only what is found under the claim counts.
@@ -75,11 +82,13 @@ def run_job(
         work_dir = settings.work_dir / job_id(claim.directory, look.manifest_sha256 or "")
         if state == spool.State.SUCCEEDED or not steps.unfinished(work_dir):
             steps.abandon(work_dir)
-        events.emit("finished", status="nothing")
+        found = {} if finding is None else finding.as_json()
+        events.emit("finished", status="nothing", **found)
         print(f"{claim.directory}: {state} already" + (f": {finding}" if finding else ""), file=sys.stderr)
         return EXIT_DONE if state == spool.State.SUCCEEDED else EXIT_BUSY
     job = Job(job_id(claim.directory, look.manifest_sha256 or ""), claim, settings, tools, events, only=only)
     job.dry_run = dry_run
+    job.vm_name, job.by_daemon = vm_name, if_ready
     structlog.contextvars.bind_contextvars(job=job.id, attempt=claim.attempt)
     journal.also_to(claim.fd, claims.LOG)
     _be_nice(settings, tools)
@@ -98,7 +107,7 @@ def run_job(
                 "Look for the reason in the journal (out of memory? a crash of a library?); then `hyper2kvmctl retry`.",
             )
         name, data = spool.read_manifest(claim.fd, claim.directory, settings.manifest_names)
-        manifest = parse(data, name)
+        manifest = parse(data, name, settings.pipeline, vm_name)
         if manifest.sha256 != look.manifest_sha256:  # replaced just now; the next look begins anew
             raise Cancelled
         structlog.contextvars.bind_contextvars(vm=manifest.vm_name)
@@ -108,7 +117,8 @@ def run_job(
         if job.verdict is not None and job.verdict.code != Code.HELD:
             return _conclude(job, manifest, look, began, job.verdict)
         claim.interrupted()
-        events.emit("finished", status="interrupted")
+        stopped = job.verdict or MigrationError(Code.INTERRUPTED, "the job was stopped", "Start it again; it goes on.")
+        events.emit("finished", status="interrupted", **stopped.finding().as_json())
         log.info("interrupted; the next attempt goes on")
         return EXIT_TEMPORARY
     except MigrationError as problem:
@@ -173,7 +183,11 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
         domain=job.record.domain,
         tags=manifest.tags if manifest else {},
         tools=job.record.tools,
-        host=report.HostRecord(name=socket.gethostname(), pid=os.getpid()),
+        host=_host(by_daemon=job.by_daemon),
+        overrides={
+            **settings.pipeline.model_dump(by_alias=True, exclude_none=True),
+            **({} if job.vm_name is None else {"vm_name": job.vm_name}),
+        },
     )
     if job.dry_run or (job.only is not None and "convert" not in job.only):
         claim.interrupted()  # asked for on the command line: the export stays as it was, to be migrated
@@ -203,6 +217,28 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
         log.info("succeeded", seconds=document.seconds, warnings=len(document.warnings))
     job.events.emit("finished", **finished, report=document.model_dump(mode="json"))
     return EXIT_OF[outcome]
+
+
+def _host(*, by_daemon: bool) -> report.HostRecord:
+    """Where this process runs, and for whom."""
+    # The kernel keeps this number through sudo and su; it is all ones where nobody logged in.
+    login = _NOBODY
+    with contextlib.suppress(FileNotFoundError):
+        login = int(Path("/proc/self/loginuid").read_text())
+    return report.HostRecord(
+        name=socket.gethostname(),
+        pid=os.getpid(),
+        user=_user_name(os.geteuid()),
+        login_user=None if login == _NOBODY else _user_name(login),
+        started_by="daemon" if by_daemon else "command",
+    )
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _remove_sources(job: Job) -> None:

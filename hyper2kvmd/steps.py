@@ -266,7 +266,11 @@ def _shape(job: Job, plan: Plan) -> str:
         for file in (disk.source.file, disk.source.data)
     ]
     wishes = [plan.format, plan.compress, plan.inspect, plan.fix, [str(disk.final) for disk in plan.disks]]
-    guest = [job.settings.fix.model_dump(mode="json"), [asdict(card) for card in plan.cards]]
+    guest = [
+        plan.manifest.stages.fix.model_dump(),
+        job.settings.fix.model_dump(mode="json"),
+        [asdict(card) for card in plan.cards],
+    ]
     return hashlib.sha256(json.dumps([sources, wishes, guest]).encode()).hexdigest()
 
 

@@ -51,7 +51,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     make.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="the manifest (default: manifest.json beside the disks)"
     )
-    make.add_argument("--name", metavar="VM", help="the VM's name (default: that of the source)")
+    make.add_argument("--name", metavar="VM", help="the VM's name (default: what an .ovf says, or the source's name)")
     make.add_argument("--format", choices=("json", "yaml"), help="default: by the name of FILE, or json")
     make.add_argument("--dialect", choices=("seed", "go"), default="seed", help="whose keys are used (default: seed)")
     make.add_argument(
@@ -160,12 +160,11 @@ def _create_from_archive(options: argparse.Namespace, archive: Path, name: str) 
         return EXIT_USAGE
     with _bars() as tell, ova.unpacked(archive, target, lambda ratio: tell(archive.name, ratio)) as content:
         descriptors = [file for file in content.files if file.lower().endswith(".ovf")]
-        vm_name = options.name or Path(stem).stem
         try:
             if len(descriptors) == 1:
-                found = create.of_descriptor(content.directory / descriptors[0], vm_name)
+                found = create.of_descriptor(content.directory / descriptors[0], options.name)
             else:
-                found = create.in_directory(content.directory, vm_name)
+                found = create.in_directory(content.directory, options.name, Path(stem).stem)
             described = _describe(options, found, content.sha256, tell)
             manifest = described.builder.write(name, options.dialect)
         except MigrationError as error:

@@ -17,7 +17,7 @@ from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.events import Emitter
 from hyper2kvmd.job import Job, job_id
 from hyper2kvmd.manifest import Manifest, parse
-from hyper2kvmd.options import EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST
+from hyper2kvmd.options import EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.plan import make_plan, memory_mb, needs
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
@@ -34,7 +34,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def validate(options: argparse.Namespace, config: Settings) -> int:
-    """Check one export; the exit status is 1 if there are errors, 65 if the manifest itself is bad."""
+    """Check one export; the exit status is 1 if there are errors, of whatever kind."""
     warnings: list[Finding] = []
     path: Path = options.manifest
     manifest: Manifest | None = None
@@ -43,7 +43,7 @@ def validate(options: argparse.Namespace, config: Settings) -> int:
     with contextlib.ExitStack() as stack, noted:
         manifest = _check(path, config, noted, warnings, stack, checksums=options.strict)
     errors = noted.findings()
-    status = EXIT_MANIFEST if manifest is None else EXIT_FAILED if errors else EXIT_DONE
+    status = EXIT_FAILED if errors else EXIT_DONE
     if options.json:
         print_json(
             {
@@ -80,7 +80,7 @@ def _check(
         hint = "Name the manifest of an existing export."
         raise MigrationError(Code.MANIFEST_UNREADABLE, f"{path.parent}: {error.strerror}", hint) from None
     stack.callback(os.close, fd)
-    manifest = parse(read_manifest(fd, path.parent, (path.name,))[1], path.name)
+    manifest = parse(read_manifest(fd, path.parent, (path.name,))[1], path.name, config.pipeline)
     warnings += manifest.warnings
     # Nothing is locked, so nothing may be written: whoever may read an export may check it.
     claim = Claim(export, fd, lock_fd=-1, attempt=0, crashes=0, retries=0)

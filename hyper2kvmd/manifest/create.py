@@ -47,9 +47,12 @@ class Described:
     warnings: tuple[Finding, ...]
 
 
-def in_directory(directory: Path, vm_name: str | None) -> Found:
-    """All disk images in a directory, in the order that an .ovf there gives them. Raise MigrationError or OSError."""
-    name = vm_name or directory.resolve().name
+def in_directory(directory: Path, vm_name: str | None, default: str | None = None) -> Found:
+    """All disk images in a directory, in the order that an .ovf there gives them. Raise MigrationError or OSError.
+
+    Without a `vm_name`, it is what the .ovf says, or else `default`, or else the directory's own name.
+    """
+    name = vm_name or default or directory.resolve().name
     names = sorted((name for name in os.listdir(directory) if not name.startswith(".")), key=_natural)
     disks = [name for name in names if name.lower().endswith(_DISK_SUFFIXES) and not _belongs(name, names)]
     if not disks:
@@ -62,6 +65,7 @@ def in_directory(directory: Path, vm_name: str | None) -> Found:
         return Found(directory, name, tuple(disks), None, (error.finding,))
     places = {name: place for place, name in enumerate(_files(descriptor, names))} if descriptor else {}
     disks.sort(key=lambda name: places.get(name, len(places)))
+    name = vm_name or (descriptor and descriptor.vm_name) or name
     return Found(directory, name, tuple(disks), descriptor, descriptor.warnings if descriptor else ())
 
 
@@ -82,7 +86,7 @@ def of_descriptor(path: Path, vm_name: str | None) -> Found:
     if empty:
         message = f"{show(path.name)} describes {empty} disk{'s' * (empty > 1)} without a file: left out"
         warnings += (Finding("disk_empty", message, "Add an empty disk to the VM once it runs, if it needs one."),)
-    return Found(path.parent, vm_name or path.stem, disks, descriptor, warnings)
+    return Found(path.parent, vm_name or descriptor.vm_name or path.stem, disks, descriptor, warnings)
 
 
 def of_files(paths: Sequence[Path], directory: Path, vm_name: str | None) -> Found:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 import defusedxml
 from defusedxml import ElementTree
+from pydantic import ValidationError
 
 from hyper2kvmd.errors import Finding
+from hyper2kvmd.manifest import wire
 from hyper2kvmd.manifest.problems import PROBLEM_LIMIT, plain, show
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ class OvfDisk:
 class Ovf:
     """What the descriptor in the file `name` says. What is not in it, or cannot be used (`warnings`), is None or empty.
 
-    nics, disks: in the order in which the guest sees them.
+    nics, disks: in the order in which the guest sees them. vm_name: of a kind that can be that of a file.
     uuid: the BIOS UUID as libvirt spells it, which is not how VMware does.
     os: VMware's osType such as debian12_64Guest, or else a description.
     """
@@ -102,6 +104,7 @@ class Ovf:
     uuid: str | None = None
     annotation: str = ""
     os: str | None = None
+    vm_name: str | None = None
     warnings: tuple[Finding, ...] = ()
 
 
@@ -175,6 +178,7 @@ def parse(data: bytes, name: str) -> Ovf:
         uuid=_uuid(config.get("uuid") or config.get("uuid.bios"), warn),
         annotation=_annotation(systems[0]),
         os=_os(systems[0]),
+        vm_name=_vm_name(systems[0]),
         warnings=tuple(warnings),
     )
 
@@ -265,6 +269,14 @@ def _os(system: Element) -> str | None:
         return None
     name = _attribute(section, "osType") or _value(section, "Description") or _attribute(section, "id")
     return plain(name, OS_LIMIT) if name else None
+
+
+def _vm_name(system: Element) -> str | None:
+    name = _value(system, "Name") or _attribute(system, "id")
+    try:
+        return None if name is None else wire.Source(vm_name=name).vm_name
+    except ValidationError:
+        return None
 
 
 def _nics(items: list[Element], name: str, warn: _Warn) -> tuple[OvfNic, ...]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import types
-import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -24,20 +22,29 @@ _GO_STAGE = {
     "convert": {"compress", "compress_level"},
     "validate": {"check_image_integrity"},
 }
+# One wish, in the words of the Go exporter and in those of the guide.
+_TWINS = (
+    ("convert", "compress", "compression"),
+    ("fix", "update_grub", "fix_grub"),
+    ("fix", "regen_initramfs", "regenerate_initramfs"),
+)
 _OS_HINTS = {"linux", "windows", "unknown", "debian", "ubuntu", "rhel", "centos", "rocky", "almalinux"} | {
     *("oracle", "fedora", "amazon", "sles", "suse", "opensuse", "photon", "alpine", "arch", "freebsd")
 }
 
 
-def parse(data: bytes, name: str) -> model.Manifest:
+def parse(data: bytes, name: str, pipeline: wire.Pipeline | None = None, vm_name: str | None = None) -> model.Manifest:
     """Read a manifest: JSON if the file's `name` ends in .json, YAML otherwise.
 
+    What `pipeline` says, in the keys of either dialect, goes before what the manifest says; so does `vm_name`.
     Raise ManifestError, which holds every problem that was found, for anything that is not a usable
     Artifact Manifest 1.0.
     """
     content = document.load(data, name)
     if problem := _foreign(content):
         raise ManifestError(Code.MANIFEST_INVALID, name, [problem])
+    if vm_name is not None and isinstance(content.get("source"), dict):
+        content["source"]["vm_name"] = vm_name
     problems: list[Finding] = []
     try:
         written = wire.Document.model_validate(content)
@@ -47,7 +54,7 @@ def parse(data: bytes, name: str) -> model.Manifest:
     problems += [problem for problem in _contradictions(content) if problem.field not in wrong]
     if problems:
         raise ManifestError(Code.MANIFEST_INVALID, name, problems)
-    return _normalise(written, _dialect(content), hashlib.sha256(data).hexdigest())
+    return _normalise(written, pipeline or wire.Pipeline(), _dialect(content), hashlib.sha256(data).hexdigest())
 
 
 def _foreign(content: Any) -> Finding | None:
@@ -124,17 +131,8 @@ def _describe(loc: tuple[str | int, ...]) -> tuple[str, list[str]]:
         if part not in fields:
             return expected, keys
         expected = fields[part].description or expected
-        table = _table(fields[part].annotation)
+        table = wire.table(fields[part].annotation)
     return expected, keys
-
-
-def _table(annotation: Any) -> type[BaseModel] | None:
-    """The model in `Model | None` and `list[Model]`, if there is one."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (list, types.UnionType, typing.Union):
-        return next((table for inner in typing.get_args(annotation) if (table := _table(inner))), None)
-    return None
 
 
 def _contradictions(content: dict[str, Any]) -> Iterator[Finding]:
@@ -158,9 +156,7 @@ def _contradictions(content: dict[str, Any]) -> Iterator[Finding]:
         ("vm.secure_boot", "vm.secureboot"),
         ("pipeline.convert.target_format", "output.format"),
         ("pipeline.convert.output_dir", "output.directory"),
-        ("pipeline.convert.compression", "pipeline.convert.compress"),
-        ("pipeline.fix.fix_grub", "pipeline.fix.update_grub"),
-        ("pipeline.fix.regenerate_initramfs", "pipeline.fix.regen_initramfs"),
+        *((f"pipeline.{stage}.{key}", f"pipeline.{stage}.{twin}") for stage, twin, key in _TWINS),
     ):
         one, other = (_get(content, path) for path in paths)
         if one is not None and other is not None and one != other:
@@ -182,7 +178,9 @@ def _dialect(content: dict[str, Any]) -> Literal["seed", "go"]:
     return "go" if any(keys & stage.keys() for stage, keys in stages) else "seed"
 
 
-def _normalise(written: wire.Document, dialect: Literal["seed", "go"], sha256: str) -> model.Manifest:
+def _normalise(
+    written: wire.Document, wishes: wire.Pipeline, dialect: Literal["seed", "go"], sha256: str
+) -> model.Manifest:
     warnings = list(itertools.islice(_unknown_keys(written), PROBLEM_LIMIT))
     source, output = written.source, written.output or wire.Output()
     metadata, options = written.metadata or wire.Metadata(), written.options or wire.Options()
@@ -210,7 +208,7 @@ def _normalise(written: wire.Document, dialect: Literal["seed", "go"], sha256: s
                     f"disks[{index}].checksum",
                 )
             )
-    stages = _stages(written.pipeline, warnings)
+    stages = _stages(written.pipeline, wishes, warnings)
     format_ = stages.convert.format or output.format
     if format_ == "raw" and stages.convert.compress:
         warnings.append(
@@ -276,61 +274,70 @@ def _vm(vm: wire.VM, warnings: list[Finding]) -> model.VMSpec:
     )
 
 
-def _stages(pipeline: wire.Pipeline | None, warnings: list[Finding]) -> model.Stages:
+def _stages(pipeline: wire.Pipeline | None, wishes: wire.Pipeline, warnings: list[Finding]) -> model.Stages:
     """The stages that are wanted: without a pipeline all of them, and with one those that it enables."""
     if pipeline is None:
-        everything = {"inspect": wire.Inspect(enabled=True), "fix": wire.Fix(enabled=True)}
-        pipeline = wire.Pipeline.model_validate(
-            {**everything, "convert": wire.Convert(enabled=True), "validate": wire.Validate(enabled=True)}
-        )
         message = "the manifest has no pipeline: every stage is run"
         warnings.append(Finding("no_pipeline", message, "Add a pipeline to choose the stages.", "pipeline"))
-    for name, stage in (
-        ("inspect", pipeline.inspect),
-        ("fix", pipeline.fix),
-        ("convert", pipeline.convert),
-        ("validate", pipeline.validate_),
-    ):
-        if stage is None or stage.enabled is None:
+    on = {"enabled": True} if pipeline is None else {}
+    own, wished = _stage_keys(pipeline or wire.Pipeline()), _stage_keys(wishes)
+    inspect, fix, convert, validate = ({**on, **own[name], **wished[name]} for name in own)
+    for name, stage in zip(own, (inspect, fix, convert, validate), strict=True):
+        if "enabled" not in stage:
             message = f"the manifest does not enable the stage {name.upper()}: it is not run"
             warnings.append(
                 Finding("stage_off", message, 'Write "enabled": true or false.', f"pipeline.{name}.enabled")
             )
-    fix, convert = pipeline.fix or wire.Fix(), pipeline.convert or wire.Convert()
-    validate = pipeline.validate_ or wire.Validate()
-    if convert.compress_level:
+    if convert.get("compress_level"):
         message = "qemu-img knows no compression levels: compress_level has no effect"
         warnings.append(Finding("no_compress_level", message, "Leave it out.", "pipeline.convert.compress_level"))
     # Where the Go library wrote the stage, a part that is not there was false; elsewhere parts are on.
-    silent = not (_GO_FIX & fix.model_fields_set)
-    mode = fix.fstab_mode or "stabilize-all"
+    silent = not (_GO_FIX & (pipeline.fix.model_fields_set if pipeline and pipeline.fix else set()))
+    mode = fix.get("fstab_mode") or "stabilize-all"
     return model.Stages(
-        inspect=model.Inspect(enabled=bool(pipeline.inspect and pipeline.inspect.enabled)),
+        inspect=model.Inspect(enabled=inspect.get("enabled", False)),
         fix=model.Fix(
-            enabled=fix.enabled or False,
-            drivers=_first(fix.inject_drivers, True),
-            fstab=_first(fix.fix_fstab, True) and mode != "noop",
-            bootloader=_first(fix.fix_grub, fix.update_grub, silent),
-            initramfs=_first(fix.regenerate_initramfs, fix.regen_initramfs, silent),
-            backup=fix.backup or False,
-            print_fstab=fix.print_fstab or False,
+            enabled=fix.get("enabled", False),
+            drivers=fix.get("inject_drivers", True),
+            fstab=fix.get("fix_fstab", True) and mode != "noop",
+            bootloader=fix.get("fix_grub", silent),
+            initramfs=fix.get("regenerate_initramfs", silent),
+            backup=fix.get("backup", False),
+            print_fstab=fix.get("print_fstab", False),
             fstab_mode=mode,
-            remove_vmware_tools=fix.remove_vmware_tools or False,
+            remove_vmware_tools=fix.get("remove_vmware_tools", False),
         ),
         convert=model.Convert(
-            enabled=convert.enabled or False,
-            format=convert.target_format,
-            compress=convert.compress if convert.compression is None else convert.compression,
-            compress_level=convert.compress_level or None,
-            output_dir=convert.output_dir,
+            enabled=convert.get("enabled", False),
+            format=convert.get("target_format"),
+            compress=convert.get("compression"),
+            compress_level=convert.get("compress_level") or None,
+            output_dir=convert.get("output_dir"),
         ),
         validate_=model.Validate(
-            enabled=validate.enabled or False,
-            verify_checksum=_first(validate.verify_checksum, True),
-            check=_first(validate.check_image_integrity, True),
-            test_boot=validate.test_boot,
+            enabled=validate.get("enabled", False),
+            verify_checksum=validate.get("verify_checksum", True),
+            check=validate.get("check_image_integrity", True),
+            test_boot=validate.get("test_boot"),
         ),
     )
+
+
+def _stage_keys(pipeline: wire.Pipeline) -> dict[str, dict[str, Any]]:
+    """What a pipeline says of each stage, in the order in which they are run and in the guide's words."""
+    stages = {
+        name: {} if stage is None else _given(stage)
+        for name, stage in (
+            ("inspect", pipeline.inspect),
+            ("fix", pipeline.fix),
+            ("convert", pipeline.convert),
+            ("validate", pipeline.validate_),
+        )
+    }
+    for name, key, called in _TWINS:
+        if key in stages[name]:
+            stages[name][called] = stages[name].pop(key)
+    return stages
 
 
 def _configuration(written: wire.Configuration, stages: model.Stages, warnings: list[Finding]) -> model.Configuration:
@@ -354,11 +361,6 @@ def _configuration(written: wire.Configuration, stages: model.Stages, warnings: 
 def _given(table: BaseModel) -> dict[str, Any]:
     """The fields that are not null."""
     return {name: value for name, value in table if value is not None}
-
-
-def _first(*values: bool | None) -> bool:
-    """The first value that is given; the last one always is."""
-    return next(value for value in values if value is not None)
 
 
 def _unknown_keys(table: BaseModel, path: tuple[str | int, ...] = ()) -> Iterator[Finding]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import types
+import typing
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
@@ -571,3 +573,12 @@ class Document(Table):
     )
     output: Output | None = Field(None, description="a table with keys such as format")
     options: Options | None = Field(None, description="a table with keys such as dry_run")
+
+
+def table(annotation: Any) -> type[BaseModel] | None:
+    """The model in a field's annotation, such as `Model | None`, `list[Model]` and `dict[str, Model]`, if any."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (list, dict, types.UnionType, typing.Union):
+        return next((found for inner in typing.get_args(annotation) if (found := table(inner))), None)
+    return None

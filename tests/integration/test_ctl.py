@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 from pathlib import Path
 from typing import Any
 
 from hyper2kvmd.settings import Settings
-from tests.conftest import MakeExport, report_of, run_job
+from tests.conftest import MakeExport, disk_entry, report_of, run_job, write_manifest
 
 
 def test_migrate_works_without_the_daemon_and_prints_the_report(ctl: Any, make_export: MakeExport) -> None:
@@ -108,9 +109,59 @@ def test_validate_lists_everything_at_once(ctl: Any, make_export: MakeExport) ->
     manifest["disks"][0]["source_format"] = "vmkd"
     path.write_text(json.dumps(manifest))
     done = ctl("validate", path, "--json")
-    assert 65 == done.returncode
+    assert 1 == done.returncode
     fields = {error["field"] for error in json.loads(done.stdout)["errors"]}
     assert {"disks[0].checksum", "disks[0].source_format"} <= fields
+
+
+def test_a_pipeline_override_goes_before_the_manifest_and_is_on_record(ctl: Any, scratch: Settings) -> None:
+    directory = scratch.exports_dir / "web01"
+    directory.mkdir()
+    (directory / "disk.raw").write_bytes(b"h2k" * (1 << 20))
+    write_manifest(directory, [disk_entry(directory / "disk.raw")])
+    before = (directory / "manifest.json").read_bytes()
+    done = ctl("migrate", directory, "--set", "pipeline.convert.compression=true", "--name", "web-02", "--json")
+    assert 0 == done.returncode, done.stderr
+    document = json.loads(done.stdout)
+    assert document["results"]["convert"]["compressed"]
+    assert {"convert": {"compression": True}, "vm_name": "web-02"} == document["overrides"]
+    assert [str(scratch.output_dir / "web-02-disk-0.qcow2")] == [disk["target"] for disk in document["disks"]]
+    assert before == (directory / "manifest.json").read_bytes()
+
+
+def test_an_unknown_pipeline_override_names_the_nearest_one(ctl: Any, make_export: MakeExport) -> None:
+    done = ctl("migrate", make_export(), "--set", "pipeline.convert.compres=true")
+    assert 78 == done.returncode
+    assert "pipeline.convert.compres: unknown setting; did you mean compress?" in done.stderr
+
+
+def test_the_report_says_who_ran_what(ctl: Any, make_export: MakeExport) -> None:
+    document = json.loads(ctl("migrate", make_export(), "--json").stdout)
+    expected = ("command", pwd.getpwuid(os.geteuid()).pw_name, os.uname().nodename)
+    host = document["host"]
+    assert expected == (host["started_by"], host["user"], host["name"])
+    assert document["manifest"]["sha256"]
+    assert document["tools"]["qemu-img"]
+
+
+def test_disks_without_a_checksum_are_refused_if_the_settings_say_so(ctl: Any, scratch: Settings) -> None:
+    directory = scratch.exports_dir / "web01"
+    directory.mkdir()
+    (directory / "disk.raw").write_bytes(bytes(1 << 20))
+    entry = {key: value for key, value in disk_entry(directory / "disk.raw").items() if key != "checksum"}
+    write_manifest(directory, [entry])
+    wish = ("--set", "validate.require_checksums=true")
+    done = ctl("validate", directory / "manifest.json", *wish, "--json")
+    assert 1 == done.returncode
+    (error,) = json.loads(done.stdout)["errors"]
+    assert ("checksum_missing", "disks[0].checksum") == (error["code"], error["field"])
+    assert "disk disk-0 has no checksum" in error["message"]
+    assert 1 == ctl("migrate", directory, *wish).returncode
+    assert "blocked" == report_of(directory)["status"]
+    # The remedy that it names.
+    assert 0 == ctl("manifest", "rehash", "--yes", directory / "manifest.json").returncode
+    assert 0 == ctl("retry", "web01").returncode
+    assert 0 == ctl("migrate", directory, *wish).returncode
 
 
 def test_validate_computes_checksums_only_when_strict(ctl: Any, make_export: MakeExport) -> None:
@@ -124,7 +175,7 @@ def test_validate_computes_checksums_only_when_strict(ctl: Any, make_export: Mak
 
 def test_validate_of_nothing_says_what_is_missing(ctl: Any, tmp_path: Path) -> None:
     done = ctl("validate", tmp_path / "none/manifest.json")
-    assert 65 == done.returncode
+    assert 1 == done.returncode
     assert "none" in done.stdout
 
 

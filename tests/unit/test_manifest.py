@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from hyper2kvmd.errors import Code
-from hyper2kvmd.manifest import Manifest, ManifestError, parse
+from hyper2kvmd.manifest import Manifest, ManifestError, parse, wire
 from hyper2kvmd.manifest.model import Configuration, Interface, Services, User, slug
 
 DATA = Path(__file__).parent.parent / "data" / "manifests"
@@ -200,6 +200,37 @@ def test_manifest_without_pipeline_wants_every_stage() -> None:
     stages = manifest.stages
     assert stages.inspect.enabled and stages.fix.enabled and stages.convert.enabled and stages.validate_.enabled
     assert [warning.field for warning in manifest.warnings] == ["pipeline"]
+
+
+@pytest.mark.parametrize("base", [SEED, GO], ids=["seed", "go"])
+@pytest.mark.parametrize(
+    ("wish", "stage", "part", "expected"),
+    [
+        ({"convert": {"compression": True}}, "convert", "compress", True),
+        ({"convert": {"compress": False}}, "convert", "compress", False),
+        ({"convert": {"target_format": "raw"}}, "convert", "format", "raw"),
+        ({"fix": {"update_grub": False}}, "fix", "bootloader", False),
+        ({"fix": {"fix_grub": False}}, "fix", "bootloader", False),
+        ({"fix": {"regen_initramfs": False}}, "fix", "initramfs", False),
+        ({"fix": {"enabled": False}}, "fix", "enabled", False),
+        ({"validate": {"test_boot": True}}, "validate_", "test_boot", True),
+    ],
+)
+def test_a_wish_goes_before_what_the_manifest_says_and_changes_nothing_else(
+    base: dict[str, Any], wish: dict[str, Any], stage: str, part: str, expected: Any
+) -> None:
+    data = json.dumps(base).encode()
+    plain, wished = parse(data, "m.json"), parse(data, "m.json", wire.Pipeline.model_validate(wish))
+    section = getattr(plain.stages, stage).model_copy(update={part: expected})
+    stages = plain.stages.model_copy(update={stage: section})
+    assert plain.model_copy(update={"stages": stages, "warnings": ()}) == wished.model_copy(update={"warnings": ()})
+
+
+def test_a_vm_can_be_given_another_name_by_the_same_rules() -> None:
+    data = json.dumps(SEED).encode()
+    assert "web-02" == parse(data, "m.json", vm_name="web-02").vm_name
+    with pytest.raises(ManifestError, match=r"'\.\./x' cannot be the name of a VM"):
+        parse(data, "m.json", vm_name="../x")
 
 
 def test_stage_that_is_not_enabled_is_off_and_said_to_be() -> None:

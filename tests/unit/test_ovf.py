@@ -80,6 +80,7 @@ def test_descriptor_of_ovftool_is_read_in_full() -> None:
         uuid="d2a64d56-0617-4363-dc2d-9959b533a7b3",
         annotation="Orders & stock\nOwner: Jürgen",
         os="debian12_64Guest",
+        vm_name="db01",
     ) == ovf.parse(OVFTOOL, "db01.ovf")
 
 
