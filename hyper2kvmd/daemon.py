@@ -136,7 +136,7 @@ class Daemon:
         if self.draining:
             parts.append("draining: no job is started (hyper2kvmctl resume)")
         parts += [self._trouble] if self._trouble else []
-        names = [str(runner.progress) for runner in self.runners.values()]
+        names = [runner.progress.phrase(time.monotonic()) for runner in self.runners.values()]
         # The counts matter more than the names: of these, as many as there is room for.
         for shown in range(len(names), -1, -1):
             more = [f"{len(names) - shown} more"] if 0 < shown < len(names) else []

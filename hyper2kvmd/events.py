@@ -17,11 +17,11 @@ STAGES = ("plan", "verify", "inspect", "fix", "convert", "commit", "validate", "
 class Event:
     """One line: `kind` is claimed, stage, progress, warning or finished; `data` depends on it.
 
-    claimed   job, vm, attempt
-    stage     stage, status (started, done, skipped, failed, cancelled), seconds
-    progress  stage, item, ratio (0..1), bytes (done since the last event of this item)
-    warning   code, message, hint, field
-    finished  status, code, report
+    - claimed: job, vm, attempt
+    - stage: stage, status (started, done, skipped, failed, cancelled), seconds; total (bytes it will do) if started
+    - progress: stage, item, ratio (0..1), bytes (done since the last event of this item)
+    - warning: code, message, hint, field
+    - finished: status; report, if one was written; code, message and hint, if none was and there is a reason
     """
 
     kind: str

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,38 +24,79 @@ STOP_SECONDS = 30.0
 
 
 @dataclass
+class Stage:
+    """A stage that is under way: `done` of `total` bytes; 0 of 0 if it does not count in bytes.
+
+    `began` and `moved` (when it last got further) are by the monotonic clock.
+    """
+
+    began: float
+    total: int
+    moved: float
+    done: int = 0
+
+    @property
+    def ratio(self) -> float | None:
+        """How much is done, 0..1, if that is known."""
+        return min(self.done / self.total, 1.0) if self.total else None
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes per second, since it began, if it counts in bytes and something is done."""
+        return self.done / (self.moved - self.began) if self.done and self.moved > self.began else None
+
+    def seconds_left(self, now: float) -> float | None:
+        """How long it will take at this rate, if that is known; `now` is by the monotonic clock."""
+        if self.rate is None:
+            return None
+        return max((self.total - self.done) / self.rate - (now - self.moved), 0.0)
+
+
+@dataclass
 class Progress:
-    """Where a job is, as of its last event. Ratios are 0..1, by item (a disk)."""
+    """Where a job is, as of its last event: the stages that are under way, in the order in which they began."""
 
     vm: str
-    stages: list[str] = field(default_factory=list)
-    ratios: dict[tuple[str, str], float] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
     finished: dict[str, Any] | None = None
 
-    def apply(self, event: Event) -> None:
-        """Take one event into account."""
+    def apply(self, event: Event, now: float) -> None:
+        """Take into account one event that came at `now`, by the monotonic clock."""
         data = event.data
         if event.kind == "claimed":
             self.vm = data["vm"]
         elif event.kind == "stage":
             if data["status"] == "started":
-                self.stages.append(data["stage"])
-            elif data["stage"] in self.stages:
-                self.stages.remove(data["stage"])
-        elif event.kind == "progress":
-            self.ratios[data["stage"], data["item"]] = data["ratio"]
+                self.stages[data["stage"]] = Stage(now, data["total"], now)
+            else:
+                self.stages.pop(data["stage"], None)
+        elif event.kind == "progress" and data["stage"] in self.stages:
+            stage = self.stages[data["stage"]]
+            stage.done, stage.moved = stage.done + data["bytes"], now
         elif event.kind == "finished":
             self.finished = data
 
-    def __str__(self) -> str:
-        """One phrase, such as `web01 convert 63 % fix`."""
+    def seconds_left(self, now: float) -> float | None:
+        """How long the slowest of the stages that count will take, if there is one; others can take longer."""
+        return max((left for s in self.stages.values() if (left := s.seconds_left(now)) is not None), default=None)
+
+    def phrase(self, now: float) -> str:
+        """One phrase, such as `web01 convert 63 % fix 12 min left`."""
         words = [self.vm]
-        for stage in self.stages:
-            words.append(stage)
-            ratios = [ratio for (of, _), ratio in self.ratios.items() if of == stage]
-            if ratios:
-                words.append(f"{100 * sum(ratios) / len(ratios):.0f} %")
+        for name, stage in self.stages.items():
+            words.append(name)
+            if stage.ratio is not None:
+                words.append(f"{100 * stage.ratio:.0f} %")
+        if (left := self.seconds_left(now)) is not None:
+            words.append(f"{duration(left)} left")
         return " ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 45 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Runner:
@@ -85,20 +129,23 @@ class Runner:
         """The process id of the job."""
         return self._process.pid
 
-    def read(self) -> list[Event]:
-        """The events that came since the last call."""
-        events: list[Event] = []
-        while True:
-            try:
-                data = os.read(self.events_fd, 65536)
-            except BlockingIOError:
-                break
-            if not data:
-                break
-            events += self._decoder.feed(data)
-        for event in events:
-            self.progress.apply(event)
-        return events
+    def read(self) -> Iterator[Event]:
+        """Yield the events that came since the last call, each as `progress` takes it into account."""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self.events_fd, 65536):
+                for event in self._decoder.feed(data):
+                    self.progress.apply(event, time.monotonic())
+                    yield event
+
+    def follow(self, on_event: Callable[[Event], None]) -> int:
+        """Hand over the events as they come until the process has ended; return what `poll` then does."""
+        while (status := self.poll()) is None:
+            if select.select([self.events_fd], [], [], 0.2)[0]:
+                for event in self.read():
+                    on_event(event)
+        for event in self.read():
+            on_event(event)
+        return status
 
     def poll(self) -> int | None:
         """The exit status if the process has ended (negative: the signal that killed it), else None."""
@@ -114,6 +161,15 @@ class Runner:
         # Closed first: a job that still has much to say must not wait for a reader.
         os.close(self.events_fd)
         run.end(self._process, patience)
+
+
+def wishes(*, stages: Iterable[str] | None, dry_run: bool, vm_name: str | None) -> list[str]:
+    """The options of `hyper2kvmd run-job` for what a person wants; None: as the manifest says."""
+    return [
+        *(["--dry-run"] if dry_run else []),
+        *(["--stages", ",".join(stages)] if stages is not None else []),
+        *(["--name", vm_name] if vm_name is not None else []),
+    ]
 
 
 def spawn(

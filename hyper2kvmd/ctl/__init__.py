@@ -13,20 +13,25 @@ from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.options import EXIT_CONFIG, EXIT_FAILED, EXIT_MANIFEST, EXIT_UNAVAILABLE, add_settings_options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
-    from hyper2kvmd.ctl import control, doctor, listing, manifest, migrate, validate
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line, from which the manual is made too."""
+    from hyper2kvmd.ctl import batch, control, doctor, listing, manifest, migrate, report, validate
 
     parser = argparse.ArgumentParser(
         prog="hyper2kvmctl", description="Migrates exports, checks them, shows their state."
     )
     parser.add_argument("--version", action="version", version=f"hyper2kvmctl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (migrate, validate, manifest, listing, control, doctor):
+    for module in (migrate, batch, validate, manifest, listing, report, control, doctor):
         for command in module.add_commands(commands):
             command.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
             add_settings_options(command)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    options = build_parser().parse_args(argv)
     try:
         config = settings.load(options.config, tuple(options.overrides))
     except SettingsError as error:

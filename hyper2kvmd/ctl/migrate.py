@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.events import CHOICES, Event
-from hyper2kvmd.options import EXIT_NOT_FOUND
-from hyper2kvmd.runner import Runner
+from hyper2kvmd.migration import MigrationFailed, MigrationPipeline
+from hyper2kvmd.options import EXIT_DONE, EXIT_NOT_FOUND
+from hyper2kvmd.report import Report
+from hyper2kvmd.runner import Progress as JobProgress
 from hyper2kvmd.settings import Settings
 
 
@@ -22,62 +23,56 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command to the parser."""
     parser = commands.add_parser("migrate", help="migrate one export now, and show how it goes")
     parser.add_argument("manifest", type=Path, help="manifest, or directory of the export")
-    parser.add_argument("--dry-run", action="store_true", help="check, inspect and fix on throw-away overlays only")
-    parser.add_argument("--skip-fix", action="store_true", help="leave the guest as it is")
-    parser.add_argument("--stages", metavar="A,B", help=f"run only these of {', '.join(CHOICES)}")
+    add_migration_options(parser)
+    parser.add_argument("--name", metavar="VM", help="call the VM so, whatever the manifest calls it")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="write the disks there")
-    parser.add_argument("--no-import", action="store_true", help="do not define a domain")
-    parser.add_argument(
-        "--strict", action="store_true", help="compare every byte of the result with the source and the fix"
-    )
     parser.set_defaults(run=migrate)
     return [parser]
 
 
-def migrate(options: argparse.Namespace, config: Settings) -> int:
-    """Run the job as a process of its own, as the daemon does, and show its events."""
-    export = options.manifest if options.manifest.is_dir() else options.manifest.parent
-    if not options.manifest.exists():
-        print(f"hyper2kvmctl: {options.manifest}: no such manifest", file=sys.stderr)
-        return EXIT_NOT_FOUND
-    # The events say all there is to say here.
+def add_migration_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that migrates."""
+    parser.add_argument("--dry-run", action="store_true", help="check, inspect and fix on throw-away overlays only")
+    parser.add_argument("--skip-fix", action="store_true", help="leave the guest as it is")
+    parser.add_argument("--stages", type=_stages, metavar="A,B", help=f"run only these of {', '.join(CHOICES)}")
+    parser.add_argument("--no-import", action="store_true", help="do not define a domain")
+    parser.add_argument(
+        "--strict", action="store_true", help="compare every byte of the result with the source and the fix"
+    )
+
+
+def _stages(text: str) -> tuple[str, ...]:
+    stages = tuple(text.split(","))
+    if unknown := set(stages) - set(CHOICES):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(CHOICES)}")
+    return stages
+
+
+def stages_wanted(options: argparse.Namespace) -> tuple[str, ...] | None:
+    """The stages that a person wants; None: those that the manifest enables."""
+    stages: tuple[str, ...] | None = options.stages
+    return tuple(stage for stage in stages or CHOICES if stage != "fix") if options.skip_fix else stages
+
+
+def settings_wanted(options: argparse.Namespace, config: Settings) -> Settings:
+    """The settings with what the options say; the log is left to what is shown of the events."""
     update: dict[str, Any] = {"log": config.log.model_copy(update={"level": "error"})}
-    if options.manifest != export:
-        update["manifest_names"] = (options.manifest.name,)
-    if options.output_dir is not None:
-        update["output_dir"] = options.output_dir.resolve()
     if options.no_import:
         update["libvirt"] = config.libvirt.model_copy(update={"import_": False})
     if options.strict:
         update["validate_"] = config.validate_.model_copy(update={"compare": True})
-    stages = options.stages
-    if options.skip_fix:
-        wanted = CHOICES if stages is None else stages.split(",")
-        stages = ",".join(stage for stage in wanted if stage != "fix")
-    arguments = [*(["--dry-run"] if options.dry_run else []), *(["--stages", stages] if stages is not None else [])]
-    runner = Runner(export, config.model_copy(update=update), arguments)
+    return config.model_copy(update=update)
+
+
+def migrate(options: argparse.Namespace, config: Settings) -> int:
+    """Run the job as a process of its own, as the daemon does, and show its events."""
+    if not options.manifest.exists():
+        print(f"hyper2kvmctl: {options.manifest}: no such manifest", file=sys.stderr)
+        return EXIT_NOT_FOUND
+    config = settings_wanted(options, config)
+    if options.output_dir is not None:
+        config = config.writing_to(options.output_dir.resolve())
     console = Console(stderr=options.json)
-    try:
-        status = _follow(runner, console)
-    except KeyboardInterrupt:
-        runner.stop()
-        raise
-    finally:
-        runner.close()
-    document = (runner.progress.finished or {}).get("report")
-    if options.json:
-        if document is not None:
-            print_json(document)
-    elif document is not None:
-        print_report(console, document)
-    if status < 0:
-        print(f"hyper2kvmctl: the job was killed by signal {-status}; nothing was published", file=sys.stderr)
-        return 128 - status
-    return status
-
-
-def _follow(runner: Runner, console: Console) -> int:
-    """Show the events of a job until it ends; bars on a terminal, a line per event elsewhere."""
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(),
@@ -85,25 +80,39 @@ def _follow(runner: Runner, console: Console) -> int:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    tasks: dict[str, Any] = {}
+    report: Report | None
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        while (status := runner.poll()) is None:
-            if select.select([runner.events_fd], [], [], 0.2)[0]:
-                for event in runner.read():
-                    _show(event, runner, bars, tasks)
-        for event in runner.read():
-            _show(event, runner, bars, tasks)
+        tasks: dict[str, Any] = {}
+        pipeline = MigrationPipeline(
+            options.manifest,
+            config,
+            stages=stages_wanted(options),
+            dry_run=options.dry_run,
+            vm_name=options.name,
+            on_event=lambda event, progress: _show(event, progress, bars, tasks),
+        )
+        try:
+            report, status = pipeline.run(), EXIT_DONE
+        except MigrationFailed as failed:
+            report, status = failed.report, failed.exit_status
+    if report is not None:
+        document = report.model_dump(mode="json")
+        if options.json:
+            print_json(document)
+        else:
+            print_report(console, document)
+    if status < 0:
+        print(f"hyper2kvmctl: the job was killed by signal {-status}; nothing was published", file=sys.stderr)
+        return 128 - status
     return status
 
 
-def _show(event: Event, runner: Runner, bars: Progress, tasks: dict[str, Any]) -> None:
+def _show(event: Event, progress: JobProgress, bars: Progress, tasks: dict[str, Any]) -> None:
     data = event.data
     if event.kind == "warning":
         bars.console.print(f"warning: {data['message']}", style="yellow", markup=False, highlight=False)
     if event.kind == "progress":
-        stage = data["stage"]
-        ratios = [ratio for (of, _), ratio in runner.progress.ratios.items() if of == stage]
-        bars.update(tasks[stage], total=1.0, completed=sum(ratios) / len(ratios))
+        bars.update(tasks[data["stage"]], total=1.0, completed=progress.stages[data["stage"]].ratio)
     if event.kind != "stage":
         return
     stage, status = data["stage"], data["status"]

@@ -1,0 +1,106 @@
+"""The library call: migrate one export, with the same claim, checks and report as the daemon's jobs.
+
+from hyper2kvmd.migration import MigrationPipeline
+
+report = MigrationPipeline("/var/lib/hypersdk/exports/web01/manifest.json").run()
+print(report.results["inspect"]["product_name"], report.disks[0].target)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from hyper2kvmd import claims, spool
+from hyper2kvmd import settings as configuration
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.events import CHOICES, Event
+from hyper2kvmd.report import Report
+from hyper2kvmd.runner import Progress, Runner, wishes
+from hyper2kvmd.settings import Settings
+
+
+class MigrationFailed(MigrationError):
+    """A migration did not succeed. `report` is its report, if it got so far; `exit_status` that of the command."""
+
+    def __init__(self, error: MigrationError, report: Report | None, exit_status: int) -> None:
+        super().__init__(error.code, error.message, error.hint, field=error.field, tail=error.tail)
+        self.report = report
+        self.exit_status = exit_status
+
+
+class MigrationPipeline:
+    """One migration of one export. It runs as a process of its own, which ends with the thread that called `run`.
+
+    - `manifest`: the path of a manifest, or of the directory of an export.
+    - `settings`: those in force; None reads /etc/hyper2kvmd/hyper2kvmd.yaml, if there is one.
+    - `stages`: those to run, of inspect, fix, convert, validate and import; None runs what the manifest enables.
+    - `dry_run`: check, inspect and fix on throw-away overlays only.
+    - `vm_name`: what to call the VM, if not as the manifest does.
+    - `on_event`: called for each event, in the thread that called `run`, with the event and how far the job is.
+    """
+
+    def __init__(
+        self,
+        manifest: str | os.PathLike[str],
+        settings: Settings | None = None,
+        *,
+        stages: Iterable[str] | None = None,
+        dry_run: bool = False,
+        vm_name: str | None = None,
+        on_event: Callable[[Event, Progress], None] = lambda event, progress: None,
+    ) -> None:
+        path = Path(manifest)
+        self.export = path if path.is_dir() else path.parent
+        self.settings = configuration.load() if settings is None else settings
+        if path != self.export:
+            self.settings = self.settings.model_copy(update={"manifest_names": (path.name,)})
+        stages = None if stages is None else tuple(stages)
+        if unknown := set(stages or ()) - set(CHOICES):
+            raise ValueError(f"{', '.join(sorted(unknown))}: no such stage; choose from {', '.join(CHOICES)}")
+        self._options = wishes(stages=stages, dry_run=dry_run, vm_name=vm_name)
+        self._on_event = on_event
+
+    def run(self) -> Report:
+        """Migrate, and return the report; that of an earlier run if the export is migrated already.
+
+        Raise MigrationFailed for everything else that can become of it; OSError if no process can be started.
+        """
+        if not self.export.is_dir():
+            hint = "Name the manifest of an existing export."
+            raise MigrationError(Code.MANIFEST_UNREADABLE, f"{self.export}: no such directory", hint)
+        runner = Runner(self.export, self.settings, self._options)
+        try:
+            status = runner.follow(lambda event: self._on_event(event, runner.progress))
+        except KeyboardInterrupt:
+            runner.stop()
+            raise
+        finally:
+            runner.close()
+        finished = runner.progress.finished or {}
+        document = finished.get("report")
+        if status == 0 and document is None:
+            document = spool.read_report(self.export)  # there was nothing to do
+        try:
+            report = None if document is None else Report.model_validate(document)
+        except ValidationError as error:
+            where = self.export / claims.REPORT
+            hint = "Read it; to migrate the export again, `hyper2kvmctl retry` it."
+            raise MigrationError(Code.IO_ERROR, f"{where}: not a report of this version: {error}", hint) from None
+        if status == 0 and report is not None:
+            return report
+        raise MigrationFailed(_error(finished, report, status), report, status)
+
+
+def _error(finished: dict[str, str], report: Report | None, status: int) -> MigrationError:
+    """Why there is nothing to be happy about."""
+    found = report.error if report is not None else None
+    if found is not None:
+        return MigrationError(Code(found.code), found.message, found.hint, field=found.field, tail=found.tail)
+    if "code" in finished:
+        return MigrationError(Code(finished["code"]), finished["message"], finished["hint"])
+    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status} and said nothing"
+    return MigrationError(Code.RUNNER_CRASHED, f"the job {how}", "Start it again; it goes on where it was stopped.")
