@@ -1,0 +1,188 @@
+"""Migrates every export of a directory, in the order that a plan gives, and ends; `hyper2kvmctl batch` shows it."""
+
+from __future__ import annotations
+
+import select
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from hyper2kvmd import spool
+from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.runner import STOP_SECONDS, Runner, wishes
+from hyper2kvmd.settings import Network, Section, Settings
+from hyper2kvmd.spool import State
+
+POLL_SECONDS = 0.2
+
+
+class Wishes(Section):
+    """What is wanted for one VM beyond the settings. Those with a higher priority are migrated first."""
+
+    priority: int = Field(default=0, description="VMs with a higher number are migrated first")
+    name: str | None = Field(default=None, description="what the VM is to be called")
+    network_map: dict[str, Network] = Field(
+        default_factory=dict, description="networks of this VM, in the form of `libvirt.network_map` and before it"
+    )
+    output_dir: Path | None = Field(default=None, description="where its disks go")
+    start: bool | None = Field(default=None, description="whether the domain is started")
+    skip: bool = Field(default=False, description="leave this one out")
+
+    def settings(self, settings: Settings) -> Settings:
+        """The settings for this VM."""
+        libvirt = settings.libvirt.model_copy(
+            update={
+                "network_map": {**settings.libvirt.network_map, **self.network_map},
+                "start": settings.libvirt.start if self.start is None else self.start,
+            }
+        )
+        settings = settings.model_copy(update={"libvirt": libvirt})
+        return settings if self.output_dir is None else settings.writing_to(self.output_dir)
+
+
+class Plan(Section):
+    """A plan file: the wishes for each VM, by the name of its export's directory."""
+
+    vms: dict[str, Wishes] = Field(default_factory=dict)
+
+
+@dataclass
+class Entry:
+    """One export of the batch.
+
+    `report` is that of its last attempt here, which began at `began` and took `seconds`; `tries` counts these attempts.
+    `due` is when it may be started, in seconds since the epoch.
+    """
+
+    export: Path
+    wishes: Wishes
+    state: State
+    reason: Finding | None = None
+    runner: Runner | None = None
+    report: dict[str, Any] | None = None
+    tries: int = 0
+    began: float = 0.0
+    seconds: float = 0.0
+    due: float = 0.0
+
+    def waits(self, settings: Settings) -> bool:
+        """Whether it is still to be migrated by this batch."""
+        tries = self.tries < settings.retry.max_attempts
+        return self.runner is None and tries and self.state in (State.QUEUED, State.WAITING, State.RETRYING)
+
+
+def entries(settings: Settings, plan: Plan, *, dry_run: bool) -> list[Entry]:
+    """The exports in the order in which they will be migrated, with the states that they are in. Raise OSError."""
+    found = []
+    for export in spool.exports(settings)[0]:
+        wanted = plan.vms.get(export.name, Wishes())
+        if wanted.skip:
+            continue
+        entry = Entry(export, wanted, State.QUEUED)
+        _look(entry, settings)
+        if dry_run and entry.state in spool.FINAL - {State.SUCCEEDED}:
+            entry.state, entry.reason = State.QUEUED, None  # what was decided before is looked at again
+        found.append(entry)
+    return sorted(found, key=lambda entry: (-entry.wishes.priority, entry.export.name))
+
+
+def run(
+    batch: Sequence[Entry],
+    settings: Settings,
+    *,
+    workers: int,
+    stages: tuple[str, ...] | None,
+    dry_run: bool,
+    changed: Callable[[Entry | None], None],
+) -> None:
+    """Migrate the entries, `workers` at a time, until each has ended or has been tried `retry.max_attempts` times.
+
+    `changed` is called with an entry when it starts and ends, and with None a few times a second. On KeyboardInterrupt
+    the jobs are stopped, so that they go on where they were when the batch is run again.
+    """
+    try:
+        while any(entry.waits(settings) or entry.runner is not None for entry in batch):
+            running = [entry for entry in batch if entry.runner is not None]
+            for entry in batch:
+                if len(running) >= workers:
+                    break
+                if entry.state == State.WAITING and entry.due <= time.time():
+                    _look(entry, settings)  # it may be being written to still
+                if entry.waits(settings) and entry.due <= time.time():
+                    _start(entry, settings, wishes(stages=stages, dry_run=dry_run, vm_name=entry.wishes.name))
+                    running += [entry] if entry.runner is not None else []
+                    changed(entry)
+            select.select([entry.runner.events_fd for entry in running if entry.runner], [], [], POLL_SECONDS)
+            for entry in running:
+                if entry.runner is not None:
+                    for _event in entry.runner.read():
+                        pass  # the runner's progress is all that is shown
+                    if entry.runner.poll() is not None:
+                        _ended(entry, settings)
+                        changed(entry)
+            changed(None)
+    finally:
+        runners = [entry.runner for entry in batch if entry.runner is not None]
+        for runner in runners:
+            runner.stop()
+        deadline = time.monotonic() + STOP_SECONDS
+        for runner in runners:
+            runner.close(max(deadline - time.monotonic(), 0))
+
+
+def _look(entry: Entry, settings: Settings) -> None:
+    look = spool.look(entry.export, settings)
+    entry.state, entry.reason = spool.state(look, settings, time.time())
+    entry.due = look.settled_since + settings.settle_seconds if entry.state == State.WAITING else 0.0
+
+
+def _start(entry: Entry, settings: Settings, options: list[str]) -> None:
+    entry.tries += 1
+    entry.began = time.monotonic()
+    try:
+        # What it has to say comes as events, and is in its log; here it would only disturb the table.
+        entry.runner = Runner(entry.export, entry.wishes.settings(settings), options, stderr=subprocess.DEVNULL)
+    except (OSError, MigrationError) as error:
+        _set_back(entry, settings, Finding(Code.IO_ERROR, f"no runner can be started: {error}", "See what is missing."))
+    else:
+        entry.state, entry.reason = State.RUNNING, None
+
+
+def _ended(entry: Entry, settings: Settings) -> None:
+    """Take down how a runner ended."""
+    runner = entry.runner
+    assert runner is not None
+    entry.runner = None
+    entry.seconds = time.monotonic() - entry.began
+    runner.close()
+    finished = runner.progress.finished
+    if finished is not None and "report" in finished:
+        entry.report = finished["report"]
+        error = finished["report"]["error"]
+        entry.state = State(finished["status"])
+        entry.reason = None if error is None else Finding(*(error[key] for key in ("code", "message", "hint", "field")))
+        if entry.state == State.RETRYING:
+            _set_back(entry, settings, entry.reason)
+    elif finished is not None and finished["status"] == "busy":
+        entry.state, entry.reason = State.RUNNING, _finding(finished)
+    elif finished is not None and finished["status"] in ("nothing", "interrupted"):
+        _look(entry, settings)
+    else:
+        hint = f"See `hyper2kvmctl logs {entry.export.name}`, and `journalctl -k`."
+        died = Finding(Code.RUNNER_CRASHED, f"the runner ended with status {runner.poll()} and said nothing", hint)
+        _set_back(entry, settings, died if finished is None else _finding(finished))
+
+
+def _set_back(entry: Entry, settings: Settings, reason: Finding | None) -> None:
+    """Have an entry tried again later."""
+    entry.state, entry.reason = State.RETRYING, reason
+    entry.due = time.time() + settings.retry.delay(entry.tries)
+
+
+def _finding(finished: dict[str, Any]) -> Finding:
+    return Finding(finished["code"], finished["message"], finished["hint"])
