@@ -1,0 +1,399 @@
+"""The migration report as one HTML page for people: no script, nothing loaded from elsewhere, safe to mail."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any, Literal
+
+from jinja2 import Environment, StrictUndefined
+from pydantic import BaseModel, ConfigDict, Field
+
+from hyper2kvmd.hardware import Hardware
+from hyper2kvmd.manifest import Manifest
+from hyper2kvmd.manifest.problems import plain
+from hyper2kvmd.report import Report, StageRecord, Status
+
+LOG_LINES = 200
+LOG_LINE_LENGTH = 2000
+_DEPTH_LIMIT = 20  # of what stages put on the record
+_NUMBER_LIMIT = 1 << 63
+_CLOCK_SECONDS = 1.0  # by which two readings of the clock may differ
+_PNG = b"\x89PNG\r\n\x1a\n"
+_SCREEN_LIMIT = 4096  # pixels; what is larger was not drawn by a guest that boots
+_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 43200)
+
+LineKind = Literal["file", "place", "added", "removed", "same"]
+
+_UNFINISHED: dict[Status, str] = {
+    "retrying": "The migration has not succeeded yet. It is tried again by itself.",
+    "blocked": "The migration cannot go on until a person changes something.",
+    "failed": "The migration is not tried again by itself.",
+    "rejected": "The export was not accepted. Nothing of it was migrated.",
+    "cancelled": "The migration was cancelled.",
+}
+
+
+class _Seen(BaseModel):
+    """What the page shows of a stage's results; the report itself leaves their shape open."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Kernel(_Seen):
+    version: str
+    initrd: str | None = None
+    chosen_by_bootloader: bool = False
+
+
+class _Inspect(_Seen):
+    os_type: str = ""
+    product_name: str
+    arch: str = ""
+    hostname: str = ""
+    kernel_version: str | None
+    kernels: tuple[_Kernel, ...] = ()
+    initramfs: str = ""
+    bootloader: str = ""
+    firmware: str
+    firmware_evidence: str = ""
+    mounts: dict[str, str] = {}
+    locked: tuple[str, ...] = ()
+
+
+class _Proof(_Seen):
+    subject: str
+    claim: str
+    ok: bool
+    evidence: str
+
+
+class _Fix(_Seen):
+    drivers_injected: tuple[str, ...] = ()
+    proofs: tuple[_Proof, ...] = ()
+    compatible: bool = False
+    fstab: dict[str, str] = {}
+
+
+class _Checked(_Seen):
+    checked: bool = False
+    compared: bool = False
+
+
+class _Validate(_Seen):
+    disks: dict[str, _Checked] = {}
+
+
+class _Boot(_Seen):
+    outcome: str
+    reason: str
+    seconds: float = Field(strict=True)
+    serial_log: str | None = None
+    screenshot: str | None = None
+
+
+class Results(_Seen):
+    """The results of the stages that the page shows; None for a stage that put nothing on the record."""
+
+    inspect: _Inspect | None = None
+    fix: _Fix | None = None
+    validate_: _Validate | None = Field(default=None, alias="validate")
+    boot: _Boot | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim and whether it holds. result: "ok", "failed", or "none" for what was not looked at; said: in words."""
+
+    subject: str
+    claim: str
+    result: Literal["ok", "failed", "none"]
+    said: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One stage on the timeline. `left` and `width` are percentages, None where there is nothing to draw."""
+
+    name: str
+    status: str
+    began: str
+    took: str
+    left: float | None
+    width: float | None
+
+
+def checked(document: Any) -> tuple[Report, Results]:
+    """A report that anybody may have written, as one that can be shown: its shape is known, its text is harmless.
+
+    Raise pydantic.ValidationError for what is not a report.
+    """
+    report = Report.model_validate(_harmless(document))
+    return report, Results.model_validate(report.results)
+
+
+def render(
+    document: dict[str, Any], log: str, screen: bytes | None, source: tuple[Manifest, Hardware] | None = None
+) -> str:
+    """The page. Pure: the same arguments give the same page.
+
+    document: the report as plain data. log: the end of what its attempts logged. screen: the boot test's PNG; what is
+    no PNG is left out. source: the manifest that the report belongs to, and what the VM was, where that is still
+    known. Raise pydantic.ValidationError if the document is not a report.
+    """
+    report, results = checked(document)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(size=size, duration=duration, moment=moment, diff_lines=diff_lines)
+    template = environment.from_string(resources.files("hyper2kvmd").joinpath("page.html.j2").read_text("utf-8"))
+    bars, ticks = timeline(report)
+    return template.render(
+        report=report,
+        results=results,
+        headline=_headline(report),
+        run_by=_run_by(report),
+        problems=() if report.error is None else report.error.problems or (report.error,),
+        machine=_machine(report, results, source),
+        cards=None if source is None else _cards(source[1]),
+        checks=checks(report, results),
+        bars=bars,
+        ticks=ticks,
+        overrides=list(_flat(report.overrides)),
+        log=[_printable(line[:LOG_LINE_LENGTH]) for line in log.rstrip("\n").split("\n")[-LOG_LINES:] if line],
+        screen=_picture(screen),
+    )
+
+
+def _harmless(value: Any, depth: int = 0) -> Any:
+    """Plain data that is safe to show: no text acts on a terminal or on the direction of what is read.
+
+    Numbers that no report of ours has (infinite, or more bytes than a file can have) are taken out.
+    """
+    if isinstance(value, str):
+        return _printable(value)
+    if isinstance(value, int | float):
+        return value if -_NUMBER_LIMIT < value < _NUMBER_LIMIT else None
+    if depth == _DEPTH_LIMIT:
+        return "…"
+    if isinstance(value, dict):
+        return {_harmless(key): _harmless(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_harmless(item, depth + 1) for item in value]
+    return value
+
+
+def _printable(text: str) -> str:
+    """Text with what is not printable written as escapes; lines and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else plain(char) for char in text)
+
+
+def size(bytes: int) -> str:
+    """Bytes for people: 512 B, 172.6 MiB, 2 GiB."""
+    if bytes < 1024:
+        return f"{bytes} B"
+    for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB", "PiB"), 1):
+        if bytes < 1024 ** (power + 1):
+            return f"{bytes / 1024**power:.1f}".removesuffix(".0") + f" {unit}"
+    return f"{bytes} B"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people: 34 ms, 20.3 s, 1 min 42 s, 3 h 07 min; empty for what is not known."""
+    if seconds is None or seconds < 0:
+        return ""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def moment(timestamp: str) -> str:
+    """An RFC 3339 timestamp for people, to the second; one that is none stays as it is."""
+    at = _instant(timestamp)
+    return timestamp if at is None else at.strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def diff_lines(diff: str) -> list[tuple[LineKind, str]]:
+    """The lines of a unified diff, each with what it is."""
+    kinds: dict[str, LineKind] = {"+": "added", "-": "removed", "@": "place"}
+    lines = diff.split("\n")
+    files = 2 if lines[0].startswith("--- ") else 0
+    return [("file" if number < files else kinds.get(line[:1], "same"), line) for number, line in enumerate(lines)]
+
+
+def timeline(report: Report) -> tuple[list[Bar], list[tuple[float, str]]]:
+    """The stages as bars, and the marks of their axis: (percentage, label). The axis begins with the last attempt."""
+    zero = _instant(report.started_at)
+    offsets = [_offset(zero, stage) for stage in report.stages]
+    # What an earlier attempt did can lie days back: its bars would leave no room for those of this one.
+    ends = [
+        offset + (stage.seconds or 0)
+        for offset, stage in zip(offsets, report.stages, strict=True)
+        if offset is not None and offset >= -_CLOCK_SECONDS
+    ]
+    total = max([*ends, report.seconds])
+    bars = []
+    for offset, stage in zip(offsets, report.stages, strict=True):
+        began, left, width = "", None, None
+        if offset is not None and offset < -_CLOCK_SECONDS:
+            began = "earlier attempt"
+        elif offset is not None and stage.seconds is not None:
+            began = f"+{duration(max(offset, 0))}"
+            if total > 0:
+                left, width = (round(max(part, 0) / total * 100, 3) for part in (offset, stage.seconds))
+        bars.append(Bar(stage.name, stage.status, began, duration(stage.seconds), left, width))
+    if all(bar.left is None for bar in bars):
+        return bars, []
+    step = next((step for step in _STEPS if total / step <= 6), total / 4)
+    marks = [number * step for number in range(int(total / step) + 1)]
+    return bars, [(round(mark / total * 100, 3), _mark(mark)) for mark in marks]
+
+
+def _offset(zero: datetime | None, stage: StageRecord) -> float | None:
+    """Seconds from the beginning of the attempt to that of a stage."""
+    began = None if stage.started_at is None else _instant(stage.started_at)
+    return None if zero is None or began is None else (began - zero).total_seconds()
+
+
+def checks(report: Report, results: Results) -> list[Check]:
+    """Everything that was checked, from the source to the boot test, and what was left out."""
+    found = []
+    for disk in report.disks:
+        verified = disk.source_sha256 is not None
+        found.append(
+            Check(
+                disk.source,
+                "has the SHA-256 that the manifest gives",
+                "ok" if verified else "none",
+                "verified" if verified else "not verified",
+                disk.source_sha256 or "",
+            )
+        )
+    for id, disk_checks in (results.validate_.disks if results.validate_ else {}).items():
+        for claim, done in (
+            ("is a sound image of the right size", disk_checks.checked),
+            ("holds, byte for byte, the source and the fix", disk_checks.compared),
+        ):
+            found.append(Check(id, claim, "ok" if done else "none", "passed" if done else "left out", ""))
+    for proof in results.fix.proofs if results.fix else ():
+        said = "proved" if proof.ok else "not so"
+        found.append(Check(proof.subject, proof.claim, "ok" if proof.ok else "failed", said, proof.evidence))
+    if boot := results.boot:
+        words: dict[str, Literal["ok", "failed", "none"]] = {"passed": "ok", "failed": "failed"}
+        evidence = f"{boot.reason}, after {duration(boot.seconds)}"
+        found.append(Check("boot test", "the guest comes up", words.get(boot.outcome, "none"), boot.outcome, evidence))
+    return found
+
+
+def _headline(report: Report) -> str:
+    if report.status != "succeeded":
+        return _UNFINISHED[report.status]
+    if report.dry_run:
+        return "The dry run succeeded. Nothing was written."
+    if not any(disk.target for disk in report.disks):
+        return "The job succeeded. It was not asked to write any disk."
+    if report.domain is None:
+        return "The disks were migrated. No domain was defined."
+    return "The VM was migrated, and is defined in libvirt."
+
+
+def _machine(report: Report, results: Results, source: tuple[Manifest, Hardware] | None) -> list[tuple[str, str, str]]:
+    """What the VM was, and what it is: (label, before, after), without what nobody knows."""
+    domain, inspect, fix = report.domain, results.inspect, results.fix
+    firmware = {"bios": "BIOS", "uefi": "UEFI"}
+    before, after = {"Name": report.vm_name or ""}, {}
+    if source is not None:
+        manifest, hardware = source
+        cores = f"{hardware.cores_per_socket} cores per socket" if hardware.cores_per_socket else None
+        extras = (("Secure Boot", hardware.secure_boot), ("TPM", hardware.tpm))
+        before = {
+            "Name": manifest.vm_name,
+            "Platform": _join(manifest.provider, manifest.datacenter),
+            "Identifier": manifest.vm_id or "",
+            "UUID": hardware.uuid or "",
+            "Exported": moment(manifest.export_timestamp or ""),
+            "CPUs": _join(str(hardware.cpus), cores),
+            "Memory": size(hardware.memory_mib << 20),
+            "Firmware": _join(firmware.get(hardware.firmware), *(name for name, there in extras if there)),
+            "Operating system": hardware.os or "",
+        }
+    if domain:
+        after = {"Name": domain.name, "Platform": f"libvirt, {domain.uri}", "UUID": domain.uuid}
+        if source is not None:
+            after |= {"CPUs": "unchanged", "Memory": "unchanged"}
+        compatible = fix is not None and fix.compatible
+        after["Devices"] = "SATA disks, Intel network cards" if compatible else "virtio disks and network cards"
+    if inspect:
+        after |= {
+            "Firmware": firmware.get(inspect.firmware, inspect.firmware),
+            "Operating system": inspect.product_name,
+        }
+    rows = [(label, _printable(before.get(label, "")), after.get(label, "")) for label in {**before, **after}]
+    return [row for row in rows if row[1] or row[2]]
+
+
+def _cards(hardware: Hardware) -> list[tuple[str, str, str, str]]:
+    """The network cards: (MAC, network, model, slot), as far as they are known."""
+    return [
+        (card.mac or "", _printable(card.network or ""), _printable(card.model or ""), str(card.pci_slot or ""))
+        for card in hardware.cards
+    ]
+
+
+def _run_by(report: Report) -> str:
+    host = report.host
+    if not host.user:  # a report from before this was recorded
+        return ""
+    by = "the daemon" if host.started_by == "daemon" else "a command"
+    login = f" of {host.login_user}" if host.login_user else ""
+    return f"{by}{login}, with the rights of {host.user}"
+
+
+def _picture(screen: bytes | None) -> tuple[str, int, int] | None:
+    """A PNG as a data URI, its width and its height."""
+    if screen is None or not screen.startswith(_PNG) or len(screen) < 24:
+        return None
+    width, height = struct.unpack(">II", screen[16:24])
+    if not (0 < width <= _SCREEN_LIMIT and 0 < height <= _SCREEN_LIMIT):
+        return None
+    return f"data:image/png;base64,{base64.b64encode(screen).decode()}", width, height
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of nested tables, each with its path."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False)
+
+
+def _join(*words: str | None) -> str:
+    return ", ".join(word for word in words if word)
+
+
+def _mark(seconds: float) -> str:
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= unit and seconds % unit == 0:
+            return f"{seconds / unit:g} {name}"
+    return f"{seconds:g} s"
+
+
+def _instant(timestamp: str) -> datetime | None:
+    """A timestamp in UTC, None for what is none."""
+    try:
+        at = datetime.fromisoformat(timestamp)
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
