@@ -75,6 +75,14 @@ soak: deps venv ## break migrations in every way for ten minutes; SOAK="--second
 bench: bench-deps venv ## measure a migration beside virt-v2v
 	@$(PYTHON) -m tests.bench
 
+.PHONY: docs
+docs: venv ## write the reference pages and the shipped settings anew, from the code
+	@$(PYTHON) -m tests.reference
+
+.PHONY: man
+man: deps venv ## write the manual pages to build/man
+	@$(PYTHON) -m tests.reference --man build/man
+
 .PHONY: clean
 clean: ## remove the environment, the cached guests and all that tools left behind
 	@rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import argparse
+import inspect
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from hyper2kvmd import report
+from hyper2kvmd import __main__ as daemon
+from hyper2kvmd import claims, ctl
 from hyper2kvmd.errors import MEANING, Code
 from hyper2kvmd.metrics import Metrics
+from hyper2kvmd.options import EXIT_MEANING
+from tests import reference
 from tests.guests.recipe import GUESTS
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_published_schema_is_that_of_the_code(request: pytest.FixtureRequest) -> None:
-    path = ROOT / "docs/migration-report.schema.json"
+@pytest.mark.parametrize("name", reference.PAGES)
+def test_the_generated_file_is_what_the_code_says_now(name: str, request: pytest.FixtureRequest) -> None:
+    page = reference.PAGES[name]()
     if request.config.getoption("--regenerate"):
-        path.write_text(json.dumps(report.schema(), indent=2) + "\n")
-    assert json.loads(path.read_text()) == report.schema()
+        (ROOT / name).write_text(page)
+    assert (ROOT / name).read_text() == page
 
 
-def test_every_code_has_a_meaning_and_a_row_in_the_manual(request: pytest.FixtureRequest) -> None:
+def test_every_code_has_a_meaning() -> None:
     assert set(Code) == set(MEANING)
-    path = ROOT / "docs/errors.md"
-    rows = [f"| `{code}` | {meaning.outcome} | {meaning.summary} |" for code, meaning in MEANING.items()]
-    text = "\n".join(
-        [
-            "# Error codes",
-            "",
-            "`retrying`: tried again by itself. `blocked`: a person must change something. `rejected`: the export is"
-            " not acceptable. `failed`: trying again would end the same way.",
-            "",
-            "| code | the job is then | meaning |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-    if request.config.getoption("--regenerate"):
-        path.write_text(text)
-    assert path.read_text() == text
 
 
 def test_every_code_is_used_somewhere() -> None:
@@ -51,18 +38,52 @@ def test_every_code_is_used_somewhere() -> None:
     assert [] == [code.name for code in Code if f"Code.{code.name}" not in source]
 
 
-def test_every_metric_is_documented_and_there_from_the_start(request: pytest.FixtureRequest) -> None:
-    families = sorted(Metrics().registry.collect(), key=lambda family: family.name)
-    rows = []
-    for family in families:
-        suffix = "_total" if family.type == "counter" else "_info" if family.type == "info" else ""
-        rows.append(f"| `{family.name}{suffix}` | {family.type} | {family.documentation} |")
-        assert family.samples, f"{family.name} has no series before its first event"
-    text = "\n".join(["# Metrics", "", "| name | type | what |", "|---|---|---|", *rows, ""])
-    path = ROOT / "docs/metrics.md"
-    if request.config.getoption("--regenerate"):
-        path.write_text(text)
-    assert path.read_text() == text
+def test_every_metric_is_there_from_the_start() -> None:
+    families = [*Metrics().registry.collect()]
+    assert families
+    assert [] == [family.name for family in families if not family.samples]
+
+
+def test_every_section_and_every_setting_is_described() -> None:
+    sections = dict(reference.sections())
+    assert {(), ("watch",), ("limits", "stage_seconds")} <= set(sections)
+    assert [] == [path for path, model in sections.items() if not model.__dict__["__doc__"]]
+    settings = [(*path, key) for path, model in sections.items() for key in model.model_fields]
+    described = [
+        (*path, key)
+        for path, model in sections.items()
+        for key, field in model.model_fields.items()
+        if field.description or (*path, field.alias or key) in sections
+    ]
+    assert settings == described
+
+
+@pytest.mark.parametrize("parser", [daemon.build_parser(), ctl.build_parser()], ids=lambda parser: parser.prog)
+def test_every_command_and_every_option_has_a_help_text(parser: argparse.ArgumentParser) -> None:
+    commands = [*reference.commands(parser)]
+    assert len(commands) >= 3
+    assert [] == [command.prog for command, help in commands if not help]
+    options = [(command.prog, option) for command, _ in commands for option in reference.options(command)]
+    assert [] == [(name, option.dest) for name, option in options if option.option_strings and not option.help]
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    names = dict(reference.public())
+    assert {"MigrationPipeline.run", "parse", "Stage.ratio"} <= set(names)
+    # What dataclasses make up themselves begins with the name of the class.
+    assert [] == [n for n, thing in names.items() if not thing.__doc__ or thing.__doc__.startswith(f"{n}(")]
+    assert [] == [n for n, thing in names.items() if inspect.isclass(thing) and "__doc__" not in vars(thing)]
+
+
+def test_readme_lists_the_exit_statuses_as_they_are() -> None:
+    listed = ", ".join(f"{status} {meaning}" for status, meaning in EXIT_MEANING.items())
+    assert f"Exit statuses: {listed}." in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_table_of_files_names_each_that_is_put_into_an_export() -> None:
+    section = reference.files()
+    names = (claims.LOCK, claims.REPORT, claims.LOG, claims.HOLD, claims.DRAIN)
+    assert [] == [name for name in names if f"/{name}`" not in section]
 
 
 def test_the_unit_is_accepted_by_systemd(tmp_path: Path) -> None:

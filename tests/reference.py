@@ -1,0 +1,711 @@
+"""The reference pages and the shipped settings, made from the code that they describe: `python -m tests.reference`.
+
+With `--man DIRECTORY`, the manual pages, made from the same pages by lowdown(1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from hyper2kvmd import __main__ as daemon
+from hyper2kvmd import __version__, batch, claims, ctl, report
+from hyper2kvmd.errors import MEANING, Outcome
+from hyper2kvmd.metrics import Metrics
+from hyper2kvmd.options import DEFAULT_PATH, EXIT_MEANING
+from hyper2kvmd.settings import Section, Settings
+
+ROOT = Path(__file__).parents[1]
+WIDTH = 118  # of a line of the shipped settings
+DATE = "2026-11-24"  # of this version, for the manual pages: that of the build would make each one different
+
+OUTCOMES = {
+    Outcome.RETRY: "The cause passes by itself: tried again with growing delays.",
+    Outcome.BLOCKED: "A person must change something, then say `hyper2kvmctl retry`.",
+    Outcome.REJECTED: "The export is not an Artifact Manifest, or it is hostile.",
+    Outcome.FAILED: "Trying again would end the same way.",
+    Outcome.CANCELLED: "A person does not want it any more.",
+}
+
+# The names that other programs may use, by module, in the order of the page.
+LIBRARY = {
+    "hyper2kvmd.migration": ("MigrationPipeline", "MigrationFailed"),
+    "hyper2kvmd.settings": ("load", "Settings"),
+    "hyper2kvmd.events": ("Event",),
+    "hyper2kvmd.runner": ("Progress", "Stage"),
+    "hyper2kvmd.report": (
+        *("Report", "ErrorRecord", "FindingRecord", "StageRecord", "DiskRecord", "ChangeRecord", "DomainRecord"),
+        *("ManifestRecord", "HostRecord"),
+    ),
+    "hyper2kvmd.manifest": (
+        *("ManifestBuilder", "ArtifactManifest", "parse", "ManifestError", "Manifest", "VMSpec", "Disk", "Nic"),
+        *("Stages", "Output", "Options", "Configuration"),
+    ),
+    "hyper2kvmd.manifest.model": ("Inspect", "Fix", "Convert", "Validate", "User", "Services", "Interface"),
+    "hyper2kvmd.errors": ("MigrationError", "Finding", "Code"),
+}
+
+EXAMPLE = """\
+from pathlib import Path
+
+from hyper2kvmd.events import Event
+from hyper2kvmd.manifest import ManifestBuilder
+from hyper2kvmd.migration import MigrationFailed, MigrationPipeline
+from hyper2kvmd.runner import Progress
+from hyper2kvmd.settings import load
+
+export = Path("/var/lib/hypersdk/exports/web01")
+builder = ManifestBuilder(export).with_source("web01").with_vm(cpu=1, mem_gb=1, firmware="bios")
+manifest = builder.add_disk("web01.qcow2").write()
+print(manifest.boot_disk().format, manifest.boot_disk().path)
+
+
+def show(event: Event, progress: Progress) -> None:
+    if event.kind == "stage" and event.data["status"] == "done":
+        print(event.data["stage"], "is done")
+
+
+settings = load(Path("/etc/hyper2kvmd/hyper2kvmd.yaml"), overrides=("output.format=raw",))
+try:
+    report = MigrationPipeline(export, settings, stages=("convert", "validate"), on_event=show).run()
+except MigrationFailed as failed:
+    print(f"{failed.code}: {failed.message}. {failed.hint}")
+else:
+    print(report.status, report.disks[0].target)
+"""
+
+EXAMPLE_PRINTS = """\
+qcow2 web01.qcow2
+plan is done
+verify is done
+convert is done
+validate is done
+publish is done
+succeeded /var/lib/libvirt/images/web01-disk-0.raw
+"""
+
+
+# What pages are made of ---------------------------------------------------------------------------------------
+
+
+def item(term: str, text: str, note: str = "") -> str:
+    """One entry of a list of definitions: what GitHub shows as a bullet is a tagged paragraph in a manual page."""
+    return f"- **`{term}`**{f' ({note})' if note else ''}: {' '.join(text.split())}\n"
+
+
+def exit_statuses() -> str:
+    """The section on exit statuses, the same for both programs."""
+    rows = "".join(item(str(status), meaning) for status, meaning in EXIT_MEANING.items())
+    return f"## Exit status\n\n{rows}"
+
+
+def files() -> str:
+    """The section on files: the settings, and what the page on operations says is on disk."""
+    operations = (ROOT / "docs/operations.md").read_text()
+    section = operations.split("## What is on disk\n", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| (`.*`) \| (.*) \|$", section, flags=re.MULTILINE)
+    return "".join(
+        [
+            "## Files\n\n",
+            item(str(DEFAULT_PATH), "the settings; without the file, the defaults hold"),
+            *(f"- **{name}**: {text}\n" for name, text in rows),
+        ]
+    )
+
+
+def see_also(*pages: str) -> str:
+    """The section on other pages; each is the name of a manual page."""
+    return f"## See also\n\n{', '.join(f'[{page}]({PAGE_OF[page]})' for page in pages)}\n"
+
+
+PAGE_OF = {
+    "hyper2kvmd(8)": "hyper2kvmd.md",
+    "hyper2kvmctl(1)": "hyper2kvmctl.md",
+    "hyper2kvmd.yaml(5)": "settings.md",
+    "migration-report(5)": "report-format.md",
+}
+
+
+# Settings -----------------------------------------------------------------------------------------------------
+
+
+def sections() -> Iterator[tuple[tuple[str, ...], type[Section]]]:
+    """Every section of the settings with its path, from the top, in order."""
+
+    def below(path: tuple[str, ...], model: type[Section]) -> Iterator[tuple[tuple[str, ...], type[Section]]]:
+        yield path, model
+        for name, inner in _keys(model):
+            if _is_section(inner):
+                yield from below((*path, name), inner)
+
+    return below((), Settings)
+
+
+def _keys(model: type[BaseModel]) -> list[tuple[str, Any]]:
+    return [(field.alias or name, field.annotation) for name, field in model.model_fields.items()]
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def shipped_settings() -> str:
+    """etc/hyper2kvmd.yaml: every key at its default, with what it does above it."""
+    header = (
+        f"{DEFAULT_PATH}: the settings of hyper2kvmd, each at its default; the manual page is hyper2kvmd.yaml(5)."
+        " A key that is left out has its default, so this file may hold as little as is changed.",
+        "Check an edited file with `hyper2kvmd check-config`; `systemctl reload hyper2kvmd` takes it into use, for new"
+        " jobs.",
+        "Any setting can also be given to a command: --set workers=4, --set libvirt.import=false",
+    )
+    text = "".join(_comment(line, "") for line in header)
+    return text + _yaml(Settings, Settings().model_dump(mode="json", by_alias=True), "")
+
+
+def _yaml(model: type[BaseModel], values: dict[str, Any], indent: str) -> str:
+    text = ""
+    for (name, annotation), field in zip(_keys(model), model.model_fields.values(), strict=True):
+        text += "" if indent else "\n"
+        if _is_section(annotation):
+            text += f"{_comment(_about(annotation), indent)}{indent}{name}:\n"
+            text += _yaml(annotation, values[name], f"{indent}  ")
+        else:
+            text += _comment(field.description or "", indent)
+            text += "".join(f"{indent}# For example: {_flow(example)}\n" for example in field.examples or ())
+            text += f"{indent}{name}: {_flow(values[name])}\n"
+    return text
+
+
+def _comment(text: str, indent: str) -> str:
+    mark = f"{indent}# "
+    return textwrap.fill(text, WIDTH, initial_indent=mark, subsequent_indent=mark, break_on_hyphens=False) + "\n"
+
+
+def _flow(value: object) -> str:
+    """A value as YAML on one line."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as people write it
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).removesuffix("...\n").strip()
+
+
+def _about(thing: object) -> str:
+    """A docstring as one paragraph."""
+    return " ".join((inspect.getdoc(thing) or "").split())
+
+
+def settings_page() -> str:
+    """docs/settings.md."""
+    schema = Settings.model_json_schema()
+    values = Settings().model_dump(mode="json", by_alias=True)
+    text = f"""\
+# hyper2kvmd.yaml - the settings of hyper2kvmd
+
+## Description
+
+The settings are a YAML file, `{DEFAULT_PATH}`, or the one that `--config FILE` names. A key that is not in the
+file has its default, and without a file all of them have. A key that is not known is an error.
+
+`hyper2kvmd check-config` checks the file and prints all settings, those of the file and the defaults; what is wrong is
+told with its line. `systemctl reload hyper2kvmd` takes the file into use: jobs that start from then on have the new
+settings, those that run keep theirs. If the new file is wrong, the old settings stay in force, and the reload fails.
+
+`--set KEY=VALUE` gives one setting to one command, and goes before the file: `--set libvirt.import=false`. The value is
+YAML, so a list is `--set 'output.allowed_dirs=[/srv/fast]'`. It can be given several times.
+
+Below, a dot stands between a section and its key: `libvirt.pool` is the key `pool` in the section `libvirt`.
+
+## Example
+
+    workers: 4
+    output_dir: /srv/images
+    libvirt:
+      network_map:
+        VM Network: bridge:br0
+        DMZ: ovs:br1@20
+    validate:
+      test_boot: true
+"""
+    for path, model in sections():
+        name = ".".join(path)
+        text += f"\n## {name or 'Top level'}\n\n" + (f"{_about(model)}\n\n" if path else "")
+        table, inner = _resolve(schema, path), values
+        for part in path:
+            inner = inner[part]
+        for (key, annotation), field in zip(_keys(model), model.model_fields.values(), strict=True):
+            if not _is_section(annotation):
+                kind = value_kind(table["properties"][key])
+                note = f"{kind}; default: `{_flow(inner[key])}`"
+                examples = "".join(f" For example: `{_flow(example)}`" for example in field.examples or ())
+                text += item(".".join((*path, key)), f"{field.description}{examples}", note)
+        if not path:
+            text += "\nThe keys of `pipeline` are those of the manifest: `hyper2kvmctl manifest schema` prints them.\n"
+    return text + "\n" + see_also("hyper2kvmd(8)", "hyper2kvmctl(1)")
+
+
+def _resolve(schema: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The table at a path of a JSON Schema."""
+    table = schema
+    for part in path:
+        table = schema["$defs"][_reference(table["properties"][part])]
+    return table
+
+
+def _reference(schema: dict[str, Any]) -> str:
+    """The name of the definition that a property refers to, directly or as its items; "" if it does not."""
+    for inner in (schema, schema.get("items", {}), *schema.get("anyOf", ()), *schema.get("allOf", ())):
+        if "$ref" in inner:
+            return str(inner["$ref"].removeprefix("#/$defs/"))
+    return ""
+
+
+def value_kind(schema: dict[str, Any]) -> str:
+    """What a value of a JSON Schema is, in words."""
+    kinds = [kind for choice in schema.get("anyOf", [schema]) for kind in _kinds(choice)]
+    return " or ".join(part for part in (", ".join(kinds[:-1]), kinds[-1]) if part)
+
+
+def _kinds(schema: dict[str, Any]) -> list[str]:
+    if "enum" in schema:
+        return [f"`{choice}`" for choice in schema["enum"]]
+    if schema.get("type") == "boolean":
+        return ["`true`", "`false`"]
+    return [_kind(schema)]
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "const" in schema:
+        return f"always `{schema['const']}`"
+    if "$ref" in schema or "allOf" in schema:
+        return "table"
+    kind = schema["type"]
+    if kind == "array":
+        return f"list of {_several(value_kind(schema['items']))}"
+    if kind == "object":
+        values = schema.get("additionalProperties", {})
+        return f"table of {_several(value_kind(values))}" if isinstance(values, dict) and "type" in values else "table"
+    if kind in ("integer", "number"):
+        low, high = schema.get("minimum"), schema.get("maximum")
+        word = "whole number" if kind == "integer" else "number"
+        if low is None:
+            return word
+        return f"{word}, {low:g} {'or more' if high is None else f'to {high:g}'}"
+    if schema.get("format") == "path":
+        return "path"
+    return {"string": "text", "null": "`null`"}[kind]
+
+
+def _several(kind: str) -> str:
+    return f"{kind}s" if kind in ("path", "table") else kind
+
+
+# The report ---------------------------------------------------------------------------------------------------
+
+
+def report_page() -> str:
+    """docs/report-format.md."""
+    schema = report.schema()
+    text = f"""\
+# migration-report - what a migration did and how it ended
+
+## Description
+
+A job that is over leaves its report beside the manifest, as `{claims.REPORT}`. As long as it is there, the
+export is left alone, unless its status is `retrying`. `hyper2kvmctl show` prints it for people, `hyper2kvmctl retry`
+moves it away and has the job begun anew.
+
+It is one JSON object in UTF-8, and it is written whole or not at all. All fields are always there. Its schema is
+[migration-report.schema.json](migration-report.schema.json).
+
+## Status
+
+- **`succeeded`**: The VM was migrated.
+"""
+    text += "".join(item(outcome, meaning) for outcome, meaning in OUTCOMES.items())
+    text += f"\n## Fields\n\n{' '.join(schema['description'].split())}\n\n{_fields(schema)}"
+    # By definition, the places where it stands: a person looks for the place.
+    places: dict[str, list[str]] = {}
+    waiting = [("", schema)]
+    while waiting:
+        path, table = waiting.pop(0)
+        for name, field in table["properties"].items():
+            if definition := _reference(field):
+                place = f"{path}{name}{'[]' if 'items' in field else ''}"
+                places.setdefault(definition, []).append(place)
+                waiting.append((f"{place}.", schema["$defs"][definition]))
+    for definition, names in places.items():
+        table = schema["$defs"][definition]
+        text += f"\n### {', '.join(f'`{name}`' for name in names)}\n\n{' '.join(table['description'].split())}\n\n"
+        text += _fields(table)
+    return text + "\n" + see_also("hyper2kvmctl(1)", "hyper2kvmd(8)")
+
+
+def _fields(table: dict[str, Any]) -> str:
+    text = ""
+    for name, field in table["properties"].items():
+        definition = _reference(field)
+        where = f"see `{name}{'[]' if 'items' in field else ''}` below" if definition else ""
+        kind = value_kind(field)
+        about = "; ".join(part for part in (field.get("description", ""), where) if part)
+        text += item(name, about, kind) if about else f"- **`{name}`** ({kind})\n"
+    return text
+
+
+def errors_page() -> str:
+    """docs/errors.md, and a section of migration-report(5)."""
+    text = "# Error codes\n\nWhat becomes of a job is decided by the code of its error.\n"
+    for outcome, meaning in OUTCOMES.items():
+        text += f"\n## {outcome}\n\n{meaning}\n\n"
+        text += "".join(item(code, of.summary) for code, of in MEANING.items() if of.outcome == outcome)
+    return text
+
+
+def report_schema() -> str:
+    """docs/migration-report.schema.json."""
+    return json.dumps(report.schema(), indent=2) + "\n"
+
+
+def metrics_page() -> str:
+    """docs/metrics.md."""
+    rows = []
+    for family in sorted(Metrics().registry.collect(), key=lambda family: family.name):
+        suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+        rows.append(f"| `{family.name}{suffix}` | {family.type} | {family.documentation} |\n")
+    return "# Metrics\n\n| name | type | what |\n|---|---|---|\n" + "".join(rows)
+
+
+# The programs -------------------------------------------------------------------------------------------------
+
+
+def commands(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.ArgumentParser, str]]:
+    """Every command of a program, and of its groups of commands, with its help text."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for choice in action._choices_actions:
+                inner = action.choices[choice.dest]
+                if any(isinstance(deeper, argparse._SubParsersAction) for deeper in inner._actions):
+                    yield from commands(inner)
+                else:
+                    yield inner, choice.help or ""
+
+
+def options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The arguments of a command, without --help."""
+    return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+
+
+def _usage(parser: argparse.ArgumentParser, shared: set[str]) -> str:
+    words = [parser.prog]
+    for action in options(parser):
+        if not action.option_strings:
+            words.append(_argument(action))
+        elif action.option_strings[-1] not in shared:
+            names = action.option_strings if action.nargs == 0 else action.option_strings[:1]
+            words.append(f"[{' | '.join(_option(action, name) for name in names)}]")
+    lines = textwrap.wrap(
+        " ".join(word.replace(" ", "\0") for word in words),
+        76,
+        initial_indent="    ",
+        subsequent_indent=" " * (5 + len(parser.prog)),
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines).replace("\0", " ") + "\n"
+
+
+def _option(action: argparse.Action, name: str) -> str:
+    return name if action.nargs == 0 else f"{name} {_argument(action)}"
+
+
+def _argument(action: argparse.Action) -> str:
+    name = action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest.upper())
+    return {"+": f"{name}...", "*": f"[{name}...]"}.get(str(action.nargs), str(name))
+
+
+def _program(parser: argparse.ArgumentParser, description: str) -> str:
+    """The part of a program's page that its parser knows."""
+    every = list(commands(parser))
+    shared = set.intersection(
+        *({name for action in options(command) for name in action.option_strings} for command, _ in every)
+    )
+    about = parser.description or ""
+    text = f"# {parser.prog} - {about[0].lower()}{about[1:].rstrip('.')}\n\n## Synopsis\n\n"
+    text += f"    {parser.prog} COMMAND [OPTION...] [ARGUMENT...]\n    {parser.prog} --version\n\n"
+    text += f"## Description\n\n{description}\n## Commands\n"
+    for command, help in every:
+        text += f"\n### {command.prog}\n\n{_usage(command, shared)}\n{help[0].upper()}{help[1:]}.\n"
+        own = [action for action in options(command) if action.help and not shared & {*action.option_strings}]
+        text += "\n" * bool(own) + "".join(map(_option_item, own))
+    text += "\n## Options of every command\n\n"
+    text += "".join(_option_item(action) for action in options(every[0][0]) if shared & {*action.option_strings})
+    return text + item("-h, --help", "say what the command takes") + "\n" + exit_statuses()
+
+
+def _option_item(action: argparse.Action) -> str:
+    names = [_option(action, name) for name in action.option_strings] or [_argument(action)]
+    return item(", ".join(names), (action.help or "").replace("%%", "%"))
+
+
+def ctl_page() -> str:
+    """docs/hyper2kvmctl.md."""
+    text = _program(
+        ctl.build_parser(),
+        """\
+hyper2kvmctl works on the directory of the exports, and needs no daemon. It works beside one too: who migrates an export
+holds its lock, so nothing is done twice.
+
+An *EXPORT* is the directory of an export, or its name in `exports_dir` (a setting), or the name of its VM.
+""",
+    )
+    return f"""\
+{text}
+A command that was stopped with Ctrl-C ends with 130; one whose migration was killed by signal *N*, with 128 + *N*.
+
+{plan_file()}
+{files()}
+## Examples
+
+What is there, and what became of one of them:
+
+    hyper2kvmctl list
+    hyper2kvmctl show web01
+
+What would be done to a guest, with every change:
+
+    hyper2kvmctl migrate --dry-run /var/lib/hypersdk/exports/web01
+
+A migration by hand, without a domain:
+
+    hyper2kvmctl migrate --no-import --output-dir /srv/images /mnt/usb/web01/manifest.json
+
+{see_also("hyper2kvmd(8)", "hyper2kvmd.yaml(5)", "migration-report(5)")}"""
+
+
+def plan_file() -> str:
+    """The section on the file that --plan names."""
+    wishes = batch.Wishes.model_json_schema()
+    rows = (item(f"vms.NAME.{name}", key["description"], value_kind(key)) for name, key in wishes["properties"].items())
+    return f"""\
+## The plan of a batch
+
+The file that `hyper2kvmctl batch --plan` takes is YAML. It has one key, `vms`: for each export, by the *NAME* of its
+directory, what is wanted for it. An export that it does not name is migrated as the settings say.
+
+    vms:
+      db01: {{priority: 10, network_map: {{"VM Network": bridge:br1}}}}
+      test07: {{skip: true}}
+
+{"".join(rows)}"""
+
+
+def daemon_page() -> str:
+    """docs/hyper2kvmd.md."""
+    text = _program(
+        daemon.build_parser(),
+        """\
+hyper2kvmd watches the directory of the exports (`exports_dir`, a setting), and migrates each export in a process of its
+own, a few at the same time: it is checked, its guest is fixed on an overlay, its disks are converted and checked, and a
+domain is defined in libvirt. The report beside the manifest says how it ended.
+
+`systemctl start hyper2kvmd` starts `hyper2kvmd run`, and that starts a `hyper2kvmd run-job` for each export. By hand,
+`hyper2kvmctl migrate` is the easier one.
+""",
+    )
+    return f"""\
+{text}
+With 78, systemd does not start the daemon again: the settings must be mended first.
+
+## Signals
+
+{item("SIGTERM", "Stops the running jobs and ends. The next start goes on behind the last finished step of each.")}\
+{item("SIGINT", "The same.")}\
+{item("SIGHUP", "Reads the settings again, for jobs that start from then on. Bad ones are logged, and not used.")}\
+
+## Environment
+
+Of the environment, jobs and the programs that they run get what is named here, `PATH`, `HOME`, `TMPDIR`,
+`XDG_RUNTIME_DIR`, `XDG_CONFIG_HOME`, `XDG_CACHE_HOME`, and whatever begins with `LIBGUESTFS_`.
+
+{item("LIBGUESTFS_CACHEDIR", "Where libguestfs keeps its appliance. The unit has /var/cache/hyper2kvmd.")}\
+{item("LIBGUESTFS_BACKEND", "How libguestfs starts its appliance. The unit has `direct`: without libvirt.")}\
+{item("JOURNAL_STREAM", "Set by systemd. With it, log records have fields in the journal, such as `H2K_VM`.")}\
+
+`NOTIFY_SOCKET` and `WATCHDOG_USEC`, which systemd sets, are for `hyper2kvmd run` alone: it tells systemd of its start,
+of every scan, and how many jobs there are.
+
+
+{files()}
+{see_also("hyper2kvmctl(1)", "hyper2kvmd.yaml(5)", "migration-report(5)")}"""
+
+
+# The library --------------------------------------------------------------------------------------------------
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    """Every name of the library page with its object: classes, their methods as `Class.method`, and functions."""
+    for module, names in LIBRARY.items():
+        for name in names:
+            thing = getattr(importlib.import_module(module), name)
+            yield name, thing
+            for method in _methods(thing) if isinstance(thing, type) else ():
+                yield f"{name}.{method}", inspect.getattr_static(thing, method)
+
+
+def _methods(cls: type) -> list[str]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node.name for node in _parsed(cls)[1].body if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def _parsed(thing: Any) -> tuple[str, Any]:
+    source = textwrap.dedent(inspect.getsource(thing))
+    return source, ast.parse(source).body[0]
+
+
+def _stub(thing: Any) -> str:
+    """A class or function as it is written, without what it does: its header, its fields, its methods' headers."""
+    source, node = _parsed(thing)
+    lines = source.splitlines()
+
+    def header(function: ast.FunctionDef) -> str:
+        first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)]) - 1
+        return "\n".join(lines[first : function.body[0].lineno - 1]) + " ..."
+
+    if isinstance(node, ast.FunctionDef):
+        return header(node)
+    bases = ", ".join(ast.unparse(base) for base in node.bases)
+    fields = [
+        f"    {inner.target.id}: {ast.get_source_segment(source, inner.annotation)}"
+        for inner in node.body
+        if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name)
+    ]
+    methods = [
+        header(inner)
+        for inner in node.body
+        if isinstance(inner, ast.FunctionDef) and (inner.name == "__init__" or not inner.name.startswith("_"))
+    ]
+    body = "\n\n".join(part for part in ("\n".join(fields), "\n".join(methods)) if part)
+    name = f"class {node.name}({bases}):" if bases else f"class {node.name}:"
+    return f"{name}\n{body}" if body else f"{name} ..."
+
+
+def library_page() -> str:
+    """docs/library.md."""
+    text = f"""\
+# The library
+
+A Python program can migrate an export by itself. Each migration runs in a process of its own, with the same lock,
+checks and report as the jobs of the daemon. This example writes the manifest of a disk, and migrates it without looking
+into its guest:
+
+```python
+{EXAMPLE}```
+
+It prints:
+
+```
+{EXAMPLE_PRINTS}```
+
+What can go wrong is raised as `MigrationError`: a code of [a closed list](errors.md), what it is about, and the remedy.
+"""
+    for module, names in LIBRARY.items():
+        text += f"\n## {module}\n"
+        for name in names:
+            thing = getattr(importlib.import_module(module), name)
+            text += f"\n### {name}\n\n```python\n{_stub(thing)}\n```\n\n{inspect.getdoc(thing)}\n"
+            if isinstance(thing, type) and (methods := _methods(thing)):
+                rows = [(method, _about(inspect.getattr_static(thing, method))) for method in methods]
+                text += "\n" + "".join(item(method, about) for method, about in rows)
+    return text
+
+
+# Writing it all -----------------------------------------------------------------------------------------------
+
+PAGES = {
+    "etc/hyper2kvmd.yaml": shipped_settings,
+    "docs/settings.md": settings_page,
+    "docs/hyper2kvmctl.md": ctl_page,
+    "docs/hyper2kvmd.md": daemon_page,
+    "docs/report-format.md": report_page,
+    "docs/errors.md": errors_page,
+    "docs/metrics.md": metrics_page,
+    "docs/library.md": library_page,
+    "docs/migration-report.schema.json": report_schema,
+}
+
+
+def man_sources() -> dict[str, str]:
+    """Every manual page as lowdown(1) takes it, by its file name."""
+    codes = errors_page().replace("\n## ", "\n### ").replace("# Error codes", "## Error codes", 1)
+    body, also = report_page().split("## See also", 1)
+    return {
+        "hyper2kvmd.8": _man_source("hyper2kvmd(8)", daemon_page()),
+        "hyper2kvmctl.1": _man_source("hyper2kvmctl(1)", ctl_page()),
+        "hyper2kvmd.yaml.5": _man_source("hyper2kvmd.yaml(5)", settings_page()),
+        "migration-report.5": _man_source("migration-report(5)", f"{body}{codes}\n## See also{also}"),
+    }
+
+
+def _man_source(page: str, text: str) -> str:
+    name, section = page.removesuffix(")").split("(")
+    text = re.sub(r"^# (.*)", r"## Name\n\n\1", text, count=1)
+    text = re.sub(r"^## (.*)", lambda found: f"# {found[1].upper()}", text, flags=re.MULTILINE)
+    text = re.sub(r"^### ", "## ", text, flags=re.MULTILINE)
+    # The definitions, which GitHub does not know, and lowdown does.
+    text = re.sub(r"^- (\*\*.+?\*\*(?: \(.*?\))?)(?:: (.*))?$", r"\1\n\n:   \2\n", text, flags=re.MULTILINE)
+    # Literal text is bold in a manual page.
+    text = re.sub(r"(?:\*\*)?`([^`]+)`(?:\*\*)?", lambda found: f"**{_escaped(found[1])}**", text)
+    head = f"title: {name}\nsection: {section}\ndate: {DATE}\nsource: hyper2kvmd {__version__}\n"
+    return f"{head}volume: hyper2kvmd manual\n\n{text}"
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)
+
+
+def write_man(directory: Path) -> None:
+    """Write the manual pages; lowdown must be installed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, source in man_sources().items():
+        command = ["lowdown", "-s", "-Tman", "--nroff-no-groff", "--nroff-nolinks", "--out-no-smarty"]
+        made = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
+        (directory / name).write_text(_tidied(made))
+
+
+def _tidied(page: str) -> str:
+    """What lowdown writes, as man(7) would have it."""
+    dance = r"\.if n \\\n\.sp -1v\n\.if t \\\n\.sp -0\.25v\n"
+    page = re.sub(rf'^\.LP\n(.*)\n{dance}\.IP "" 5n\n', r".TP\n\1\n", page, flags=re.MULTILINE)
+    page = re.sub(r"^(\.S[HS]\n.*\n)\.LP\n", r"\1", page, flags=re.MULTILINE)
+    # Names are to be copied: no hyphenation, and no hyphen that is shown as another character.
+    page = re.sub(r"^(\.TH .*\n)", r"\1.nh\n.ad l\n", page, flags=re.MULTILINE)
+    return re.sub(r"^(?!\.).*", lambda line: line[0].replace("-", r"\-"), page, flags=re.MULTILINE)
+
+
+def main() -> None:
+    """Write the pages, or with --man the manual pages."""
+    parser = argparse.ArgumentParser(prog="python -m tests.reference", description=__doc__)
+    parser.add_argument("--man", type=Path, metavar="DIRECTORY", help="write the manual pages there")
+    directory = parser.parse_args().man
+    if directory is None:
+        for name, page in PAGES.items():
+            (ROOT / name).write_text(page())
+        return
+    try:
+        write_man(directory)
+    except FileNotFoundError as error:
+        sys.exit(f"{error.filename}: no such program; `make deps` installs it")
+
+
+if __name__ == "__main__":
+    main()
