@@ -32,9 +32,11 @@ def session(directory: Path) -> Iterator[str]:
     config.write_text(f'unix_sock_dir = "{run}"\nauth_unix_ro = "none"\nauth_unix_rw = "none"\nlog_level = 3\n')
     # QEMU as root: the scratch directory belongs to root, and libvirt's user could not enter it.
     script = (
-        "for d in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt /run/libvirt; do"
+        # The images stay in sight, for guests that are started.
+        f"mkdir -p {run}/images && mount --bind /var/lib/libvirt/images {run}/images || exit 1;"
+        " for d in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt /run/libvirt; do"
         " mkdir -p $d && mount -t tmpfs tmpfs $d || exit 1; done;"
-        " mkdir -p /etc/libvirt/qemu;"
+        f" mkdir -p /etc/libvirt/qemu /var/lib/libvirt/images; mount --bind {run}/images /var/lib/libvirt/images;"
         # No virtlogd: it would be the host's.
         ' printf \'user = "root"\\ngroup = "root"\\nsecurity_driver = "none"\\nstdio_handler = "file"\\n\''
         " > /etc/libvirt/qemu.conf;"
