@@ -19,6 +19,7 @@ import structlog
 
 from hyper2kvmd import journal, run, spool
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
+from hyper2kvmd.messages import Kind
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.notify import STATUS_LIMIT, Notifier
 from hyper2kvmd.runner import STOP_SECONDS, Runner, spawn
@@ -95,7 +96,9 @@ class Daemon:
         """Work until SIGTERM or SIGINT; with `once`, until there is nothing left to do. Return the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._signal)
-        log.info("watching", directory=str(self.settings.exports_dir), workers=self.settings.workers)
+        log.info(
+            "watching", kind=Kind.WATCHING, directory=str(self.settings.exports_dir), workers=self.settings.workers
+        )
         try:
             self._loop(once)
         finally:
@@ -202,7 +205,8 @@ class Daemon:
         """Say once, not at every scan, that the directory cannot be read, and once that it can be again."""
         if trouble and not self._trouble:
             self.metrics.scan_errors.inc()
-            log.error(trouble, hint="Mount or create the directory, mend its file server, or change exports_dir.")
+            hint = "Mount or create the directory, mend its file server, or change exports_dir."
+            log.error(trouble, kind=Kind.EXPORTS_UNREADABLE, hint=hint)
         elif self._trouble and not trouble:
             log.info("the exports directory can be read again", directory=str(self.settings.exports_dir))
         self._trouble = trouble
@@ -346,7 +350,7 @@ class Daemon:
         count = self._setbacks[export].count + 1 if export in self._setbacks else 1
         delay = self.settings.retry.delay(count)
         self._setbacks[export] = Setback(count, time.time() + delay, Finding(Code.RUNNER_CRASHED, message, hint))
-        log.error(message, export=export.name, hint=hint, next_attempt_in_seconds=round(delay))
+        log.error(message, kind=Kind.RUNNER_DIED, export=export.name, hint=hint, next_attempt_in_seconds=round(delay))
 
     def _tell(self) -> None:
         status = self.status()
@@ -359,13 +363,14 @@ class Daemon:
             settings = self._load()
         except SettingsError as error:
             self.metrics.reload_ok.set(0)
-            log.error("the new configuration is bad, the old one stays in force", reason=str(error))
+            bad = "the new configuration is bad, the old one stays in force"
+            log.error(bad, kind=Kind.CONFIG_BAD, reason=str(error))
             return
         self.metrics.reload_ok.set(1)
         self.settings = settings
         self.metrics.workers.set(settings.workers)
         journal.configure(settings.log.level)
-        log.info("configuration reloaded", workers=settings.workers)
+        log.info("configuration reloaded", kind=Kind.RELOADED, workers=settings.workers)
 
     def _stop(self) -> None:
         """Stop the runners and wait for them: their jobs are done again by the next start."""
@@ -377,5 +382,5 @@ class Daemon:
             runner.close(max(deadline - time.monotonic(), 0))
         if self._pruner is not None:
             run.end(self._pruner)
-        if self.runners:
-            log.info("stopped; the jobs that ran go on at the next start", jobs=len(self.runners))
+        jobs = len(self.runners)
+        log.info("stopped; the jobs that ran go on at the next start", kind=Kind.STOPPED, jobs=jobs)

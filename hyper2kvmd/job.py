@@ -20,6 +20,7 @@ from hyper2kvmd import report
 from hyper2kvmd.claims import Claim, timestamp
 from hyper2kvmd.errors import Cancelled, Finding, MigrationError
 from hyper2kvmd.events import Emitter
+from hyper2kvmd.messages import Kind
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 
@@ -97,7 +98,7 @@ class Job:
         """Put a warning on the record."""
         self.record.warnings.append(finding)
         self.events.emit("warning", **finding.as_json())
-        log.warning(finding.message, code=str(finding.code), hint=finding.hint)
+        log.warning(finding.message, kind=Kind.WARNING, warning=str(finding.code), hint=finding.hint)
 
     def skip(self, stage: str) -> None:
         """Put it on the record that a stage was left out."""
@@ -110,7 +111,7 @@ class Job:
         began = time.time()
         started = self.running[name] = self.moved_at = time.monotonic()
         self.events.emit("stage", stage=name, status="started", seconds=0.0, total=total)
-        log.info("stage started", stage=name)
+        log.info("stage started", kind=Kind.STAGE_STARTED, stage=name)
         status = "failed"
         try:
             yield
@@ -129,7 +130,7 @@ class Job:
                 report.StageRecord(name=name, status=status, started_at=timestamp(began), seconds=seconds)
             )
             self.events.emit("stage", stage=name, status=status, seconds=seconds)
-            log.info("stage ended", stage=name, status=status, seconds=seconds)
+            log.info("stage ended", kind=Kind.STAGE_ENDED, stage=name, status=status, seconds=seconds)
 
     def progress(self, stage: str, item: str, total: int) -> Callable[[float], None]:
         """A function that takes the ratio done of one item of `total` bytes, and tells about it now and then."""

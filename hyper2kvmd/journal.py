@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 import structlog
 
+from hyper2kvmd.messages import CATALOG
+
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 # A datagram has a limit of about 200 KiB; what is longer is cut, not lost.
 VALUE_LIMIT = 60_000
@@ -38,6 +40,7 @@ def configure(level: str, *, stream: TextIO | None = None) -> None:
     else:
         processors = [
             *shared,
+            _without_kind,
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
             structlog.dev.ConsoleRenderer(colors=output.isatty()),
         ]
@@ -69,6 +72,12 @@ def also_to(dir_fd: int, name: str) -> None:
     structlog.configure(processors=[*others, _File(fd), final])
 
 
+def _without_kind(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Leave out what only the journal has a use for."""
+    event.pop("kind", None)
+    return event
+
+
 class _File:
     """A structlog processor that appends each event as one line; it passes events on unchanged and never raises."""
 
@@ -76,13 +85,17 @@ class _File:
         self._fd = fd
 
     def __call__(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        words = {key: value for key, value in event.items() if key not in ("event", "level", "timestamp", "job", "vm")}
+        words = {key: value for key, value in event.items() if key not in _NOT_IN_FILE}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         details = " ".join(f"{key}={_one_line(value)}" for key, value in words.items())
         line = f"{stamp} {event.get('level', method):<7} {_one_line(event.get('event', ''))} {details}".rstrip()
         with contextlib.suppress(OSError):
             os.write(self._fd, line.encode("utf-8", "replace") + b"\n")
         return event
+
+
+# Each line of the file is about the one job of the one VM.
+_NOT_IN_FILE = ("event", "level", "timestamp", "job_id", "vm", "kind")
 
 
 def _one_line(value: object) -> str:
@@ -94,8 +107,9 @@ def _one_line(value: object) -> str:
 class Journald:
     """The last structlog processor: sends the event as one datagram and drops it from structlog.
 
-    Fields get the prefix H2K_, so that `journalctl H2K_JOB=...` finds them. If the journal does not take the
-    datagram, the line goes to standard error with its priority; logging never raises.
+    Fields get the prefix H2K_, so that `journalctl H2K_JOB_ID=...` finds them; the kind of the event gives it its
+    MESSAGE_ID. If the journal does not take the datagram, the line goes to standard error with its priority; logging
+    never raises.
     """
 
     def __init__(self, path: str, fallback: TextIO) -> None:
@@ -105,11 +119,14 @@ class Journald:
 
     def __call__(self, logger: Any, method: str, event: dict[str, Any]) -> Any:
         message = str(event.pop("event", ""))
+        event = {key: value for key, value in event.items() if value is not None}
+        kind = event.pop("kind", None)
         priority = PRIORITY.get(str(event.pop("level", method)), 6)
         fields = {
             "MESSAGE": _text(message, event),
             "PRIORITY": str(priority),
             "SYSLOG_IDENTIFIER": "hyper2kvmd",
+            **({"MESSAGE_ID": CATALOG[kind].id, "H2K_KIND": str(kind)} if kind is not None else {}),
             **{_field_name(key): str(value) for key, value in event.items()},
         }
         datagram = b"".join(_encode(name, value) for name, value in fields.items())
@@ -126,10 +143,19 @@ class Journald:
 
 
 def _text(message: str, event: dict[str, Any]) -> str:
-    """The line that `journalctl` shows: the message and the values that belong to it."""
-    values = " ".join(f"{key}={value}" for key, value in event.items() if key != "exception")
-    text = f"{message}: {values}" if values else message
-    return f"{text}\n{event['exception']}" if "exception" in event else text
+    """What `journalctl` shows: a line with the message and its values, and below it, indented, what a tool said."""
+    values = " ".join(f"{key}={_one_line(value)}" for key, value in event.items() if key not in _BELOW)
+    text = f"{_printable(message)}: {values}" if values else _printable(message)
+    below = (line for key in _BELOW for line in str(event.get(key, ""))[:VALUE_LIMIT].splitlines())
+    # Indented and without what moves a cursor: no line of them can pass for a record of its own.
+    return "\n".join([text, *(f"    {_printable(line)}" for line in below)])
+
+
+_BELOW = ("exception", "tail")
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() or char == "\t" else ascii(char)[1:-1] for char in text[:VALUE_LIMIT])
 
 
 def _field_name(key: str) -> str:

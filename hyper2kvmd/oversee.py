@@ -35,7 +35,7 @@ def overseen(job: Job) -> Iterator[None]:
                 break
         else:
             return
-        log.warning(job.verdict.message, code=str(job.verdict.code))
+        log.warning(job.verdict.message, error=str(job.verdict.code))
         job.tools.cancel.set()
         if not over.wait(STUCK_SECONDS):
             log.error("the job does not stop, so its process is killed", seconds=STUCK_SECONDS)

@@ -24,6 +24,7 @@ from hyper2kvmd.domain import Domain, DomainDisk, Guest, to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted, Outcome
 from hyper2kvmd.job import Job
 from hyper2kvmd.manifest import Manifest
+from hyper2kvmd.messages import Kind
 from hyper2kvmd.plan import Plan, PlannedDisk, appliance_mb, make_plan, memory_mb, needs
 from hyper2kvmd.run import tail
 from hyper2kvmd.steps import Item, Steps
@@ -408,7 +409,7 @@ def _keep(job: Job, verdict: boottest.Verdict) -> None:
         "seconds": verdict.seconds,
         **kept,
     }
-    log.info("boot test", outcome=verdict.outcome, reason=verdict.reason, seconds=verdict.seconds)
+    log.info("boot test", kind=Kind.BOOT_TEST, outcome=verdict.outcome, reason=verdict.reason, seconds=verdict.seconds)
 
 
 def _boot_order(job: Job, plan: Plan) -> list[PlannedDisk]:

@@ -21,6 +21,7 @@ from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.events import Emitter
 from hyper2kvmd.job import Job, finding_records, job_id
 from hyper2kvmd.manifest import Manifest, parse
+from hyper2kvmd.messages import Kind
 from hyper2kvmd.options import (
     EXIT_BUSY,
     EXIT_DONE,
@@ -89,14 +90,14 @@ def run_job(
     job = Job(job_id(claim.directory, look.manifest_sha256 or ""), claim, settings, tools, events, only=only)
     job.dry_run = dry_run
     job.vm_name, job.by_daemon = vm_name, if_ready
-    structlog.contextvars.bind_contextvars(job=job.id, attempt=claim.attempt)
+    structlog.contextvars.bind_contextvars(job_id=job.id, attempt=claim.attempt)
     journal.also_to(claim.fd, claims.LOG)
     _be_nice(settings, tools)
     manifest: Manifest | None = None
     error: MigrationError | None = None
     try:
         events.emit("claimed", job=job.id, vm=claim.directory.name, attempt=claim.attempt)
-        log.info("claimed", export=str(claim.directory))
+        log.info("claimed", kind=Kind.CLAIMED, export=str(claim.directory))
         if wish is not None and not dry_run:
             job.verdict = spool.wished(wish)
             raise Cancelled
@@ -111,6 +112,7 @@ def run_job(
         if manifest.sha256 != look.manifest_sha256:  # replaced just now; the next look begins anew
             raise Cancelled
         structlog.contextvars.bind_contextvars(vm=manifest.vm_name)
+        events.emit("manifest", vm=manifest.vm_name, tags=manifest.tags)
         with overseen(job):
             migrate(job, manifest)
     except Cancelled:
@@ -119,7 +121,7 @@ def run_job(
         claim.interrupted()
         stopped = job.verdict or MigrationError(Code.INTERRUPTED, "the job was stopped", "Start it again; it goes on.")
         events.emit("finished", status="interrupted", **stopped.finding().as_json())
-        log.info("interrupted; the next attempt goes on")
+        log.info("interrupted; the next attempt goes on", kind=Kind.INTERRUPTED)
         return EXIT_TEMPORARY
     except MigrationError as problem:
         error = problem
@@ -212,9 +214,17 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
     finished: dict[str, Any] = {"status": str(outcome), "seconds": document.seconds}
     if error is not None:
         finished["code"] = str(error.code)
-        log.error(error.message, code=str(error.code), hint=error.hint, outcome=str(outcome), tail=error.tail)
+        log.error(
+            error.message,
+            kind=Kind(outcome),
+            error=str(error.code),
+            hint=error.hint,
+            outcome=str(outcome),
+            stage=job.record.failed_stage,
+            tail=error.tail,
+        )
     else:
-        log.info("succeeded", seconds=document.seconds, warnings=len(document.warnings))
+        log.info("succeeded", kind=Kind.SUCCEEDED, seconds=document.seconds, warnings=len(document.warnings))
     job.events.emit("finished", **finished, report=document.model_dump(mode="json"))
     return EXIT_OF[outcome]
 

@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel
 
 from hyper2kvmd import __main__ as daemon
-from hyper2kvmd import __version__, batch, claims, ctl, report
+from hyper2kvmd import __version__, batch, claims, ctl, messages, report
 from hyper2kvmd.errors import MEANING, Outcome
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.options import DEFAULT_PATH, EXIT_MEANING
@@ -377,6 +377,46 @@ def report_schema() -> str:
     return json.dumps(report.schema(), indent=2) + "\n"
 
 
+JOURNAL = """\
+# The journal
+
+The daemon and its jobs log to systemd's journal, with fields to search for. Text from outside is in fields of its own,
+and no line of it can pass for another record. What a tool said when it failed is below the message, and in `H2K_TAIL`.
+
+    journalctl -u hyper2kvmd -f                     what goes on
+    journalctl H2K_VM=web01                         one VM
+    journalctl -u hyper2kvmd -p err -x              what went wrong, with what to do about it
+    journalctl H2K_ERROR=no_space                   one error code
+    journalctl MESSAGE_ID={failed}
+    hyper2kvmctl logs --journal web01               all of one export, the daemon's words of it included
+    hyper2kvmctl logs web01                         the log beside the export, which is there without systemd too
+
+## Fields
+
+| field | what |
+|---|---|
+| `H2K_JOB_ID` | the job: the same for every attempt at one manifest |
+| `H2K_VM`, `H2K_EXPORT` | the VM's name; the directory of its export |
+| `H2K_ATTEMPT` | counted from 1 |
+| `H2K_STAGE`, `H2K_STATUS`, `H2K_SECONDS` | a stage, how it ended, how long it took |
+| `H2K_ERROR`, `H2K_HINT`, `H2K_TAIL` | the [code](errors.md) of an error, what to do, the end of a tool's output |
+| `H2K_WARNING` | the code of a warning |
+| `H2K_OUTCOME` | how a job ended that did not succeed |
+| `H2K_KIND`, `MESSAGE_ID` | the kind of the record, as below |
+
+## Kinds
+
+| kind | `MESSAGE_ID` | what `journalctl -x` says |
+|---|---|---|
+"""
+
+
+def journal_page() -> str:
+    """docs/journal.md."""
+    rows = (f"| `{kind}` | `{e.id}` | {e.subject}. {e.text} |\n" for kind, e in messages.CATALOG.items())
+    return JOURNAL.format(failed=messages.CATALOG[messages.Kind.FAILED].id) + "".join(rows)
+
+
 def metrics_page() -> str:
     """docs/metrics.md."""
     rows = []
@@ -639,6 +679,8 @@ PAGES = {
     "docs/report-format.md": report_page,
     "docs/errors.md": errors_page,
     "docs/metrics.md": metrics_page,
+    "docs/journal.md": journal_page,
+    "packaging/hyper2kvmd.catalog": messages.catalog,
     "docs/library.md": library_page,
     "docs/migration-report.schema.json": report_schema,
 }

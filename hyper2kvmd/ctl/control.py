@@ -19,7 +19,14 @@ from hyper2kvmd import claims, spool, steps
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.job import job_id
-from hyper2kvmd.options import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION
+from hyper2kvmd.options import (
+    EXIT_BUSY,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_NOT_FOUND,
+    EXIT_PERMISSION,
+    EXIT_UNAVAILABLE,
+)
 from hyper2kvmd.runner import Runner
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import State
@@ -50,6 +57,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     logs_ = commands.add_parser("logs", help="print what the attempts at one export logged")
     logs_.add_argument("export", help="directory, its name, or the VM's name")
     logs_.add_argument("-f", "--follow", action="store_true", help="go on printing as the job goes on")
+    logs_.add_argument("--journal", action="store_true", help="from the journal: the daemon's words of it, too")
     logs_.set_defaults(run=logs)
     prune_ = commands.add_parser("prune", help="remove what nobody needs any more, as the settings' retention says")
     prune_.add_argument("--dry-run", action="store_true", help="only print what would be removed")
@@ -177,11 +185,25 @@ def resume(options: argparse.Namespace, config: Settings) -> int:
 
 
 def logs(options: argparse.Namespace, config: Settings) -> int:
-    """Print the log beside the export."""
+    """Print the log beside the export, or become a journalctl(1) that prints what the journal has of it."""
     export = find(options.export, config)
     if export is None:
         print(f"hyper2kvmctl: {options.export}: no export of this name in {config.exports_dir}", file=sys.stderr)
         return EXIT_NOT_FOUND
+    if options.journal:
+        look, report = spool.look(export, config), spool.read_report(export) or {}
+        jobs = {job_id(export, look.manifest_sha256 or ""), str(report.get("job", ""))} - {""}
+        fields = [f"H2K_JOB_ID={job}" for job in sorted(jobs)] + [
+            f"H2K_EXPORT={name}" for name in (export.name, export)
+        ]
+        matches = [word for field in fields for word in ("+", field)][1:]
+        output = "json" if options.json else "short-iso"
+        try:
+            os.execvp("journalctl", ["journalctl", "-o", output, *(["-f"] if options.follow else []), *matches])
+        except OSError as error:
+            remedy = "without --journal, the log beside the export is printed"
+            print(f"hyper2kvmctl: journalctl: {error.strerror}; {remedy}", file=sys.stderr)
+            return EXIT_UNAVAILABLE
     try:
         fd = os.open(export / claims.LOG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -24,6 +24,7 @@ from tests.guests.build import export
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd/hyper2kvmd.service"
+CATALOG = ROOT / "packaging/hyper2kvmd.catalog"
 CONFIG = "/etc/hyper2kvmd/hyper2kvmd.yaml"
 EXPORTS = "/var/lib/hypersdk/exports"
 IMAGES = "/var/lib/libvirt/images"
@@ -95,6 +96,7 @@ def install_program(machine: Container) -> None:
         editable.unlink()
     shutil.copytree(ROOT / "hyper2kvmd", target / "hyper2kvmd")
     machine.write("/usr/bin/hyper2kvmd", PROGRAM, 0o755)
+    machine.write("/usr/bin/hyper2kvmctl", PROGRAM.replace("-m hyper2kvmd", "-m hyper2kvmd.ctl"), 0o755)
 
 
 def requirements(name: str) -> set[str]:
@@ -112,6 +114,8 @@ def install_service(machine: Container) -> None:
     # The container shows what this machine has; whatever it has of ours is not part of the tests.
     machine.run("sh", "-c", f"rm -rf {EXPORTS} {IMAGES} /etc/systemd/system/hyper2kvmd.service*")
     machine.write("/usr/lib/systemd/system/hyper2kvmd.service", UNIT.read_text())
+    machine.write("/usr/lib/systemd/catalog/hyper2kvmd.catalog", CATALOG.read_text())
+    machine.run("journalctl", "--update-catalog")
     machine.write("/usr/lib/sysusers.d/hyper2kvmd.conf", USERS)
     machine.run("systemd-sysusers", "/usr/lib/sysusers.d/hyper2kvmd.conf")
     machine.run("install", "-d", "-o", "hypersdk", "-g", "hypersdk", "-m", "2775", EXPORTS)
@@ -198,7 +202,7 @@ def journal(machine: Container, *matches: str) -> list[dict[str, Any]]:
 def jobs_that_ended(machine: Container) -> set[str]:
     """The jobs whose last entry, which says how they ended, is in the journal."""
     last = [entry for entry in journal(machine) if "H2K_OUTCOME" in entry or entry["MESSAGE"].startswith("succeeded")]
-    return {entry["H2K_JOB"] for entry in last}
+    return {entry["H2K_JOB_ID"] for entry in last}
 
 
 def of_export(name: str, file: str) -> str:
@@ -374,20 +378,47 @@ def test_exports_are_migrated_by_the_service_user(service: Container, drop: Drop
 def test_the_journal_finds_a_job_by_its_fields(service: Container, drop: Drop) -> None:
     job = report(service, drop("web01"))["job"]
     wait_until(
-        lambda: journal(service, f"H2K_JOB={job}")[-1]["MESSAGE"].startswith("succeeded"), "it is in the journal"
+        lambda: journal(service, f"H2K_JOB_ID={job}")[-1]["MESSAGE"].startswith("succeeded"), "it is in the journal"
     )
-    entries = journal(service, f"H2K_JOB={job}")
+    entries = journal(service, f"H2K_JOB_ID={job}")
     assert {"hyper2kvmd"} == {entry["SYSLOG_IDENTIFIER"] for entry in entries}
     assert {"1"} == {entry["H2K_ATTEMPT"] for entry in entries}
     assert {"6"} == {entry["PRIORITY"] for entry in entries if entry["MESSAGE"].startswith("stage ")}
-    stages = [entry["H2K_STAGE"] for entry in journal(service, f"H2K_JOB={job}", "H2K_STATUS=done")]
+    stages = [entry["H2K_STAGE"] for entry in journal(service, f"H2K_JOB_ID={job}", "H2K_STATUS=done")]
     assert {"plan", "verify", "convert", "validate", "publish"} == set(stages)
     assert {"web01"} == {entry["H2K_VM"] for entry in entries if "H2K_STAGE" in entry}
 
 
+def test_the_journal_explains_how_a_job_ended(service: Container, drop: Drop) -> None:
+    denied = {"convert": {"enabled": True, "output_dir": "/etc"}, "validate": {"enabled": True}}
+    good, bad = drop("web01"), drop("web02", pipeline=denied)
+    jobs = {name: report(service, name)["job"] for name in (good, bad)}
+    wait_until(lambda: {*jobs.values()} <= jobs_that_ended(service), "the journal has both")
+    explained = {
+        name: service.run("journalctl", "-b", "-x", "--no-pager", f"H2K_JOB_ID={jobs[name]}", f"H2K_KIND={kind}")
+        for name, kind in ((good, "succeeded"), (bad, "blocked"))
+    }
+    assert "Subject: A VM was migrated" in explained[good]
+    assert "Subject: A migration waits for a person" in explained[bad]
+    assert "error=output_denied" in explained[bad]
+    assert "Add /etc to output.allowed_dirs" in explained[bad]
+    assert "man:hyper2kvmd(8)" in explained[bad]
+
+
+def test_logs_has_the_jobs_records_and_the_daemons_from_the_journal(service: Container, drop: Drop) -> None:
+    names = [drop("web01"), drop("web02")]
+    jobs = [report(service, name)["job"] for name in names]
+    wait_until(lambda: {*jobs} <= jobs_that_ended(service), "the journal has both")
+    lines = service.run("hyper2kvmctl", "logs", "--journal", "--json", "web01").splitlines()
+    entries = [json.loads(line) for line in lines]
+    found = {entry.get("H2K_JOB_ID") for entry in entries}
+    assert (True, False) == (jobs[0] in found, jobs[1] in found)
+    assert "started" in {entry["MESSAGE"].partition(":")[0] for entry in entries if "H2K_JOB_ID" not in entry}
+
+
 def test_hostile_names_forge_nothing(service: Container, drop: Drop) -> None:
-    hostile = "web\nPRIORITY=0\nH2K_JOB=forged\nMESSAGE=forged\nMAINPID=1\n"
-    one_line = "wëb 日本 STATUS=x\tH2K_JOB=forged PRIORITY=0"
+    hostile = "web\nPRIORITY=0\nH2K_JOB_ID=forged\nMESSAGE=forged\nMAINPID=1\n"
+    one_line = "wëb 日本 STATUS=x\tH2K_JOB_ID=forged PRIORITY=0"
     source = {"provider": "vsphere", "vm_id": "vm-1"}
     names = [
         drop("lines", source={**source, "vm_name": hostile}),
@@ -398,11 +429,12 @@ def test_hostile_names_forge_nothing(service: Container, drop: Drop) -> None:
     assert ["rejected", "succeeded"] == [document["status"] for document in reports[:2]]
     jobs = {document["job"] for document in reports}
     wait_until(lambda: jobs == jobs_that_ended(service) & jobs, "the journal has it all")
-    assert [] == journal(service, "H2K_JOB=forged")
+    assert [] == journal(service, "H2K_JOB_ID=forged")
     assert [] == journal(service, "MESSAGE=forged")
     assert [] == journal(service, "PRIORITY=0")
     pids = [str(main_pid(service)), *(str(document["host"]["pid"]) for document in reports)]
-    assert jobs == {entry["H2K_JOB"] for pid in pids for entry in journal(service, f"_PID={pid}") if "H2K_JOB" in entry}
+    entries = [entry for pid in pids for entry in journal(service, f"_PID={pid}")]
+    assert jobs == {entry["H2K_JOB_ID"] for entry in entries if "H2K_JOB_ID" in entry}
     wait_until(lambda: "0 running" in show(service, "StatusText"), "the status is as ever")
     assert "\n" not in show(service, "StatusText")
 
@@ -472,7 +504,7 @@ def test_a_killed_daemon_is_started_again_and_the_job_is_done_once(service: Cont
     assert is_same(service, name)
     machine_log = service.run("journalctl", "-b", "--no-pager", "-u", "hyper2kvmd")
     assert "left-over process" not in machine_log
-    claimed = [entry for entry in journal(service, f"H2K_JOB={document['job']}") if "claimed" in entry["MESSAGE"]]
+    claimed = [entry for entry in journal(service, f"H2K_JOB_ID={document['job']}") if "claimed" in entry["MESSAGE"]]
     assert ["1", "2"] == [entry["H2K_ATTEMPT"] for entry in claimed]
 
 

@@ -1,0 +1,139 @@
+"""The kinds of records in the journal: each has an id to search for, and a text for `journalctl -x`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What a record is about, as its field H2K_KIND has it."""
+
+    WATCHING = "watching"
+    STOPPED = "stopped"
+    RELOADED = "reloaded"
+    CONFIG_BAD = "config_bad"
+    EXPORTS_UNREADABLE = "exports_unreadable"
+    RUNNER_DIED = "runner_died"
+    CLAIMED = "claimed"
+    STAGE_STARTED = "stage_started"
+    STAGE_ENDED = "stage_ended"
+    WARNING = "warning"
+    BOOT_TEST = "boot_test"
+    INTERRUPTED = "interrupted"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    BLOCKED = "blocked"
+    RETRYING = "retrying"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the catalog. id: never to be changed, as people search for it.
+
+    The text names no values: systemd replaces @FIELD@ only for names without digits. The record itself has them.
+    """
+
+    id: str
+    subject: str
+    text: str
+
+
+CATALOG: dict[Kind, Entry] = {
+    Kind.WATCHING: Entry(
+        "bb38c31122444e5abd9883584a0f0198",
+        "The daemon watches its directory",
+        "Every export that is complete there is migrated, at most `workers` at a time.",
+    ),
+    Kind.STOPPED: Entry(
+        "34d37092ba6e418eaa44e760c97d0387",
+        "The daemon has stopped",
+        "Nothing of the jobs that ran is lost: the next start goes on behind the last finished step of each.",
+    ),
+    Kind.RELOADED: Entry(
+        "fd6b401a761d4d07959773e289446a77",
+        "The settings were read again",
+        "Jobs that start from now on have the new settings; those that run keep theirs.",
+    ),
+    Kind.CONFIG_BAD: Entry(
+        "9139fd2946f742acb3a22eb47377f4bb",
+        "The new settings are bad",
+        "The old ones stay in force. `hyper2kvmd check-config` checks the file, `systemctl reload hyper2kvmd` takes it into"
+        " use.",
+    ),
+    Kind.EXPORTS_UNREADABLE: Entry(
+        "b90b6bf115d14d2090ab82b7522ca629",
+        "The exports directory cannot be read",
+        "No job is started until it can be: mount or create it, mend its file server, or change `exports_dir`.",
+    ),
+    Kind.RUNNER_DIED: Entry(
+        "75eb3b97efe449628bd2c308cf5651c3",
+        "The process of a job died",
+        "The job is started again after a delay, and goes on behind its last finished step. If it dies again and again,"
+        " look for what kills it: `journalctl -k`, the memory of the host.",
+    ),
+    Kind.CLAIMED: Entry(
+        "1e58c28676bf4a3899bffcf0be9974e5",
+        "A job began",
+        "`journalctl H2K_JOB_ID=` with its job_id has all its records.",
+    ),
+    Kind.STAGE_STARTED: Entry("8a46b0f21c264ecea328241ecbc9a0de", "A stage of a job began", "Nothing is to be done."),
+    Kind.STAGE_ENDED: Entry(
+        "57d2a990ba76463b9b48ced01f872b70",
+        "A stage of a job ended",
+        "Nothing is to be done: what became of the job is said when it ends.",
+    ),
+    Kind.WARNING: Entry(
+        "9058696d11e24127a122d396a156adc5",
+        "Something to know about a migration",
+        "It goes on. The hint says what can be done; the report has it, too.",
+    ),
+    Kind.BOOT_TEST: Entry(
+        "3c15a25fedd845e6a09fb7cfb4779e86",
+        "The migrated guest was booted on a copy",
+        "What it said is in boot-test.log beside the report, its screen in boot-test.png.",
+    ),
+    Kind.INTERRUPTED: Entry(
+        "84c3ce6205d9431f86c37c0cbedabdee",
+        "A job was stopped from outside",
+        "Nothing is lost: the next attempt goes on behind its last finished step.",
+    ),
+    Kind.SUCCEEDED: Entry(
+        "cee09f281aee4269a4f37d0b4bbec06c",
+        "A VM was migrated",
+        "`hyper2kvmctl show` with its name has all there is to know, `hyper2kvmctl report` has it as a page.",
+    ),
+    Kind.FAILED: Entry(
+        "2b6c304342494060a78504526f33aa1c",
+        "A migration failed",
+        "Trying again would end the same way. Do what the hint says, then `hyper2kvmctl retry`.",
+    ),
+    Kind.BLOCKED: Entry(
+        "f094bdb02dea440aae207c9da6225f50",
+        "A migration waits for a person",
+        "Do what the hint says, then `hyper2kvmctl retry`.",
+    ),
+    Kind.RETRYING: Entry(
+        "f6d953be97e54910a3fcb4a85344573a",
+        "A migration is tried again later",
+        "The cause may pass by itself. If it does not, do what the hint says.",
+    ),
+    Kind.REJECTED: Entry(
+        "87bf586d78794d298d16bdab48957362",
+        "An export was rejected",
+        "It is not an Artifact Manifest, or it names what it must not. The hint says what to do.",
+    ),
+    Kind.CANCELLED: Entry(
+        "1c02881efe0a43d599a552a1ce8a7416",
+        "A migration was cancelled",
+        "Nothing of it is left but its report. `hyper2kvmctl retry` starts it again.",
+    ),
+}
+
+
+def catalog() -> str:
+    """The catalog as systemd reads it from /usr/lib/systemd/catalog/hyper2kvmd.catalog."""
+    about = "Defined-By: hyper2kvmd\nDocumentation: man:hyper2kvmd(8)\n"
+    return "\n".join(f"-- {e.id}\nSubject: {e.subject}\n{about}\n{e.text}\n" for e in CATALOG.values())
