@@ -145,7 +145,7 @@ def _create(options: argparse.Namespace, config: Settings) -> int:
         print(f"hyper2kvmctl: {path} is not in {found.directory}, where the disks are", file=sys.stderr)
         return EXIT_USAGE
     _refuse_existing(path)
-    with _bars() as tell:
+    with bars() as tell:
         described = _describe(options, found, {}, tell)
         manifest = described.builder.write(name, options.dialect)
     return _say_created(options, path, manifest, described, ())
@@ -158,7 +158,7 @@ def _create_from_archive(options: argparse.Namespace, archive: Path, name: str) 
     if output is not None and output.parent.resolve() != target.resolve():
         print(f"hyper2kvmctl: {output} is not in {target}, where the disks are unpacked", file=sys.stderr)
         return EXIT_USAGE
-    with _bars() as tell, ova.unpacked(archive, target, lambda ratio: tell(archive.name, ratio)) as content:
+    with bars() as tell, ova.unpacked(archive, target, lambda ratio: tell(archive.name, ratio)) as content:
         descriptors = [file for file in content.files if file.lower().endswith(".ovf")]
         try:
             if len(descriptors) == 1:
@@ -269,7 +269,7 @@ def _measure(file: _File) -> list[rewrite.Measured]:
     measured, noted = list[rewrite.Measured](), Noted()
     # With a checksum, a wrong size is no error but a warning: here both are to be corrected.
     disks = [disk.model_copy(update={"sha256": disk.sha256 or "0" * 64}) for disk in file.manifest.disks]
-    with contextlib.ExitStack() as stack, _bars() as tell:
+    with contextlib.ExitStack() as stack, bars() as tell:
         sources = images.open_sources(file.dir_fd, file.path.parent.resolve(), disks, stack, noted)
         noted.check()
         for source in sources:
@@ -433,7 +433,7 @@ def _refuse_existing(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Callable[[str, float], None]]:
+def bars() -> Iterator[Callable[[str, float], None]]:
     """A function that shows for a name how much is done, from 0 to 1; on a terminal only."""
     console = Console(stderr=True)
     text = TextColumn("{task.description}", markup=False)

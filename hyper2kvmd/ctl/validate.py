@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from hyper2kvmd import images, journal, reserve
 from hyper2kvmd.claims import Claim, open_directory
 from hyper2kvmd.ctl import print_json
+from hyper2kvmd.ctl.manifest import bars
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.events import Emitter
 from hyper2kvmd.job import Job, job_id
@@ -91,8 +93,9 @@ def _check(
     plan = make_plan(job, manifest, noted, stack, ours)
     with noted:
         reserve.check(job, needs(job, plan, lambda disk: disk.final in ours), memory_mb(job, plan, fixed=False))
-    for disk in plan.disks if checksums else ():
-        with noted:
-            images.verify(disk.source, job.tools.cancel, lambda ratio: None)
+    with bars() as tell:
+        for disk in plan.disks if checksums else ():
+            with noted:
+                images.verify(disk.source, job.tools.cancel, partial(tell, disk.id))
     warnings += job.record.warnings
     return manifest
