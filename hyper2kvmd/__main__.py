@@ -89,6 +89,7 @@ def _run_job(options: argparse.Namespace) -> int:
     export = options.export.resolve()
     try:
         claim = claims.claim(export)
+        claims.forgo_capabilities()
     except claims.Busy:
         hint = f"See `hyper2kvmctl show {export.name}`."
         busy = MigrationError(Code.BUSY, f"{export}: another runner works on it", hint)
@@ -154,19 +155,12 @@ def _run(options: argparse.Namespace, config: Settings) -> int:
     from hyper2kvmd.daemon import Daemon
     from hyper2kvmd.metrics import Metrics
 
-    metrics = Metrics()
-    if config.metrics.listen:
-        try:
-            metrics.serve(config.metrics.listen)
-        except OSError as error:
-            print(
-                f"hyper2kvmd: metrics.listen: {config.metrics.listen}: {error}; set another address,"
-                " or an empty one to turn metrics off",
-                file=sys.stderr,
-            )
-            return EXIT_CONFIG
-    daemon = Daemon(config, lambda: settings.load(options.config, tuple(options.overrides)), metrics)
-    status = daemon.run(once=options.once)
+    daemon = Daemon(config, lambda: settings.load(options.config, tuple(options.overrides)), Metrics())
+    try:
+        status = daemon.run(once=options.once)
+    except SettingsError as error:
+        print(f"hyper2kvmd: {error}", file=sys.stderr)
+        return EXIT_CONFIG
     if options.once:
         print(daemon.status())
     return status
