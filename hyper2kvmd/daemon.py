@@ -17,8 +17,9 @@ from pathlib import Path
 
 import structlog
 
-from hyper2kvmd import journal, run, spool
+from hyper2kvmd import journal, outbox, run, spool
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
+from hyper2kvmd.health import MEND, Health
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.notify import STATUS_LIMIT, Notifier
@@ -26,6 +27,7 @@ from hyper2kvmd.runner import STOP_SECONDS, Runner, spawn
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import State
 from hyper2kvmd.watch import POLL_SECONDS, Scan, Scanner, Watch
+from hyper2kvmd.web import Web
 
 log = structlog.get_logger()
 
@@ -36,8 +38,11 @@ PAUSE_SECONDS = 1.0
 # At rest, where events say when to look, looks take a hundredth of the time.
 REST_FACTOR = 100
 PRUNE_SECONDS = 3600.0
+NOTIFY_SECONDS = 5.0
+ONCE_SECONDS = 120.0  # with --once, for what is to be told at the end
 BUSY_SECONDS = 1.0  # how often STATUS is refreshed while jobs run
 SCANNING_SECONDS = 0.2  # how often it is asked whether a look that takes long has ended
+REST_SECONDS = 15.0  # how often the loop comes round when nothing happens, so that one that hangs can be told from it
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,56 @@ class Setback:
 
 @dataclass(frozen=True)
 class Seen:
-    """An export as of the last scan."""
+    """An export as of the last scan. `since`: when it could have been started, or came into its state."""
 
     state: State
     finding: Finding | None
     look: spool.Look
+    since: float
+
+
+class Errand:
+    """A command of ours that a process of its own does now and then, one at a time, as it may take long.
+
+    `due` is when it is to be started, by the monotonic clock; it is not, within `gap` seconds of the last time.
+    """
+
+    def __init__(self, command: str, gap: float) -> None:
+        self.due = 0.0
+        self._command = command
+        self._gap = gap
+        self._process: subprocess.Popen[bytes] | None = None
+        self._rested_at = 0.0
+
+    def run(self, settings: Settings) -> float:
+        """Start it if it is due, and return the seconds until it will be."""
+        now = time.monotonic()
+        if self._process is not None and self._process.poll() is None:
+            return self._gap  # it is looked at again then, at the latest
+        self._process = None
+        if max(self.due, self._rested_at) <= now:
+            self.due, self._rested_at = math.inf, now + self._gap
+            try:
+                self._process = spawn(settings, "hyper2kvmd.ctl", self._command)
+            except (OSError, MigrationError) as error:
+                log.warning("an errand cannot be done", command=self._command, reason=str(error))
+                self.due = self._rested_at
+        return max(self.due, self._rested_at) - now
+
+    def finish(self, settings: Settings) -> None:
+        """Do what is due at once, and wait for it, but not for ever."""
+        for _ in range(2):  # one may be on its way, which began before the last thing happened
+            if self._process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(ONCE_SECONDS)
+            if self.due < math.inf:
+                self._rested_at = 0.0
+                self.run(settings)
+
+    def end(self) -> None:
+        """End its process, if there is one."""
+        if self._process is not None:
+            run.end(self._process)
 
 
 class Daemon:
@@ -65,6 +115,7 @@ class Daemon:
         self.settings = settings
         self.metrics = metrics
         self.runners: dict[Path, Runner] = {}
+        self._slots: dict[Path, int] = {}  # of the runners: from 0, less than `workers` when they start
         self.table: dict[Path, Seen] = {}
         # The one thing that is not on disk, because it is about exports that we cannot write to.
         self._setbacks: dict[Path, Setback] = {}
@@ -76,16 +127,21 @@ class Daemon:
         self._notifier = Notifier()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._signals: set[int] = set()
-        self._watch = Watch(self.wake)
+        self._watch = Watch(self.wake, metrics.watched)
         self._scanner = Scanner(self._watch)
         # By export: its newest modification, and when that was by a clock that does not jump.
         self._settling: dict[Path, tuple[float, float]] = {}
         self._last_status = ""
         self._rested_at = 0.0  # when the next look may be taken at the earliest (monotonic)
-        self._pruner: subprocess.Popen[bytes] | None = None
-        self._prune_at = 0.0  # monotonic
-        metrics.workers.set(settings.workers)
-        metrics.reload_ok.set(1)
+        self._prune = Errand("prune", PRUNE_SECONDS)
+        self._notify = Errand("notify", NOTIFY_SECONDS)
+        # systemd is told twice as often as it asks for.
+        interval = self._notifier.watchdog_interval()
+        self.health = Health(lambda: self.settings, None if interval is None else 2 * interval)
+        self._web = Web({"/metrics": metrics.page, "/healthz": self.health.healthz, "/readyz": self.health.readyz})
+        metrics.follow(self.health)
+        metrics.show({}, settings.workers)
+        metrics.reload(accepted=True)
 
     def wake(self) -> None:
         """Have the directory looked at soon. Safe in threads and signal handlers."""
@@ -93,9 +149,14 @@ class Daemon:
             os.write(self._wake_write, b"w")
 
     def run(self, *, once: bool = False) -> int:
-        """Work until SIGTERM or SIGINT; with `once`, until there is nothing left to do. Return the exit status."""
+        """Work until SIGTERM or SIGINT; with `once`, until there is nothing left to do. Return the exit status.
+
+        Raise SettingsError before anything is done, if metrics cannot be served as the settings say.
+        """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._signal)
+        self.metrics.count_log()
+        self._serve(self.settings)
         log.info(
             "watching", kind=Kind.WATCHING, directory=str(self.settings.exports_dir), workers=self.settings.workers
         )
@@ -122,18 +183,29 @@ class Daemon:
         self._scan(now, found)
         self.draining = found.draining
         self._start(now)
-        self._prune()
-        self._count()
+        self._count(now, found.seconds)
         self._rested_at = time.monotonic() + min(PAUSE_FACTOR * found.seconds, PAUSE_SECONDS)
-        self.metrics.scan_seconds.observe(found.seconds)
-        self.metrics.last_scan.set(now)
-        return self._next_look(now, found.seconds)
+        return min(self._next_look(now, found.seconds), self._do_errands(now))
+
+    def _do_errands(self, now: float) -> float:
+        """Have done what is due beside the jobs, and return the seconds until something is."""
+        standing = outbox.standing(self.settings)
+        self.metrics.told(standing.pending, standing.given_up)
+        if standing.due is not None:
+            self._notify.due = min(self._notify.due, time.monotonic() + max(standing.due - now, 0))
+        left = self._notify.run(self.settings)
+        if not self.draining:
+            self._prune.due = min(self._prune.due, time.monotonic() + PRUNE_SECONDS)
+            self._prune.run(self.settings)
+        return left
 
     def status(self) -> str:
         """One line for people: what runs, what waits, what is over."""
         # The table is as old as the last scan; who runs is known.
         states = Counter(seen.state for export, seen in self.table.items() if export not in self.runners)
-        parts = [f"{states[state]} {state}" for state in State if states[state] and state != State.RUNNING]
+        words = {State.SUCCEEDED: "done"}
+        others = [state for state in State if states[state] and state != State.RUNNING]
+        parts = [f"{states[state]} {words.get(state, state)}" for state in others]
         if states[State.RUNNING]:
             parts.append(f"{states[State.RUNNING]} running elsewhere")
         if self.draining:
@@ -179,11 +251,14 @@ class Daemon:
                             selector.register(runner.events_fd, selectors.EVENT_READ)
                             watched[runner.events_fd] = runner
                     if once and not self.runners and not self._pending() and not self._scanner.busy:
+                        self._notify.finish(self.settings)
                         return
                 self._tell()
                 self._notifier.alive()
+                self.health.turned = time.monotonic()
                 timeout = next_scan - time.monotonic()
                 for limit in (
+                    REST_SECONDS,
                     watchdog,
                     BUSY_SECONDS if self.runners else None,
                     SCANNING_SECONDS if self._scanner.busy else None,
@@ -204,12 +279,12 @@ class Daemon:
     def _note_trouble(self, trouble: str) -> None:
         """Say once, not at every scan, that the directory cannot be read, and once that it can be again."""
         if trouble and not self._trouble:
-            self.metrics.scan_errors.inc()
-            hint = "Mount or create the directory, mend its file server, or change exports_dir."
+            self.metrics.scan_errors.labels("directory").inc()
+            hint = MEND["exports"]
             log.error(trouble, kind=Kind.EXPORTS_UNREADABLE, hint=hint)
         elif self._trouble and not trouble:
             log.info("the exports directory can be read again", directory=str(self.settings.exports_dir))
-        self._trouble = trouble
+        self._trouble = self.health.trouble = trouble
 
     def _scan(self, now: float, found: Scan) -> None:
         """Work out the state of every export from what a look at them found."""
@@ -218,7 +293,7 @@ class Daemon:
             log.warning("ignored: the name has control characters", directory=ascii(name), hint="Rename it.")
         self._ignored = set(found.ignored)
         for export, reason in found.unreadable.items():
-            self.metrics.scan_errors.inc()
+            self.metrics.scan_errors.labels("export").inc()
             if reason != self._unreadable.get(export):
                 log.error("cannot read an export", directory=str(export), reason=reason)
         self._unreadable = found.unreadable
@@ -236,7 +311,9 @@ class Daemon:
             if before is None or before.state != state:
                 details = {} if finding is None else {"code": finding.code, "reason": finding.message}
                 log.debug("state", export=export.name, state=str(state), **details)
-            table[export] = Seen(state, finding, look)
+                if state in spool.FINAL:
+                    self._notify.due = 0.0
+            table[export] = Seen(state, finding, look, self._since(before, state, look, now))
         self.table = table
         self._setbacks = {export: setback for export, setback in self._setbacks.items() if export in table}
         self._settling = {export: times for export, times in self._settling.items() if export in table}
@@ -253,6 +330,15 @@ class Daemon:
             self._settling[export] = (look.settled_since, then)
         return now - (time.monotonic() - then)
 
+    def _since(self, before: Seen | None, state: State, look: spool.Look, now: float) -> float:
+        """When an export could have been started, or when it was first seen in the state that it is in."""
+        if before is not None and before.state == state:
+            return before.since
+        if before is not None and before.state not in (State.INCOMPLETE, State.WAITING, State.RETRYING):
+            return now
+        due = look.next_attempt_at or (before.look.next_attempt_at if before is not None else None)
+        return max(look.settled_since + self.settings.settle_seconds, due or 0)
+
     def _start(self, now: float) -> None:
         if self.draining:
             return
@@ -267,38 +353,35 @@ class Daemon:
                     died = self._setbacks[export].finding.message if export in self._setbacks else ""
                     options = ["--if-ready", *(["--died", died] if died else [])]
                     self.runners[export] = Runner(export, self.settings, options)
+                    self._slots[export] = min({*range(len(self._slots) + 1)} - {*self._slots.values()})
                 except (OSError, MigrationError) as error:
                     self._set_back(export, f"no runner can be started: {error}", "See what the host is short of.")
                     continue
-                self.metrics.started.inc()
+                self.metrics.job_started(now - self.table[export].since)
                 log.info("started", export=export.name, pid=self.runners[export].pid)
 
-    def _prune(self) -> None:
-        """Have what nobody needs any more removed now and then, by a process of its own, as it may take long."""
-        if self._pruner is not None and self._pruner.poll() is None:
-            return
-        self._pruner = None
-        if self.draining or time.monotonic() < self._prune_at:
-            return
-        self._prune_at = time.monotonic() + PRUNE_SECONDS
-        try:
-            self._pruner = spawn(self.settings, "hyper2kvmd.ctl", "prune")
-        except (OSError, MigrationError) as error:
-            log.warning("nothing is pruned", reason=str(error))
-
-    def _count(self) -> None:
+    def _count(self, now: float, took: float) -> None:
+        """Show what a look found that took so many seconds."""
         states = Counter(State.RUNNING if export in self.runners else seen.state for export, seen in self.table.items())
-        for state in State:
-            self.metrics.jobs.labels(state).set(states[state])
-        self.metrics.workers_busy.set(len(self.runners))
+        waiting = (
+            seen.since
+            for export, seen in self.table.items()
+            if seen.state == State.QUEUED and export not in self.runners
+        )
+        self.metrics.looked((seen.look for seen in self.table.values()), states, min(waiting, default=None), now)
+        self.metrics.scan_seconds.observe(took)
+        self.health.interval = self._interval(took) + took
+        self.health.looked = time.monotonic()
 
-    def _next_look(self, now: float, took: float) -> float:
+    def _interval(self, took: float) -> float:
+        """Seconds until the next look if nothing happens, after one that took so long."""
         interval = self.settings.scan_interval_seconds
         if self._watch.polls:
-            interval = min(interval, POLL_SECONDS)
-        elif self._watch.up:
-            interval = max(interval, REST_FACTOR * took)
-        interval *= random.uniform(0.75, 1.25)
+            return min(interval, POLL_SECONDS)
+        return max(interval, REST_FACTOR * took) if self._watch.up else interval
+
+    def _next_look(self, now: float, took: float) -> float:
+        interval = self._interval(took) * random.uniform(0.75, 1.25)
         for seen in self.table.values():
             if seen.state == State.WAITING:
                 interval = min(interval, seen.look.settled_since + self.settings.settle_seconds - now)
@@ -312,11 +395,7 @@ class Daemon:
 
     def _read(self, runner: Runner) -> None:
         for event in runner.read():
-            data = event.data
-            if event.kind == "stage" and data["status"] in ("done", "failed"):
-                self.metrics.stage_seconds.labels(data["stage"]).observe(data["seconds"])
-            elif event.kind == "progress":
-                self.metrics.bytes.labels(data["stage"]).inc(data["bytes"])
+            self.metrics.event(event)
 
     def _reap(self, selector: selectors.BaseSelector, watched: dict[int, Runner]) -> bool:
         """Take leave of the runners that ended; whether there were any."""
@@ -324,25 +403,22 @@ class Daemon:
         for export, runner in ended.items():
             self._read(runner)
             finished = runner.progress.finished
+            self.metrics.job_ended(finished)
             if finished is None:
-                self.metrics.finished("crashed", None)
                 how = runner.poll() or 0
                 reason = f"ended with status {how} and said nothing"
                 if how < 0:
                     reason = f"was killed by signal {-how} ({signal.strsignal(-how)})"
                 self._set_back(export, f"the runner {reason}", "See the journal of that time, and `journalctl -k`.")
             elif finished["status"] in ("unclaimed", "unreported"):
-                self.metrics.finished(finished["status"], finished["code"])
                 self._set_back(export, finished["message"], finished["hint"])
             elif finished["status"] not in ("busy", "nothing"):
                 self._setbacks.pop(export, None)
-                self.metrics.finished(finished["status"], finished.get("code"))
-                if finished.get("seconds") is not None:
-                    self.metrics.job_seconds.observe(finished["seconds"])
             if watched.pop(runner.events_fd, None) is not None:
                 selector.unregister(runner.events_fd)
             runner.close()
-            del self.runners[export]
+            del self.runners[export], self._slots[export]
+            self._notify.due = 0.0
         return bool(ended)
 
     def _set_back(self, export: Path, message: str, hint: str) -> None:
@@ -353,23 +429,38 @@ class Daemon:
         log.error(message, kind=Kind.RUNNER_DIED, export=export.name, hint=hint, next_attempt_in_seconds=round(delay))
 
     def _tell(self) -> None:
+        progress = {slot: self.runners[export].progress for export, slot in self._slots.items()}
+        self.metrics.show(progress, self.settings.workers)
         status = self.status()
         if status != self._last_status:
             self._notifier.status(status)
             self._last_status = status
 
+    def _serve(self, settings: Settings) -> None:
+        """Serve metrics and health as the settings say from now on. Raise SettingsError; then all is as it was."""
+        self._web.apply(settings.metrics)
+        self.settings = settings
+        try:
+            outbox.begin(settings)
+        except OSError as error:
+            log.warning("what ends may not be told", directory=str(settings.work_dir), reason=error.strerror)
+        if settings.metrics.listen:
+            self.health.try_now()
+
     def _reload(self) -> None:
         try:
             settings = self._load()
+            self._serve(settings)
         except SettingsError as error:
-            self.metrics.reload_ok.set(0)
+            self.metrics.reload(accepted=False)
+            self.health.refused = str(error)
             bad = "the new configuration is bad, the old one stays in force"
             log.error(bad, kind=Kind.CONFIG_BAD, reason=str(error))
             return
-        self.metrics.reload_ok.set(1)
-        self.settings = settings
-        self.metrics.workers.set(settings.workers)
+        self.metrics.reload(accepted=True)
+        self.health.refused = ""
         journal.configure(settings.log.level)
+        self.metrics.count_log()
         log.info("configuration reloaded", kind=Kind.RELOADED, workers=settings.workers)
 
     def _stop(self) -> None:
@@ -380,7 +471,7 @@ class Daemon:
         deadline = time.monotonic() + STOP_SECONDS
         for runner in self.runners.values():
             runner.close(max(deadline - time.monotonic(), 0))
-        if self._pruner is not None:
-            run.end(self._pruner)
+        self._prune.end()
+        self._notify.end()
         jobs = len(self.runners)
         log.info("stopped; the jobs that ran go on at the next start", kind=Kind.STOPPED, jobs=jobs)

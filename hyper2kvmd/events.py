@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 CHOICES = ("inspect", "fix", "convert", "validate", "import")  # the stages that can be left out
-STAGES = ("plan", "verify", "inspect", "fix", "convert", "commit", "validate", "boot", "publish", "import")
+STAGES = ("plan", "verify", "inspect", "fix", "convert", "commit", "validate", "boot", "publish", "hook", "import")
 
 
 @dataclass(frozen=True)
 class Event:
-    """One line: `kind` is claimed, stage, progress, warning or finished; `data` depends on it.
+    """One line: `kind` is claimed, manifest, stage, progress, warning or finished; `data` depends on it.
 
-    - claimed: job, vm, attempt
+    - claimed: job, vm (the name of the export's directory), attempt
+    - manifest: vm (its own name), tags
     - stage: stage, status (started, done, skipped, failed, cancelled), seconds; total (bytes it will do) if started
     - progress: stage, item, ratio (0..1), bytes (done since the last event of this item)
     - warning: code, message, hint, field

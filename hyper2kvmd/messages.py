@@ -60,8 +60,8 @@ CATALOG: dict[Kind, Entry] = {
     Kind.CONFIG_BAD: Entry(
         "9139fd2946f742acb3a22eb47377f4bb",
         "The new settings are bad",
-        "The old ones stay in force. `hyper2kvmd check-config` checks the file, `systemctl reload hyper2kvmd` takes it into"
-        " use.",
+        "The old ones stay in force. `hyper2kvmd check-config` checks the file, `systemctl reload hyper2kvmd` takes it"
+        " into use.",
     ),
     Kind.EXPORTS_UNREADABLE: Entry(
         "b90b6bf115d14d2090ab82b7522ca629",

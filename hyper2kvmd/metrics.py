@@ -1,20 +1,48 @@
-"""Every metric of the daemon, with every label set there from the start at 0."""
+"""Every metric of the daemon: what is counted, with every label from the start, and what is shown of jobs that run."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+import functools
+import itertools
+import math
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+from prometheus_client.core import InfoMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from hyper2kvmd import __version__
 from hyper2kvmd.errors import MEANING, Code
-from hyper2kvmd.events import STAGES
-from hyper2kvmd.spool import FINAL, State
+from hyper2kvmd.events import STAGES, Event
+from hyper2kvmd.health import Health, Verdict
+from hyper2kvmd.journal import PRIORITY
+from hyper2kvmd.manifest.problems import plain
+from hyper2kvmd.runner import Progress, Stage
+from hyper2kvmd.spool import FINAL, Look, State
+from hyper2kvmd.web import Answer
 
 NAMESPACE = "hyper2kvmd"
-# From a second to a day: small disks are common, and so are nights.
-BUCKETS = (1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800, 57600, 86400)
+# From a second to a day: small disks are common, and so are nights. Each bucket is a series, so what there is once for
+# each stage has few.
+BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14400, 43200, 86400)
+FEW_BUCKETS = (1, 60, 600, 3600, 86400)
+SCAN_BUCKETS = (0.1, 1, 10, 60)
 RESULTS = tuple(
     sorted({*(str(state) for state in FINAL), "retrying", "interrupted", "crashed", "unclaimed", "unreported"})
 )
+READ = ("verify", "convert")  # the stages that count in bytes
+FORMATS = ("qcow2", "raw")
+CHECKS = ("settings", "exports", "locks", "libvirt", "output", "work")
+POOLS = ("output", "work")
+TAGS_LIMIT = 200
+# A series for each of when a counter was created would double what there is, and Prometheus does not need them.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
@@ -22,88 +50,335 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        registry = self.registry
-        self.build = Info("build", "Version of the daemon", namespace=NAMESPACE, registry=registry)
-        self.build.info({"version": __version__})
-        self.jobs = Gauge(
-            "jobs", "Exports by state, as of the last scan", ["state"], namespace=NAMESPACE, registry=registry
-        )
-        self.workers = Gauge(
-            "workers", "Runners that may work at the same time", namespace=NAMESPACE, registry=registry
-        )
-        self.workers_busy = Gauge("workers_busy", "Runners that are working", namespace=NAMESPACE, registry=registry)
-        self.started = Counter("jobs_started", "Runners started", namespace=NAMESPACE, registry=registry)
-        self.completed = Counter(
-            "jobs_completed", "Runners that ended, by result", ["result"], namespace=NAMESPACE, registry=registry
-        )
-        self.failures = Counter(
-            "job_failures",
-            "Jobs that ended with an error, by its code",
-            ["code"],
-            namespace=NAMESPACE,
-            registry=registry,
-        )
-        self.stage_seconds = Histogram(
-            "stage_duration_seconds",
-            "Time that a stage took",
-            ["stage"],
-            buckets=BUCKETS,
-            namespace=NAMESPACE,
-            registry=registry,
-        )
-        self.job_seconds = Histogram(
-            "job_duration_seconds", "Time that a job took", buckets=BUCKETS, namespace=NAMESPACE, registry=registry
-        )
-        self.bytes = Counter(
-            "bytes",
-            "Bytes of guest disks that a stage worked through",
-            ["stage"],
-            namespace=NAMESPACE,
-            registry=registry,
-        )
-        self.scan_seconds = Histogram(
-            "scan_duration_seconds",
-            "Time that a scan took",
-            buckets=(0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60),
-            namespace=NAMESPACE,
-            registry=registry,
-        )
-        self.last_scan = Gauge(
-            "last_scan_timestamp_seconds", "When the last scan ended", namespace=NAMESPACE, registry=registry
-        )
-        self.scan_errors = Counter(
-            "scan_errors", "Exports or roots that could not be read", namespace=NAMESPACE, registry=registry
-        )
-        self.watcher_up = Gauge(
-            "watcher_up",
-            "Whether changes are seen at once (0: by the scan only)",
-            namespace=NAMESPACE,
-            registry=registry,
-        )
-        self.reload_ok = Gauge(
-            "config_last_reload_successful",
-            "Whether the last reload was accepted",
-            namespace=NAMESPACE,
-            registry=registry,
-        )
-        for state in State:
-            self.jobs.labels(state)
-        for result in RESULTS:
-            self.completed.labels(result)
-        for code in MEANING:
-            self.failures.labels(code)
-        for stage in STAGES:
-            self.stage_seconds.labels(stage)
-        for stage in ("verify", "convert"):
-            self.bytes.labels(stage)
+        self._running: tuple[tuple[str, ...], ...] = ()  # replaced as a whole: it is read in other threads
+        self._slots: set[int] = set()
+        self._last: dict[str, float] = {}  # when a job last ended, by its result
+        self._declare_jobs()
+        self._declare_slots()
+        self._declare_watching()
+        self._declare_health()
+        self.registry.register(_Running(self))
 
-    def finished(self, result: str, code: str | None) -> None:
-        """Count one runner that ended."""
+    def _declare_jobs(self) -> None:
+        self.jobs = self._gauge("jobs", "Number of exports in each state, as of the last look at them.", "state")
+        self.oldest_waiting = self._gauge(
+            "oldest_waiting_job_timestamp_seconds",
+            "Since when the export that has waited longest for a worker could be started, NaN if none waits.",
+        )
+        self.workers = self._gauge("workers", "Number of jobs that may run at the same time.")
+        self.workers_busy = self._gauge("workers_busy", "Number of jobs that run.")
+        self.started = self._counter("jobs_started", "Jobs that were started; one that is tried again counts again.")
+        self.completed = self._counter("jobs_completed", "Jobs that ended, by how they ended.", "result")
+        self.failures = self._counter(
+            "job_failures",
+            "Jobs that ended with an error, by its code, as the manual and the reports have it.",
+            "reason",
+        )
+        self.job_seconds = self._histogram(
+            "job_duration_seconds",
+            "Time that jobs took which left a report, those that succeeded and all other ones.",
+            BUCKETS,
+            "result",
+        )
+        self.stage_seconds = self._histogram(
+            "stage_duration_seconds", "Time that stages took, whether they were done or failed.", FEW_BUCKETS, "stage"
+        )
+        self.queue_seconds = self._histogram(
+            "queue_wait_seconds", "Time from when an export could be started until it was.", FEW_BUCKETS
+        )
+        self.bytes_read = self._counter(
+            "bytes_read", "Bytes of the sources' disks that a stage has worked through.", "stage"
+        )
+        self.bytes_written = self._counter(
+            "bytes_written", "Bytes that the published disks take up, by their format.", "format"
+        )
+        self.last_completion = self._gauge(
+            "last_job_completion_timestamp_seconds",
+            "When a job last ended with a report, by its result; 0 if none of those in exports_dir has it.",
+            "result",
+        )
+        self.claims = self._counter(
+            "claims",
+            "Claims that were made (won), were held by another runner (busy), could not be made (failed), or were taken"
+            " away while the job ran (lost).",
+            "outcome",
+        )
+        self.report_write_errors = self._counter("report_write_errors", "Jobs whose report could not be written.")
+        _initialise(self.jobs, State)
+        self.oldest_waiting.set(math.nan)
+        _initialise(self.completed, RESULTS)
+        _initialise(self.failures, MEANING)
+        _initialise(self.job_seconds, ("succeeded", "other"))
+        _initialise(self.stage_seconds, STAGES)
+        _initialise(self.bytes_read, READ)
+        _initialise(self.bytes_written, FORMATS)
+        _initialise(self.last_completion, FINAL)
+        _initialise(self.claims, ("won", "busy", "failed", "lost"))
+
+    def _declare_slots(self) -> None:
+        self.ratio = self._gauge(
+            "slot_progress_ratio",
+            "How much of the slowest stage that counts in bytes is done, 0 to 1, NaN if none does or no job runs.",
+            "slot",
+        )
+        self.rate = self._gauge(
+            "slot_bytes_per_second", "How fast that stage has been, 0 if there is none or no job runs.", "slot"
+        )
+        self.left = self._gauge(
+            "slot_stage_remaining_seconds",
+            "How long that stage will take at this rate, NaN if it is not known.",
+            "slot",
+        )
+        self.stage_start = self._gauge(
+            "slot_stage_start_timestamp_seconds",
+            "When that stage began, or another one if none counts in bytes, NaN if no stage runs.",
+            "slot",
+        )
+        self.last_progress = self._gauge(
+            "slot_last_progress_timestamp_seconds", "When the job last got further, NaN if no job runs.", "slot"
+        )
+        self.show({}, 1)  # there is always one worker
+
+    def _declare_watching(self) -> None:
+        self.scan_seconds = self._histogram(
+            "scan_duration_seconds", "Time that a look at all exports took.", SCAN_BUCKETS
+        )
+        self.last_scan = self._gauge("last_scan_timestamp_seconds", "When the last look at the exports ended.")
+        self.scan_errors = self._counter(
+            "scan_errors", "Times that exports_dir (directory) or an export in it (export) could not be read.", "reason"
+        )
+        self.watcher_up = self._gauge(
+            "watcher_up", "Whether changes are seen at once (1), or only by the next look (0)."
+        )
+        self.watcher_restarts = self._counter(
+            "watcher_restarts",
+            "Times that the watch was begun anew: it died, its directory was replaced, or the settings changed.",
+            "reason",
+        )
+        self.events = self._counter("events", "Changes in exports_dir that were seen at once.")
+        self.watcher_warnings = self._counter(
+            "watcher_warnings", "Warnings of the library that watches, such as that its queue was full."
+        )
+        _initialise(self.scan_errors, ("directory", "export"))
+        _initialise(self.watcher_restarts, ("died", "replaced", "settings"))
+
+    def _declare_health(self) -> None:
+        build = Info("build", "Versions of the daemon and of its Python.", namespace=NAMESPACE, registry=self.registry)
+        build.info({"version": __version__, "python": platform.python_version()})
+        self.ready = self._gauge(
+            "ready", "Whether a check of /readyz passed, or is not needed by the settings.", "check"
+        )
+        self.libvirt_up = self._gauge(
+            "libvirt_up", "Whether libvirt answered when it was last asked, NaN if the settings do not need it."
+        )
+        self.free = self._gauge(
+            "destination_free_bytes",
+            "Bytes that are free in output_dir and work_dir, NaN if that is not known.",
+            "pool",
+        )
+        self.reload_ok = self._gauge("config_last_reload_successful", "Whether the last reload was accepted.")
+        self.reloaded = self._gauge(
+            "config_last_reload_success_timestamp_seconds", "When settings were last read and accepted."
+        )
+        self.log_messages = self._counter("log_messages", "Messages that the daemon itself logged, by level.", "level")
+        self.notifications = self._gauge(
+            "notifications",
+            "Messages of ended jobs that wait to be told (pending), or were given up since the first.",
+            "state",
+        )
+        _initialise(self.notifications, ("pending", "given_up"))
+        _initialise(self.ready, CHECKS)
+        _initialise(self.free, POOLS)
+        _initialise(self.log_messages, PRIORITY)
+
+    def show(self, running: Mapping[int, Progress], workers: int) -> None:
+        """Show the jobs that run, by the numbers of their slots, of which there is one for each worker."""
+        slots = {*range(workers), *running}
+        now = time.monotonic()
+        for slot in slots:
+            self._show_slot(str(slot), running.get(slot), now)
+        for slot in self._slots - slots:
+            for gauge in (self.ratio, self.rate, self.left, self.stage_start, self.last_progress):
+                gauge.remove(str(slot))
+        self._slots = slots
+        self._running = tuple(
+            (str(slot), p.job, plain(p.vm, TAGS_LIMIT), ",".join(p.stages), str(p.attempt), _tags(p.tags))
+            for slot, p in sorted(running.items())
+        )
+        self.workers.set(workers)
+        self.workers_busy.set(len(running))
+
+    def _show_slot(self, slot: str, progress: Progress | None, now: float) -> None:
+        epoch = time.time() - now  # of the monotonic clock
+        heard = progress.heard if progress else 0.0
+        stage = _slowest(progress, now) if progress else None
+        ratio, rate, left, start = math.nan, 0.0, math.nan, math.nan
+        if stage is not None:
+            ratio, rate = _number(stage.ratio), stage.rate or 0.0
+            left, start = _number(stage.seconds_left(now)), epoch + stage.began
+        self.ratio.labels(slot).set(ratio)
+        self.rate.labels(slot).set(rate)
+        self.left.labels(slot).set(left)
+        self.stage_start.labels(slot).set(start)
+        self.last_progress.labels(slot).set(epoch + heard if heard else math.nan)
+
+    def job_started(self, waited: float) -> None:
+        """Count a job that was started, `waited` seconds after it could have been."""
+        self.started.inc()
+        self.queue_seconds.observe(max(waited, 0))
+
+    def event(self, event: Event) -> None:
+        """Count what a job tells while it runs."""
+        data = event.data
+        if event.kind == "claimed":
+            self.claims.labels("won").inc()
+        elif event.kind == "stage" and data["status"] in ("done", "failed"):
+            self.stage_seconds.labels(data["stage"]).observe(data["seconds"])
+        elif event.kind == "progress":
+            self.bytes_read.labels(data["stage"]).inc(data["bytes"])
+
+    def job_ended(self, finished: Mapping[str, Any] | None) -> None:
+        """Count a job that ended; `finished` is its last event, None if there was none."""
+        result, code = (finished["status"], finished.get("code")) if finished else ("crashed", Code.RUNNER_CRASHED)
+        if result == "busy":
+            self.claims.labels("busy").inc()
+        if result in ("busy", "nothing"):
+            return
         self.completed.labels(result).inc()
         if code is not None:
             self.failures.labels(Code(code)).inc()
+        if result == "unclaimed":
+            self.claims.labels("failed").inc()
+        if result == "unreported":
+            self.report_write_errors.inc()
+        if code == Code.CLAIM_LOST:
+            self.claims.labels("lost").inc()
+        report = finished.get("report") if finished else None
+        if report is None:
+            return
+        self.job_seconds.labels("succeeded" if result == "succeeded" else "other").observe(report["seconds"])
+        if result in FINAL:
+            self._completed(result, time.time())
+        for disk in report["disks"] if result == "succeeded" else ():
+            if disk["target_format"] in FORMATS:
+                self.bytes_written.labels(disk["target_format"]).inc(disk["target_bytes"] or 0)
 
-    def serve(self, listen: str) -> None:
-        """Serve /metrics on `host:port` in a thread. Raise OSError if the address cannot be used."""
-        host, _, port = listen.rpartition(":")
-        start_http_server(int(port), addr=host.strip("[]"), registry=self.registry)
+    def looked(
+        self, looks: Iterable[Look], states: Mapping[State, int], waiting_since: float | None, now: float
+    ) -> None:
+        """Show what a look at the exports found, at `now`. Times are seconds since the epoch.
+
+        What ended before this daemon began is known from the reports, which every look reads.
+        """
+        for state in State:
+            self.jobs.labels(state).set(states.get(state, 0))
+        self.oldest_waiting.set(_number(waiting_since))
+        self.last_scan.set(now)
+        for look in looks:
+            # A report can say anything, also that it is from the future.
+            if look.report_status in FINAL and look.finished_at is not None and look.finished_at <= now:
+                self._completed(look.report_status, look.finished_at)
+
+    def _completed(self, result: str, when: float) -> None:
+        if when > self._last.get(result, 0):
+            self._last[result] = when
+            self.last_completion.labels(result).set(when)
+
+    def told(self, pending: int, given_up: int) -> None:
+        """Show how many messages wait, and how many were given up."""
+        self.notifications.labels("pending").set(pending)
+        self.notifications.labels("given_up").set(given_up)
+
+    def watched(self, what: str) -> None:
+        """Count what the watch tells: see `watch.Watch`."""
+        if what == "event":
+            self.events.inc()
+        elif what == "warning":
+            self.watcher_warnings.inc()
+        else:
+            self.watcher_restarts.labels(what).inc()
+
+    def reload(self, *, accepted: bool) -> None:
+        """Note a reload, or the start, which is the first one."""
+        self.reload_ok.set(accepted)
+        if accepted:
+            self.reloaded.set(time.time())
+
+    def follow(self, health: Health) -> None:
+        """Show, whenever it is asked for, what is known of the daemon's health."""
+
+        def verdict(check: str) -> Verdict:
+            return health.checks(time.monotonic())[check]
+
+        def passed(check: str) -> float:
+            return not verdict(check).problem
+
+        for check in CHECKS:
+            self.ready.labels(check).set_function(functools.partial(passed, check))
+        self.libvirt_up.set_function(lambda: passed("libvirt") if health.needs_libvirt() else math.nan)
+        self.free.labels("output").set_function(lambda: verdict("output").value)
+        self.free.labels("work").set_function(lambda: verdict("work").value)
+
+    def count_log(self) -> None:
+        """Count messages from now on; `journal.configure` ends that."""
+        *others, final = structlog.get_config()["processors"]
+        structlog.configure(processors=[*others, self._count_message, final])
+
+    def _count_message(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        self.log_messages.labels(event["level"]).inc()
+        return event
+
+    def page(self, query: str, accept: str) -> Answer:
+        """The page that Prometheus reads."""
+        try:
+            encode, kind = choose_encoder(accept)
+        except TypeError:  # a version in it that is none
+            encode, kind = choose_encoder("")
+        return Answer(200, kind, encode(self.registry))
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(name, help, labels, namespace=NAMESPACE, registry=self.registry)
+
+    def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
+        return Gauge(name, help, labels, namespace=NAMESPACE, registry=self.registry)
+
+    def _histogram(self, name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, help, labels, buckets=buckets, namespace=NAMESPACE, registry=self.registry)
+
+
+class _Running(Collector):
+    """Each job that runs, and no other: what the numbers of its slot belong to."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """One series for each job; its labels change as it goes on, so they are not on any counter."""
+        help = "The job in a slot, only while it runs: its VM, the stages under way, and the tags of its manifest."
+        family = InfoMetricFamily(f"{NAMESPACE}_job", help, labels=("slot", "job", "vm", "stage", "attempt", "tags"))
+        for labels in self._metrics._running:
+            family.add_metric(labels, {})
+        yield family
+
+
+def _initialise(metric: Counter | Gauge | Histogram, values: Iterable[str]) -> None:
+    """Have the series of each value of the one label: a counter that appears at 1 has not increased for Prometheus."""
+    for value in values:
+        metric.labels(value)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _slowest(progress: Progress, now: float) -> Stage | None:
+    """The stage under way that takes longest, as far as that is known; one that counts in bytes before others."""
+    return max(
+        progress.stages.values(), key=lambda stage: (stage.total > 0, stage.seconds_left(now) or math.inf), default=None
+    )
+
+
+def _tags(tags: Mapping[str, str]) -> str:
+    """Tags as one label, `env=production,team=db`; the values of an exporter have no bounds, this has."""
+    words = (f"{key[:TAGS_LIMIT]}={value[:TAGS_LIMIT]}" if value else key for key, value in tags.items())
+    return plain(",".join(itertools.islice(words, TAGS_LIMIT)), TAGS_LIMIT)

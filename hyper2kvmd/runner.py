@@ -17,6 +17,7 @@ from typing import Any
 from hyper2kvmd import run
 from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.events import Decoder, Event
+from hyper2kvmd.manifest.problems import plain
 from hyper2kvmd.settings import Settings
 
 # A job ends its tools within seconds, but storage that hangs can hold it up.
@@ -54,17 +55,27 @@ class Stage:
 
 @dataclass
 class Progress:
-    """Where a job is, as of its last event: the stages that are under way, in the order in which they began."""
+    """Where a job is, as of its last event: the stages that are under way, in the order in which they began.
+
+    `heard` is when that event came, by the monotonic clock; 0 before the first.
+    """
 
     vm: str
     stages: dict[str, Stage] = field(default_factory=dict)
     finished: dict[str, Any] | None = None
+    job: str = ""
+    attempt: int = 0
+    tags: dict[str, str] = field(default_factory=dict)
+    heard: float = 0.0
 
     def apply(self, event: Event, now: float) -> None:
         """Take into account one event that came at `now`, by the monotonic clock."""
         data = event.data
+        self.heard = now
         if event.kind == "claimed":
-            self.vm = data["vm"]
+            self.vm, self.job, self.attempt = data["vm"], data["job"], data["attempt"]
+        elif event.kind == "manifest":
+            self.vm, self.tags = plain(data["vm"]), data["tags"]
         elif event.kind == "stage":
             if data["status"] == "started":
                 self.stages[data["stage"]] = Stage(now, data["total"], now)
@@ -81,14 +92,14 @@ class Progress:
         return max((left for s in self.stages.values() if (left := s.seconds_left(now)) is not None), default=None)
 
     def phrase(self, now: float) -> str:
-        """One phrase, such as `web01 convert 63 % fix 12 min left`."""
-        words = [self.vm]
+        """One phrase, such as `web01 convert 63 % 12 min left fix`."""
+        words, left = [self.vm], self.seconds_left(now)
         for name, stage in self.stages.items():
             words.append(name)
             if stage.ratio is not None:
                 words.append(f"{100 * stage.ratio:.0f} %")
-        if (left := self.seconds_left(now)) is not None:
-            words.append(f"{duration(left)} left")
+            if left is not None and stage.seconds_left(now) == left:
+                words.append(f"{duration(left)} left")
         return " ".join(words)
 
 

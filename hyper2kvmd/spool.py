@@ -65,6 +65,7 @@ class Look:
     report_sha256: str | None = None
     report_finding: Finding | None = None
     next_attempt_at: float | None = None
+    finished_at: float | None = None
 
 
 def state(look: Look, settings: Settings, now: float) -> tuple[State, Finding | None]:
@@ -342,15 +343,20 @@ def _look_report(found: Look, report: dict[str, Any]) -> Look:
     elif isinstance(error := report.get("error"), dict):
         code, message, hint = (str(error.get(key, "")) for key in ("code", "message", "hint"))
         finding = Finding(code, message, hint, str(error["field"]) if error.get("field") else None)
-    try:
-        due = datetime.fromisoformat(str(report.get("next_attempt_at"))).timestamp()
-    except (ValueError, OverflowError):
-        due = None
     manifest = report.get("manifest")
     return replace(
         found,
         report_status=status,
         report_sha256=manifest.get("sha256") if isinstance(manifest, dict) else None,
         report_finding=finding,
-        next_attempt_at=due,
+        next_attempt_at=_seconds(report.get("next_attempt_at")),
+        finished_at=_seconds(report.get("finished_at")),
     )
+
+
+def _seconds(stamp: object) -> float | None:
+    """A time of a report as seconds since the epoch; None for what is none."""
+    try:
+        return datetime.fromisoformat(str(stamp)).timestamp()
+    except (ValueError, OverflowError):
+        return None

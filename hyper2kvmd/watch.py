@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -30,11 +31,17 @@ HANG_SECONDS = 10.0
 
 
 class Watch:
-    """Calls `wake` when something in a directory changed; `ensure` is to be called at every scan, and mends it."""
+    """Calls `wake` when something in a directory changed; `ensure` is to be called at every scan, and mends it.
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    `count` is told of each `event` that wakes, of each `warning` of the library, and of why it was begun anew: `died`,
+    `replaced` or `settings`.
+    """
+
+    def __init__(self, wake: Callable[[], None], count: Callable[[str], None] = lambda what: None) -> None:
         self.polls = False
         self._wake = wake
+        self._count = count
+        self._complaints = _Complaints(count)
         self._observer: Any = None
         self._watched: tuple[Path, str, int, int] | None = None
         self._problem = ""
@@ -47,7 +54,9 @@ class Watch:
     def dispatch(self, event: FileSystemEvent) -> None:
         """Called by watchdog, in its thread: a hint, unless the event is about our own files."""
         name = os.path.basename(os.fsdecode(event.dest_path or event.src_path))
-        if not name.startswith(".") and name != claims.REPORT:
+        # A lock that is closed is an export that somebody let go of, perhaps after a look had found it held.
+        if name == claims.LOCK or (not name.startswith(".") and name != claims.REPORT):
+            self._count("event")
             self._wake()
 
     def ensure(self, root: Path, mode: str) -> None:
@@ -58,6 +67,8 @@ class Watch:
         try:
             status = root.stat()
         except OSError:
+            if self.up:
+                self._count("replaced")
             self._stop()
             return  # the scan says what is wrong
         wanted = (root, mode, status.st_dev, status.st_ino)
@@ -67,6 +78,9 @@ class Watch:
             return
         if self.up and not alive:
             log.warning("watching again", directory=str(root), reason="the observer died")
+        if self.up:
+            same = self._watched is not None and self._watched[:2] == wanted[:2]
+            self._count("died" if not alive else "replaced" if same else "settings")
         known = self._watched == wanted
         self._stop()
         kind = file_system(root)
@@ -82,6 +96,7 @@ class Watch:
         # Without the filter, every block that the exporter writes is an event.
         interesting: list[type[FileSystemEvent]] = [FileClosedEvent, FileMovedEvent, DirCreatedEvent, DirMovedEvent]
         try:
+            logging.getLogger("watchdog").addHandler(self._complaints)
             observer = Observer()
             # The type: watchdog calls dispatch() and nothing else.
             observer.schedule(self, str(root), recursive=True, event_filter=interesting)  # type: ignore[arg-type]
@@ -96,10 +111,24 @@ class Watch:
     def _stop(self) -> None:
         """Stop watching."""
         self._watched = None
+        logging.getLogger("watchdog").removeHandler(self._complaints)
         if self._observer is not None:
             self._observer.stop()
             self._observer.join(timeout=5)
             self._observer = None
+
+
+class _Complaints(logging.Handler):
+    """Takes what the library complains of, such as lost events, into our log."""
+
+    def __init__(self, count: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._told = count
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log and count one record."""
+        self._told("warning")
+        log.warning(record.getMessage(), exc_info=record.exc_info)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import socket
+import ssl
 import stat
 import sys
 import tempfile
@@ -844,7 +845,8 @@ def _metrics(host: Host, diagnosis: Diagnosis) -> str:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(address)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE and _is_ours(name, int(port)):
+        tls = host.settings.metrics.tls_server_config.cert_file
+        if error.errno == errno.EADDRINUSE and (_has(name, int(port), tls) if tls else _is_ours(name, int(port))):
             return f"{listen}, served by hyper2kvmd"
         raise MigrationError(
             Code.IO_ERROR,
@@ -865,6 +867,18 @@ def _is_ours(host: str, port: int) -> bool:
         return False
     finally:
         connection.close()
+
+
+def _has(host: str, port: int, certificate: Path) -> bool:
+    """Whether it is who has our certificate that serves there; what it serves may be for those that have one, too."""
+    file = Path("/run/credentials") / SERVICE / certificate  # where systemd keeps it, if it hands it over
+    try:
+        ours = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", file.read_text(), re.DOTALL)
+        return ours is not None and ssl.PEM_cert_to_DER_cert(ours[0]) == ssl.PEM_cert_to_DER_cert(
+            ssl.get_server_certificate((host, port), timeout=2)
+        )
+    except (OSError, ValueError):
+        return False
 
 
 CHECKS: dict[str, Callable[[Host, Diagnosis], str]] = {

@@ -23,9 +23,11 @@ from hyper2kvmd import importer
 from hyper2kvmd.ctl.doctor import CHECKS, PROGRAMS, UNPACKERS
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.settings import Settings
+from hyper2kvmd.web import Web
 from tests.conftest import MakeExport
 from tests.e2e.container import Container, booted, wait_until
 from tests.e2e.test_systemd import EXPORTS, configure, install_program, install_service
+from tests.integration.test_metrics import certificate
 from tests.libvirtd import session
 
 pytestmark = pytest.mark.timeout(300)
@@ -359,12 +361,30 @@ def test_a_metrics_address_that_another_program_has_is_a_failure(doctor: Doctor)
 def test_a_metrics_address_that_the_daemon_has_is_in_order(doctor: Doctor) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         listen = f"127.0.0.1:{free.getsockname()[1]}"
-    Metrics().serve(listen)
+    Web({"/metrics": Metrics().page}).apply(Settings.model_validate({"metrics": {"listen": listen}}).metrics)
     assert f"{listen}, served by hyper2kvmd" == doctor("metrics", metrics__listen=listen).detail("metrics")
 
 
+def test_a_metrics_address_with_tls_is_in_order_if_who_has_it_has_our_certificate(
+    doctor: Doctor, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    for name in ("server", "other"):
+        certificate(tmp_path, name)
+    pair = {"cert_file": f"{tmp_path}/server.pem", "key_file": f"{tmp_path}/server.key"}
+    closed = {**pair, "client_ca_file": pair["cert_file"], "client_auth_type": "RequireAndVerifyClientCert"}
+    metrics = {"listen": listen, "tls_server_config": closed}
+    Web({}).apply(Settings.model_validate({"metrics": metrics}).metrics)
+    found = doctor("metrics", metrics__listen=listen, metrics__tls_server_config=closed)
+    assert f"{listen}, served by hyper2kvmd" == found.detail("metrics")
+    others = {"cert_file": f"{tmp_path}/other.pem", "key_file": f"{tmp_path}/other.key"}
+    found = doctor("metrics", metrics__listen=listen, metrics__tls_server_config=others)
+    assert [("metrics", "failed", "io_error")] == found.faults()
+
+
 def test_a_metrics_address_that_the_host_does_not_have_is_a_failure(doctor: Doctor) -> None:
-    report = doctor("metrics", metrics__listen="192.0.2.1:9878")
+    report = doctor("metrics", metrics__listen="192.0.2.1:9878", metrics__allow_insecure=True)
     assert (1, [("metrics", "failed", "io_error")]) == (report.status, report.faults())
 
 
@@ -550,7 +570,7 @@ def test_directories_outside_of_the_sandbox_are_named_with_the_line_to_write(ser
 
 
 def test_a_service_that_has_failed_is_a_failure(service: Container) -> None:
-    configure(service, metrics={"listen": "192.0.2.1:9878"})
+    configure(service, metrics={"listen": "192.0.2.1:9878", "allow_insecure": True})
     service.run("systemctl", "start", "hyper2kvmd", accept=(0, 1))
     report = inside(service, "service", "metrics")
     assert [("service", "tool_failed"), ("metrics", "io_error")] == [
