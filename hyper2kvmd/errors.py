@@ -52,6 +52,7 @@ class Code(StrEnum):
     NETWORK_MISSING = "network_missing"
     POOL_MISSING = "pool_missing"
     FIRMWARE_MISSING = "firmware_missing"
+    HOOK_FAILED = "hook_failed"
     DEFINE_FAILED = "define_failed"
     LIBVIRT_UNAVAILABLE = "libvirt_unavailable"
     TOOL_MISSING = "tool_missing"
@@ -119,6 +120,7 @@ MEANING: dict[Code, Meaning] = {
         "the storage pool of the settings does not exist, is not active, or is not of the output directory",
     ),
     Code.FIRMWARE_MISSING: Meaning(Outcome.BLOCKED, "the host has no UEFI firmware that the VM needs"),
+    Code.HOOK_FAILED: Meaning(Outcome.BLOCKED, "a hook said no before the import, or cannot be run"),
     Code.DEFINE_FAILED: Meaning(Outcome.FAILED, "libvirt refused the domain"),
     Code.LIBVIRT_UNAVAILABLE: Meaning(Outcome.RETRY, "libvirt does not answer"),
     Code.TOOL_MISSING: Meaning(Outcome.BLOCKED, "a program or library that is needed is not installed"),

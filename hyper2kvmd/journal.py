@@ -52,24 +52,28 @@ def configure(level: str, *, stream: TextIO | None = None) -> None:
     )
 
 
-def also_to(dir_fd: int, name: str) -> None:
+def also_to(dir_fd: int, name: str) -> int | None:
     """Write every event from now on to a file as well: what is known of a job beside its export, on any host.
 
-    An old file is begun anew when it has become too large. Without write access there is no such file.
+    An old file is begun anew when it has become too large. Without write access there is no such file. Return its
+    descriptor, for who goes back to the configuration before.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(name, flags, 0o640, dir_fd=dir_fd)
     except OSError:
-        return
+        return None
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # planted: what is written would end up elsewhere
         os.close(fd)
-        return
+        return None
+    with contextlib.suppress(OSError):
+        os.fchmod(fd, 0o640)  # whatever the umask: the group may read it
     if status.st_size > FILE_LIMIT:
         os.ftruncate(fd, 0)
     *others, final = structlog.get_config()["processors"]
     structlog.configure(processors=[*others, _File(fd), final])
+    return fd
 
 
 def _without_kind(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

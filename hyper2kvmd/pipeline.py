@@ -1,7 +1,7 @@
 """One migration, from manifest to domain: `migrate` is the picture, to be read from top to bottom.
 
               ┌─ VERIFY: checksums ─────────────────────────┐
-    plan ─────┼─ INSPECT ─ FIX, on an overlay per disk ─────┼─ commit ─ VALIDATE ─ publish ─ IMPORT
+    plan ─────┼─ INSPECT ─ FIX, on an overlay per disk ─────┼─ commit ─ VALIDATE ─ publish ─ hook ─ IMPORT
               └─ CONVERT: source → partial, side by side ───┘
 
 The source is only ever read. The fix is laid onto the converted disk at the end, so a migration takes as long as
@@ -11,6 +11,7 @@ its slowest branch, not as long as all of them.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hyper2kvmd import boottest, claims, images, importer, report, reserve
+from hyper2kvmd import boottest, claims, hooks, images, importer, report, reserve
 from hyper2kvmd.domain import Domain, DomainDisk, Guest, to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted, Outcome
 from hyper2kvmd.job import Job
@@ -51,6 +52,9 @@ def migrate(job: Job, manifest: Manifest) -> None:
             resumed = steps.to_publish()
             items, record = resumed or ((), {})
             plan = make_plan(job, manifest, noted, stack, ours=[Path(item.final) for item in items])
+            with noted:
+                for hook in hooks.found(job.settings.hooks, "pre-import") if plan.import_ else ():
+                    hooks.check(hook)
             if not noted.errors:
                 plan = plan if resumed else steps.adopt(plan)
                 steps.clean(plan)
@@ -87,6 +91,7 @@ def migrate(job: Job, manifest: Manifest) -> None:
         _publish(job, items)
         _describe_targets(job, plan, {item.disk: Path(item.final) for item in items})
     if plan.import_:
+        _hook(job, plan)
         with job.stage("import"):
             _import(job, plan)
     else:
@@ -433,6 +438,30 @@ def _as_found(job: Job, plan: Plan, disks: Sequence[PlannedDisk]) -> Domain:
         disks=tuple(DomainDisk(disk.final, plan.format, disk.id, False) for disk in disks),
         compatible=job.record.results.get("fix", {}).get("compatible", False),
     )
+
+
+def _hook(job: Job, plan: Plan) -> None:
+    """Run the hooks that may have a say before the domain is defined, if there are any."""
+    found = hooks.found(job.settings.hooks, "pre-import")
+    if not found:
+        return
+    with job.stage("hook"):
+        name, status = plan.manifest.vm_name, "importing"
+        # The fields of a report, as far as they are known. Its domain is that which is to be.
+        document = {
+            "schema_version": "1.0",
+            "status": status,
+            "job": job.id,
+            "vm_name": name,
+            "attempts": job.claim.attempt,
+            **job.record.dump(),
+            "domain": {"name": plan.domain.name, "uuid": plan.domain.uuid, "uri": job.settings.libvirt.uri},
+            "tags": plan.manifest.tags,
+        }
+        environment = hooks.variables(job.claim.directory, name, status, job.id)
+        for hook in found:
+            job.claim.check()
+            hooks.run(job.tools, hook, json.dumps(document).encode(), environment, job.settings.hooks.timeout_seconds)
 
 
 def _import(job: Job, plan: Plan) -> None:

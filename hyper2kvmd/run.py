@@ -11,8 +11,9 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import structlog
 
@@ -22,7 +23,10 @@ log = structlog.get_logger()
 
 TAIL_LINES = 25
 KILL_AFTER_SECONDS = 5.0
-_KEPT_ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "JOURNAL_STREAM")
+_KEPT_ENVIRONMENT = (
+    *("PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "JOURNAL_STREAM"),
+    "CREDENTIALS_DIRECTORY",  # the path; the files in it are for the service's user alone
+)
 _LIBGUESTFS_PREFIX = "LIBGUESTFS_"
 _STORAGE = tuple(map(os.strerror, (errno.EIO, errno.EROFS, errno.ESTALE)))  # the tools speak LC_ALL=C
 
@@ -54,16 +58,22 @@ class Tools:
         timeout: float | None = None,
         on_output: Callable[[bytes], None] | None = None,
         limits: Sequence[str] = (),
+        stdin: bytes = b"",
+        variables: Mapping[str, str] | None = None,
+        cwd: str | None = None,
     ) -> Done:
         """Run a tool to its end and return what it wrote.
 
         accept: exit statuses that are not errors. timeout: seconds.
         on_output: gets standard output as it comes, instead of it being collected.
-        limits: options for prlimit(1), in plain bytes and seconds.
+        limits: options for prlimit(1), in plain bytes and seconds. stdin: what it finds on its standard input.
+        variables: what its environment has besides ours. cwd: its working directory, if not this process's.
         Raise MigrationError (tool_missing, tool_failed) or Cancelled.
         """
         command = [os.fspath(word) for word in argv]
-        process = spawn([*(["prlimit", *limits] if limits else []), *command], claim_fd=self.claim_fd)
+        limited = [*(["prlimit", *limits] if limits else []), *command]
+        with _holding(stdin) as input_fd:
+            process = spawn(limited, claim_fd=self.claim_fd, stdin=input_fd, variables=variables, cwd=cwd)
         log.debug("tool started", command=shlex.join(command), pid=process.pid)
         started = time.monotonic()
         try:
@@ -106,6 +116,7 @@ class Tools:
                         Code.TOOL_FAILED,
                         f"{shlex.join(command)} did not end within {timeout:g} s",
                         "Look at the host's load and storage; run the command by hand to see where it hangs.",
+                        tail=tail(collected[process.stderr].decode(errors="replace")),
                     )
                 ended = process.poll() is not None  # asked first: what it said before it ended is there to be read
                 ready = selector.select(timeout=0.2)
@@ -134,6 +145,9 @@ def spawn(
     pass_fds: Sequence[int] = (),
     stderr: int | None = subprocess.PIPE,
     stdout: int | None = subprocess.PIPE,
+    stdin: int = subprocess.DEVNULL,
+    variables: Mapping[str, str] | None = None,
+    cwd: str | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a process in its own session that dies with the thread that started it.
 
@@ -144,16 +158,34 @@ def spawn(
     try:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "--", *argv],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=stdout,
             stderr=stderr,
             pass_fds=fds,
-            env=environment(),
+            env={**environment(), **(variables or {})},
+            cwd=cwd,
             start_new_session=True,
         )
     except FileNotFoundError:
         raise _missing("setpriv") from None
     return process
+
+
+@contextlib.contextmanager
+def _holding(data: bytes) -> Iterator[int]:
+    """A descriptor that a child can read `data` from. No pipe: nobody has to write while the child reads."""
+    if not data:
+        yield subprocess.DEVNULL
+        return
+    with open(os.memfd_create("stdin", os.MFD_CLOEXEC), "r+b") as file:
+        file.write(data)
+        file.seek(0)
+        yield file.fileno()
+
+
+def become(argv: Sequence[str]) -> NoReturn:
+    """Become another program, in the environment that this one has. Raise OSError."""
+    os.execvp(argv[0], [*argv])
 
 
 def environment() -> dict[str, str]:
@@ -171,12 +203,12 @@ def end(process: subprocess.Popen[bytes], patience: float = KILL_AFTER_SECONDS) 
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        # Also when the process has ended by now: what it had started need not have.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def tail(text: str) -> str:

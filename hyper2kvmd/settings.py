@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from hyper2kvmd.domain import attachment
 from hyper2kvmd.errors import SettingsError
@@ -197,6 +201,7 @@ class StageSeconds(Section):
     validate_: Seconds = Field(default=172800, alias="validate", description="Checking the converted disks.")
     boot: Seconds = Field(default=36000, description="The boot test.")
     publish: Seconds = Field(default=3600, description="Flushing the disks, and giving them their names.")
+    hook: Seconds = Field(default=3600, description="All the hooks before the import.")
     import_: Seconds = Field(default=1800, alias="import", description="Defining the domain.")
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -233,14 +238,182 @@ class Retention(Section):
     old_reports: int = Field(default=10, ge=0, description="How many reports of earlier runs are kept for each export.")
 
 
+def _possible(choice: object) -> object:
+    if choice in ("RequestClientCert", "RequireAnyClientCert"):
+        raise ValueError(
+            f"{choice} asks clients for certificates and then does not verify them, which Python's TLS cannot do;"
+            " set RequireAndVerifyClientCert, or VerifyClientCertIfGiven to let in those without one"
+        )
+    return choice
+
+
+class TlsServer(Section):
+    """TLS for the address, in keys and values of the Prometheus exporter toolkit. A path that is not absolute names a
+    credential, which systemd hands over (LoadCredential=). `systemctl reload` takes renewed files into use.
+    """
+
+    cert_file: Path | None = Field(
+        default=None,
+        description="The server's certificate, in PEM, with those between it and its authority. Without it, there is no"
+        " TLS.",
+    )
+    key_file: Path | None = Field(
+        default=None, description="Its private key, in PEM and without a passphrase, for the service's user to read."
+    )
+    client_auth_type: Annotated[
+        Literal["NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert"], BeforeValidator(_possible)
+    ] = Field(
+        default="NoClientCert",
+        description="NoClientCert: everybody may read. VerifyClientCertIfGiven: likewise, but a certificate that is"
+        " given must be good. RequireAndVerifyClientCert: only who has one that client_ca_file signed.",
+    )
+    client_ca_file: Path | None = Field(
+        default=None, description="Certificates of the authorities that sign those of clients, in PEM."
+    )
+    min_version: Literal["TLS12", "TLS13"] = Field(default="TLS12", description="The oldest version of TLS.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> TlsServer:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together: set both, or neither")
+        if (self.client_ca_file is None) != (self.client_auth_type == "NoClientCert"):
+            raise ValueError(
+                "client_ca_file belongs to a client_auth_type that verifies: set client_ca_file and"
+                " RequireAndVerifyClientCert, or neither"
+            )
+        if self.client_ca_file is not None and self.cert_file is None:
+            raise ValueError("client_ca_file needs TLS: set cert_file and key_file, too")
+        return self
+
+
 class Metrics(Section):
-    """The Prometheus endpoint."""
+    """The address of metrics for Prometheus (/metrics), and of whether the daemon works (/healthz, /readyz)."""
 
     listen: str = Field(
         default="127.0.0.1:9878",
         pattern=rf"^(|[^:]+:{_PORT}|\[[0-9a-fA-F:]+\]:{_PORT})$",
-        description='ADDRESS:PORT, or [IPV6-ADDRESS]:PORT, that metrics are served on; "" for none. A change takes a'
-        " restart.",
+        description='ADDRESS:PORT, or [IPV6-ADDRESS]:PORT; "" for none. One that other hosts can reach needs TLS.',
+    )
+    allow_insecure: bool = Field(
+        default=False,
+        description="Whether other hosts may be served without TLS: whoever can connect reads the names of VMs.",
+    )
+    tls_server_config: TlsServer = TlsServer()
+
+    @model_validator(mode="after")
+    def _closed(self) -> Metrics:
+        host = self.listen.rpartition(":")[0].strip("[]")
+        if host and not _is_loopback(host) and self.tls_server_config.cert_file is None and not self.allow_insecure:
+            raise ValueError(
+                f"metrics.listen is {self.listen}, which other hosts can reach, and there is no TLS: set"
+                " metrics.tls_server_config, or listen on 127.0.0.1, or set metrics.allow_insecure to true"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def url_problem(url: str, *, allow_insecure: bool) -> tuple[str, str] | None:
+    """What is wrong with the URL of a webhook, and the remedy; None if it is good. Its path may be a secret."""
+    good = "write one such as https://chat.example.com/hooks/TOKEN"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return "the URL has no host, or a port that is none", good
+    if not re.fullmatch(r"[\x21-\x7e]+", url):
+        return "the URL holds a space, or what is not ASCII", "write %XX for each such byte, and xn-- names of hosts"
+    if parts.scheme not in ("https", "http") or not host:
+        return "the URL is not one of https", good
+    if parts.username is not None or parts.password is not None:
+        return "the URL holds a user or a password", "take them out, and give an Authorization header by a credential"
+    if parts.fragment or len(host) > 253 or not all(0 < len(label) < 64 for label in host.rstrip(".").split(".")):
+        return "the URL has a # or a name of a host that cannot be one", good
+    if parts.scheme == "http" and not allow_insecure and not _is_loopback(host):
+        return (
+            f"http://{host} would be sent reports, and the headers, unencrypted",
+            "use https, or set notify.webhook.allow_insecure to true",
+        )
+    return None
+
+
+Credential = Annotated[str, Field(pattern=r"^(/.*|[A-Za-z0-9][A-Za-z0-9._-]*)$")]
+
+
+class Webhook(Section):
+    """A message for every job that is over, sent as JSON by HTTP POST; docs/notify.md has its form.
+
+    A credential is a file that systemd hands over, by its name (LoadCredential=), or one with an absolute path; others
+    must not be able to read it.
+    """
+
+    url: str | None = Field(
+        default=None,
+        description="Where messages go; null for nowhere. Plain http only to this host. That of a chat is a secret: use"
+        " url_credential.",
+    )
+    url_credential: Credential | None = Field(default=None, description="The credential that holds the URL instead.")
+    events: tuple[Literal["succeeded", "failed", "blocked", "rejected", "cancelled"], ...] = Field(
+        default=("succeeded", "failed", "blocked", "rejected", "cancelled"),
+        description="Of which ends there is a message. What is tried again by itself is not at its end.",
+    )
+    headers_credential: Credential | None = Field(
+        default=None,
+        description="The credential that holds headers to be sent, one `Header-Name: value` to a line.",
+    )
+    ca_file: Path | None = Field(
+        default=None,
+        description="Certificates of the authorities that may sign the receiver's, in PEM; null: those of the system.",
+    )
+    timeout_seconds: float = Field(default=30, ge=1, le=300, description="How long one attempt may take, in all.")
+    max_attempts: int = Field(
+        default=30,
+        ge=1,
+        description="After so many attempts, a message is given up. They are as far apart as those at jobs (`retry`):"
+        " 30 take about a day.",
+    )
+    allow_insecure: bool = Field(
+        default=False,
+        description="Whether the URL may be one of plain http to another host: everybody in between reads.",
+    )
+
+    @model_validator(mode="after")
+    def _good(self) -> Webhook:
+        # Of a kind of their own, with which the values, which may be secret, are not shown.
+        if self.url is not None and self.url_credential is not None:
+            raise PydanticCustomError("secret", "url and url_credential are both set; delete one of them")
+        if self.url is not None and (problem := url_problem(self.url, allow_insecure=self.allow_insecure)):
+            raise PydanticCustomError("secret", "{text}", {"text": f"url: {problem[0]}; {problem[1]}"})
+        return self
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a receiver."""
+        return self.url is not None or self.url_credential is not None
+
+
+class Notify(Section):
+    """Who is told of jobs that are over."""
+
+    webhook: Webhook = Webhook()
+
+
+class Hooks(Section):
+    """Programs that are run before a domain is defined and after a job is over, with the report on standard input;
+    docs/notify.md says how.
+    """
+
+    directory: Path = Field(
+        default=Path("/etc/hyper2kvmd/hooks.d"),
+        description="Where they are: in pre-import/ and post-job/, run in the order of their names.",
+    )
+    timeout_seconds: float = Field(
+        default=300, ge=1, le=86400, description="How long one may take before it is killed, in seconds."
     )
 
 
@@ -310,6 +483,8 @@ class Settings(Section):
         " stay.",
     )
     metrics: Metrics = Metrics()
+    notify: Notify = Notify()
+    hooks: Hooks = Hooks()
     log: Log = Log()
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -415,7 +590,8 @@ def _explain(model: type[BaseModel], source: Path, problem: Any, lines: Lines) -
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(path[-1], _known(model, path[:-1]), n=1)
         return f"{where}: {key}: unknown setting" + (f"; did you mean {close[0]}?" if close else "")
-    return f"{where}: {key}: {problem['msg']} (found {problem['input']!r})"
+    found = "" if problem["type"] == "secret" else f" (found {problem['input']!r})"
+    return f"{where}: {key}: {problem['msg']}{found}"
 
 
 def _known(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:

@@ -15,14 +15,14 @@ from hyper2kvmd.options import EXIT_CONFIG, EXIT_FAILED, EXIT_MANIFEST, EXIT_UNA
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line, from which the manual is made too."""
-    from hyper2kvmd.ctl import batch, control, doctor, listing, manifest, migrate, report, validate
+    from hyper2kvmd.ctl import batch, control, doctor, listing, manifest, migrate, notify, report, validate
 
     parser = argparse.ArgumentParser(
         prog="hyper2kvmctl", description="Migrates exports, checks them, shows their state."
     )
     parser.add_argument("--version", action="version", version=f"hyper2kvmctl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (migrate, batch, validate, manifest, listing, report, control, doctor):
+    for module in (migrate, batch, validate, manifest, listing, report, control, notify, doctor):
         for command in module.add_commands(commands):
             command.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
             add_settings_options(command)

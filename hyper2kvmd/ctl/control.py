@@ -27,6 +27,7 @@ from hyper2kvmd.options import (
     EXIT_PERMISSION,
     EXIT_UNAVAILABLE,
 )
+from hyper2kvmd.run import become
 from hyper2kvmd.runner import Runner
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import State
@@ -199,7 +200,7 @@ def logs(options: argparse.Namespace, config: Settings) -> int:
         matches = [word for field in fields for word in ("+", field)][1:]
         output = "json" if options.json else "short-iso"
         try:
-            os.execvp("journalctl", ["journalctl", "-o", output, *(["-f"] if options.follow else []), *matches])
+            become(["journalctl", "-o", output, *(["-f"] if options.follow else []), *matches])
         except OSError as error:
             remedy = "without --journal, the log beside the export is printed"
             print(f"hyper2kvmctl: journalctl: {error.strerror}; {remedy}", file=sys.stderr)

@@ -1,0 +1,62 @@
+"""`hyper2kvmctl notify`: tells the webhook and the hooks what is over; the daemon starts it after its jobs."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from typing import Any
+
+from hyper2kvmd import claims, journal, outbox
+from hyper2kvmd.ctl import print_json
+from hyper2kvmd.options import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_PERMISSION
+from hyper2kvmd.run import Tools
+from hyper2kvmd.settings import Settings
+
+
+def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "notify", help="tell what has ended to the webhook and the hooks; the daemon does it by itself"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be told")
+    parser.set_defaults(run=notify)
+    return [parser]
+
+
+def notify(options: argparse.Namespace, config: Settings) -> int:
+    """Tell what is due; the exit status is 1 if a receiver did not take something."""
+    try:
+        if options.dry_run:
+            return _untold(options, config)
+        claims.forgo_capabilities()
+        journal.configure(config.log.level)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a hook that runs is ended with its group
+        result = outbox.tell(config, Tools())
+    except BlockingIOError:
+        print("hyper2kvmctl: another process tells them just now", file=sys.stderr)
+        return EXIT_BUSY
+    except OSError as error:
+        where = error.filename or config.work_dir
+        print(f"hyper2kvmctl: {where}: {error.strerror}; run as root or as the user of the service", file=sys.stderr)
+        return EXIT_PERMISSION
+    stands = result.standing
+    if options.json:
+        print_json(
+            {"told": result.told, "failed": result.failed, "pending": stands.pending, "given_up": stands.given_up}
+        )
+    elif sys.stdout.isatty() or result.told or result.failed:
+        print(
+            f"{result.told} told, {result.failed} not; {stands.pending} to be told, {stands.given_up} given up so far"
+        )
+    return EXIT_FAILED if result.failed else EXIT_DONE
+
+
+def _untold(options: argparse.Namespace, config: Settings) -> int:
+    found = outbox.untold(config)
+    if options.json:
+        print_json([{"id": id, "receiver": receiver} for id, receiver in found])
+    else:
+        for id, receiver in found:
+            print(f"{id}: {receiver}")
+    return EXIT_DONE
