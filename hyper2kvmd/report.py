@@ -37,10 +37,10 @@ class ErrorRecord(FindingRecord):
 class StageRecord(Part):
     """One stage of one job, by its `name`, and how many `seconds` it took; one that was skipped has no times."""
 
-    name: str
-    status: Literal["done", "skipped", "failed", "cancelled"]
+    name: str = Field(description="such as convert")
+    status: Literal["done", "skipped", "failed", "cancelled"] = Field(description="how it ended")
     started_at: str | None = Field(default=None, description="RFC 3339, UTC")
-    seconds: float | None = None
+    seconds: float | None = Field(default=None, description="how long it took; null if it was skipped")
 
 
 class DiskRecord(Part):
@@ -49,14 +49,14 @@ class DiskRecord(Part):
     `id` and `source_format` are those of the manifest. What begins with `target` is null if no disk was published.
     """
 
-    id: str
+    id: str = Field(description="as the manifest has it")
     source: str = Field(description="path of the source, relative to the export")
-    source_format: str
+    source_format: str = Field(description="vmdk, qcow2, raw, vhd, vhdx or vdi")
     source_bytes: int = Field(description="size of the source file")
     source_sha256: str | None = Field(default=None, description="as computed; null if it was not verified")
     virtual_size: int = Field(description="bytes the guest sees")
     target: str | None = Field(default=None, description="absolute path of the published disk")
-    target_format: str | None = None
+    target_format: str | None = Field(default=None, description="qcow2 or raw")
     target_bytes: int | None = Field(default=None, description="bytes allocated by the published disk")
     boot: bool = Field(default=False, description="whether the guest boots from this disk")
 
@@ -67,20 +67,20 @@ class ChangeRecord(Part):
     `diff` is what changed in a text, `command` what was run for it, `evidence` what was found that made it necessary.
     """
 
-    fixer: str
-    path: str
-    summary: str
-    diff: str | None = None
-    command: str | None = None
-    evidence: str | None = None
+    fixer: str = Field(description="the part of FIX that made it")
+    path: str = Field(description="the file in the guest")
+    summary: str = Field(description="what was changed, in words")
+    diff: str | None = Field(default=None, description="the change of a text, as a unified diff")
+    command: str | None = Field(default=None, description="the command that was run in the guest")
+    evidence: str | None = Field(default=None, description="why it was right to change it")
 
 
 class DomainRecord(Part):
     """The domain that was defined in libvirt: its `name`, its `uuid`, and the `uri` of that libvirt."""
 
-    name: str
-    uuid: str
-    uri: str
+    name: str = Field(description="as `virsh list` has it")
+    uuid: str = Field(description="its UUID, which is the VM's own where that was free")
+    uri: str = Field(description="the libvirt that it is defined in")
 
 
 class ManifestRecord(Part):
@@ -88,17 +88,19 @@ class ManifestRecord(Part):
 
     name: str = Field(description="file name")
     sha256: str | None = Field(description="digest of its bytes; null if it could not be read")
-    dialect: str | None = None
+    dialect: str | None = Field(default=None, description="seed (the guide's) or go (the exporter's)")
 
 
 class HostRecord(Part):
     """Where the job ran, and for whom: the `name` of the host, the `pid` of the process, and who started it."""
 
-    name: str
-    pid: int
+    name: str = Field(description="host name")
+    pid: int = Field(description="process id of the last attempt")
     user: str | None = Field(default=None, description="the user with whose rights it ran")
     login_user: str | None = Field(default=None, description="who had logged in to start it; null for a service")
-    started_by: Literal["daemon", "command"] | None = None
+    started_by: Literal["daemon", "command"] | None = Field(
+        default=None, description="the daemon, or a command that a person ran"
+    )
 
 
 class Report(Part):
@@ -109,15 +111,15 @@ class Report(Part):
     """
 
     schema_version: Literal["1.0"] = "1.0"
-    status: Status
+    status: Status = Field(description="what became of the export")
     dry_run: bool = Field(default=False, description="whether everything was done on throw-away overlays only")
     job: str = Field(description="identifier of the job: the same for every attempt at this manifest")
-    vm_name: str | None = None
+    vm_name: str | None = Field(default=None, description="the VM's name; null if the manifest could not be read")
     manifest: ManifestRecord
     attempts: int = Field(description="how many times the job was started; the last one wrote this report")
     started_at: str = Field(description="RFC 3339, UTC")
     finished_at: str = Field(description="RFC 3339, UTC")
-    seconds: float
+    seconds: float = Field(description="how long the last attempt took")
     next_attempt_at: str | None = Field(default=None, description="RFC 3339, UTC; only when the status is `retrying`")
     error: ErrorRecord | None = None
     warnings: tuple[FindingRecord, ...] = ()

@@ -47,7 +47,9 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     actions = group.add_subparsers(dest="action", required=True)
 
     make = actions.add_parser("create", help="make a manifest from disk files, a directory, an .ovf or an OVA")
-    make.add_argument("sources", nargs="+", type=Path, metavar="SOURCE")
+    make.add_argument(
+        "sources", nargs="+", type=Path, metavar="SOURCE", help="disk files of one VM, a directory, an .ovf or an OVA"
+    )
     make.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="the manifest (default: manifest.json beside the disks)"
     )
@@ -67,10 +69,10 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
     hash_ = actions.add_parser("rehash", help="compute the checksums of a manifest's disks, and put them in")
     move = actions.add_parser("relocate", help="replace the leading directory of the disks' paths")
-    move.add_argument("old", metavar="OLD")
-    move.add_argument("new", metavar="NEW")
+    move.add_argument("old", metavar="OLD", help="the leading directory that the paths have")
+    move.add_argument("new", metavar="NEW", help="the one that they are to have")
     for parser, run in ((hash_, _rehash), (move, _relocate)):
-        parser.add_argument("manifest", type=Path, metavar="MANIFEST")
+        parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="path of the manifest")
         parser.add_argument("--yes", action="store_true", help="do not ask")
         parser.set_defaults(run=_told(run))
 
@@ -78,7 +80,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     schema.set_defaults(run=_schema)
 
     upgrade = actions.add_parser("upgrade", help="say a manifest in the other dialect")
-    upgrade.add_argument("manifest", type=Path, metavar="MANIFEST")
+    upgrade.add_argument("manifest", type=Path, metavar="MANIFEST", help="path of the manifest")
     upgrade.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="a new file (default: print it); JSON or YAML by its name"
     )

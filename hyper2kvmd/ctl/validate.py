@@ -29,7 +29,7 @@ from hyper2kvmd.spool import read_manifest, read_report
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command to the parser."""
     parser = commands.add_parser("validate", help="check a manifest and its disks, changing nothing")
-    parser.add_argument("manifest", type=Path)
+    parser.add_argument("manifest", type=Path, help="path of the manifest")
     parser.add_argument("--strict", action="store_true", help="compute the checksums too, which reads every disk")
     parser.set_defaults(run=validate)
     return [parser]

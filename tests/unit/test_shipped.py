@@ -38,10 +38,10 @@ def test_every_code_is_used_somewhere() -> None:
     assert [] == [code.name for code in Code if f"Code.{code.name}" not in source]
 
 
-def test_every_metric_is_there_from_the_start() -> None:
+def test_every_metric_is_there_from_the_start_but_that_of_running_jobs() -> None:
     families = [*Metrics().registry.collect()]
     assert families
-    assert [] == [family.name for family in families if not family.samples]
+    assert ["hyper2kvmd_job"] == [family.name for family in families if not family.samples]
 
 
 def test_every_section_and_every_setting_is_described() -> None:
@@ -98,7 +98,7 @@ def test_the_unit_is_accepted_by_systemd(tmp_path: Path) -> None:
 
 def test_the_unit_is_well_confined(tmp_path: Path) -> None:
     done = subprocess.run(
-        ["systemd-analyze", "security", "--offline=yes", "--threshold=25", ROOT / "systemd/hyper2kvmd.service"],
+        ["systemd-analyze", "security", "--offline=yes", "--threshold=21", ROOT / "systemd/hyper2kvmd.service"],
         capture_output=True,
         text=True,
         check=False,
