@@ -11,14 +11,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hyper2kvmd import accel, claims, journal
 from hyper2kvmd.daemon import Daemon
+from hyper2kvmd.errors import Code
+from hyper2kvmd.events import STAGES, Event
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.run import Tools
+from hyper2kvmd.runner import Progress
 from hyper2kvmd.settings import Settings
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
 from tests.guests.build import build, export
@@ -27,7 +31,7 @@ from tests.integration.test_daemon import daemon
 
 def main() -> int:
     """Run the benchmarks that are named, or all of them, and print one line for each figure."""
-    functions = (migration, fix, latency, overhead, burst, endurance, scan, idle)
+    functions = (migration, fix, latency, overhead, burst, endurance, scan, idle, events)
     benchmarks = {function.__name__: function for function in functions}
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *benchmarks], help="which (default: all)")
@@ -267,6 +271,48 @@ def idle(scratch: Path) -> None:
         resident = _resident_mb(process.pid)
     figure("resident memory of the idle daemon", resident, "MiB", "≤ 60")
     figure("CPU of the idle daemon", cpu, "%", "≤ 0.2")
+
+
+def events(scratch: Path) -> None:
+    """The events of 100,000 jobs, as a daemon with eight workers counts them, and what Prometheus then reads."""
+    metrics = Metrics()
+    began, sizes, times = time.monotonic(), [], []
+    for number in range(1, 100_001):
+        progress = Progress(f"web{number}")
+        for event in _job_events(number):
+            progress.apply(event, time.monotonic())
+            metrics.event(event)
+        metrics.show({number % 8: progress}, 8)
+        metrics.job_ended(progress.finished)
+        if number % 20_000 == 0:
+            sizes.append(_resident_mb(os.getpid()))
+            for _ in range(20):
+                started = time.monotonic()
+                page = metrics.page("", "").body
+                times.append(time.monotonic() - started)
+    series = sum(not line.startswith(b"#") for line in page.splitlines())
+    figure("events of 100,000 jobs, counted", time.monotonic() - began, "s", "-")
+    figure("memory after the last 80,000 of them, more than before", sizes[-1] - sizes[0], "MiB", "0")
+    figure("slowest of 100 scrapes", 1000 * max(times), "ms", "≤ 50")
+    figure("series", series, "", "≤ 300")
+
+
+def _job_events(number: int) -> Iterator[Event]:
+    """What a job tells: one of fifty fails, each time for another reason."""
+    name = f"web{number}"
+    yield Event("claimed", {"job": f"{name}-01234567", "vm": name, "attempt": 1})
+    yield Event("manifest", {"vm": name, "tags": {"number": str(number)}})
+    for stage in STAGES:
+        yield Event("stage", {"stage": stage, "status": "started", "seconds": 0.0, "total": 1 << 30})
+        if stage in ("verify", "convert"):
+            for item in range(10):
+                yield Event("progress", {"stage": stage, "item": "disk-0", "ratio": item / 10, "bytes": 100 << 20})
+        yield Event("stage", {"stage": stage, "status": "done", "seconds": random.expovariate(0.01)})
+    code = list(Code)[number // 50 % len(Code)] if number % 50 == 0 else None
+    failed = {} if code is None else {"code": str(code)}
+    disk = {"target_format": "qcow2", "target_bytes": 1 << 30}
+    report = {"seconds": random.expovariate(0.001), "disks": [disk]}
+    yield Event("finished", {"status": "failed" if code else "succeeded", **failed, "report": report})
 
 
 def _resident_mb(pid: int) -> float:
