@@ -59,6 +59,22 @@ test-integration: deps venv ## minutes; real qemu-img, libguestfs and libvirt
 test-e2e: deps venv ## long; migrates real guests and boots them
 	$(call pytest,e2e)
 
+.PHONY: package-deps
+package-deps: ## install the Debian packages for building and testing the package
+	@packaging/install-deps.sh package
+
+.PHONY: deb
+deb: package-deps ## build the Debian package into dist
+	@packaging/debian/build.sh . dist
+
+.PHONY: lock
+lock: venv ## pin the newest versions of the libraries that the package brings
+	@packaging/lock.sh
+
+.PHONY: test-packages
+test-packages: deps package-deps venv ## minutes; installs, upgrades and removes the package on a fresh Debian
+	$(call pytest,packages)
+
 .PHONY: matrix
 matrix: deps venv ## migrate every test guest and boot it (an hour without KVM); prints the README's table
 	@$(PYTHON) -m tests.matrix
@@ -78,6 +94,10 @@ bench: bench-deps venv ## measure a migration beside virt-v2v
 .PHONY: docs
 docs: venv ## write the reference pages and the shipped settings anew, from the code
 	@$(PYTHON) -m tests.reference
+
+.PHONY: preview
+preview: deps venv ## draw the dashboards with made-up data, for the documentation
+	@$(PYTHON) -m tests.preview
 
 .PHONY: man
 man: deps venv ## write the manual pages to build/man

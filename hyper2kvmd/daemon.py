@@ -182,6 +182,7 @@ class Daemon:
         self.metrics.watcher_up.set(self._watch.up)
         self._scan(now, found)
         self.draining = found.draining
+        self.metrics.draining.set(found.draining)
         self._start(now)
         self._count(now, found.seconds)
         self._rested_at = time.monotonic() + min(PAUSE_FACTOR * found.seconds, PAUSE_SECONDS)

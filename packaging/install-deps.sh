@@ -1,5 +1,5 @@
 #!/bin/bash
-# Install the Debian packages the project needs: install-deps.sh PURPOSE... (run, test, bench).
+# Install the Debian packages the project needs: install-deps.sh PURPOSE... (run, test, package, bench).
 # Looks first, and touches the network only if a package is missing.
 set -euo pipefail
 list=$(dirname "$(readlink -f "$0")")/debian-packages.txt
@@ -28,7 +28,7 @@ installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^ins
 missing=()
 for purpose in "$@"; do
     packages=$(wanted "$purpose")
-    [ -n "$packages" ] || { echo "$0: nothing is needed for '$purpose'; say run, test or bench" >&2; exit 2; }
+    [ -n "$packages" ] || { echo "$0: nothing is needed for '$purpose'; say run, test, package or bench" >&2; exit 2; }
     for package in $packages; do
         if [ "$package" = linux-image-amd64 ] && readable_kernel; then
             continue
@@ -49,6 +49,11 @@ apt() {
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get -q -o DPkg::Lock::Timeout=300 "$@" </dev/null >"$log" 2>&1
 }
+# The tests start a Prometheus of their own; the package would start one, now and at every boot, that everybody can reach.
+unit=/etc/systemd/system/prometheus.service
+if [[ " ${missing[*]} " == *" prometheus "* && -d ${unit%/*} && ! -e $unit ]]; then
+    "${as_root[@]}" ln -s /dev/null "$unit"
+fi
 echo "installing ${missing[*]}"
 # One unreachable source must not stop us if the others have what we need; the installation will tell.
 apt update || echo "apt-get update had trouble; trying to install all the same" >&2

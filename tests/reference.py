@@ -14,7 +14,8 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hyper2kvmd.errors import MEANING, Outcome
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.options import DEFAULT_PATH, EXIT_MEANING
 from hyper2kvmd.settings import Section, Settings
+from tests import completions, dashboards
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 118  # of a line of the shipped settings
@@ -579,6 +581,7 @@ Of the environment, jobs and the programs that they run get what is named here, 
 
 {item("LIBGUESTFS_CACHEDIR", "Where libguestfs keeps its appliance. The unit has /var/cache/hyper2kvmd.")}\
 {item("LIBGUESTFS_BACKEND", "How libguestfs starts its appliance. The unit has `direct`: without libvirt.")}\
+{item("CREDENTIALS_DIRECTORY", "Set by systemd. Where the credentials are that it hands over (LoadCredential=).")}\
 {item("JOURNAL_STREAM", "Set by systemd. With it, log records have fields in the journal, such as `H2K_VM`.")}\
 
 `NOTIFY_SOCKET` and `WATCHDOG_USEC`, which systemd sets, are for `hyper2kvmd run` alone: it tells systemd of its start,
@@ -671,6 +674,13 @@ What can go wrong is raised as `MigrationError`: a code of [a closed list](error
 
 # Writing it all -----------------------------------------------------------------------------------------------
 
+
+def completion_scripts() -> dict[str, Callable[[], str]]:
+    """packaging/completions/, by path."""
+    made = {**completions.scripts(daemon.build_parser()), **completions.scripts(ctl.build_parser())}
+    return {f"packaging/completions/{name}": partial(made.__getitem__, name) for name in made}
+
+
 PAGES = {
     "etc/hyper2kvmd.yaml": shipped_settings,
     "docs/settings.md": settings_page,
@@ -683,6 +693,9 @@ PAGES = {
     "packaging/hyper2kvmd.catalog": messages.catalog,
     "docs/library.md": library_page,
     "docs/migration-report.schema.json": report_schema,
+    "packaging/grafana/dashboards/hyper2kvmd-fleet.json": dashboards.fleet_page,
+    "packaging/grafana/dashboards/hyper2kvmd-host.json": dashboards.host_page,
+    **completion_scripts(),
 }
 
 

@@ -140,7 +140,7 @@ def test_systemd_is_told_in_clean_text(scratch: Settings, make_export: MakeExpor
     make_export(source={"vm_id": "1", "vm_name": "wëb 日本", "provider": "vsphere"})
     messages: list[str] = []
     with daemon(scratch, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="2000000") as process:
-        while not any("1 succeeded" in message for message in messages):
+        while not any("1 done" in message for message in messages):
             messages.append(receiver.recv(65536).decode("ascii"))
         process.send_signal(signal.SIGTERM)
         while messages[-1] != "STOPPING=1":
@@ -240,7 +240,7 @@ def test_once_works_off_what_is_there_and_says_how_it_went(scratch: Settings, ma
         output, _ = process.communicate(timeout=120)
     assert 0 == process.returncode, output
     assert done(*exports)
-    assert "5 succeeded" in output
+    assert "5 done" in output
 
 
 def test_what_a_job_left_is_removed_when_the_daemon_starts(scratch: Settings, make_export: MakeExport) -> None:
