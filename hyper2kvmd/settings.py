@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -19,7 +21,8 @@ from hyper2kvmd.manifest import wire
 from hyper2kvmd.options import DEFAULT_PATH
 
 Model = TypeVar("Model", bound=BaseModel)
-Lines = dict[tuple[str, ...], int]  # by the path of a key
+Lines = dict[tuple[str, ...], str]  # where a key stands, such as /etc/hyper2kvmd/hyper2kvmd.yaml:7, by its path
+DROP_INS = "conf.d"
 
 Seconds = Annotated[float, Field(ge=0)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -498,27 +501,33 @@ class Settings(Section):
 
 
 def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Settings:
-    """Read the settings file and apply `key.path=value` overrides to it.
+    """Read the settings file, then those in `conf.d` beside it, and apply `key.path=value` overrides.
 
-    Without `path`, the default file is read if it exists, and the defaults hold if it does not.
-    Raise SettingsError, with one line per problem, for a file that cannot be read or does not hold settings.
+    Without `path`, the default file is read if it exists, and the defaults hold if it does not. Of two files, the one
+    whose name sorts last goes before the other, key by key.
+    Raise SettingsError, with one line per problem, for a file that cannot be read, does not hold settings, or could
+    have been written by others.
     """
-    if path is None and not DEFAULT_PATH.exists():
-        return _validate(Settings, DEFAULT_PATH, {}, {}, overrides)
     source = path or DEFAULT_PATH
-    return _validate(Settings, source, *_parse(source), overrides)
+    files = [source] if path is not None or source.exists() else []
+    files += sorted(file for file in source.parent.glob(f"{DROP_INS}/*.yaml") if not file.name.startswith("."))
+    data: dict[str, Any] = {}
+    lines: Lines = {}
+    for file in files:
+        more, more_lines = _parse(file)
+        _merge(data, more)
+        lines |= more_lines
+    for override in overrides:
+        _override(data, override)
+    return _validate(Settings, source, data, lines)
 
 
 def read(model: type[Model], path: Path) -> Model:
     """Read another file that is to hold what `model` says. Raise SettingsError like `load`."""
-    return _validate(model, path, *_parse(path), ())
+    return _validate(model, path, *_parse(path))
 
 
-def _validate(
-    model: type[Model], source: Path, data: dict[str, Any], lines: Lines, overrides: tuple[str, ...]
-) -> Model:
-    for override in overrides:
-        _override(data, override)
+def _validate(model: type[Model], source: Path, data: dict[str, Any], lines: Lines) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -527,9 +536,11 @@ def _validate(
 
 
 def _parse(source: Path) -> tuple[dict[str, Any], Lines]:
-    """Parse a YAML file into plain data, and note the line of each key for error messages."""
+    """Parse a YAML file into plain data, and note the place of each key for error messages."""
     try:
-        text = source.read_text(encoding="utf-8")
+        with source.open(encoding="utf-8") as file:
+            _refuse_others(source, os.fstat(file.fileno()))
+            text = file.read()
     except FileNotFoundError:
         raise SettingsError(f"{source}: no such file; name an existing one") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -557,11 +568,32 @@ def _parse(source: Path) -> tuple[dict[str, Any], Lines]:
                     raise SettingsError(
                         f"{source}:{key.start_mark.line + 1}: {'.'.join(where)} is set twice; delete one of them"
                     )
-                lines[where] = key.start_mark.line + 1
+                lines[where] = f"{source}:{key.start_mark.line + 1}"
                 note(value, where)
 
     note(node, ())
     return data, lines
+
+
+def _refuse_others(path: Path, status: os.stat_result) -> None:
+    """Refuse a file that somebody else could have written: it decides what runs, and where disks go."""
+    if status.st_nlink == 0:  # it has no name, so it comes from whoever started us
+        return
+    others = status.st_mode & 0o002 or (status.st_mode & 0o020 and status.st_gid not in (0, os.getegid()))
+    if others:
+        mode = f"{stat.S_IMODE(status.st_mode):04o}"
+        raise SettingsError(f"{path}: others can write it (mode {mode}); read it, then run `chmod go-w {path}`")
+    if status.st_uid not in (0, os.geteuid()):
+        raise SettingsError(f"{path}: it belongs to user {status.st_uid}; read it, then run `chown root {path}`")
+
+
+def _merge(data: dict[str, Any], more: dict[str, Any]) -> None:
+    """Put `more` over `data`, table by table."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _merge(data[key], value)
+        else:
+            data[key] = value
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -584,8 +616,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 def _explain(model: type[BaseModel], source: Path, problem: Any, lines: Lines) -> str:
     """One problem as `file:line: key: what (hint)`."""
     path = tuple(str(part) for part in problem["loc"])
-    line = lines.get(path) or next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    where = f"{source}:{line}" if line else f"{source} or --set"
+    where = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), f"{source} or --set")
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(path[-1], _known(model, path[:-1]), n=1)

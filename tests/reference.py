@@ -169,6 +169,7 @@ def shipped_settings() -> str:
     header = (
         f"{DEFAULT_PATH}: the settings of hyper2kvmd, each at its default; the manual page is hyper2kvmd.yaml(5)."
         " A key that is left out has its default, so this file may hold as little as is changed.",
+        "Files named *.yaml in conf.d beside it go before it, key by key.",
         "Check an edited file with `hyper2kvmd check-config`; `systemctl reload hyper2kvmd` takes it into use, for new"
         " jobs.",
         "Any setting can also be given to a command: --set workers=4, --set libvirt.import=false",
@@ -219,6 +220,10 @@ def settings_page() -> str:
 
 The settings are a YAML file, `{DEFAULT_PATH}`, or the one that `--config FILE` names. A key that is not in the
 file has its default, and without a file all of them have. A key that is not known is an error.
+
+Files named `*.yaml` in `conf.d` beside it (drop-ins) are read after it, in the order of their names. What a later one says
+goes before what an earlier one says, key by key: one file for each thing that is special on a host, and no need to edit the
+shipped one. A file that others could have written, or that belongs to another user than root or the service's, is refused.
 
 `hyper2kvmd check-config` checks the file and prints all settings, those of the file and the defaults; what is wrong is
 told with its line. `systemctl reload hyper2kvmd` takes the file into use: jobs that start from then on have the new

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from hyper2kvmd import settings
 from hyper2kvmd.errors import SettingsError
 from hyper2kvmd.settings import Settings, load
 
@@ -73,6 +75,47 @@ def test_a_bad_file_is_explained_with_line_and_remedy(tmp_path: Path, text: str,
     with pytest.raises(SettingsError) as caught:
         load(path)
     assert expected in str(caught.value)
+
+
+def test_drop_ins_go_before_the_file_key_by_key_in_the_order_of_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("workers: 3\nlibvirt: {network_map: {A: net-a}, autostart: true}\n")
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d/20-site.yaml").write_text("libvirt: {network_map: {B: net-b}, start: true}\nworkers: 5\n")
+    (tmp_path / "conf.d/10-base.yaml").write_text("workers: 4\nlibvirt: {start: false}\n")
+    for ignored in (".20-site.yaml.swp.yaml", "30-old.yaml.dpkg-old"):
+        (tmp_path / "conf.d" / ignored).write_text("workers: [\n")
+    found = load(path, ("retry.max_attempts=2",))
+    assert (5, 2) == (found.workers, found.retry.max_attempts)
+    expected = ({"A": "net-a", "B": "net-b"}, True, True)
+    assert expected == (found.libvirt.network_map, found.libvirt.autostart, found.libvirt.start)
+
+
+def test_a_problem_in_a_drop_in_is_explained_with_its_own_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("workers: 3\n")
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d/site.yaml").write_text("\nworkers: 0\n")
+    with pytest.raises(SettingsError, match=r"conf.d/site.yaml:2: workers: Input should be greater"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "conf.d/site.yaml"])
+def test_a_file_that_others_can_write_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "conf.d").mkdir()
+    for file in ("c.yaml", "conf.d/site.yaml"):
+        (tmp_path / file).write_text("workers: 3\n")
+    (tmp_path / name).chmod(0o646)
+    with pytest.raises(
+        SettingsError, match=rf"{name}: others can write it \(mode 0646\); read it, then run `chmod go-w"
+    ):
+        load(tmp_path / "c.yaml")
+
+
+def test_a_file_of_another_user_is_refused() -> None:
+    status = os.stat_result((0o100644, 1, 1, 1, os.geteuid() + 1, 0, 10, 0, 0, 0))
+    with pytest.raises(SettingsError, match="read it, then run `chown root"):
+        settings._refuse_others(Path("/etc/hyper2kvmd/hyper2kvmd.yaml"), status)
 
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
