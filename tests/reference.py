@@ -221,9 +221,10 @@ def settings_page() -> str:
 The settings are a YAML file, `{DEFAULT_PATH}`, or the one that `--config FILE` names. A key that is not in the
 file has its default, and without a file all of them have. A key that is not known is an error.
 
-Files named `*.yaml` in `conf.d` beside it (drop-ins) are read after it, in the order of their names. What a later one says
-goes before what an earlier one says, key by key: one file for each thing that is special on a host, and no need to edit the
-shipped one. A file that others could have written, or that belongs to another user than root or the service's, is refused.
+Files named `*.yaml` in `conf.d` beside it (drop-ins) are read after it, in the order of their names. What a later one
+says goes before what an earlier one says, key by key: one file for each thing that is special on a host, and no need to
+edit the shipped one. A file that others could have written, or that belongs to another user than root or the
+service's, is refused.
 
 `hyper2kvmd check-config` checks the file and prints all settings, those of the file and the defaults; what is wrong is
 told with its line. `systemctl reload hyper2kvmd` takes the file into use: jobs that start from then on have the new

@@ -1,4 +1,4 @@
-"""A real systemd in a container on an overlay of this machine's file system.
+"""A real systemd in a container on an overlay of this machine's file system, or of another one.
 
 Everything is mounted in a mount namespace and runs in a process id namespace that belong to the container alone,
 and both end with the thread that started it: however a test ends, SIGKILL included, nothing of it is left running or
@@ -19,15 +19,15 @@ from pathlib import Path
 BOOT_SECONDS = 60
 END_SECONDS = 10
 
-# $1 is an empty directory, $2 the name, the rest are control groups to run in.
+# $1 is an empty directory, $2 the name, $3 the file system to boot; the rest are control groups to run in.
 # The overlay's own files are in memory: they must not lie below its lower directory.
 _START = """
-directory=$1 name=$2
-shift 2
+directory=$1 name=$2 lower=$3
+shift 3
 for group; do echo $$ >"$group/cgroup.procs"; done
 mount -t tmpfs -o mode=0755 container "$directory"
 mkdir "$directory/upper" "$directory/work" "$directory/root"
-mount -t overlay -o "lowerdir=/,upperdir=$directory/upper,workdir=$directory/work" overlay "$directory/root"
+mount -t overlay -o "lowerdir=$lower,upperdir=$directory/upper,workdir=$directory/work" overlay "$directory/root"
 systemd-nspawn --quiet --directory="$directory/root" --machine="$name" --register=no --keep-unit \
     --private-network --link-journal=no --resolv-conf=off --timezone=off --console=pipe --boot systemd.unit=basic.target
 """
@@ -62,8 +62,11 @@ class Container:
 
 
 @contextlib.contextmanager
-def booted() -> Iterator[Container]:
-    """Boot a container with no services but the basic ones; it is switched off, not shut down, at the end."""
+def booted(root: Path = Path("/")) -> Iterator[Container]:
+    """Boot a container with no services but the basic ones; it is switched off, not shut down, at the end.
+
+    root: the file system that it has an overlay of.
+    """
     assert os.geteuid() == 0, "a container can be started by root only: run the tests as root"
     name = f"hyper2kvmd-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as scratch, _control_groups(name) as groups:
@@ -75,7 +78,7 @@ def booted() -> Iterator[Container]:
                 [
                     *("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private"),
                     *("--pid", "--fork", "--kill-child=KILL", "--mount-proc"),
-                    *("sh", "-euc", _START, "sh", str(mount_point), name, *map(str, groups)),
+                    *("sh", "-euc", _START, "sh", str(mount_point), name, str(root), *map(str, groups)),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
