@@ -28,6 +28,7 @@ NETWORK_FILE_SYSTEMS = (
 POLL_SECONDS = 10.0  # NFS keeps what it knows of a directory for longer than this, so faster would find no more
 PATIENCE_SECONDS = 1.0
 HANG_SECONDS = 10.0
+SAY_AGAIN_SECONDS = 60.0
 
 
 class Watch:
@@ -123,12 +124,16 @@ class _Complaints(logging.Handler):
 
     def __init__(self, count: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
-        self._told = count
+        self._count = count
+        self._said: tuple[str, float] = ("", 0.0)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Log and count one record."""
-        self._told("warning")
-        log.warning(record.getMessage(), exc_info=record.exc_info)
+        """Count one record, and log it; the same one again only after a while: a full queue is told for each watch."""
+        self._count("warning")
+        text, now = record.getMessage(), time.monotonic()
+        if text != self._said[0] or now - self._said[1] > SAY_AGAIN_SECONDS:
+            self._said = (text, now)
+            log.warning(text, exc_info=record.exc_info)
 
 
 @dataclass(frozen=True)
