@@ -250,8 +250,10 @@ def test_events_come_again_after_the_directory_was_replaced(tmp_path: Path) -> N
         time.sleep(0.2)
         woken.clear()
         (root / "web01" / "migration-report.json").write_text("{}")
-        (root / "web01" / ".hyper2kvmd.lock").write_text("{}")
+        (root / "web01" / ".hyper2kvmd.log").write_text("{}")
         assert not woken.wait(0.5), "our own files wake nobody"
+        (root / "web01" / ".hyper2kvmd.lock").write_text("{}")
+        assert woken.wait(10), "but for the lock: somebody let go of the export"
         shutil.rmtree(root)
         watch.ensure(root, "inotify")
         assert not watch.up
