@@ -29,7 +29,7 @@ from typing import Any
 
 import jsonschema
 
-from hyper2kvmd import claims, importer, runner, spool, steps
+from hyper2kvmd import claims, importer, outbox, runner, spool, steps
 from hyper2kvmd.job import job_id
 from hyper2kvmd.report import Report
 from hyper2kvmd.settings import Settings
@@ -390,7 +390,7 @@ def invariants(here: Site) -> None:
             # Published without a domain: the next attempt must know that these files are ours.
             works.add(document["job"])
     assert published == listing(here.settings.output_dir), "left in the output directory"
-    left = {path.name for path in listing(here.settings.work_dir)}
+    left = {path.name for path in listing(here.settings.work_dir)} - {outbox.STATE, outbox.LOCK}
     assert left <= works, f"left in the work directory: {left - works}"
     claims = re.findall(r"claimed +attempt=(\d+).* job=(\S+)", here.log())
     assert len(set(claims)) == len(claims), "two runners had the same attempt"

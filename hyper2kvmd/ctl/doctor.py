@@ -232,15 +232,15 @@ def _settings(host: Host, diagnosis: Diagnosis) -> str:
             f"{user} cannot read {file}",
             f"Let the service's user read it: `setfacl -m u:{user}:r {file}`.",
         )
-    for path in (file, file.parent):
-        status = path.stat()
-        if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-            mode, owner = stat.S_IMODE(status.st_mode), _name_of(status.st_uid)
-            diagnosis.warn(
-                "settings_writable",
-                f"others than root can change {path} (mode {mode:04o}, owner {owner}), and so what the service does",
-                f"Run `chown root {path}` and `chmod go-w {path}`.",
-            )
+    # The file itself was read, so it is nobody else's; but who can replace it can write what they want.
+    directory, status = file.parent, file.parent.stat()
+    if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+        mode, owner = stat.S_IMODE(status.st_mode), _name_of(status.st_uid)
+        diagnosis.warn(
+            "settings_writable",
+            f"others than root can replace files in {directory} (mode {mode:04o}, owner {owner}), and so the settings",
+            f"Run `chown root {directory}` and `chmod go-w {directory}`.",
+        )
     return str(file)
 
 

@@ -253,7 +253,7 @@ def test_more_exports_than_the_terminal_has_lines_do_not_hide_those_that_run(
     fake("qemu-img", THROTTLED)
     for number in range(30):
         make_export(f"a{number:02}", size=1 << 20)
-    make_export("zz", size=16 << 20)
+    make_export("zz", size=96 << 20)
     (scratch.work_dir.parent / "plan.yaml").write_text("vms: {zz: {priority: 1}}")
     terminal = Terminal(scratch, "--workers", "2", "--plan", str(scratch.work_dir.parent / "plan.yaml"), rows=12)
     terminal.wait_for(r"zz\s+running\s+convert([^\n]*\n){1,8}and \d+ more")
@@ -266,7 +266,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(
 ) -> None:
     fake("qemu-img", THROTTLED)
     for name in ("web01", "web02", "web03"):
-        make_export(name, size=24 << 20)
+        make_export(name, size=64 << 20)
     terminal = Terminal(scratch, "--workers", "2")
     terminal.wait_for(r"web02\s+running\s+convert")
     began = time.monotonic()
@@ -278,6 +278,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(
     assert [] == list(scratch.exports_dir.glob(f"*/{claims.REPORT}"))
     left = subprocess.run(["pgrep", "-f", str(scratch.exports_dir)], capture_output=True, text=True, check=False)
     assert "" == left.stdout
+    fake("qemu-img", 'exec /usr/bin/qemu-img "$@"\n')
     done = ctl("batch", scratch.exports_dir)
     assert 0 == done.returncode, done.stdout + done.stderr
     reports: list[dict[str, Any]] = [report_of(export) for export in sorted(scratch.exports_dir.iterdir())]
