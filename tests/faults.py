@@ -392,7 +392,7 @@ def invariants(here: Site) -> None:
     assert published == listing(here.settings.output_dir), "left in the output directory"
     left = {path.name for path in listing(here.settings.work_dir)} - {outbox.STATE, outbox.LOCK}
     assert left <= works, f"left in the work directory: {left - works}"
-    claims = re.findall(r"claimed +attempt=(\d+).* job=(\S+)", here.log())
+    claims = re.findall(r"claimed +attempt=(\d+).* job_id=(\S+)", here.log())
     assert len(set(claims)) == len(claims), "two runners had the same attempt"
     if here.libvirt:
         assert domains == _domains(here.libvirt.uri), "the domains are not those that were reported"
