@@ -1,0 +1,315 @@
+"""The Debian package: built, held against what it says, and installed, upgraded and removed on a fresh Debian 12."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hyper2kvmd import __version__
+from tests.conftest import disk_entry, write_manifest
+from tests.e2e.container import Container, wait_until
+from tests.e2e.test_systemd import (
+    CONFIG,
+    EXPORTS,
+    IMAGES,
+    SETTINGS,
+    calls,
+    content,
+    hand_over,
+    hold,
+    images,
+    is_same,
+    main_pid,
+    of_export,
+    processes,
+    report,
+    show,
+)
+from tests.guests.build import export
+from tests.packages.conftest import NEXT, Build, build_package, install
+
+ROOT = Path(__file__).parents[2]
+LIBRARIES = "/usr/lib/hyper2kvmd"
+DRAIN = f"{EXPORTS}/.hyper2kvmd.drain"
+
+Drop = Callable[[str], str]
+
+
+# The package as a file ------------------------------------------------------------------------------------
+
+
+def field(package: Path, name: str) -> str:
+    done = subprocess.run(["dpkg-deb", "--field", package, name], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def names(relations: str) -> set[str]:
+    """The packages of a list such as Depends:."""
+    return set(re.findall(r"(?:^|[,|])\s*([a-z0-9.+-]+)", relations))
+
+
+def test_the_version_is_the_programs(package: Path) -> None:
+    assert f"{__version__}-1" == field(package, "Version")
+
+
+def test_it_depends_on_or_recommends_all_that_a_host_needs_to_run_it(package: Path) -> None:
+    lines = (ROOT / "packaging/debian-packages.txt").read_text().splitlines()
+    wanted = {line.split()[0] for line in lines if line.split()[1:2] == ["run"] and not line.startswith("#")}
+    assert {"qemu-utils", "python3-guestfs"} < wanted
+    wanted.remove("python3-venv")  # which made the environment that the package brings
+    assert set() == wanted - names(field(package, "Depends")) - names(field(package, "Recommends"))
+
+
+def test_every_library_is_either_a_dependency_or_pinned(package: Path) -> None:
+    libraries = {
+        re.split(r"[<>=]", requirement)[0]: requirement
+        for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    }
+    pinned = set(re.findall(r"(?m)^([a-z-]+)>=.*$", (ROOT / "packaging/requirements.in").read_text()))
+    locked = set(re.findall(r"(?m)^([a-z-]+)==", (ROOT / "packaging/requirements.lock").read_text()))
+    assert pinned <= locked
+    for name in pinned:
+        assert f"\n{libraries[name]}\n" in (ROOT / "packaging/requirements.in").read_text()
+    debian = {"libvirt-python": "libvirt", "pyyaml": "yaml"}
+    of_debian = {f"python3-{debian.get(name, name)}" for name in libraries if name not in pinned}
+    assert set() == of_debian - names(field(package, "Depends"))
+
+
+def test_lintian_has_nothing_to_say(package: Path) -> None:
+    done = subprocess.run(["lintian", "--display-info", package], capture_output=True, text=True, check=False)
+    assert (0, "") == (done.returncode, done.stdout)
+
+
+def test_two_builds_are_the_same(package: Path, tmp_path: Path) -> None:
+    again = build_package(ROOT, tmp_path)
+    assert package.read_bytes() == again.read_bytes()
+
+
+def test_no_file_names_the_directory_in_which_it_was_built(package: Path, tmp_path: Path) -> None:
+    subprocess.run(["dpkg-deb", "--extract", package, tmp_path], check=True)
+    search = ("grep", "--recursive", "--files-with-matches", "-e", "/tmp/tmp[.]", "-e", "debian/hyper2kvmd")
+    done = subprocess.run([*search, tmp_path], capture_output=True, text=True, check=False)
+    assert (1, "") == (done.returncode, done.stdout)
+
+
+# Installed ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drop(machine: Container, tmp_path: Path) -> Drop:
+    """A function that drops an export with one small disk, as the exporter's user; returns its name."""
+
+    def drop(name: str) -> str:
+        directory = tmp_path / name
+        directory.mkdir()
+        disk = directory / f"{name}-disk-0.raw"
+        disk.write_bytes(os.urandom(1 << 20))
+        write_manifest(directory, [disk_entry(disk, local_path=disk.name)])
+        return hand_over(machine, directory)
+
+    return drop
+
+
+@pytest.fixture(autouse=True)
+def tells_and_lets_go(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Shown by pytest if the test failed; and a test that failed holds up no other."""
+    yield
+    if "machine" in request.fixturenames:
+        machine: Container = request.getfixturevalue("machine")
+        machine.run("rm", "-f", "/run/hold", DRAIN)
+        print(machine.run("journalctl", "-b", "--no-pager", "-u", "hyper2kvmd*", "-n", "50"))
+
+
+def configure(machine: Container) -> None:
+    machine.write(CONFIG, yaml.safe_dump(SETTINGS))
+    machine.run("systemctl", "reload", "hyper2kvmd")
+
+
+def version(machine: Container) -> str:
+    """The version that the daemon runs: that of the tree which its interpreter was started from."""
+    command = machine.run("cat", f"/proc/{main_pid(machine)}/cmdline").split("\0")[0]
+    found = re.fullmatch(rf"{LIBRARIES}/(.*)-1\.\w{{6}}/bin/python", command)
+    assert found, command
+    return found[1]
+
+
+def trees(machine: Container) -> list[str]:
+    """The versions that are there."""
+    listed = machine.run("ls", LIBRARIES).split()
+    return sorted(name.rsplit("-1.", 1)[0] for name in listed if re.fullmatch(r".*-1\.\w{6}", name))
+
+
+def test_the_service_is_up_and_reads_its_settings(machine: Container) -> None:
+    assert ("active", "enabled") == (show(machine, "ActiveState"), show(machine, "UnitFileState"))
+    assert __version__ == version(machine)
+    assert f"hyper2kvmd {__version__}" == machine.run("hyper2kvmd", "--version").strip()
+    assert '"exports_dir": "/var/lib/hypersdk/exports"' in machine.run("hyper2kvmd", "check-config")
+    assert "" == machine.run("systemd-analyze", "verify", "hyper2kvmd.service", "hyper2kvmd-upgrade.service")
+
+
+def test_the_service_is_exposed_to_little(machine: Container) -> None:
+    text = machine.run("systemd-analyze", "security", "--no-pager", "hyper2kvmd.service")
+    found = re.search(r"Overall exposure level for hyper2kvmd.service: ([0-9.]+)", text)
+    assert found
+    assert 2.1 >= float(found[1])
+
+
+def test_the_users_groups_and_directories_are_as_the_unit_wants_them(machine: Container) -> None:
+    assert {"hyper2kvm", "kvm", "libvirt", "hypersdk"} == set(machine.run("id", "-Gn", "hyper2kvm").split())
+    assert "2770 hypersdk hypersdk" == machine.run("stat", "-c", "%a %U %G", EXPORTS).strip()
+    assert "user:hyper2kvm:rwx\n" in machine.run("getfacl", "-cp", IMAGES), "nothing narrows it"
+
+
+def test_a_configuration_of_libvirts_package_takes_nothing_from_the_service(machine: Container) -> None:
+    machine.run("chmod", "0711", IMAGES)
+    assert "#effective:--x" in machine.run("getfacl", "-cp", IMAGES)
+    machine.run("dpkg-trigger", "--no-await", IMAGES)
+    machine.run("dpkg", "--configure", "--pending")
+    assert "user:hyper2kvm:rwx\n" in machine.run("getfacl", "-cp", IMAGES)
+
+
+def test_the_manual_pages_are_there(machine: Container) -> None:
+    for page in ("hyper2kvmd", "hyper2kvmctl", "hyper2kvmd.yaml", "migration-report"):
+        machine.run("man", "-w", page)
+    assert "systemctl reload hyper2kvmd" in machine.run("man", "--pager=cat", "hyper2kvmd.yaml")
+
+
+def test_the_journals_catalog_is_there(machine: Container) -> None:
+    assert "hyper2kvmd: A VM was migrated" in machine.run("journalctl", "--list-catalog")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["hyper2kvmctl", "mani"], ["manifest"]),
+        (["hyper2kvmctl", "manifest", "re"], ["rehash", "relocate"]),
+        (["hyper2kvmctl", "manifest", "create", "--format", ""], ["json", "yaml"]),
+        (["hyper2kvmctl", "drain", "--no"], ["--no-wait"]),
+        (["hyper2kvmctl", "show", "etc"], []),
+        (["hyper2kvmd", "check"], ["check-config"]),
+    ],
+)
+def test_bash_completes(machine: Container, words: list[str], offered: list[str]) -> None:
+    script = """
+    . /usr/share/bash-completion/bash_completion
+    _completion_loader "$1"
+    COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+    "_$1" && echo "${COMPREPLY[*]}"
+    """
+    assert offered == machine.run("bash", "-c", script, "bash", *words).split()
+
+
+def test_an_export_is_migrated_by_the_services_user(machine: Container, drop: Drop) -> None:
+    configure(machine)
+    name = drop("web01")
+    document = report(machine, name)
+    assert "succeeded" == document["status"], document["error"]
+    assert is_same(machine, name)
+    files = (of_export(name, "migration-report.json"), f"{IMAGES}/{name}-disk-0.qcow2")
+    assert {"hyper2kvm"} == set(machine.run("stat", "-c", "%U", *files).split())
+
+
+def test_a_guest_is_fixed_inside_the_sandbox(machine: Container, tmp_path: Path) -> None:
+    name = hand_over(machine, export("debian12-bios", tmp_path, vm_name="guest"))
+    document = report(machine, name, 300)
+    assert "succeeded" == document["status"], document["error"]
+    proofs = document["results"]["fix"]["proofs"]
+    assert proofs
+    assert all(proof["ok"] for proof in proofs)
+
+
+def test_an_upgrade_waits_for_the_jobs_that_run(machine: Container, drop: Drop, build: Build) -> None:
+    hold(machine, "convert")
+    first = drop("first")
+    wait_until(lambda: 1 == calls(machine, "convert"), "the conversion has begun")
+    before = ours(machine)
+    assert 2 == len(before), "the daemon and the job"
+
+    install(machine, build(NEXT))
+    assert f"hyper2kvmd {NEXT}" == machine.run("hyper2kvmd", "--version").strip()
+    wait_until(lambda: exists(machine, DRAIN), "the daemon is drained")
+    second = drop("second")
+    wait_until(lambda: "1 queued" in show(machine, "StatusText"), "the second waits")
+    assert before == ours(machine), "the old daemon and its job are alive"
+    assert __version__ == version(machine)
+    assert [__version__, NEXT] == trees(machine), "the job finds the rest of its own version"
+
+    machine.run("rm", "/run/hold")
+    for name in (first, second):
+        document = report(machine, name)
+        assert ("succeeded", 1) == (document["status"], document["attempts"]), document["error"]
+        assert is_same(machine, name)
+    assert NEXT == version(machine)
+    assert not exists(machine, DRAIN)
+    assert [NEXT] == trees(machine)
+    assert "0" == show(machine, "NRestarts")
+
+
+def ours(machine: Container) -> dict[int, str]:
+    """The processes of the daemon and of its jobs."""
+    return {pid: command for pid, command in processes(machine).items() if " -m hyper2kvmd run" in command}
+
+
+def exists(machine: Container, path: str) -> bool:
+    return (machine.root / path.lstrip("/")).exists()
+
+
+def test_an_upgrade_leaves_the_drain_of_a_person_alone(machine: Container, drop: Drop, build: Build) -> None:
+    machine.run("hyper2kvmctl", "drain")
+    pid = main_pid(machine)
+    install(machine, build(NEXT))
+    wait_until(lambda: main_pid(machine) not in (0, pid), "the new daemon runs")
+    name = drop("third")
+    wait_until(lambda: "1 queued" in show(machine, "StatusText"), "it waits")
+    assert exists(machine, DRAIN)
+    machine.run("hyper2kvmctl", "resume")
+    assert "succeeded" == report(machine, name)["status"]
+
+
+def test_an_upgrade_that_does_not_accept_the_settings_lets_the_old_version_go_on(
+    machine: Container, build: Build
+) -> None:
+    machine.write(CONFIG, "worker: 2\n")
+    pid = main_pid(machine)
+    install(machine, build(NEXT))
+    wait_until(lambda: "failed" == upgrade_state(machine), "the upgrade is given up")
+    assert pid == main_pid(machine)
+    assert "did you mean workers?" in machine.run("journalctl", "-b", "--no-pager", "-u", "hyper2kvmd-upgrade")
+    configure(machine)
+    machine.run("systemctl", "start", "hyper2kvmd-upgrade")
+    assert pid != main_pid(machine)
+    assert [NEXT] == trees(machine)
+
+
+def upgrade_state(machine: Container) -> str:
+    return machine.run("systemctl", "is-active", "hyper2kvmd-upgrade", accept=(0, 3)).strip()
+
+
+def test_purged_it_leaves_nothing_but_exports_and_images(machine: Container) -> None:
+    kept = images(machine)
+    assert kept
+    machine.run("apt-get", "-q", "-y", "remove", "hyper2kvmd")
+    assert "inactive" == show(machine, "ActiveState")
+    assert {} == processes(machine)
+    assert not exists(machine, LIBRARIES)
+    assert exists(machine, CONFIG), "only a purge removes what people wrote"
+
+    machine.run("apt-get", "-q", "-y", "purge", "hyper2kvmd")
+    machine.run("getent", "passwd", "hyper2kvm", accept=(2,))
+    places = ("/etc", "/usr", "/lib", "/var", "/run", "/root")
+    everywhere = machine.run("find", *places, "-xdev", "-name", "*hyper2kvm*", timeout=120).split()
+    # What apt and man keep of all packages, and the file that was installed.
+    others = (EXPORTS, "/var/lib/apt/", "/var/cache/apt/", "/var/cache/man/", "/root/")
+    left = [path for path in everywhere if not path.startswith(others)]
+    assert [] == left
+    assert kept == images(machine)
+    assert {"root"} == set(machine.run("sh", "-c", f"stat -c %U {IMAGES}/*").split())
+    assert content(machine, of_export("web01", "migration-report.json")) is not None
+    assert "hyper2kvm" not in machine.run("getfacl", "-cp", IMAGES)
