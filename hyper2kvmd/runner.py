@@ -198,7 +198,8 @@ def spawn(
     settings_fd = os.memfd_create("settings", os.MFD_CLOEXEC)
     try:
         os.write(settings_fd, settings.model_dump_json(by_alias=True).encode())
-        argv = [sys.executable, "-m", module, *arguments, "--config", f"/proc/self/fd/{settings_fd}"]
+        # -P: a directory of our name where somebody happens to be, such as an export, is not the program.
+        argv = [sys.executable, "-P", "-m", module, *arguments, "--config", f"/proc/self/fd/{settings_fd}"]
         return run.spawn(argv, pass_fds=(*pass_fds, settings_fd), stdout=stdout, stderr=stderr)
     finally:
         os.close(settings_fd)

@@ -110,6 +110,18 @@ def test_what_somebody_else_migrates_is_left_to_them(
     assert ["succeeded"] == [report.status for report in reports]
 
 
+def test_nothing_in_the_directory_where_somebody_is_is_taken_for_the_program(
+    scratch: Settings, make_export: MakeExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = make_export()
+    (export / "hyper2kvmd").mkdir()
+    (export / "hyper2kvmd/__init__.py").write_text(f"open({str(scratch.work_dir / 'planted')!r}, 'w')\n")
+    (export / "hyper2kvmd/__main__.py").write_text("")
+    monkeypatch.chdir(export)
+    assert "succeeded" == MigrationPipeline(export, scratch).run().status
+    assert not (scratch.work_dir / "planted").exists()
+
+
 def test_bad_arguments_are_refused_at_once(scratch: Settings, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bake: no such stage; choose from inspect, fix"):
         MigrationPipeline(tmp_path, scratch, stages=["bake"])
