@@ -14,7 +14,7 @@ from pydantic import Field
 
 from hyper2kvmd import spool
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.runner import STOP_SECONDS, Runner, wishes
+from hyper2kvmd.runner import Runner, stop_all, wishes
 from hyper2kvmd.settings import Network, Section, Settings
 from hyper2kvmd.spool import State
 
@@ -127,12 +127,7 @@ def run(
                         changed(entry)
             changed(None)
     finally:
-        runners = [entry.runner for entry in batch if entry.runner is not None]
-        for runner in runners:
-            runner.stop()
-        deadline = time.monotonic() + STOP_SECONDS
-        for runner in runners:
-            runner.close(max(deadline - time.monotonic(), 0))
+        stop_all(entry.runner for entry in batch if entry.runner is not None)
 
 
 def _look(entry: Entry, settings: Settings) -> None:

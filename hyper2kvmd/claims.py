@@ -9,6 +9,7 @@ import fcntl
 import itertools
 import json
 import os
+import pwd
 import re
 import socket
 import stat
@@ -217,6 +218,14 @@ _CAPABILITY_VERSION = 0x20080522  # linux/capability.h
 _ACL = "system.posix_acl_access"
 _NO_ID = 2**32 - 1
 _OWNER, _USER, _GROUP, _NAMED_GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+
+
+def user_name(uid: int) -> str:
+    """The name of a user, or the number of one who has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def holder(directory: Path) -> dict[str, Any]:

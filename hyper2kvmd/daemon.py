@@ -23,7 +23,7 @@ from hyper2kvmd.health import MEND, Health
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.notify import STATUS_LIMIT, Notifier
-from hyper2kvmd.runner import STOP_SECONDS, Runner, spawn
+from hyper2kvmd.runner import Runner, spawn, stop_all
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import State
 from hyper2kvmd.watch import POLL_SECONDS, Scan, Scanner, Watch
@@ -281,8 +281,7 @@ class Daemon:
         """Say once, not at every scan, that the directory cannot be read, and once that it can be again."""
         if trouble and not self._trouble:
             self.metrics.scan_errors.labels("directory").inc()
-            hint = MEND["exports"]
-            log.error(trouble, kind=Kind.EXPORTS_UNREADABLE, hint=hint)
+            log.error(trouble, kind=Kind.EXPORTS_UNREADABLE, hint=MEND["exports"])
         elif self._trouble and not trouble:
             log.info("the exports directory can be read again", directory=str(self.settings.exports_dir))
         self._trouble = self.health.trouble = trouble
@@ -467,11 +466,7 @@ class Daemon:
     def _stop(self) -> None:
         """Stop the runners and wait for them: their jobs are done again by the next start."""
         self._notifier.stopping()
-        for runner in self.runners.values():
-            runner.stop()
-        deadline = time.monotonic() + STOP_SECONDS
-        for runner in self.runners.values():
-            runner.close(max(deadline - time.monotonic(), 0))
+        stop_all(self.runners.values())
         self._prune.end()
         self._notify.end()
         jobs = len(self.runners)

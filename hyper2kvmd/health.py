@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.reserve import existing
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.watch import HANG_SECONDS
@@ -208,11 +209,6 @@ def check_libvirt(settings: Settings) -> Verdict:
             " groups.",
         )
     return Verdict()
-
-
-def existing(directory: Path) -> Path:
-    """The directory, or what it will be made in: the first job makes it."""
-    return next(path for path in (directory, *directory.parents) if path.is_dir())
 
 
 def check_room(directory: Path, field: str) -> Verdict:

@@ -308,8 +308,7 @@ def needs(job: Job, plan: Plan, done: Callable[[PlannedDisk], bool]) -> list[res
             found.append(reserve.Need(str(disk.final.parent), bytes + more, (str(disk.partial),), "output_dir"))
     if plan.looks_inside:
         overlays = tuple(str(disk.overlay) for disk in plan.disks)
-        work_dir = job.settings.work_dir  # which the first job makes
-        directory = next(path for path in (work_dir, *work_dir.parents) if path.is_dir())
+        directory = reserve.existing(job.settings.work_dir)
         found.append(reserve.Need(str(directory), FIX_SPACE, overlays, "work_dir"))
     return found
 

@@ -162,3 +162,8 @@ def _allocated(file: str) -> int:
         return os.stat(file).st_blocks * 512
     except OSError:
         return 0
+
+
+def existing(directory: Path) -> Path:
+    """The directory, or what it will be made in: the first job makes it."""
+    return next(path for path in (directory, *directory.parents) if path.is_dir())

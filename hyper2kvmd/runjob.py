@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pwd
 import random
 import socket
 import sys
@@ -238,17 +237,10 @@ def _host(*, by_daemon: bool) -> report.HostRecord:
     return report.HostRecord(
         name=socket.gethostname(),
         pid=os.getpid(),
-        user=_user_name(os.geteuid()),
-        login_user=None if login == _NOBODY else _user_name(login),
+        user=claims.user_name(os.geteuid()),
+        login_user=None if login == _NOBODY else claims.user_name(login),
         started_by="daemon" if by_daemon else "command",
     )
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _remove_sources(job: Job) -> None:

@@ -174,6 +174,16 @@ class Runner:
         run.end(self._process, patience)
 
 
+def stop_all(runners: Iterable[Runner]) -> None:
+    """Stop runners, and wait for all of them together, STOP_SECONDS at most."""
+    runners = list(runners)
+    for runner in runners:
+        runner.stop()
+    deadline = time.monotonic() + STOP_SECONDS
+    for runner in runners:
+        runner.close(max(deadline - time.monotonic(), 0))
+
+
 def wishes(*, stages: Iterable[str] | None, dry_run: bool, vm_name: str | None) -> list[str]:
     """The options of `hyper2kvmd run-job` for what a person wants; None: as the manifest says."""
     return [

@@ -194,7 +194,7 @@ def _become(unit: dict[str, str]) -> None:
 
 def _user(host: Host, diagnosis: Diagnosis) -> str:
     """Who looks."""
-    user, wanted = _name_of(os.geteuid()), host.unit.get("User") or "root"
+    user, wanted = claims.user_name(os.geteuid()), host.unit.get("User") or "root"
     if host.unit.get("LoadState") == "loaded" and user != wanted:
         diagnosis.warn(
             "other_user",
@@ -210,13 +210,6 @@ def _user(host: Host, diagnosis: Diagnosis) -> str:
     return f"{user}, in the groups {', '.join(groups)}"
 
 
-def _name_of(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
 def _settings(host: Host, diagnosis: Diagnosis) -> str:
     """Who can change the settings decides what the service overwrites."""
     for name in host.settings.fix.luks_keys:
@@ -226,7 +219,7 @@ def _settings(host: Host, diagnosis: Diagnosis) -> str:
     if not file.exists():
         return f"no {file}: the defaults hold"
     if not os.access(file, os.R_OK, effective_ids=True):
-        user = _name_of(os.geteuid())
+        user = claims.user_name(os.geteuid())
         raise MigrationError(
             Code.IO_ERROR,
             f"{user} cannot read {file}",
@@ -235,7 +228,7 @@ def _settings(host: Host, diagnosis: Diagnosis) -> str:
     # The file itself was read, so it is nobody else's; but who can replace it can write what they want.
     directory, status = file.parent, file.parent.stat()
     if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-        mode, owner = stat.S_IMODE(status.st_mode), _name_of(status.st_uid)
+        mode, owner = stat.S_IMODE(status.st_mode), claims.user_name(status.st_uid)
         diagnosis.warn(
             "settings_writable",
             f"others than root can replace files in {directory} (mode {mode:04o}, owner {owner}), and so the settings",
@@ -373,7 +366,7 @@ def _exports(host: Host, diagnosis: Diagnosis) -> str:
     except OSError as error:
         raise claims.unwritable(directory, error) from None
     if obstacles := [obstacle for export in exports if (obstacle := _obstacle(export)) is not None]:
-        names, user = _first(obstacles), _name_of(os.geteuid())
+        names, user = _first(obstacles), claims.user_name(os.geteuid())
         diagnosis.warn(
             Code.EXPORT_UNWRITABLE,
             f"{user} cannot use {names} in {directory}: directories must be writable, for locks and reports, and files"
@@ -489,12 +482,12 @@ def _work(host: Host, diagnosis: Diagnosis) -> str:
     """The first job makes the directory, so it may be its parent that counts."""
     directory = host.settings.work_dir
     _answers(directory)
-    existing = next(path for path in (directory, *directory.parents) if path.is_dir())
+    existing = reserve.existing(directory)
     if existing == directory:
         return _room(directory, "work_dir")
     by_systemd = any(_below(directory, place) and not _below(existing, place) for place in _made_by_systemd(host.unit))
     if not by_systemd and not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
-        user = _name_of(os.geteuid())
+        user = claims.user_name(os.geteuid())
         raise MigrationError(
             Code.IO_ERROR,
             f"there is no {directory}, and {user} cannot make it",
@@ -512,7 +505,7 @@ def _room(directory: Path, field: str) -> str:
         with _file_in(directory) as file:
             direct = images.direct_io(file)
     except OSError as error:
-        user = _name_of(os.geteuid())
+        user = claims.user_name(os.geteuid())
         raise MigrationError(
             Code.OUTPUT_DENIED,
             f"{user} cannot write to {directory}: {error.strerror}",
@@ -678,7 +671,7 @@ def _reach(connection: Any, settings: Settings, diagnosis: Diagnosis) -> None:
     places = dict.fromkeys(place for directory in wanted for place in _way(directory))
     for place in places:
         if not _may_enter(place, uid, gids):
-            user = _name_of(uid)
+            user = claims.user_name(uid)
             diagnosis.warn(
                 "qemu_kept_out",
                 f"QEMU runs as {user}, who may not enter {place}: no guest whose disks lie below it can start",
