@@ -44,19 +44,29 @@ def connect(uri: str) -> Iterator[Any]:
     thread = threading.Thread(target=open_, name="libvirt", daemon=True)
     thread.start()
     thread.join(ANSWER_SECONDS)
-    if not opened:
+    if refused:
         raise MigrationError(
             Code.LIBVIRT_UNAVAILABLE,
-            f"{uri}: {refused[0] if refused else f'no answer within {ANSWER_SECONDS:g} s'}",
-            "Start libvirt (`systemctl start libvirtd`), or restart it if it hangs (running guests stay as they are);"
-            " check libvirt.uri and the user's groups.",
+            f"{uri}: {refused[0]}",
+            "Start libvirt (`systemctl start libvirtd`); check libvirt.uri and the user's groups.",
         )
+    if not opened:
+        raise unanswered(uri)
     connection = opened[0]
     try:
         yield connection
     finally:
         with contextlib.suppress(libvirt.libvirtError):
             connection.close()
+
+
+def unanswered(uri: str) -> MigrationError:
+    """The error of a libvirt that hangs."""
+    return MigrationError(
+        Code.LIBVIRT_UNAVAILABLE,
+        f"{uri}: no answer within {ANSWER_SECONDS:g} s",
+        "Restart it: `systemctl restart libvirtd` (or virtqemud); running guests stay as they are.",
+    )
 
 
 def preflight(connection: Any, domain: Domain, pool: str | None, directory: Path) -> list[MigrationError]:

@@ -579,11 +579,7 @@ def _libvirt(host: Host, diagnosis: Diagnosis) -> str:
     diagnosis.errors += theirs.errors
     diagnosis.warnings += theirs.warnings
     if thread.is_alive():
-        raise MigrationError(
-            Code.LIBVIRT_UNAVAILABLE,
-            f"no answer from libvirt ({uri}) within {importer.ANSWER_SECONDS:g} s",
-            "Restart it: `systemctl restart libvirtd` (or virtqemud); running guests stay as they are.",
-        )
+        raise importer.unanswered(uri)
     if not found and not theirs.errors:  # a defect must not look like silence
         raise RuntimeError("the check of libvirt failed; the trace is before this one")
     return "".join(found)
