@@ -7,6 +7,7 @@ import errno
 import os
 import selectors
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -214,6 +215,19 @@ def end(process: subprocess.Popen[bytes], patience: float = KILL_AFTER_SECONDS) 
 def tail(text: str) -> str:
     """The last lines of a tool's output, where the reason of a failure stands."""
     return "\n".join(text.strip().splitlines()[-TAIL_LINES:])
+
+
+# RHEL has it under another name, where no PATH leads.
+QEMU = ("qemu-system-x86_64", "/usr/libexec/qemu-kvm")
+
+
+def qemu() -> str:
+    """The path of QEMU for x86_64. Raise MigrationError (tool_missing) if there is none."""
+    for program in QEMU:
+        if found := shutil.which(program, path=environment()["PATH"]):
+            return found
+    hint = "Install qemu-system-x86 (Debian, Ubuntu), qemu-system-x86-core (Fedora) or qemu-kvm-core (RHEL)."
+    raise MigrationError(Code.TOOL_MISSING, f"{QEMU[0]} is not installed", hint)
 
 
 def _missing(program: str) -> MigrationError:

@@ -14,10 +14,26 @@ from typing import Any
 
 import pytest
 
+from hyper2kvmd import accel
+from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 
 MakeExport = Callable[..., Path]
 Ctl = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> str:
+    """What appliances run on, tried once: on a host whose KVM hangs, every try takes a while."""
+    return accel.resolve("auto", Tools()).name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_accelerator(request: pytest.FixtureRequest) -> None:
+    """Jobs of tests that emulate anyway do not try again. What a job does that finds it out has tests of its own."""
+    more_than_units = any("unit" not in item.path.parts for item in request.session.items)
+    if more_than_units and "tcg" == request.getfixturevalue("accelerator"):
+        os.environ["LIBGUESTFS_BACKEND_SETTINGS"] = "force_tcg"
 
 
 @pytest.fixture

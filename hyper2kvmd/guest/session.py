@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import threading
 from collections import deque
@@ -14,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hyper2kvmd.accel import KERNELS, kernels
 from hyper2kvmd.errors import Cancelled, Code, MigrationError
 from hyper2kvmd.guest.change import decode, printable
 from hyper2kvmd.reserve import available_mb
-from hyper2kvmd.run import TAIL_LINES, Tools, tail
+from hyper2kvmd.run import TAIL_LINES, Tools, qemu, tail
 
 CANCEL_POLL_SECONDS = 0.2
 LOG_LINES = 200
-KERNELS = Path("/boot")
 MAX_TEXT_BYTES = 1 << 20
 
 
@@ -48,18 +47,15 @@ def check_host() -> None:
     Raise MigrationError: tool_missing, appliance_failed for a host whose kernel this user cannot read.
     """
     _load()
-    if shutil.which("qemu-system-x86_64") is None:
-        raise MigrationError(
-            Code.TOOL_MISSING, "qemu-system-x86_64 is not installed", "Install the package that holds QEMU for x86_64."
-        )
+    qemu()
     if {"LIBGUESTFS_PATH", "SUPERMIN_KERNEL"} & os.environ.keys():
         return  # the appliance, or its kernel, is somebody's own
-    kernels = [path for path in KERNELS.glob("vmlinuz-*") if not path.name.endswith(".old")]
-    if not any(os.access(path, os.R_OK) for path in kernels):
+    found = kernels()
+    if not any(os.access(path, os.R_OK) for path in found):
         raise MigrationError(
             Code.APPLIANCE_FAILED,
             f"the libguestfs appliance is made from this host's kernel, and {KERNELS} holds "
-            f"{'none that this user may read' if kernels else 'none'}",
+            f"{'none that this user may read' if found else 'none'}",
             f"`chmod 0644 {KERNELS}/vmlinuz-*` (Ubuntu: dpkg-statoverride), or install a kernel package.",
         )
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd import accel
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.guest.change import Change, encode
 from hyper2kvmd.guest.fix import FixOptions, FixResult, fix
@@ -69,11 +68,6 @@ TWICE = ("rhel8", "rhel6", "sles15", "sles11")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, phony.Disk]:
     """All families' disks, which are never written to."""
     return phony.build(phony.FAMILIES, tmp_path_factory.mktemp("families"))
-
-
-@pytest.fixture(scope="module")
-def accelerator() -> str:
-    return accel.resolve("auto", Tools()).name
 
 
 @pytest.fixture
