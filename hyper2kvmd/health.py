@@ -27,6 +27,8 @@ TURN_SECONDS = 60.0
 LOOKS = 3  # a look at the exports is overdue after so many intervals, but not within OVERDUE_SECONDS of a busy host
 OVERDUE_SECONDS = 30.0
 FREE_BYTES = 16 << 20
+MOUNTS = Path("/proc/self/mountinfo")
+LOCAL_LOCKS = ("nolock", "local_lock=all", "local_lock=flock")
 MEND = {
     "settings": "Mend what `hyper2kvmd check-config` says, then `systemctl reload hyper2kvmd`.",
     "exports": "Mount or create the directory, mend its file server, or change exports_dir.",
@@ -174,7 +176,13 @@ def _needs_libvirt(settings: Settings) -> bool:
 
 
 def check_locks(directory: Path) -> Verdict:
-    """Whether a lock that is held keeps a second one out. Raise OSError."""
+    """Whether a lock that is held keeps a second one out. Raise OSError.
+
+    One host cannot try whether it keeps another one out; but whether an NFS mount asks its server, it says itself.
+    """
+    remedy = "Two runners could work on the same export. Mount the file system with locking (NFS: without nolock)."
+    if local := _local_locks(directory):
+        return Verdict(f"locks on {directory} are not seen by other hosts: it is mounted with {local}", remedy)
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".hyper2kvmd-ready-") as first:
         fcntl.flock(first, fcntl.LOCK_EX)
         # Open for writing, as NFS wants it.
@@ -183,10 +191,17 @@ def check_locks(directory: Path) -> Verdict:
                 fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return Verdict()
-    return Verdict(
-        f"flock does not exclude on {directory}",
-        "Two runners could work on the same export. Mount the file system with locking (NFS: without nolock).",
-    )
+    return Verdict(f"flock does not exclude on {directory}", remedy)
+
+
+def _local_locks(directory: Path) -> str:
+    """The option that keeps a file system's locks within this host, as in nfs(5); "" if there is none."""
+    device = directory.stat().st_dev
+    for line in MOUNTS.read_text().splitlines():
+        number, options = line.split()[2], line.split()[-1].split(",")
+        if number == f"{os.major(device)}:{os.minor(device)}":
+            return next((option for option in options if option in LOCAL_LOCKS), "")
+    return ""
 
 
 def check_libvirt(settings: Settings) -> Verdict:

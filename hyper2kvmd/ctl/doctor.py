@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import ctypes
 import errno
-import fcntl
 import grp
 import http.client
 import itertools
@@ -40,12 +39,11 @@ from hyper2kvmd.guest.session import check_host, open_guest
 from hyper2kvmd.manifest.problems import plain
 from hyper2kvmd.options import DEFAULT_PATH, EXIT_DONE, EXIT_FAILED, EXIT_USAGE
 from hyper2kvmd.plan import FIX_SPACE, LUKS_MEMORY_MB
-from hyper2kvmd.run import Tools, environment
+from hyper2kvmd.run import Tools, environment, qemu
 from hyper2kvmd.settings import Settings
 
-SERVICE = "hyper2kvmd.service"
 UNIT_PROPERTIES = (
-    *("LoadState", "UnitFileState", "ActiveState", "Result", "ExecMainStatus", "NeedDaemonReload", "Environment"),
+    *("Id", "LoadState", "UnitFileState", "ActiveState", "Result", "ExecMainStatus", "NeedDaemonReload", "Environment"),
     *("User", "Group", "SupplementaryGroups", "ProtectSystem", "ProtectHome", "PrivateTmp", "ReadWritePaths"),
     *("StateDirectory", "CacheDirectory", "RuntimeDirectory", "LogsDirectory"),
 )
@@ -55,7 +53,6 @@ PROGRAMS = {
     "prlimit": "util-linux",
     "ionice": "util-linux",
     "qemu-img": "qemu-utils (Debian, Ubuntu) or qemu-img (Fedora, RHEL)",
-    "qemu-system-x86_64": "qemu-system-x86",
 }
 # What only guests with such an initramfs need.
 UNPACKERS = ("zstd", "lz4", "lzop")
@@ -82,6 +79,13 @@ class Host:
     settings: Settings
     settings_file: Path
     unit: dict[str, str]
+
+
+def _service_of(settings_file: Path) -> str:
+    """The service that has these settings, by its name: for those of an instance, that one."""
+    directory = settings_file.parent
+    instance = f"@{directory.name}" if directory.parent == DEFAULT_PATH.parent else ""
+    return f"hyper2kvmd{instance}.service"
 
 
 class Diagnosis(Noted):
@@ -111,7 +115,8 @@ def doctor(options: argparse.Namespace, config: Settings) -> int:
     if unknown := [name for name in options.checks if name not in CHECKS]:
         print(f"doctor: {', '.join(unknown)}: choose from {', '.join(CHECKS)}", file=sys.stderr)
         return EXIT_USAGE
-    host = Host(config, (options.config or DEFAULT_PATH).absolute(), _unit())
+    settings_file = (options.config or DEFAULT_PATH).absolute()
+    host = Host(config, settings_file, _unit(_service_of(settings_file)))
     _become(host.unit)
     console = Console()
     rows = []
@@ -157,11 +162,11 @@ def _print(console: Console, check: str, result: str, detail: str, finding: dict
 # Whose eyes ------------------------------------------------------------------------------------------------
 
 
-def _unit() -> dict[str, str]:
+def _unit(service: str) -> dict[str, str]:
     """The service's properties; {} where systemd does not run."""
     try:
         shown = Tools().run(
-            "systemctl", "show", f"--property={','.join(UNIT_PROPERTIES)}", SERVICE, timeout=ANSWER_SECONDS
+            "systemctl", "show", f"--property={','.join(UNIT_PROPERTIES)}", service, timeout=ANSWER_SECONDS
         )
     except MigrationError:
         return {}
@@ -247,6 +252,8 @@ def _programs(host: Host, diagnosis: Diagnosis) -> str:
         with diagnosis:
             if shutil.which(program, path=path) is None:
                 raise MigrationError(Code.TOOL_MISSING, f"{program} is not installed", f"Install {package}.")
+    with diagnosis:
+        qemu()
     if diagnosis.errors:
         return ""
     there = [program for program in UNPACKERS if shutil.which(program, path=path)]
@@ -257,11 +264,11 @@ def _programs(host: Host, diagnosis: Diagnosis) -> str:
             f"Install {program}.",
         )
     versions = []
-    for program in (*PROGRAMS, *there):
+    for program in (*PROGRAMS, qemu(), *there):
         with diagnosis:
             done = Tools().run(program, "--version", timeout=ANSWER_SECONDS)
             found = re.search(r"\d+\.\d[\w.]*", done.stdout + done.stderr)
-            versions.append(f"{program} {found[0] if found else '(no version)'}")
+            versions.append(f"{Path(program).name} {found[0] if found else '(no version)'}")
     return ", ".join(versions)
 
 
@@ -449,18 +456,12 @@ def _locks(host: Host, diagnosis: Diagnosis) -> str:
     """Whether a lock that is held keeps a second one out, on the file system of the exports."""
     directory = host.settings.exports_dir
     _answers(directory)
-    with _file_in(directory) as file, file.open("rb") as first, file.open("rb") as second:
-        fcntl.flock(first, fcntl.LOCK_EX)
-        try:
-            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return "flock works"
-    raise MigrationError(
-        Code.IO_ERROR,
-        f"flock does not exclude on {directory}",
-        "Two runners could work on the same export. Mount the file system with locking (NFS: without nolock).",
-        field="exports_dir",
-    )
+    from hyper2kvmd.health import check_locks
+
+    verdict = check_locks(directory)
+    if verdict.problem:
+        raise MigrationError(Code.IO_ERROR, verdict.problem, verdict.remedy, field="exports_dir")
+    return "flock works"
 
 
 def _output(host: Host, diagnosis: Diagnosis) -> str:
@@ -717,68 +718,70 @@ def _service(host: Host, diagnosis: Diagnosis) -> str:
     unit = host.unit
     if not unit:
         return "systemd does not run here, or does not answer"
+    service = unit["Id"]
     if unit["LoadState"] != "loaded":
         diagnosis.warn(
             "service_missing",
-            f"systemd cannot use {SERVICE}: {unit['LoadState']}",
-            f"Copy it from systemd/ to /etc/systemd/system (masked: `systemctl unmask {SERVICE}`), run"
-            f" `systemctl daemon-reload`, then `systemctl enable --now {SERVICE}`.",
+            f"systemd cannot use {service}: {unit['LoadState']}",
+            f"Copy it from systemd/ to /etc/systemd/system (masked: `systemctl unmask {service}`), run"
+            f" `systemctl daemon-reload`, then `systemctl enable --now {service}`.",
         )
         return ""
     diagnosis.errors += [*_unknown_accounts(unit), *_confined(unit, host.settings)]
     if unit.get("NeedDaemonReload") == "yes":
         diagnosis.warn(
             "service_changed",
-            f"{SERVICE} or one of its drop-ins was changed, and systemd has the old one",
+            f"{service} or one of its drop-ins was changed, and systemd has the old one",
             "Run `systemctl daemon-reload`.",
         )
     enabled, active = unit.get("UnitFileState", ""), unit.get("ActiveState", "")
     if enabled in ("disabled", "linked", "indirect"):
         diagnosis.warn(
             "service_disabled",
-            f"{SERVICE} is {enabled}: after the next boot of the host nothing is migrated",
-            f"Run `systemctl enable {SERVICE}`.",
+            f"{service} is {enabled}: after the next boot of the host nothing is migrated",
+            f"Run `systemctl enable {service}`.",
         )
     if active == "failed":
         status = unit.get("ExecMainStatus")
         raise MigrationError(
             Code.TOOL_FAILED,
-            f"{SERVICE} has failed ({unit.get('Result')}, exit status {status})",
-            ("Mend what `hyper2kvmd check-config` says" if status == "78" else f"See `journalctl -u {SERVICE} -n 50`")
-            + f", then run `systemctl restart {SERVICE}`.",
+            f"{service} has failed ({unit.get('Result')}, exit status {status})",
+            ("Mend what `hyper2kvmd check-config` says" if status == "78" else f"See `journalctl -u {service} -n 50`")
+            + f", then run `systemctl restart {service}`.",
         )
     if active != "active":
-        diagnosis.warn("service_inactive", f"{SERVICE} does not run ({active})", f"Run `systemctl start {SERVICE}`.")
-    return f"{SERVICE} is {enabled or 'loaded'} and {active}"
+        diagnosis.warn("service_inactive", f"{service} does not run ({active})", f"Run `systemctl start {service}`.")
+    return f"{service} is {enabled or 'loaded'} and {active}"
 
 
 def _unknown_accounts(unit: dict[str, str]) -> Iterator[MigrationError]:
     """The user and groups of the unit that the host does not have."""
-    hint = f"Create it with systemd-sysusers or by hand, or name another one in `systemctl edit {SERVICE}`."
+    service = unit["Id"]
+    hint = f"Create it with systemd-sysusers or by hand, or name another one in `systemctl edit {service}`."
     user = unit.get("User", "")
     groups = [unit.get("Group", ""), *unit.get("SupplementaryGroups", "").split()]
     try:
         if user and not user.isdigit():
             pwd.getpwnam(user)
     except KeyError:
-        yield MigrationError(Code.TOOL_FAILED, f"{SERVICE} cannot start: there is no user {user}", hint)
+        yield MigrationError(Code.TOOL_FAILED, f"{service} cannot start: there is no user {user}", hint)
     for group in groups:
         try:
             if group and not group.isdigit():
                 grp.getgrnam(group)
         except KeyError:
-            yield MigrationError(Code.TOOL_FAILED, f"{SERVICE} cannot start: there is no group {group}", hint)
+            yield MigrationError(Code.TOOL_FAILED, f"{service} cannot start: there is no group {group}", hint)
 
 
 def _confined(unit: dict[str, str], settings: Settings) -> Iterator[MigrationError]:
     """The directories of the settings that the sandbox keeps the service from, and paths that keep it from starting."""
-    paths = unit.get("ReadWritePaths", "").split()
+    service, paths = unit["Id"], unit.get("ReadWritePaths", "").split()
     for path in paths:
         if path.startswith("/") and not os.path.lexists(path):
             yield MigrationError(
                 Code.IO_ERROR,
-                f"{SERVICE} cannot start: ReadWritePaths= names {path}, which does not exist",
-                f"Create or mount it, or run `systemctl edit {SERVICE}` and write ReadWritePaths=-{path}.",
+                f"{service} cannot start: ReadWritePaths= names {path}, which does not exist",
+                f"Create or mount it, or run `systemctl edit {service}` and write ReadWritePaths=-{path}.",
             )
     writable = [*(path.lstrip("-+") for path in paths), *_made_by_systemd(unit)]
     wanted = [
@@ -797,9 +800,9 @@ def _confined(unit: dict[str, str], settings: Settings) -> Iterator[MigrationErr
         if lines:
             yield MigrationError(
                 code,
-                f"the sandbox of {SERVICE} keeps it from writing to {directory} ({field})",
-                f"Run `systemctl edit {SERVICE}`, write the lines {', '.join(['[Service]', *lines])}, then"
-                f" `systemctl restart {SERVICE}`.",
+                f"the sandbox of {service} keeps it from writing to {directory} ({field})",
+                f"Run `systemctl edit {service}`, write the lines {', '.join(['[Service]', *lines])}, then"
+                f" `systemctl restart {service}`.",
                 field=field,
             )
 
@@ -835,7 +838,9 @@ def _metrics(host: Host, diagnosis: Diagnosis) -> str:
             server.bind(address)
     except OSError as error:
         tls = host.settings.metrics.tls_server_config.cert_file
-        if error.errno == errno.EADDRINUSE and (_has(name, int(port), tls) if tls else _is_ours(name, int(port))):
+        kept = Path("/run/credentials", _service_of(host.settings_file))  # by systemd, what it hands over
+        taken = error.errno == errno.EADDRINUSE
+        if taken and (_has(name, int(port), kept / tls) if tls else _is_ours(name, int(port))):
             return f"{listen}, served by hyper2kvmd"
         raise MigrationError(
             Code.IO_ERROR,
@@ -860,9 +865,8 @@ def _is_ours(host: str, port: int) -> bool:
 
 def _has(host: str, port: int, certificate: Path) -> bool:
     """Whether it is who has our certificate that serves there; what it serves may be for those that have one, too."""
-    file = Path("/run/credentials") / SERVICE / certificate  # where systemd keeps it, if it hands it over
     try:
-        ours = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", file.read_text(), re.DOTALL)
+        ours = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", certificate.read_text(), re.DOTALL)
         return ours is not None and ssl.PEM_cert_to_DER_cert(ours[0]) == ssl.PEM_cert_to_DER_cert(
             ssl.get_server_certificate((host, port), timeout=2)
         )

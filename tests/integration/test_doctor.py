@@ -22,6 +22,7 @@ import pytest
 from hyper2kvmd import importer
 from hyper2kvmd.ctl.doctor import CHECKS, PROGRAMS, UNPACKERS
 from hyper2kvmd.metrics import Metrics
+from hyper2kvmd.run import QEMU
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.web import Web
 from tests.conftest import MakeExport
@@ -148,13 +149,13 @@ def test_an_unknown_check_is_a_usage_error_that_names_the_known_ones(ctl: Any) -
 # Programs and machines --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", ["setpriv", "qemu-img", "lz4"])
+@pytest.mark.parametrize("missing", ["setpriv", "qemu-img", "qemu-system-x86_64", "lz4"])
 def test_a_missing_program_is_named_with_its_package(
     missing: str, doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "bin"
     directory.mkdir()
-    for program in {*PROGRAMS, *UNPACKERS} - {missing}:
+    for program in {*PROGRAMS, QEMU[0], *UNPACKERS} - {missing}:
         # All of them are there, whatever this host lacks.
         (directory / program).symlink_to(shutil.which(program) or "/bin/true")
     monkeypatch.setenv("PATH", str(directory))
@@ -164,7 +165,7 @@ def test_a_missing_program_is_named_with_its_package(
     assert (1 if result == "failed" else 0) == report.status
     message, hint = report.only()
     assert message.startswith(f"{missing} is not installed")
-    assert hint.startswith(f"Install {PROGRAMS.get(missing, missing)}")
+    assert hint.startswith(f"Install {PROGRAMS.get(missing, missing.removesuffix('_64'))}")
 
 
 def test_a_program_that_does_not_run_is_a_failure(doctor: Doctor, fake: Callable[[str, str], None]) -> None:
@@ -182,7 +183,10 @@ def test_memory_for_fewer_jobs_than_workers_is_a_warning_and_for_none_a_failure(
     assert (1, [("memory", "failed", "no_memory")]) == (none.status, none.faults())
 
 
-def test_kvm_that_is_wanted_and_does_not_work_is_a_failure(doctor: Doctor, fake: Callable[[str, str], None]) -> None:
+def test_kvm_that_is_wanted_and_does_not_work_is_a_failure(
+    doctor: Doctor, fake: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LIBGUESTFS_BACKEND_SETTINGS", raising=False)
     fake("qemu-system-x86_64", "echo 'error: KVM is not for you' >&2; exit 1")
     wanted = doctor("kvm", guest__accel="kvm")
     assert (1, [("kvm", "failed", "appliance_failed")]) == (wanted.status, wanted.faults())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -128,3 +129,21 @@ def test_a_directory_that_the_first_job_makes_need_not_be_there(tmp_path: Path) 
     assert tmp_path == reserve.existing(tmp_path / "not" / "yet")
     room = health.check_room(tmp_path, "work_dir")
     assert ("", True) == (room.problem, room.value > 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "local"), [("rw,vers=4.2,local_lock=none", ""), ("rw,vers=3,local_lock=all", "local_lock=all")]
+)
+def test_a_mount_that_keeps_its_locks_to_this_host_is_not_ready(
+    options: str, local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nfs(5) has in /proc/self/mountinfo; there is no NFS server to mount from."""
+    device = tmp_path.stat().st_dev
+    other = f"40 23 0:{os.minor(device) + 1} / /other rw - nfs kvm1:/other rw,nolock\n"
+    line = f"41 23 {os.major(device)}:{os.minor(device)} / {tmp_path} rw shared:1 - nfs4 kvm1:/exports {options}\n"
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(other + line)
+    monkeypatch.setattr(health, "MOUNTS", mounts)
+    verdict = health.check_locks(tmp_path)
+    assert bool(local) == bool(verdict.problem)
+    assert verdict.problem.endswith(local)
