@@ -23,6 +23,7 @@ from hyper2kvmd.health import MEND, Health
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.notify import STATUS_LIMIT, Notifier
+from hyper2kvmd.options import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
 from hyper2kvmd.runner import Runner, spawn, stop_all
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import State
@@ -39,6 +40,7 @@ PAUSE_SECONDS = 1.0
 REST_FACTOR = 100
 PRUNE_SECONDS = 3600.0
 NOTIFY_SECONDS = 5.0
+STOP = {signal.SIGTERM, signal.SIGINT}
 ONCE_SECONDS = 120.0  # with --once, for what is to be told at the end
 BUSY_SECONDS = 1.0  # how often STATUS is refreshed while jobs run
 SCANNING_SECONDS = 0.2  # how often it is asked whether a look that takes long has ended
@@ -119,7 +121,8 @@ class Daemon:
         self.table: dict[Path, Seen] = {}
         # The one thing that is not on disk, because it is about exports that we cannot write to.
         self._setbacks: dict[Path, Setback] = {}
-        self.draining = False
+        self.draining = False  # everywhere, as a person has said
+        self.retiring = False  # this daemon: it ends with its last runner, so that another version can take over
         self._trouble = ""
         self._ignored: set[str] = set()
         self._unreadable: dict[Path, str] = {}
@@ -151,9 +154,11 @@ class Daemon:
     def run(self, *, once: bool = False) -> int:
         """Work until SIGTERM or SIGINT; with `once`, until there is nothing left to do. Return the exit status.
 
+        After SIGQUIT nothing is started any more, and with the last runner it ends: EXIT_TEMPORARY.
+
         Raise SettingsError before anything is done, if metrics cannot be served as the settings say.
         """
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._signal)
         self.metrics.count_log()
         self._serve(self.settings)
@@ -164,7 +169,11 @@ class Daemon:
             self._loop(once)
         finally:
             self._stop()
-        return 0 if not once or all(seen.state == State.SUCCEEDED for seen in self.table.values()) else 1
+        if self.retiring and not self._signals & STOP:
+            return EXIT_TEMPORARY
+        return (
+            EXIT_DONE if not once or all(seen.state == State.SUCCEEDED for seen in self.table.values()) else EXIT_FAILED
+        )
 
     def tick(self, now: float) -> float:
         """Look at every export, start what is ready, and return the seconds until the next look is due.
@@ -182,7 +191,7 @@ class Daemon:
         self.metrics.watcher_up.set(self._watch.up)
         self._scan(now, found)
         self.draining = found.draining
-        self.metrics.draining.set(found.draining)
+        self.metrics.draining.set(found.draining or self.retiring)
         self._start(now)
         self._count(now, found.seconds)
         self._rested_at = time.monotonic() + min(PAUSE_FACTOR * found.seconds, PAUSE_SECONDS)
@@ -195,7 +204,7 @@ class Daemon:
         if standing.due is not None:
             self._notify.due = min(self._notify.due, time.monotonic() + max(standing.due - now, 0))
         left = self._notify.run(self.settings)
-        if not self.draining:
+        if not self.draining and not self.retiring:
             self._prune.due = min(self._prune.due, time.monotonic() + PRUNE_SECONDS)
             self._prune.run(self.settings)
         return left
@@ -211,6 +220,8 @@ class Daemon:
             parts.append(f"{states[State.RUNNING]} running elsewhere")
         if self.draining:
             parts.append("draining: no job is started (hyper2kvmctl resume)")
+        if self.retiring:
+            parts.append("ends with its last job, to start anew")
         parts += [self._trouble] if self._trouble else []
         names = [runner.progress.phrase(time.monotonic()) for runner in self.runners.values()]
         # The counts matter more than the names: of these, as many as there is room for.
@@ -229,15 +240,20 @@ class Daemon:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_read, selectors.EVENT_READ)
             watched: dict[int, Runner] = {}
-            while not self._signals & {signal.SIGTERM, signal.SIGINT}:
+            while not self._signals & STOP:
                 if signal.SIGHUP in self._signals:
                     self._signals.discard(signal.SIGHUP)
                     self._notifier.reloading()
                     self._reload()
                     next_scan, ready = 0, False
+                if signal.SIGQUIT in self._signals and not self.retiring:
+                    self.retiring = True
+                    log.info("no job is started any more; the daemon ends with the last that runs", kind=Kind.RETIRING)
                 # Every end of a runner changes the picture: a place is free, a report is there.
                 if self._reap(selector, watched):
                     next_scan = 0
+                if self.retiring and not self.runners:
+                    return
                 if time.monotonic() >= next_scan or self._scanner.busy:
                     if not self._scanner.busy:
                         next_scan = math.inf  # from here on, what happens calls for another look
@@ -340,7 +356,7 @@ class Daemon:
         return max(look.settled_since + self.settings.settle_seconds, due or 0)
 
     def _start(self, now: float) -> None:
-        if self.draining:
+        if self.draining or self.retiring:
             return
         queued = [export for export, seen in self.table.items() if seen.state == State.QUEUED]
         # Oldest first: who has waited longest is served first.

@@ -11,6 +11,7 @@ class Kind(StrEnum):
 
     WATCHING = "watching"
     STOPPED = "stopped"
+    RETIRING = "retiring"
     RELOADED = "reloaded"
     CONFIG_BAD = "config_bad"
     EXPORTS_UNREADABLE = "exports_unreadable"
@@ -51,6 +52,11 @@ CATALOG: dict[Kind, Entry] = {
         "34d37092ba6e418eaa44e760c97d0387",
         "The daemon has stopped",
         "Nothing of the jobs that ran is lost: the next start goes on behind the last finished step of each.",
+    ),
+    Kind.RETIRING: Entry(
+        "9b6fd51baf4c4a4d8bbe623b88be29c0",
+        "The daemon ends when its jobs are over",
+        "A package was upgraded, or somebody sent SIGQUIT. No job is started until systemd has started it anew.",
     ),
     Kind.RELOADED: Entry(
         "fd6b401a761d4d07959773e289446a77",

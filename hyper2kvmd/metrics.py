@@ -181,7 +181,9 @@ class Metrics:
             "config_last_reload_success_timestamp_seconds", "When settings were last read and accepted."
         )
         self.log_messages = self._counter("log_messages", "Messages that the daemon itself logged, by level.", "level")
-        self.draining = self._gauge("draining", "Whether no job is started, as `hyper2kvmctl drain` has it.")
+        self.draining = self._gauge(
+            "draining", "Whether no job is started: after `hyper2kvmctl drain`, or before an upgrade."
+        )
         self.notifications = self._gauge(
             "notifications",
             "Messages of ended jobs that wait to be told (pending), or were given up since the first.",
