@@ -32,7 +32,7 @@ from tests import completions, dashboards
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 118  # of a line of the shipped settings
-DATE = "2026-11-24"  # of this version, for the manual pages: that of the build would make each one different
+DATE = "2026-11-28"  # of this version, for the manual pages: that of the build would make each one different
 
 OUTCOMES = {
     Outcome.RETRY: "The cause passes by itself: tried again with growing delays.",
@@ -578,6 +578,7 @@ With 78, systemd does not start the daemon again: the settings must be mended fi
 
 {item("SIGTERM", "Stops the running jobs and ends. The next start goes on behind the last finished step of each.")}\
 {item("SIGINT", "The same.")}\
+{item("SIGQUIT", "Starts no job any more, and ends with 75 when those that run are over; systemd starts it anew.")}\
 {item("SIGHUP", "Reads the settings again, for jobs that start from then on. Bad ones are logged, and not used.")}\
 
 ## Environment
@@ -678,6 +679,27 @@ What can go wrong is raised as `MigrationError`: a code of [a closed list](error
     return text
 
 
+# Units --------------------------------------------------------------------------------------------------------
+
+
+def template_unit() -> str:
+    """systemd/hyper2kvmd@.service: the unit, with everything that two daemons cannot share in a place of its own."""
+    unit = (ROOT / "systemd/hyper2kvmd.service").read_text()
+    for line, instance in (
+        ("Description=Migrates exported virtual machines to KVM", "\\g<0> (%i)"),
+        ("RequiresMountsFor=.*", "RequiresMountsFor=/var/lib/libvirt/images"),
+        ("/usr/bin/hyper2kvmd (run|check-config)", f"\\g<0> --config {DEFAULT_PATH.parent}/%i/{DEFAULT_PATH.name}"),
+        ("StateDirectory=hyper2kvmd", "\\g<0>/instances/%i"),
+        ("ConfigurationDirectory=hyper2kvmd", "\\g<0>/%i"),
+        ("ReadWritePaths=.*", "ReadWritePaths=/var/lib/libvirt/images"),
+        ("# Others by a drop-in", "# The exports, and others, by a drop-in"),
+    ):
+        unit, count = re.subn(f"(?m){line}", instance, unit)
+        assert count, line
+    note = "# One of several daemons on this host, each with its own settings, exports directory and work_dir.\n"
+    return note + "# Made from hyper2kvmd.service; docs/install.md has how to set one up.\n" + unit
+
+
 # Writing it all -----------------------------------------------------------------------------------------------
 
 
@@ -697,6 +719,7 @@ PAGES = {
     "docs/metrics.md": metrics_page,
     "docs/journal.md": journal_page,
     "packaging/hyper2kvmd.catalog": messages.catalog,
+    "systemd/hyper2kvmd@.service": template_unit,
     "docs/library.md": library_page,
     "docs/migration-report.schema.json": report_schema,
     "packaging/grafana/dashboards/hyper2kvmd-fleet.json": dashboards.fleet_page,
