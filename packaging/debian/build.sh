@@ -15,6 +15,8 @@ cp tests/*.py "$work/hyper2kvmd/tests"
 cd "$work/hyper2kvmd"
 find . -name __pycache__ -type d -prune -exec rm -r {} +
 mv packaging/debian debian
+# Packages for different releases differ, and a newer release's replaces an older one's.
+sed -i "1s/)/+$(. /etc/os-release; echo "$ID$VERSION_ID"))/" debian/changelog
 export DEB_BUILD_OPTIONS=nocheck
 if ! { debian/rules wheels && dpkg-buildpackage --build=binary --no-sign --no-pre-clean; } </dev/null >"$work/log" 2>&1; then
     cat "$work/log" >&2

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,34 +18,61 @@ from tests.guests.rootfs import run
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache/packages"
+WHEELS = ROOT / ".cache/wheels"
 NEXT = "99.0"  # the version that comes after this one
+SUITES = ("bookworm", "trixie")
 
 # What a KVM host has, and a fresh system has not. Of what is recommended, no more than the tests need.
 RECOMMENDED = "acl, libguestfs-xfs, libvirt-clients, libvirt-daemon-system, linux-image-amd64"
+OTHERS = "build-essential, rpm, tini"  # that a test installs
 INCLUDED = "bash-completion,dbus,man-db,procps,systemd,systemd-sysv"
-NO_RECOMMENDS = "APT::Install-Recommends=false"
+# INITRD: nobody boots this kernel but libguestfs, which makes its own. The settings stay as they were edited, without a
+# question. No pty, and nothing flushed: the system lives as long as the test.
+APT = shlex.split(
+    "env DEBIAN_FRONTEND=noninteractive INITRD=No apt-get -q -y -o APT::Install-Recommends=false"
+    " -o Dpkg::Use-Pty=false -o Dpkg::Options::=--force-confold -o Dpkg::Options::=--force-unsafe-io"
+)
+HOST = platform.freedesktop_os_release()["VERSION_CODENAME"]
 
-Build = Callable[[str], Path]
+
+@pytest.fixture(scope="session", params=SUITES)
+def suite(request: pytest.FixtureRequest) -> str:
+    """A release of Debian, by its name."""
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """A function that builds the package of this tree, as the version that it has ("") or as another."""
-    made: dict[str, Path] = {}
+def packages(suite: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Packages of this tree for a release, by version: the one that it has (""), and the next one.
 
-    def build(version: str) -> Path:
-        if version not in made:
-            directory = tmp_path_factory.mktemp("package")
-            tree = ROOT if not version else _as_version(version, directory / "tree")
-            made[version] = build_package(tree, directory)
-        return made[version]
+    Built on this machine if it has that release, else in a fresh system, without a network: only releases whose own
+    libraries are too old need one.
+    """
+    directory = tmp_path_factory.mktemp("package")
+    trees = {"": ROOT, NEXT: _as_version(NEXT, directory / "tree")}
+    if suite == HOST:
+        return {version: build_package(tree, directory / f"of-{version}") for version, tree in trees.items()}
+    with booted(fresh_system(suite)) as machine:
+        machine.run(*APT, "satisfy", f"build-essential, {relations('Build-Depends')}", timeout=400)
+        made = {}
+        for version, tree in trees.items():
+            inside = f"/root/tree-{version}"
+            _copy_tree(tree, machine.root / inside.lstrip("/"))
+            path = machine.run(f"{inside}/packaging/debian/build.sh", inside, "/root/dist", timeout=300).strip()
+            made[version] = Path(shutil.copy(machine.root / path.lstrip("/"), directory))
+        return made
 
-    return build
+
+@pytest.fixture(scope="session")
+def package(packages: dict[str, Path]) -> Path:
+    """The package of this tree."""
+    return packages[""]
 
 
 def build_package(tree: Path, directory: Path) -> Path:
     """Build the package of a tree into a directory, as `make deb` does."""
-    command = [ROOT / "packaging/debian/build.sh", tree, directory, ROOT / ".cache/wheels"]
+    command = [tree / "packaging/debian/build.sh", tree, directory, WHEELS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert 0 == done.returncode, done.stderr
     assert "" == done.stderr, "the build is quiet"
@@ -53,26 +81,31 @@ def build_package(tree: Path, directory: Path) -> Path:
 
 def _as_version(version: str, tree: Path) -> Path:
     """A copy of this tree that has another version."""
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=left_out)
+    _copy_tree(ROOT, tree)
     module, changelog = tree / "hyper2kvmd/__init__.py", tree / "packaging/debian/changelog"
     module.write_text(re.sub(r'(?m)^__version__ = ".*"$', f'__version__ = "{version}"', module.read_text()))
     changelog.write_text(re.sub(r"\(.*?\)", f"({version}-1)", changelog.read_text(), count=1))
     return tree
 
 
-@pytest.fixture(scope="session")
-def package(build: Build) -> Path:
-    """The package of this tree."""
-    return build("")
+def _copy_tree(tree: Path, copy: Path) -> None:
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
+    shutil.copytree(tree, copy, symlinks=True, ignore=left_out)
+
+
+def relations(field: str) -> str:
+    """The packages that debian/control names in a field, without those that are filled in when it is built."""
+    control = (ROOT / "packaging/debian/control").read_text()
+    found = re.search(rf"(?m)^{field}:\n((?: .*\n)+)", control)
+    assert found
+    return ", ".join(line.strip(" ,") for line in found[1].splitlines() if "${" not in line)
 
 
 @pytest.fixture(scope="module")
-def machine(package: Path) -> Iterator[Container]:
+def machine(suite: str, package: Path) -> Iterator[Container]:
     """A fresh system, booted, with the package installed by apt and the service enabled."""
-    depends = subprocess.run(["dpkg-deb", "--field", package, "Depends"], capture_output=True, text=True, check=True)
-    with booted(_fresh_system(f"{depends.stdout.strip()}, {RECOMMENDED}")) as machine:
-        print(install(machine, package, *re.split(", ", RECOMMENDED)))
+    with booted(fresh_system(suite)) as machine:
+        print(install(machine, package, *RECOMMENDED.split(", ")))
         machine.run("systemctl", "enable", "--now", "hyper2kvmd")
         yield machine
 
@@ -80,37 +113,27 @@ def machine(package: Path) -> Iterator[Container]:
 def install(machine: Container, package: Path, *more: str) -> str:
     """Install a package file, by its name as people would; what apt said."""
     shutil.copy(package, machine.root / "root/hyper2kvmd.deb")
-    # INITRD: nobody boots this kernel but libguestfs, which makes its own.
-    words = ["env", "DEBIAN_FRONTEND=noninteractive", "INITRD=No", "apt-get", "-q", "-y", "-o", NO_RECOMMENDS]
-    # The settings stay as they were edited, without a question.
-    words += [
-        "-o",
-        "Dpkg::Use-Pty=false",
-        "-o",
-        "Dpkg::Options::=--force-confold",
-        "install",
-        "--reinstall",
-        "/root/hyper2kvmd.deb",
-        *more,
-    ]
-    return machine.run(*words, timeout=400)
+    command = (*APT, "install", "--reinstall", "/root/hyper2kvmd.deb", *more)
+    return machine.run("sh", "-c", 'exec "$@" 2>&1', "sh", *command, timeout=400)
 
 
-def _fresh_system(packages: str) -> Path:
-    """The root of a Debian 12 that has the given packages, as in Depends:, in apt's cache only: it has no network."""
+def fresh_system(suite: str) -> Path:
+    """The root of a fresh Debian that has all that the package may need in apt's cache only: it has no network."""
+    packages = ", ".join([OTHERS, relations("Build-Depends"), relations("Depends"), RECOMMENDED])
     digest = hashlib.sha256(Path(__file__).read_bytes() + packages.encode()).hexdigest()[:12]
-    system = CACHE / f"bookworm-{digest}"
+    system = CACHE / f"{suite}-{digest}"
     if not system.exists():
         # One that was begun and not finished, or made by another recipe.
-        shutil.rmtree(CACHE, ignore_errors=True)
-        CACHE.mkdir(parents=True)
-        download = f"apt-get -q -y -o {NO_RECOMMENDS} satisfy --download-only {shlex.quote(packages)}"
-        half = CACHE / "half"
+        for old in CACHE.glob(f"{suite}-*"):
+            shutil.rmtree(old)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        download = f"apt-get -q -y -o APT::Install-Recommends=false satisfy --download-only {shlex.quote(packages)}"
+        half = CACHE / f"{suite}-half"
         run(
             *("mmdebstrap", "--mode=root", "--variant=apt", f"--include={INCLUDED}", "--skip=cleanup/apt"),
-            "--dpkgopt=path-exclude=/usr/share/locale/*",
+            *("--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=force-unsafe-io"),
             f'--customize-hook=APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" {download}',
-            *("bookworm", half),
+            *(suite, half),
         )
         half.rename(system)
     return system

@@ -1,0 +1,7 @@
+#!/bin/bash
+# Fetch the wheels of requirements.lock that fit this machine's Python: wheels.sh DIRECTORY. The only step of building a
+# package that needs the network, and only for what is not there yet. Run in a source tree; leaves pip for stage.sh there.
+set -euo pipefail
+/usr/bin/python3 -m venv pip
+pip/bin/pip --quiet --disable-pip-version-check download --require-hashes --only-binary :all: --no-deps \
+    --requirement packaging/requirements.lock --dest "$1"
