@@ -75,6 +75,14 @@ lock: venv ## pin the newest versions of the libraries that the package brings
 test-packages: deps package-deps venv ## minutes; installs, upgrades and removes the package on a fresh Debian
 	$(call pytest,packages)
 
+.PHONY: release
+release: venv ## source, wheel, list of libraries and checksums into dist
+	@packaging/release.sh dist
+
+.PHONY: state
+state: venv ## keep what this version leaves on disk, for the tests of later ones
+	@$(PYTHON) -m tests.state
+
 .PHONY: matrix
 matrix: deps venv ## migrate every test guest and boot it (an hour without KVM); prints the README's table
 	@$(PYTHON) -m tests.matrix
