@@ -1,0 +1,132 @@
+"""What earlier versions have left on disk, in the hands of this one: nothing is lost, told again, or done twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.state import EXPECTED, EXPORTS, IMAGES, KEPT, SETTINGS, TOLD, inside, unpack
+
+VERSIONS = sorted(path.name.removesuffix(".img.xz") for path in KEPT.glob("*.img.xz"))
+GONE_ON_WITH = ("fresh", "interrupted", "killed", "retried", "retrying")
+LEFT_ALONE = ("succeeded", "failed", "rejected", "blocked", "cancelled", "held")
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The host of an earlier version, of which the tests are the history: one goes on where the one before it ended."""
+    path = tmp_path_factory.mktemp("state") / "image"
+    unpack(KEPT / f"{request.param}.img.xz", path)
+    return path
+
+
+@pytest.fixture
+def run(image: Path) -> Run:
+    """A function that runs a command on that host, and returns what it printed."""
+
+    def run(*argv: str, status: int = 0) -> str:
+        done = inside(image, *argv, variables={"PYTHONPATH": str(Path(__file__).parents[2])})
+        assert status == done.returncode, f"{argv}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    return run
+
+
+def ctl(*words: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "hyper2kvmd.ctl", *words, "--config", str(SETTINGS))
+
+
+def once(*words: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "hyper2kvmd", "run", "--once", "--config", str(SETTINGS), *words)
+
+
+def states(run: Run) -> dict[str, str]:
+    return {Path(row["export"]).name: row["state"] for row in json.loads(run(*ctl("list", "--json")))}
+
+
+def report(run: Run, name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(run("cat", f"{EXPORTS}/{name}/migration-report.json"))
+    return document
+
+
+def disks(run: Run, *names: str) -> dict[str, list[str]]:
+    """The published disks: inode, size and time of each."""
+    files = run("find", str(IMAGES), "-type", "f", "-printf", "%f %i %s %T@\n").splitlines()
+    return {line.split()[0]: line.split()[1:] for line in files if any(name in line for name in names)}
+
+
+def content(run: Run, *names: str) -> str:
+    """Every file of some exports, with its time."""
+    return run("find", *(f"{EXPORTS}/{name}" for name in names), "-type", "f", "-printf", "%p %T@ %s\n")
+
+
+def test_there_is_a_version_to_come_from() -> None:
+    assert "0.1.0" in VERSIONS
+
+
+def test_every_export_is_in_the_state_that_it_was_left_in(run: Run) -> None:
+    assert EXPECTED == states(run)
+
+
+def test_what_is_known_of_every_export_can_be_shown(run: Run) -> None:
+    shown = "".join(run(*ctl("show", name)) for name in ("failed", "retrying", "retried", "killed", "held"))
+    assert "Traceback" not in shown
+    assert all(word in shown for word in ("checksum_mismatch", "Input/output error", "hyper2kvmctl release"))
+
+
+def test_a_report_is_a_page_too(run: Run) -> None:
+    run(*ctl("report", "succeeded", "--html", "/srv/page.html"))
+
+
+def test_what_is_not_over_is_gone_on_with_and_the_rest_is_left_alone(run: Run) -> None:
+    before, published = content(run, *LEFT_ALONE), disks(run, "succeeded")
+    assert ["succeeded-disk-0.qcow2"] == [*published]
+    converted = disks(run, "interrupted", "killed")
+    assert 2 == len(converted)
+    assert all(name.endswith(".partial") for name in converted)
+    told = run("cat", str(TOLD)).split()
+
+    run(*once(), status=1)  # not all have succeeded
+
+    assert {name: "succeeded" if name in GONE_ON_WITH else state for name, state in EXPECTED.items()} == states(run)
+    assert before == content(run, *LEFT_ALONE)
+    assert published == disks(run, "succeeded")
+    inodes = {name.split("-")[0].lstrip("."): found[0] for name, found in disks(run, "interrupted", "killed").items()}
+    assert {name.split("-")[0].lstrip("."): found[0] for name, found in converted.items()} == inodes, (
+        "not converted anew"
+    )
+    attempts = {name: report(run, name)["attempts"] for name in GONE_ON_WITH}
+    assert {"fresh": 1, "interrupted": 2, "killed": 2, "retrying": 2} == {
+        name: number for name, number in attempts.items() if name != "retried"
+    }
+    for name in GONE_ON_WITH:
+        source, target = f"{EXPORTS}/{name}/{name}-disk-0.raw", f"{IMAGES}/{name}-disk-0.qcow2"
+        run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", source, target)
+    assert sorted([*told, *GONE_ON_WITH]) == sorted(run("cat", str(TOLD)).split()), "each once"
+
+
+def test_what_waited_for_a_person_goes_on_when_it_is_told_to(run: Run) -> None:
+    run(*ctl("release", "held"))
+    run(*ctl("retry", "blocked"))
+    run("mkdir", "/srv/state/elsewhere")
+    run(*once("--set", "output.allowed_dirs=[/srv/state/elsewhere]"), status=1)
+    assert {"held": "succeeded", "blocked": "succeeded"} == {
+        name: state for name, state in states(run).items() if name in ("held", "blocked")
+    }
+    assert "migration-report.1.json" in run("ls", f"{EXPORTS}/blocked")
+
+
+def test_nothing_is_left_of_the_work_when_all_is_over(run: Run) -> None:
+    for name in ("failed", "rejected", "cancelled"):
+        run("rm", "-r", f"{EXPORTS}/{name}")
+    run(*ctl("prune"))
+    left = run("find", "/srv/state/work", "-mindepth", "1", "-type", "d").split()
+    assert [] == left
+    assert "partial" not in run("ls", "-A", str(IMAGES))
