@@ -67,12 +67,16 @@ package-deps: ## install the Debian packages for building and testing the packag
 deb: package-deps ## build the Debian package into dist
 	@packaging/debian/build.sh . dist
 
+.PHONY: rpm
+rpm: ## build the RPM package into dist; on EL 10 and Fedora, and for looking at it elsewhere
+	@packaging/rpm/build.sh . dist
+
 .PHONY: lock
 lock: venv ## pin the newest versions of the libraries that the package brings
 	@packaging/lock.sh
 
 .PHONY: test-packages
-test-packages: deps package-deps venv ## minutes; installs, upgrades and removes the package on a fresh Debian
+test-packages: deps package-deps venv ## long; installs, upgrades and removes the packages on fresh systems
 	$(call pytest,packages)
 
 .PHONY: release

@@ -45,5 +45,6 @@ for page in man/*; do
 done
 install -d "$share/hyper2kvmd" "$share/doc/hyper2kvmd/examples"
 cp -r packaging/grafana packaging/prometheus "$share/hyper2kvmd"
+rm -f "$share/hyper2kvmd/grafana/dashboards/.lint"
 cp -r README.md docs "$share/doc/hyper2kvmd"
 cp systemd/examples/* "$share/doc/hyper2kvmd/examples"

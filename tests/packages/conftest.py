@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.conftest import disk_entry, write_manifest
 from tests.e2e.container import Container, booted
+from tests.e2e.test_systemd import CONFIG, SETTINGS, hand_over, main_pid, processes
 from tests.guests.rootfs import run
+
+Drop = Callable[[str], str]
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache/packages"
 WHEELS = ROOT / ".cache/wheels"
+LIBRARIES = "/usr/lib/hyper2kvmd"
 NEXT = "99.0"  # the version that comes after this one
 SUITES = ("bookworm", "trixie")
 
@@ -50,7 +57,7 @@ def packages(suite: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     libraries are too old need one.
     """
     directory = tmp_path_factory.mktemp("package")
-    trees = {"": ROOT, NEXT: _as_version(NEXT, directory / "tree")}
+    trees = {"": ROOT, NEXT: as_version(NEXT, directory / "tree")}
     if suite == HOST:
         return {version: build_package(tree, directory / f"of-{version}") for version, tree in trees.items()}
     with booted(fresh_system(suite)) as machine:
@@ -79,12 +86,14 @@ def build_package(tree: Path, directory: Path) -> Path:
     return Path(done.stdout.strip())
 
 
-def _as_version(version: str, tree: Path) -> Path:
+def as_version(version: str, tree: Path) -> Path:
     """A copy of this tree that has another version."""
     _copy_tree(ROOT, tree)
     module, changelog = tree / "hyper2kvmd/__init__.py", tree / "packaging/debian/changelog"
     module.write_text(re.sub(r'(?m)^__version__ = ".*"$', f'__version__ = "{version}"', module.read_text()))
     changelog.write_text(re.sub(r"\(.*?\)", f"({version}-1)", changelog.read_text(), count=1))
+    spec = tree / "packaging/hyper2kvmd.spec"
+    spec.write_text(re.sub(r"(?m)^(Version: +).*$", rf"\g<1>{version}", spec.read_text()))
     return tree
 
 
@@ -137,3 +146,59 @@ def fresh_system(suite: str) -> Path:
         )
         half.rename(system)
     return system
+
+
+# What the tests of both kinds of packages do ---------------------------------------------------------------
+
+
+@pytest.fixture
+def drop(machine: Container, tmp_path: Path) -> Drop:
+    """A function that drops an export with one small disk, as the exporter's user; returns its name."""
+
+    def drop(name: str) -> str:
+        directory = tmp_path / name
+        directory.mkdir()
+        disk = directory / f"{name}-disk-0.raw"
+        disk.write_bytes(os.urandom(1 << 20))
+        write_manifest(directory, [disk_entry(disk, local_path=disk.name)])
+        return hand_over(machine, directory)
+
+    return drop
+
+
+@pytest.fixture(autouse=True)
+def tells_and_lets_go(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Shown by pytest if the test failed; and a test that failed holds up no other."""
+    yield
+    if "machine" in request.fixturenames:
+        machine: Container = request.getfixturevalue("machine")
+        machine.run("rm", "-f", "/run/hold")
+        print(machine.run("journalctl", "-b", "--no-pager", "-u", "hyper2kvmd*", "-n", "50"))
+
+
+def configure(machine: Container) -> None:
+    machine.write(CONFIG, yaml.safe_dump(SETTINGS))
+    machine.run("systemctl", "reload", "hyper2kvmd")
+
+
+def version(machine: Container) -> str:
+    """The version that the daemon runs: that of the tree which its interpreter was started from."""
+    command = machine.run("cat", f"/proc/{main_pid(machine)}/cmdline").split("\0")[0]
+    found = re.fullmatch(rf"{LIBRARIES}/(.*?)-1\b.*\.\w{{6}}/bin/python", command)
+    assert found, command
+    return found[1]
+
+
+def trees(machine: Container) -> list[str]:
+    """The versions that are there."""
+    listed = machine.run("ls", LIBRARIES).split()
+    return sorted(name.partition("-1")[0] for name in listed if re.fullmatch(r".*-1\b.*\.\w{6}", name))
+
+
+def ours(machine: Container) -> dict[int, str]:
+    """The processes of the daemon and of its jobs."""
+    return {pid: command for pid, command in processes(machine).items() if " -m hyper2kvmd run" in command}
+
+
+def exists(machine: Container, path: str) -> bool:
+    return (machine.root / path.lstrip("/")).exists()

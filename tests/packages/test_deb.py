@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import tomllib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from hyper2kvmd import __version__
-from tests.conftest import disk_entry, write_manifest
 from tests.e2e.container import Container, wait_until
 from tests.e2e.test_systemd import (
     CONFIG,
@@ -34,12 +31,22 @@ from tests.e2e.test_systemd import (
     show,
 )
 from tests.guests.build import export
-from tests.packages.conftest import APT, HOST, NEXT, build_package, install
+from tests.packages.conftest import (
+    APT,
+    HOST,
+    LIBRARIES,
+    NEXT,
+    Drop,
+    build_package,
+    configure,
+    exists,
+    install,
+    ours,
+    trees,
+    version,
+)
 
 ROOT = Path(__file__).parents[2]
-LIBRARIES = "/usr/lib/hyper2kvmd"
-
-Drop = Callable[[str], str]
 
 
 # The package as a file ------------------------------------------------------------------------------------
@@ -100,50 +107,6 @@ def test_no_file_names_the_directory_in_which_it_was_built(package: Path, tmp_pa
 
 
 # Installed ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def drop(machine: Container, tmp_path: Path) -> Drop:
-    """A function that drops an export with one small disk, as the exporter's user; returns its name."""
-
-    def drop(name: str) -> str:
-        directory = tmp_path / name
-        directory.mkdir()
-        disk = directory / f"{name}-disk-0.raw"
-        disk.write_bytes(os.urandom(1 << 20))
-        write_manifest(directory, [disk_entry(disk, local_path=disk.name)])
-        return hand_over(machine, directory)
-
-    return drop
-
-
-@pytest.fixture(autouse=True)
-def tells_and_lets_go(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Shown by pytest if the test failed; and a test that failed holds up no other."""
-    yield
-    if "machine" in request.fixturenames:
-        machine: Container = request.getfixturevalue("machine")
-        machine.run("rm", "-f", "/run/hold")
-        print(machine.run("journalctl", "-b", "--no-pager", "-u", "hyper2kvmd*", "-n", "50"))
-
-
-def configure(machine: Container) -> None:
-    machine.write(CONFIG, yaml.safe_dump(SETTINGS))
-    machine.run("systemctl", "reload", "hyper2kvmd")
-
-
-def version(machine: Container) -> str:
-    """The version that the daemon runs: that of the tree which its interpreter was started from."""
-    command = machine.run("cat", f"/proc/{main_pid(machine)}/cmdline").split("\0")[0]
-    found = re.fullmatch(rf"{LIBRARIES}/(.*)-1\+.*\.\w{{6}}/bin/python", command)
-    assert found, command
-    return found[1]
-
-
-def trees(machine: Container) -> list[str]:
-    """The versions that are there."""
-    listed = machine.run("ls", LIBRARIES).split()
-    return sorted(name.partition("-1+")[0] for name in listed if re.fullmatch(r".*-1\+.*\.\w{6}", name))
 
 
 def test_the_service_is_up_and_reads_its_settings(machine: Container) -> None:
@@ -249,15 +212,6 @@ def test_an_upgrade_waits_for_the_jobs_that_run(machine: Container, drop: Drop, 
         assert is_same(machine, name)
     assert NEXT == version(machine)
     assert [NEXT] == trees(machine)
-
-
-def ours(machine: Container) -> dict[int, str]:
-    """The processes of the daemon and of its jobs."""
-    return {pid: command for pid, command in processes(machine).items() if " -m hyper2kvmd run" in command}
-
-
-def exists(machine: Container, path: str) -> bool:
-    return (machine.root / path.lstrip("/")).exists()
 
 
 def test_an_upgrade_that_does_not_accept_the_settings_lets_the_old_version_go_on(
