@@ -13,7 +13,8 @@ rm -rf "$venv"/bin/[Aa]ctivate* "$venv/include" "$venv/.gitignore"
 sed -i '/^command/d' "$venv/pyvenv.cfg"
 if [ -n "$wheels" ]; then
     pip/bin/pip --quiet --disable-pip-version-check --python "$venv/bin/python" install --require-hashes --no-deps \
-        --requirement packaging/requirements.lock --no-index --find-links "$wheels" --ignore-installed --no-compile
+        --requirement packaging/requirements.lock --no-index --find-links "$wheels" --ignore-installed --no-compile \
+        --no-build-isolation
 fi
 libraries=$(echo "$venv"/lib/python3.*/site-packages)
 cp -r hyper2kvmd "$libraries"
