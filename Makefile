@@ -68,7 +68,12 @@ deb: package-deps ## build the Debian package into dist
 	@packaging/debian/build.sh . dist
 
 .PHONY: rpm
-rpm: ## build the RPM package into dist; on EL 10 and Fedora, and for looking at it elsewhere
+rpm: ## build the RPM package into dist; on EL 10 and Fedora, and on Debian for looking at it
+	@if command -v dnf >/dev/null; then \
+		dnf -q -y install rpm-build 'dnf-command(builddep)' && dnf -q -y builddep packaging/hyper2kvmd.spec; \
+	else \
+		packaging/install-deps.sh package; \
+	fi
 	@packaging/rpm/build.sh . dist
 
 .PHONY: lock
