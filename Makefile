@@ -84,6 +84,11 @@ lock: venv ## pin the newest versions of the libraries that the package brings
 test-packages: deps package-deps venv ## long; installs, upgrades and removes the packages on fresh systems
 	$(call pytest,packages)
 
+.PHONY: test-container
+test-container: deps package-deps venv ## minutes; builds the container image with Podman, and runs it
+	@packaging/install-deps.sh container
+	@$(PYTHON) -m pytest -q --tb=short tests/packages/containers.py
+
 .PHONY: release
 release: venv ## source, wheel, list of libraries and checksums into dist
 	@packaging/release.sh dist

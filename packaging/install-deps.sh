@@ -1,5 +1,5 @@
 #!/bin/bash
-# Install the Debian packages the project needs: install-deps.sh PURPOSE... (run, test, package, bench).
+# Install the Debian packages the project needs: install-deps.sh PURPOSE... (run, test, package, container, bench).
 # Looks first, and touches the network only if a package is missing.
 set -euo pipefail
 list=$(dirname "$(readlink -f "$0")")/debian-packages.txt
@@ -28,7 +28,7 @@ installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^ins
 missing=()
 for purpose in "$@"; do
     packages=$(wanted "$purpose")
-    [ -n "$packages" ] || { echo "$0: nothing is needed for '$purpose'; say run, test, package or bench" >&2; exit 2; }
+    [ -n "$packages" ] || { echo "$0: nothing is needed for '$purpose'; say run, test, package, container or bench" >&2; exit 2; }
     for package in $packages; do
         if [ "$package" = linux-image-amd64 ] && readable_kernel; then
             continue

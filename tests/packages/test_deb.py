@@ -32,7 +32,6 @@ from tests.e2e.test_systemd import (
 )
 from tests.guests.build import export
 from tests.packages.conftest import (
-    APT,
     HOST,
     LIBRARIES,
     NEXT,
@@ -272,33 +271,6 @@ def test_systemd_has_nothing_to_say_against_an_example(machine: Container, name:
         assert "" == machine.run("systemd-analyze", "verify", "hyper2kvmd.service")
     finally:
         machine.run("rm", "-r", directory)
-
-
-def test_the_containers_command_works_outside_of_systemd(machine: Container, drop: Drop) -> None:
-    """The recipe's own words, run as an engine would run them on an image that has the package."""
-    recipe = re.sub(r"\\\n\s*", "", (ROOT / "packaging/container/Containerfile").read_text())
-    words = {
-        name: re.findall(rf"(?m)^{name} (.*)$", recipe)[-1] for name in ("ENTRYPOINT", "CMD", "ENV", "HEALTHCHECK")
-    }
-    machine.run("systemctl", "stop", "hyper2kvmd")
-    machine.run(*APT, "install", "tini", timeout=120)
-    user = ("setpriv", "--reuid=hyper2kvm", "--regid=hyper2kvm", "--init-groups", "--inh-caps=-all", "--")
-    command = [*user, "env", *words["ENV"].split(), *json.loads(words["ENTRYPOINT"]), *json.loads(words["CMD"])]
-    machine.run("sh", "-c", '"$@" </dev/null >/run/container.log 2>&1 & echo $! >/run/container.pid', "sh", *command)
-    pid = machine.run("cat", "/run/container.pid").strip()
-    try:
-        healthy = json.loads(words["HEALTHCHECK"].partition(" CMD ")[2])
-        wait_until(
-            lambda: "ok" in machine.run("sh", "-c", '"$@" 2>&1 && echo ok; true', "sh", *user, *healthy), "health"
-        )
-        name = drop("contained")
-        assert "succeeded" == report(machine, name)["status"]
-        assert is_same(machine, name)
-        assert "600" == machine.run("stat", "-c", "%a", f"{IMAGES}/{name}-disk-0.qcow2").strip()
-    finally:
-        machine.run("kill", "-TERM", pid)
-        wait_until(lambda: not exists(machine, f"/proc/{pid}"), "it ends")
-    assert '"event": "stopped' in machine.run("cat", "/run/container.log")
 
 
 def test_purged_it_leaves_nothing_but_exports_and_images(machine: Container) -> None:
