@@ -43,6 +43,11 @@ class Names:
             return None
         return self.devices.get(self.disks[place[0]] + place[1])
 
+    def lacks(self, spec: str) -> bool:
+        """Whether `spec` means a disk, by its position, that is not there at all."""
+        place = self._place(spec)
+        return place is not None and place[0] >= len(self.disks)
+
     def corrected(self, spec: str, actual: str) -> Names:
         """The same names, for a guest whose device `spec` turned out to be `actual`.
 

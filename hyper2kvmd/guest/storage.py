@@ -248,6 +248,9 @@ def mount(
     for spec, point in re.findall(r"^[ \t]*([^\s#]\S*)[ \t]+(/\S+)[ \t]", text, re.MULTILINE):
         if point not in points and (found := resolve(spec, disks, devices)) and types[found] in _JOURNALED:
             points[point] = found
+        # And it was seen to take the name of a disk that is not in the export for another one.
+        if point in points and point != "/" and Names(disks, {}).lacks(spec):
+            del points[point]
     for point in sorted(points, key=len):
         if point not in mounted:
             _mount_one(g, point, points[point], types, mounted, warnings)

@@ -93,3 +93,9 @@ def test_of_three_disks_in_the_wrong_order_only_the_one_that_was_seen_is_known()
 def test_nothing_is_known_when_the_device_is_on_no_disk_or_beyond_the_last() -> None:
     assert TWO.corrected("/dev/sda1", "/dev/vg/root").disks == ("", "")
     assert TWO.corrected("/dev/sdc1", "/dev/sda1").disks == ("", "")
+
+
+def test_a_disk_behind_the_last_one_is_lacking() -> None:
+    names = Names(("/dev/sda", ""), {})
+    assert [False, False, True] == [names.lacks(f"/dev/{name}") for name in ("sda1", "sdb2", "sdc1")]
+    assert not names.lacks("UUID=0a1b")
