@@ -137,7 +137,7 @@ def _boot(process: subprocess.Popen[bytes], log: Path) -> Container:
         leader = _leader(process.pid)
         if leader is not None:
             container = Container(leader)
-            state = container.run("systemctl", "is-system-running", accept=tuple(range(256))).strip()
+            state = container.run("systemctl", "is-system-running", accept=tuple(range(-64, 256))).strip()
             if state in ("running", "degraded"):
                 return container
         time.sleep(0.1)
