@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-BOOT_SECONDS = 60
+BOOT_SECONDS = 120
 END_SECONDS = 10
 
 # $1 is an empty directory, $2 the name, $3 the file system to boot; the rest are control groups to run in.
-# The overlay's own files are in memory: they must not lie below its lower directory. Newer systemds boot with unified
-# control groups only.
+# The overlay's own files are in memory: they must not lie below its lower directory.
 _START = """
 directory=$1 name=$2 lower=$3
 shift 3
@@ -29,7 +28,6 @@ for group; do echo $$ >"$group/cgroup.procs"; done
 mount -t tmpfs -o mode=0755 container "$directory"
 mkdir "$directory/upper" "$directory/work" "$directory/root"
 mount -t overlay -o "lowerdir=$lower,upperdir=$directory/upper,workdir=$directory/work" overlay "$directory/root"
-export UNIFIED_CGROUP_HIERARCHY=yes
 systemd-nspawn --quiet --directory="$directory/root" --machine="$name" --register=no --keep-unit \
     --private-network --link-journal=no --resolv-conf=off --timezone=off --console=pipe --boot systemd.unit=basic.target
 """
@@ -72,10 +70,11 @@ class Container:
 
 
 @contextlib.contextmanager
-def booted(root: Path = Path("/")) -> Iterator[Container]:
+def booted(root: Path = Path("/"), *, unified: bool = False) -> Iterator[Container]:
     """Boot a container with no services but the basic ones; it is switched off, not shut down, at the end.
 
-    root: the file system that it has an overlay of.
+    root: the file system that it has an overlay of. unified: whether it has the newer kind of control groups alone,
+    without which the systemd of Debian 13 does not boot.
     """
     assert os.geteuid() == 0, "a container can be started by root only: run the tests as root"
     name = f"hyper2kvmd-{os.getpid()}"
@@ -90,6 +89,7 @@ def booted(root: Path = Path("/")) -> Iterator[Container]:
                     *("--pid", "--fork", "--kill-child=KILL", "--mount-proc"),
                     *("sh", "-euc", _START, "sh", str(mount_point), name, str(root), *map(str, groups)),
                 ],
+                env={**os.environ, **({"UNIFIED_CGROUP_HIERARCHY": "yes"} if unified else {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -133,6 +133,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) ->
 def _boot(process: subprocess.Popen[bytes], log: Path) -> Container:
     """Wait until the container is up."""
     deadline = time.monotonic() + BOOT_SECONDS
+    state = "without an init"
     while process.poll() is None and time.monotonic() < deadline:
         leader = _leader(process.pid)
         if leader is not None:
@@ -142,7 +143,7 @@ def _boot(process: subprocess.Popen[bytes], log: Path) -> Container:
                 return container
         time.sleep(0.1)
     console = log.read_text(errors="replace")[-4000:]
-    raise AssertionError(f"the container did not boot (systemd-nspawn: {process.poll()}):\n{console}")
+    raise AssertionError(f"the container did not boot ({state}, systemd-nspawn: {process.poll()}):\n{console}")
 
 
 def _leader(outer: int) -> int | None:

@@ -60,7 +60,7 @@ def packages(suite: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     trees = {"": ROOT, NEXT: as_version(NEXT, directory / "tree")}
     if suite == HOST:
         return {version: build_package(tree, directory / f"of-{version}") for version, tree in trees.items()}
-    with booted(fresh_system(suite)) as machine:
+    with booted(fresh_system(suite), unified=suite == "trixie") as machine:
         machine.run(*APT, "satisfy", f"build-essential, {relations('Build-Depends')}", timeout=400)
         made = {}
         for version, tree in trees.items():
@@ -113,7 +113,7 @@ def relations(field: str) -> str:
 @pytest.fixture(scope="module")
 def machine(suite: str, package: Path) -> Iterator[Container]:
     """A fresh system, booted, with the package installed by apt and the service enabled."""
-    with booted(fresh_system(suite)) as machine:
+    with booted(fresh_system(suite), unified=suite == "trixie") as machine:
         print(install(machine, package, *RECOMMENDED.split(", ")))
         machine.run("systemctl", "enable", "--now", "hyper2kvmd")
         yield machine
