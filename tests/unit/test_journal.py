@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import structlog
 
+import hyper2kvmd
 from hyper2kvmd.errors import Outcome
 from hyper2kvmd.journal import Journald
 from hyper2kvmd.messages import CATALOG, Kind
@@ -105,7 +106,7 @@ def test_every_kind_has_an_entry_with_an_id_of_its_own() -> None:
 
 
 def test_every_kind_is_used_somewhere() -> None:
-    source = "".join(path.read_text() for path in (Path(__file__).parents[2] / "hyper2kvmd").rglob("*.py"))
+    source = "".join(path.read_text() for path in Path(hyper2kvmd.__file__).parent.rglob("*.py"))
     # How a job ends is Kind(outcome).
     ends = {*map(str, Outcome)}
     assert [] == [kind.name for kind in Kind if not re.search(rf"Kind\.{kind.name}\b", source) and kind not in ends]

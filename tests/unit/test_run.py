@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import hyper2kvmd
 from hyper2kvmd.errors import Cancelled, Code, MigrationError
 from hyper2kvmd.run import TAIL_LINES, Tools
 
-PACKAGE = Path(__file__).parents[2] / "hyper2kvmd"
+PACKAGE = Path(hyper2kvmd.__file__).parent  # as it is installed, which need not be this tree
 
 
 def test_only_one_module_starts_processes() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import hyper2kvmd
 from hyper2kvmd import __main__ as daemon
 from hyper2kvmd import claims, ctl
 from hyper2kvmd.errors import MEANING, Code
@@ -34,7 +35,9 @@ def test_every_code_has_a_meaning() -> None:
 
 
 def test_every_code_is_used_somewhere() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "hyper2kvmd").rglob("*.py") if path.name != "errors.py")
+    source = "".join(
+        path.read_text() for path in Path(hyper2kvmd.__file__).parent.rglob("*.py") if path.name != "errors.py"
+    )
     assert [] == [code.name for code in Code if f"Code.{code.name}" not in source]
 
 
