@@ -105,7 +105,8 @@ def test_it_has_the_files_of_the_debian_package(versions: dict[str, Path], packa
     deb = {line.split(" ./")[1].split(" -> ")[0] for line in listed.splitlines() if " ./" in line}
     rpm = {path.lstrip("/") for path in query("-qpl", versions[""]).splitlines()}
     own = re.compile(
-        r"lintian|needrestart|usr/share/doc/hyper2kvmd/(copyright|changelog)|usr/share/zsh|lib/systemd/system/hyper2kvmd.service$"
+        r"lintian|needrestart|usr/share/doc/hyper2kvmd/(copyright|changelog)|usr/share/zsh|/sdnotify"
+        r"|lib/systemd/system/hyper2kvmd.service$"
     )
     of_both = [
         {path.removesuffix(".gz") for path in paths if path.split("/")[-1] and not own.search(path)}
