@@ -18,7 +18,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$output" "$work/tree" "$work/made"
 # What git has, or would take: nothing that a build or a test has left.
-git ls-files -z --cached --others --exclude-standard --deduplicate | xargs -0 ls -d 2>/dev/null | tar -cT - | tar -xC "$work/tree"
+if ! git ls-files -z --cached --others --exclude-standard --deduplicate | tar --null -cT - | tar -xC "$work/tree"; then
+    echo "What git has is not all in the tree: restore it, or remove it with git rm, then try again." >&2
+    exit 1
+fi
 
 build() { # WHAT TREE
     "$python" -m build "--$1" --outdir "$work/made" "$2" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }

@@ -11,10 +11,13 @@ import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 from hyper2kvmd import __version__
 
@@ -27,13 +30,20 @@ def make(directory: Path, tree: Path = ROOT) -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def releases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two directories with the files of a release of this tree, made side by side."""
+    directories = [tmp_path_factory.mktemp("release") for _ in range(2)]
+    with ThreadPoolExecutor() as both:
+        for directory, done in zip(directories, both.map(make, directories), strict=True):
+            assert (0, "") == (done.returncode, done.stderr)
+            assert f"{directory}/{NAME}.tar.gz\n" == done.stdout
+    return directories
+
+
+@pytest.fixture
+def release(releases: list[Path]) -> Path:
     """A directory with the files of a release of this tree."""
-    directory = tmp_path_factory.mktemp("release")
-    done = make(directory)
-    assert (0, "") == (done.returncode, done.stderr)
-    assert f"{directory}/{NAME}.tar.gz\n" == done.stdout
-    return directory
+    return releases[0]
 
 
 def test_a_release_is_source_wheel_libraries_and_checksums(release: Path) -> None:
@@ -43,9 +53,9 @@ def test_a_release_is_source_wheel_libraries_and_checksums(release: Path) -> Non
     assert sums == {*(release / "SHA256SUMS").read_text().splitlines()}
 
 
-def test_two_releases_of_one_tree_are_the_same(release: Path, tmp_path: Path) -> None:
-    assert 0 == make(tmp_path).returncode
-    assert (release / "SHA256SUMS").read_text() == (tmp_path / "SHA256SUMS").read_text()
+def test_two_releases_of_one_tree_are_the_same(releases: list[Path]) -> None:
+    one, other = ((directory / "SHA256SUMS").read_text() for directory in releases)
+    assert one == other
 
 
 def test_a_version_that_the_changelog_does_not_know_is_not_released(tmp_path: Path) -> None:
@@ -58,6 +68,19 @@ def test_a_version_that_the_changelog_does_not_know_is_not_released(tmp_path: Pa
     assert (1, "") == (done.returncode, done.stdout)
     assert "CHANGELOG.md has no section '## 99.0 (YEAR-MONTH-DAY)'" in done.stderr
     assert not (tmp_path / "release").exists()
+
+
+def test_a_tree_that_lacks_a_file_of_git_is_not_released(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", f"file://{ROOT}", tree], check=True)
+    shutil.copy(ROOT / "packaging/release.sh", tree / "packaging")
+    (tree / ".venv").symlink_to(ROOT / ".venv")
+    (tree / "docs/batch.md").unlink()
+    done = make(tmp_path / "release", tree)
+    assert (1, "") == (done.returncode, done.stdout)
+    assert "docs/batch.md" in done.stderr
+    assert "restore it, or remove it with git rm" in done.stderr
+    assert [] == [*(tmp_path / "release").iterdir()]
 
 
 def test_the_source_has_all_that_is_in_the_tree(release: Path) -> None:
@@ -79,7 +102,9 @@ def test_the_wheel_has_the_program_and_nothing_else(release: Path) -> None:
 
 
 def test_the_list_of_libraries_is_that_of_the_lock_with_their_licences(release: Path) -> None:
-    sbom: dict[str, Any] = json.loads((release / f"{NAME}.cdx.json").read_text())
+    text = (release / f"{NAME}.cdx.json").read_text()
+    sbom: dict[str, Any] = json.loads(text)
+    assert JsonStrictValidator(SchemaVersion.from_version(sbom["specVersion"])).validate_str(text) is None
     assert ("hyper2kvmd", __version__) == tuple(sbom["metadata"]["component"][key] for key in ("name", "version"))
     locked = dict(re.findall(r"(?m)^([a-z-]+)==(\S+)", (ROOT / "packaging/requirements.lock").read_text()))
     assert {"pydantic", "watchdog"} < set(locked)
@@ -92,8 +117,9 @@ def test_the_list_of_libraries_is_that_of_the_lock_with_their_licences(release: 
 
 
 @pytest.fixture(scope="module")
-def installed(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def installed(releases: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The source of the release without the program, and an environment beside it that has the wheel."""
+    release = releases[0]
     directory = tmp_path_factory.mktemp("installed")
     subprocess.run(["tar", "-xzf", release / f"{NAME}.tar.gz", "-C", directory], check=True)
     shutil.rmtree(directory / NAME / "hyper2kvmd")
