@@ -46,17 +46,27 @@ EXPECTED = {
     "killed": "queued",  # by SIGKILL, behind its conversion
 }
 
-# A mount namespace with the image at ROOT, and a host name, in which "$@" is run.
-_INSIDE = """
+# A mount namespace with the image at ROOT, and a host name, in which "$@" is run. Finished steps count on the number of
+# the device, so it is always the same one. It is waited for, as the command before this one may not have let go of it.
+_DEVICE = "/dev/loop1907"
+_INSIDE = f"""
 hostname kvm1
 mount -t tmpfs tmpfs /srv
-mkdir /srv/state
-mount -o loop "$1" /srv/state
+mkdir {ROOT}
+tries=0
+until losetup {_DEVICE} "$1" 2>/srv/why; do
+    tries=$((tries + 1))
+    [ $tries -lt 300 ] || {{ cat /srv/why; echo "{_DEVICE} is not to be had: see losetup -l"; exit 1; }} >&2
+    sleep 0.1
+done
+mount {_DEVICE} {ROOT} || {{ losetup -d {_DEVICE}; exit 1; }}
+losetup -d {_DEVICE}  # with the end of the mount
 shift
 exec "$@"
 """
+_DEAF = ROOT / "deaf"  # while this is there, nobody can be told
 _HOOK = f"""#!/bin/sh
-echo "$H2K_VM" >>{TOLD}
+[ ! -e {_DEAF} ] && echo "$H2K_VM" >>{TOLD}
 """
 # Fails on one disk, as a cable does that is loose; and does not come back from two others, whose conversion is done.
 _QEMU_IMG = """#!/bin/sh
@@ -159,8 +169,12 @@ def _leave() -> None:
         _run("hyper2kvmd.ctl", name.removesuffix("led").removesuffix("ed") if name == "cancelled" else "hold", name)
     daemon = subprocess.Popen([sys.executable, "-m", "hyper2kvmd", "run", "--config", str(SETTINGS)])
     _wait("the daemon notes what is to be told", (WORK / "notified.jsonl").exists)
-    _export("succeeded")
+    _DEAF.touch()
     _export("failed", disk={"checksum": f"sha256:{'0' * 64}"})
+    _wait("it was tried to tell of failed", lambda: '"attempts": 1' in (WORK / "notified.jsonl").read_text())
+    _wait("the hook has ended", lambda: "hook exited 1" in (EXPORTS / "failed/.hyper2kvmd.log").read_text())
+    _DEAF.unlink()
+    _export("succeeded")
     _export("retried", disk={"checksum": f"sha256:{'0' * 64}"})
     _export("rejected", manifest_version="7.0")
     elsewhere = {"convert": {"enabled": True, "output_dir": str(ROOT / "elsewhere")}}
@@ -169,7 +183,7 @@ def _leave() -> None:
     for name in ("succeeded", "failed", "rejected", "blocked", "cancelled", "retrying"):
         _wait(f"{name} is over", lambda: _status(name) == name)  # noqa: B023
     _wait("retried has failed", lambda: _status("retried") == "failed")
-    over = {"succeeded", "failed", "retried", "rejected", "blocked"}  # what was over before the daemon counts as told
+    over = {"succeeded", "retried", "rejected", "blocked"}  # what was over before the daemon counts as told
     _wait(f"all of {over} is told", lambda: TOLD.exists() and over <= {*TOLD.read_text().split()})
 
     _export("killed")
