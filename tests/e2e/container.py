@@ -159,9 +159,12 @@ def _leader(outer: int) -> int | None:
         if fields["NSpid"].split()[-1] == "1":
             inits.append(int(entry.name))
     for init in inits:
+        line = []
         ancestor = parents[init]
         while ancestor not in (0, outer):
-            if ancestor in inits:
-                return init
+            line.append(ancestor)
             ancestor = parents.get(ancestor, 0)
+        # Others may have containers, too.
+        if ancestor == outer and set(line) & set(inits):
+            return init
     return None
