@@ -564,7 +564,8 @@ def test_a_restart_while_a_guest_is_inspected_fixed_and_committed_loses_nothing(
     assert 1 == calls(service, "convert"), "the disk was converted again"
     assert all(proof["ok"] for proof in document["results"]["fix"]["proofs"])
     assert [f"{name}-disk-0.qcow2"] == images(service)
-    assert [] == list((service.root / "var/lib/hyper2kvmd/work").glob(f"{name}-*"))
+    work = service.root / "var/lib/hyper2kvmd/work"
+    wait_until(lambda: not [*work.glob(f"{name}-*")], "the work directory is removed, once the report is there")
 
 
 def test_a_restart_while_checksums_are_computed_computes_them_again(service: Container, drop: Drop) -> None:
