@@ -17,7 +17,7 @@ import yaml
 
 from tests.conftest import disk_entry, write_manifest
 from tests.e2e.container import Container, booted
-from tests.e2e.test_systemd import CONFIG, SETTINGS, hand_over, main_pid, processes
+from tests.e2e.test_systemd import CONFIG, SETTINGS, hand_over, main_pid, processes, show
 from tests.guests.rootfs import run
 
 Drop = Callable[[str], str]
@@ -187,6 +187,11 @@ def version(machine: Container) -> str:
     found = re.fullmatch(rf"{LIBRARIES}/(.*?)-1\b.*\.\w{{6}}/bin/python", command)
     assert found, command
     return found[1]
+
+
+def is_up(machine: Container) -> bool:
+    """Whether the daemon has said that it is ready."""
+    return "active" == show(machine, "ActiveState")
 
 
 def trees(machine: Container) -> list[str]:

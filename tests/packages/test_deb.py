@@ -40,6 +40,7 @@ from tests.packages.conftest import (
     configure,
     exists,
     install,
+    is_up,
     ours,
     trees,
     version,
@@ -224,7 +225,7 @@ def test_an_upgrade_that_does_not_accept_the_settings_lets_the_old_version_go_on
     assert pid == main_pid(machine)
     configure(machine)
     machine.run("/bin/sh", "-c", said.split("Mend them, then: ")[1].splitlines()[0])
-    wait_until(lambda: main_pid(machine) not in (0, pid), "the new daemon runs")
+    wait_until(lambda: main_pid(machine) not in (0, pid) and is_up(machine), "the new daemon runs")
     assert [NEXT] == trees(machine)
 
 

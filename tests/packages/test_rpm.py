@@ -32,6 +32,7 @@ from tests.packages.conftest import (
     configure,
     exists,
     fresh_system,
+    is_up,
     ours,
     relations,
     trees,
@@ -174,7 +175,7 @@ def test_an_upgrade_waits_for_the_jobs_that_run(machine: Container, drop: Drop, 
     document = report(machine, first)
     assert ("succeeded", 1) == (document["status"], document["attempts"]), document["error"]
     assert is_same(machine, first)
-    wait_until(lambda: main_pid(machine) not in (0, pid), "the new daemon runs")
+    wait_until(lambda: main_pid(machine) not in (0, pid) and is_up(machine), "the new daemon runs")
     assert NEXT == version(machine)
     wait_until(lambda: [NEXT] == trees(machine), "the old version is gone")
 
