@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import yaml
 
 from hyper2kvmd import __version__
 from tests.conftest import disk_entry, write_manifest
+from tests.e2e.container import wait_until
 
 KEPT = Path(__file__).parent / "data/state"
 MIB = 1 << 20
@@ -80,17 +80,8 @@ exec /usr/bin/qemu-img "$@"
 
 def inside(image: Path, *argv: str, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command on the host that the image is of."""
-    enter = (
-        "unshare",
-        "--mount",
-        "--uts",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "--mount-proc",
-        "--propagation",
-        "private",
-    )
+    enter = ["unshare", "--mount", "--propagation", "private", "--uts"]
+    enter += ["--pid", "--fork", "--kill-child", "--mount-proc"]
     return subprocess.run(
         [*enter, "sh", "-euc", _INSIDE, "sh", str(image), *argv],
         env={**os.environ, **(variables or {})},
@@ -129,10 +120,7 @@ def _run(module: str, *arguments: str) -> None:
 
 
 def _wait(what: str, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"not within a minute: {what}"
-        time.sleep(0.05)
+    wait_until(condition, what, 60)
 
 
 def _status(name: str) -> str | None:
@@ -164,9 +152,9 @@ def _leave() -> None:
     os.environ["PATH"] = f"{ROOT / 'bin'}:{os.environ['PATH']}"
     reached = tool.with_name("qemu-img.reached")
 
-    for name in ("held", "cancelled"):
+    for name, command in (("held", "hold"), ("cancelled", "cancel")):
         _export(name)
-        _run("hyper2kvmd.ctl", name.removesuffix("led").removesuffix("ed") if name == "cancelled" else "hold", name)
+        _run("hyper2kvmd.ctl", command, name)
     daemon = subprocess.Popen([sys.executable, "-m", "hyper2kvmd", "run", "--config", str(SETTINGS)])
     _wait("the daemon notes what is to be told", (WORK / "notified.jsonl").exists)
     _DEAF.touch()

@@ -454,10 +454,10 @@ def _watch_all(root: Path) -> tuple[int, int]:
 
 def _locks(host: Host, diagnosis: Diagnosis) -> str:
     """Whether a lock that is held keeps a second one out, on the file system of the exports."""
+    from hyper2kvmd.health import check_locks  # here for the same reason
+
     directory = host.settings.exports_dir
     _answers(directory)
-    from hyper2kvmd.health import check_locks
-
     verdict = check_locks(directory)
     if verdict.problem:
         raise MigrationError(Code.IO_ERROR, verdict.problem, verdict.remedy, field="exports_dir")

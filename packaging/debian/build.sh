@@ -8,12 +8,10 @@ export WHEELS=${3:-$tree/.cache/wheels}
 umask 022
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$output" "$WHEELS" "$work/hyper2kvmd/tests"
+mkdir -p "$output" "$WHEELS"
 cd "$tree"
-cp -r hyper2kvmd etc systemd packaging docs README.md CHANGELOG.md "$work/hyper2kvmd"
-cp tests/*.py "$work/hyper2kvmd/tests"
+packaging/source.sh "$work/hyper2kvmd"
 cd "$work/hyper2kvmd"
-find . -name __pycache__ -type d -prune -exec rm -r {} +
 mv packaging/debian debian
 # Packages for different releases differ, and a newer release's replaces an older one's.
 sed -i "1s/)/+$(. /etc/os-release; echo "$ID$VERSION_ID"))/" debian/changelog

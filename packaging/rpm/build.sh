@@ -14,11 +14,9 @@ export SOURCE_DATE_EPOCH
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 name=hyper2kvmd-$version
-mkdir -p "$output" "$wheels" "$work/$name/tests" "$work/SOURCES"
-cp -r hyper2kvmd etc systemd packaging docs README.md CHANGELOG.md "$work/$name"
-cp tests/*.py "$work/$name/tests"
+mkdir -p "$output" "$wheels" "$work/SOURCES"
+packaging/source.sh "$work/$name"
 cd "$work/$name"
-find . -name __pycache__ -type d -prune -exec rm -r {} +
 build() {
     # The libraries that come along, as the spec has it. Fetched before: where distributions build, there is no network.
     if [ -n "$(rpm --eval '%{?fedora}')" ]; then

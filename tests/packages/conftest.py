@@ -59,7 +59,7 @@ def packages(suite: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     directory = tmp_path_factory.mktemp("package")
     trees = {"": ROOT, NEXT: as_version(NEXT, directory / "tree")}
     if suite == HOST:
-        return {version: build_package(tree, directory / f"of-{version}") for version, tree in trees.items()}
+        return {version: build_package("debian", tree, directory / f"of-{version}") for version, tree in trees.items()}
     with booted(fresh_system(suite), unified=suite == "trixie") as machine:
         machine.run(*APT, "satisfy", f"build-essential, {relations('Build-Depends')}", timeout=400)
         made = {}
@@ -77,9 +77,9 @@ def package(packages: dict[str, Path]) -> Path:
     return packages[""]
 
 
-def build_package(tree: Path, directory: Path) -> Path:
-    """Build the package of a tree into a directory, as `make deb` does."""
-    command = [tree / "packaging/debian/build.sh", tree, directory, WHEELS]
+def build_package(kind: str, tree: Path, directory: Path) -> Path:
+    """Build the package of a tree into a directory, as `make deb` ("debian") and `make rpm` ("rpm") do."""
+    command = [tree / f"packaging/{kind}/build.sh", tree, directory, WHEELS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert 0 == done.returncode, done.stderr
     assert "" == done.stderr, "the build is quiet"

@@ -96,7 +96,7 @@ def test_lintian_has_nothing_to_say(package: Path) -> None:
 
 @pytest.mark.parametrize("suite", [HOST], indirect=True)
 def test_two_builds_are_the_same(package: Path, tmp_path: Path) -> None:
-    assert package.read_bytes() == build_package(ROOT, tmp_path).read_bytes()
+    assert package.read_bytes() == build_package("debian", ROOT, tmp_path).read_bytes()
 
 
 def test_no_file_names_the_directory_in_which_it_was_built(package: Path, tmp_path: Path) -> None:

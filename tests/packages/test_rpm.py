@@ -26,9 +26,9 @@ from tests.packages.conftest import (
     NEXT,
     RECOMMENDED,
     ROOT,
-    WHEELS,
     Drop,
     as_version,
+    build_package,
     configure,
     exists,
     fresh_system,
@@ -44,19 +44,12 @@ SYSTEMS = {"EL 10": ("--define", "rhel 10"), "Fedora 43": ("--define", "fedora 4
 EVERYWHERE = ("/etc", "/usr", "/var", "/run", "/root")
 
 
-def build(tree: Path, directory: Path) -> Path:
-    command: list[str | Path] = [tree / "packaging/rpm/build.sh", tree, directory, WHEELS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (0, "") == (done.returncode, done.stderr)
-    return Path(done.stdout.strip())
-
-
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Packages of this tree by version: the one that it has (""), and the next one."""
     directory = tmp_path_factory.mktemp("rpm")
-    next_tree = as_version(NEXT, directory / "tree")
-    return {"": build(ROOT, directory / "this"), NEXT: build(next_tree, directory / "next")}
+    trees = {"": ROOT, NEXT: as_version(NEXT, directory / "tree")}
+    return {version: build_package("rpm", tree, directory / f"of-{version}") for version, tree in trees.items()}
 
 
 def query(*words: str | Path) -> str:
@@ -96,7 +89,7 @@ def test_rpmlint_has_nothing_to_say(versions: dict[str, Path]) -> None:
 
 
 def test_two_builds_are_the_same(versions: dict[str, Path], tmp_path: Path) -> None:
-    assert versions[""].read_bytes() == build(ROOT, tmp_path).read_bytes()
+    assert versions[""].read_bytes() == build_package("rpm", ROOT, tmp_path).read_bytes()
 
 
 @pytest.mark.parametrize("suite", [HOST], indirect=True)
