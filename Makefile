@@ -34,10 +34,12 @@ lint: venv ## ruff and mypy
 	@.venv/bin/mypy --no-error-summary
 
 # One line for a tier that passes (and what it skipped); everything pytest said for one that fails.
+# What follows a comma: how many files are run side by side. Much is waited for, and an emulated guest keeps one core busy.
+TWO := -n 2 --dist loadfile
 define pytest
 	@mkdir -p .cache/logs
 	@echo "$(1) tests (follow them in .cache/logs/$(1).log)"
-	@if $(PYTHON) -m pytest -q --tb=short tests/$(1) </dev/null >.cache/logs/$(1).log 2>&1; then \
+	@if $(PYTHON) -m pytest -q --tb=short $(2) tests/$(1) </dev/null >.cache/logs/$(1).log 2>&1; then \
 		grep -E '^(SKIPPED|XFAIL|XPASS)' .cache/logs/$(1).log || true; tail -n 1 .cache/logs/$(1).log; \
 	else \
 		cat .cache/logs/$(1).log; echo "$(1) tests failed" >&2; exit 1; \
@@ -53,11 +55,11 @@ test-unit: venv ## seconds; needs nothing but Python
 
 .PHONY: test-integration
 test-integration: deps venv ## minutes; real qemu-img, libguestfs and libvirt
-	$(call pytest,integration)
+	$(call pytest,integration,$(TWO))
 
 .PHONY: test-e2e
 test-e2e: deps venv ## long; migrates real guests and boots them
-	$(call pytest,e2e)
+	$(call pytest,e2e,$(TWO))
 
 .PHONY: package-deps
 package-deps: ## install the Debian packages for building and testing the package
@@ -82,7 +84,7 @@ lock: venv ## pin the newest versions of the libraries that the package brings
 
 .PHONY: test-packages
 test-packages: deps package-deps venv ## long; installs, upgrades and removes the packages on fresh systems
-	$(call pytest,packages)
+	$(call pytest,packages,$(TWO))
 
 .PHONY: test-container
 test-container: deps package-deps venv ## minutes; builds the container image with Podman, and runs it

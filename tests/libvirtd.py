@@ -23,7 +23,7 @@ def session(directory: Path) -> Iterator[str]:
     if os.geteuid() != 0:
         yield "qemu:///session"
         return
-    for program in ("libvirtd", "unshare"):
+    for program in ("libvirtd", "tini", "unshare"):
         if shutil.which(program) is None:
             raise SystemExit(f"{program} is not installed; run `make deps`")
     run = directory / "libvirt"
@@ -40,7 +40,8 @@ def session(directory: Path) -> Iterator[str]:
         # No virtlogd: it would be the host's.
         ' printf \'user = "root"\\ngroup = "root"\\nsecurity_driver = "none"\\nstdio_handler = "file"\\n\''
         " > /etc/libvirt/qemu.conf;"
-        f" exec libvirtd --config {config} --pid-file {run}/pid"
+        # libvirtd waits for QEMUs that it ended until the init has taken leave of them. Some take seconds for each.
+        f" exec tini -s -- libvirtd --config {config} --pid-file {run}/pid"
     )
     with (run / "log").open("wb") as log:
         process = subprocess.Popen(

@@ -6,7 +6,6 @@ python -m tests.guests.build debian12-bios --export /tmp/exports --vm-name web01
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -15,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -56,7 +55,7 @@ def disks(name: str) -> list[Path]:
                 # whole, without partitions, as a disk is that was added to a running machine
                 run("mke2fs", "-q", "-t", "ext4", "-L", label, disk, f"{size >> 10}k")
 
-    directory = _cached(name, digest(guest), make)
+    directory = cached(name, digest(guest), make)
     return [directory / disk for disk in names]
 
 
@@ -76,7 +75,7 @@ def exported_disks(name: str, disk_format: DiskFormat = "vmdk") -> list[Path]:
             run("qemu-img", "convert", "-f", "raw", "-O", disk_format, *options, source, target)
             target.with_suffix(".sha256").write_text(_sha256(target))
 
-    directory = _cached(f"{name}-{disk_format}", digest(GUESTS[name]), make)
+    directory = cached(f"{name}-{disk_format}", digest(GUESTS[name]), make)
     return [directory / disk for disk in names]
 
 
@@ -259,28 +258,30 @@ def _go_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]], direct
 
 
 def _rootfs(rootfs: Rootfs) -> Path:
-    made = _cached(f"rootfs-{rootfs.name}", rootfs.digest(), lambda into: make_rootfs(rootfs, into / "rootfs.tar"))
+    made = cached(f"rootfs-{rootfs.name}", rootfs.digest(), lambda into: make_rootfs(rootfs, into / "rootfs.tar"))
     return made / "rootfs.tar"
 
 
-def _cached(what: str, version: str, make: Callable[[Path], None]) -> Path:
-    """Return `.cache/guests/<what>-<version>`, made by `make` if it is not there yet.
+def cached(what: str, version: str, make: Callable[[Path], None], cache: Path = CACHE) -> Path:
+    """Return `<cache>/<what>-<version>`, made by `make` if it is not there yet.
 
     It is made under another name and renamed when complete: what has the right name is whole.
     """
-    final = CACHE / f"{what}-{version}"
+    final = cache / f"{what}-{version}"
     if final.is_dir():
         return final
-    with _locked(what):
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{what}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel frees it whatever happens to its holder
         if final.is_dir():  # somebody else made it while we waited
             return final
-        for old in CACHE.glob(f"{what}-*"):
+        for old in cache.glob(f"{what}-*"):
             # left by an interrupted builder (we hold the lock, so it is gone) or made by an older recipe
             if old.is_dir() and _made_for(old.name) == what:
                 shutil.rmtree(old, ignore_errors=True)  # a killed builder's last tool may still be writing
         started = time.monotonic()
         print(f"building {final.name} ...", file=sys.stderr, flush=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{what}-", suffix=".partial", dir=CACHE))
+        partial = Path(tempfile.mkdtemp(prefix=f"{what}-", suffix=".partial", dir=cache))
         try:
             partial.chmod(0o755)  # libvirt runs QEMU as another user
             make(partial)
@@ -295,15 +296,6 @@ def _cached(what: str, version: str, make: Callable[[Path], None]) -> Path:
 
 def _made_for(directory: str) -> str:
     return directory.removesuffix(".partial").rpartition("-")[0]
-
-
-@contextlib.contextmanager
-def _locked(what: str) -> Iterator[None]:
-    """Let one builder at a time make this; the kernel frees the lock whatever happens to its holder."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f"{what}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ import yaml
 from tests.conftest import disk_entry, write_manifest
 from tests.e2e.container import Container, booted
 from tests.e2e.test_systemd import CONFIG, SETTINGS, hand_over, main_pid, processes, show
+from tests.guests.build import cached
 from tests.guests.rootfs import run
 
 Drop = Callable[[str], str]
@@ -130,22 +131,13 @@ def fresh_system(suite: str) -> Path:
     """The root of a fresh Debian that has all that the package may need in apt's cache only: it has no network."""
     packages = ", ".join([OTHERS, relations("Build-Depends"), relations("Depends"), RECOMMENDED])
     digest = hashlib.sha256(Path(__file__).read_bytes() + packages.encode()).hexdigest()[:12]
-    system = CACHE / f"{suite}-{digest}"
-    if not system.exists():
-        # One that was begun and not finished, or made by another recipe.
-        for old in CACHE.glob(f"{suite}-*"):
-            shutil.rmtree(old)
-        CACHE.mkdir(parents=True, exist_ok=True)
-        download = f"apt-get -q -y -o APT::Install-Recommends=false satisfy --download-only {shlex.quote(packages)}"
-        half = CACHE / f"{suite}-half"
-        run(
-            *("mmdebstrap", "--mode=root", "--variant=apt", f"--include={INCLUDED}", "--skip=cleanup/apt"),
-            *("--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=force-unsafe-io"),
-            f'--customize-hook=APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" {download}',
-            *(suite, half),
-        )
-        half.rename(system)
-    return system
+    download = f"apt-get -q -y -o APT::Install-Recommends=false satisfy --download-only {shlex.quote(packages)}"
+    command = (
+        *("mmdebstrap", "--mode=root", "--variant=apt", f"--include={INCLUDED}", "--skip=cleanup/apt"),
+        *("--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=force-unsafe-io"),
+        *(f'--customize-hook=APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" {download}', suite),
+    )
+    return cached(suite, digest, lambda into: run(*command, into), CACHE)
 
 
 # What the tests of both kinds of packages do ---------------------------------------------------------------
