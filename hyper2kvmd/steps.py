@@ -259,9 +259,12 @@ def _read(work_dir: Path) -> _Journal:
 
 
 def _shape(job: Job, plan: Plan) -> str:
-    """A digest of what the steps depend on: the sources' very bytes, the wishes, and the names of the results."""
+    """A digest of what the steps depend on: the sources' very bytes, the wishes, and the names of the results.
+
+    Not on the device that a source is on: many file systems have another number after the next boot.
+    """
     sources = [
-        [disk.id, file.name, file.device, file.inode, file.size, file.mtime_ns]
+        [disk.id, file.name, file.inode, file.size, file.mtime_ns]
         for disk in plan.disks
         for file in (disk.source.file, disk.source.data)
     ]

@@ -46,21 +46,19 @@ EXPECTED = {
     "killed": "queued",  # by SIGKILL, behind its conversion
 }
 
-# A mount namespace with the image at ROOT, and a host name, in which "$@" is run. Finished steps count on the number of
-# the device, so it is always the same one. It is waited for, as the command before this one may not have let go of it.
-_DEVICE = "/dev/loop1907"
+# A mount namespace with the image at ROOT, and a host name, in which "$@" is run. The command before this one may not
+# have let go of the image yet.
 _INSIDE = f"""
 hostname kvm1
 mount -t tmpfs tmpfs /srv
 mkdir {ROOT}
 tries=0
-until losetup {_DEVICE} "$1" 2>/srv/why; do
+while used=$(losetup --noheadings --associated "$1") && [ -n "$used" ]; do
     tries=$((tries + 1))
-    [ $tries -lt 300 ] || {{ cat /srv/why; echo "{_DEVICE} is not to be had: see losetup -l"; exit 1; }} >&2
+    [ $tries -lt 300 ] || {{ echo "in use: $used" >&2; exit 1; }}
     sleep 0.1
 done
-mount {_DEVICE} {ROOT} || {{ losetup -d {_DEVICE}; exit 1; }}
-losetup -d {_DEVICE}  # with the end of the mount
+mount -o loop "$1" {ROOT}
 shift
 exec "$@"
 """

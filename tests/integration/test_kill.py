@@ -165,6 +165,40 @@ def test_a_runner_that_dies_again_and_again_is_given_up(scratch: Settings, make_
     assert "2 times" in error["message"]
 
 
+def test_a_conversion_outlives_a_boot_that_numbers_the_devices_anew(
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", image], check=True)
+    first, second = (
+        subprocess.run(
+            ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for _ in range(2)
+    )
+    try:
+        subprocess.run(["mount", first, scratch.exports_dir], check=True)
+        export = make_export()
+        device = export.stat().st_dev
+        fake("qemu-img", 'case "$*" in "check "*" -f qcow2 "*) kill -KILL $PPID ;; esac\nexec /usr/bin/qemu-img "$@"')
+        runner = start(export, scratch)
+        assert -signal.SIGKILL == runner.wait(timeout=60)
+        (partial,) = scratch.output_dir.iterdir()
+        subprocess.run(["umount", scratch.exports_dir], check=True)
+        subprocess.run(["mount", second, scratch.exports_dir], check=True)
+        assert device != export.stat().st_dev
+        fake("qemu-img", 'exec /usr/bin/qemu-img "$@"')
+        converted = partial.stat()
+        check_finished_once(export, scratch)
+        (final,) = scratch.output_dir.iterdir()
+        assert (converted.st_ino, converted.st_mtime_ns) == (final.stat().st_ino, final.stat().st_mtime_ns)
+    finally:
+        subprocess.run(["umount", scratch.exports_dir], check=False)
+        subprocess.run(["losetup", "--detach", first, second], check=True)
+
+
 def test_a_kill_takes_the_appliance_along(scratch: Settings, make_export: MakeExport) -> None:
     """libguestfs starts QEMU by itself, not through our door; it must not outlive its job either."""
     stages = {"inspect": {"enabled": True}, "fix": {"enabled": True}, "convert": {"enabled": True}}
