@@ -17,6 +17,7 @@ from hyper2kvmd.errors import Code, MigrationError, Noted
 from hyper2kvmd.job import Job
 
 FILE = "reserved.json"
+_MEMINFO, _OWN_GROUP, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,13 @@ def _check_space(needs: Sequence[Need], reserved: int) -> None:
 
 
 def _check_memory(memory_mb: int, reserved: int) -> None:
-    available = available_mb()
-    if available is not None and available - reserved < memory_mb:
+    memory = available()
+    if memory is not None and memory.mb - reserved < memory_mb:
         others = f", of which running jobs still need {reserved}" if reserved else ""
         raise MigrationError(
             Code.NO_MEMORY,
-            f"the host has {available} MiB of memory available{others}; the appliance needs {memory_mb}",
-            "Lower workers or guest.memory_mb, or free some memory; the job waits for it.",
+            f"{memory.holder} has {memory.mb} MiB of memory available{others}; the appliance needs {memory_mb}",
+            f"Lower workers or guest.memory_mb, or {memory.remedy}; the job waits for it.",
             field="guest.memory_mb",
         )
 
@@ -122,14 +123,49 @@ def _others(job: Job) -> list[tuple[int, tuple[Need, ...], int]]:
     return found
 
 
-def available_mb() -> int | None:
-    """MiB of memory that the host can give without swapping; None if it does not say."""
+@dataclass(frozen=True)
+class Memory:
+    """MiB that can be had without swapping, who has them, and what gives it more."""
+
+    mb: int
+    holder: str
+    remedy: str
+
+
+def available(group: str | None = None) -> Memory | None:
+    """The memory of the host, or of the control group with the tightest limit around `group` (default: our own).
+
+    None if the host does not say. Of control groups, those of version 2 are looked at: the kernel's
+    Documentation/admin-guide/cgroup-v2.rst has their files. What a group has in caches, it can have again.
+    """
     try:
-        meminfo = Path("/proc/meminfo").read_text()
+        host = re.search(r"^MemAvailable:\s*(\d+) kB", _MEMINFO.read_text(), re.MULTILINE)
     except OSError:
         return None
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.MULTILINE)
-    return int(found[1]) // 1024 if found else None
+    if host is None:
+        return None
+    found = [Memory(int(host[1]) >> 10, "the host", "free some memory")]
+    with contextlib.suppress(OSError):
+        if group is None:
+            own = re.search(r"^0::(/.*)$", _OWN_GROUP.read_text(), re.MULTILINE)
+            group = own[1] if own else "/"
+        # A container sees its own group as the root, and may see others' above it.
+        inner = Path("/") if ".." in Path(group).parts else Path(group)
+        for path in (inner, *inner.parents):
+            with contextlib.suppress(OSError, ValueError):  # a root, which has no limit; or "max"
+                found.append(_of_group(path))
+    return min(found, key=lambda memory: memory.mb)
+
+
+def _of_group(path: Path) -> Memory:
+    files = _GROUPS / path.relative_to("/")
+    limit, used = (int((files / name).read_text()) for name in ("memory.max", "memory.current"))
+    caches = re.findall(r"^(?:in)?active_file (\d+)$", (files / "memory.stat").read_text(), re.MULTILINE)
+    return Memory(
+        max(0, limit - used + sum(map(int, caches))) >> 20,
+        f"the control group {path}, with a limit of {limit >> 20} MiB,",
+        "raise its limit (MemoryMax of the unit, or the container's)",
+    )
 
 
 def resident_mb(root: int) -> int:

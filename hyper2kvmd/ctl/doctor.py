@@ -45,7 +45,7 @@ from hyper2kvmd.settings import Settings
 UNIT_PROPERTIES = (
     *("Id", "LoadState", "UnitFileState", "ActiveState", "Result", "ExecMainStatus", "NeedDaemonReload", "Environment"),
     *("User", "Group", "SupplementaryGroups", "ProtectSystem", "ProtectHome", "PrivateTmp", "ReadWritePaths"),
-    *("StateDirectory", "CacheDirectory", "RuntimeDirectory", "LogsDirectory"),
+    *("StateDirectory", "CacheDirectory", "RuntimeDirectory", "LogsDirectory", "ControlGroup"),
 )
 # What every job runs, and the packages that hold it.
 PROGRAMS = {
@@ -278,25 +278,25 @@ def _memory(host: Host, diagnosis: Diagnosis) -> str:
     luks = LUKS_MEMORY_MB if settings.fix.luks_keys else 0
     boot = settings.validate_.boot_memory_mb if settings.validate_.test_boot else 0
     one = max(settings.guest.memory_mb, luks, boot)
-    available = reserve.available_mb()
-    if available is None:
+    memory = reserve.available(host.unit.get("ControlGroup") or None)
+    if memory is None:
         return "the host does not say how much is available"
-    if available < one:
+    if memory.mb < one:
         raise MigrationError(
             Code.NO_MEMORY,
-            f"{available} MiB of memory are available, and a job needs {one}",
-            "Free some memory, or lower guest.memory_mb or validate.boot_memory_mb.",
+            f"{memory.holder} has {memory.mb} MiB of memory available, and a job needs {one}",
+            f"Lower guest.memory_mb or validate.boot_memory_mb, or {memory.remedy}.",
             field="guest.memory_mb",
         )
-    if available < one * settings.workers:
+    if memory.mb < one * settings.workers:
         diagnosis.warn(
             Code.NO_MEMORY,
-            f"{available} MiB of memory are available, and {settings.workers} jobs at the same time need"
-            f" {one * settings.workers}: some will wait",
-            f"Set workers to {available // one}, or free some memory.",
+            f"{memory.holder} has {memory.mb} MiB of memory available, and {settings.workers} jobs at the same time"
+            f" need {one * settings.workers}: some will wait",
+            f"Set workers to {memory.mb // one}, or {memory.remedy}.",
             "workers",
         )
-    return f"{available} MiB available, {one} MiB for each of {settings.workers} workers"
+    return f"{memory.mb} MiB available, {one} MiB for each of {settings.workers} workers"
 
 
 def _kvm(host: Host, diagnosis: Diagnosis) -> str:
