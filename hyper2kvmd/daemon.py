@@ -191,7 +191,7 @@ class Daemon:
         self.metrics.watcher_up.set(self._watch.up)
         self._scan(now, found)
         self.draining = found.draining
-        self.metrics.draining.set(found.draining or self.retiring)
+        self.metrics.draining.set(self._starts_nothing)
         self._start(now)
         self._count(now, found.seconds)
         self._rested_at = time.monotonic() + min(PAUSE_FACTOR * found.seconds, PAUSE_SECONDS)
@@ -204,10 +204,14 @@ class Daemon:
         if standing.due is not None:
             self._notify.due = min(self._notify.due, time.monotonic() + max(standing.due - now, 0))
         left = self._notify.run(self.settings)
-        if not self.draining and not self.retiring:
+        if not self._starts_nothing:
             self._prune.due = min(self._prune.due, time.monotonic() + PRUNE_SECONDS)
             self._prune.run(self.settings)
         return left
+
+    @property
+    def _starts_nothing(self) -> bool:
+        return self.draining or self.retiring
 
     def status(self) -> str:
         """One line for people: what runs, what waits, what is over."""
@@ -356,7 +360,7 @@ class Daemon:
         return max(look.settled_since + self.settings.settle_seconds, due or 0)
 
     def _start(self, now: float) -> None:
-        if self.draining or self.retiring:
+        if self._starts_nothing:
             return
         queued = [export for export, seen in self.table.items() if seen.state == State.QUEUED]
         # Oldest first: who has waited longest is served first.
