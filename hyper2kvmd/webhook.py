@@ -77,18 +77,19 @@ def post(webhook: Webhook, body: bytes) -> None:
     thread = threading.Thread(target=exchange, name="webhook", daemon=True)
     thread.start()
     thread.join(webhook.timeout_seconds)
+    answer = next(iter(answers), None)  # in time: headers that the next line cuts off look like an answer
     if thread.is_alive() and (waiting := connection.sock) is not None:
         with contextlib.suppress(OSError):
             waiting.shutdown(socket.SHUT_RDWR)
-    if not answers:
+    if answer is None:
         raise Undelivered(
             f"{where} did not answer within {webhook.timeout_seconds:g} s",
             "See whether the receiver works; if it is slow, raise notify.webhook.timeout_seconds.",
         )
-    if isinstance(answers[0], Exception):
-        raise _unreached(where, answers[0])
-    if not 200 <= answers[0] < 300:
-        raise _refused(where, answers[0])
+    if isinstance(answer, Exception):
+        raise _unreached(where, answer)
+    if not 200 <= answer < 300:
+        raise _refused(where, answer)
 
 
 def _unreached(where: str, error: Exception) -> Undelivered:
