@@ -438,21 +438,28 @@ def _domains(uri: str) -> dict[str, set[str]]:
     return {name: set(re.findall(r"<source file='([^']+)'", xml)) for name, xml in found}
 
 
+def _parent(pid: int) -> int:
+    """The parent of a process; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def references(here: Site) -> dict[int, str]:
     """The processes that have to do with a site, by id, but for its daemons and libvirt."""
-    ours = {os.getpid(), *(daemon.pid for daemon in here.daemons), *([here.libvirt.pid] if here.libvirt else [])}
+    libvirt = {here.libvirt.pid, _parent(here.libvirt.pid)} - {os.getpid()} if here.libvirt else set()
+    ours = {os.getpid(), *(daemon.pid for daemon in here.daemons), *libvirt}
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         pid = int(entry.name)
         try:
             words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
             links = [os.readlink(link) for link in (entry / "cwd", *(entry / "fd").iterdir())]
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:  # it ended, or is not ours
             continue
         # libvirtd starts QEMU now and then, to see what it can do.
-        probe = here.libvirt is not None and parent == here.libvirt.pid
-        if pid not in ours and not probe and is_alive(pid) and str(here.root) in f"{words!r}{links}":
+        if pid not in ours and _parent(pid) not in libvirt and is_alive(pid) and str(here.root) in f"{words!r}{links}":
             found[pid] = words.partition(b"\0\0")[0].replace(b"\0", b" ").decode(errors="replace")[:200]
     return found
 

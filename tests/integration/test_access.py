@@ -25,8 +25,9 @@ subprocess.run(["grep", "CapEff", "/proc/self/status"])
 @pytest.fixture
 def export(tmp_path: Path) -> Iterator[Path]:
     """A directory as hypersdk makes it, which root owns; the way to it is open to all."""
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(parent.stat().st_mode | 0o011)
+    for parent in (tmp_path, *tmp_path.parents):
+        if not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o011)
     directory = tmp_path / "web01"
     directory.mkdir()
     directory.chmod(0o755)
