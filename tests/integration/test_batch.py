@@ -206,7 +206,8 @@ class Terminal:
             stdout=child,
             stderr=child,
             start_new_session=True,
-            env={**os.environ, "TERM": "xterm"},
+            # Of another terminal: those that pytest itself may have been given.
+            env={**{name: os.environ[name] for name in os.environ.keys() - {"LINES", "COLUMNS"}}, "TERM": "xterm"},
         )
         os.close(child)
         self.text = ""
