@@ -122,7 +122,7 @@ def _is_empty(group: Path) -> bool:
     return not any(Path(directory, "cgroup.procs").read_text() for directory, _, _ in os.walk(group))
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
     """Wait for something to become true."""
     deadline = time.monotonic() + seconds
     while not condition():
