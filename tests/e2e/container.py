@@ -44,7 +44,7 @@ class Container:
         """The container's file system, as seen from outside, with all its mounts."""
         return Path(f"/proc/{self.leader}/root")
 
-    def run(self, *argv: str, accept: tuple[int, ...] = (0,), timeout: float = 60) -> str:
+    def run(self, *argv: str, accept: tuple[int, ...] = (0,), timeout: float = 180) -> str:
         """Run a command inside as root and return what it wrote to standard output."""
         enter = ["nsenter", f"--target={self.leader}", *("-m", "-u", "-i", "-n", "-p", "-C", "-r", "-w"), "--"]
         # A machine of its own: what these tests have found out about this one is not for it.
