@@ -59,7 +59,7 @@ test-integration: deps venv ## minutes; real qemu-img, libguestfs and libvirt
 
 .PHONY: test-e2e
 test-e2e: deps venv ## long; migrates real guests and boots them
-	$(call pytest,e2e,$(TWO))
+	$(call pytest,e2e,-n 2 --dist loadgroup)
 
 .PHONY: package-deps
 package-deps: ## install the Debian packages for building and testing the package

@@ -21,6 +21,9 @@ from tests.guests.recipe import GUESTS, Guest
 from tests.libvirtd import session
 from tests.matrix import IDENTITY, MIGRATION_SECONDS, boot_as_on_vmware, differences, works
 
+# Two guests that boot at once on two cores without KVM run into their own time limits: one after the other.
+pytestmark = pytest.mark.xdist_group("guests")
+
 # The same bytes as the UUID of IDENTITY, in the spelling of libvirt.
 UUID = "2b1a4d56-4d3c-6f5e-7081-92a3b4c5d6e7"
 

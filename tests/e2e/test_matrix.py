@@ -11,6 +11,9 @@ from tests.guests.boot import BootResult
 from tests.guests.recipe import GUESTS, Guest
 from tests.matrix import Migration, boot_after, boot_before, migrate, works
 
+# Two guests that boot at once on two cores without KVM run into their own time limits: one after the other.
+pytestmark = pytest.mark.xdist_group("guests")
+
 
 @pytest.fixture(scope="module")
 def guest() -> Guest:

@@ -23,6 +23,9 @@ from tests.guests.build import build, export
 from tests.integration.test_daemon import daemon, free_port, wait_until
 from tests.libvirtd import session
 
+# Two guests that boot at once on two cores without KVM run into their own time limits: one after the other.
+pytestmark = pytest.mark.xdist_group("guests")
+
 ROOT = Path(__file__).parents[2]
 MIGRATION_SECONDS = 900
 # In a file that every guest has: what a migration must not lose.
