@@ -493,7 +493,7 @@ def test_no_appliance_outlives_the_service(service: Container, drop: Drop, comma
     wait_until(lambda: appliance(service) is not None, "the appliance starts")
     before = set(processes(service))
     service.run("systemctl", *command.split(), "hyper2kvmd")
-    wait_until(lambda: set() == before & set(processes(service)), "all processes have ended")
+    wait_until(lambda: set() == before & set(processes(service)), "all processes have ended", 10)
     assert None is content(service, of_export("empty", "migration-report.json"))
     assert [] == [name for name in images(service) if not name.startswith(".")]
 
