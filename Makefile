@@ -35,11 +35,11 @@ lint: venv ## ruff and mypy
 
 # One line for a tier that passes (and what it skipped); everything pytest said for one that fails.
 # What follows a comma: how many files are run side by side. Much is waited for, and an emulated guest keeps one core busy.
-TWO := -n 2 --dist loadfile
+TWO := -n 2 --no-loadscope-reorder
 define pytest
 	@mkdir -p .cache/logs
 	@echo "$(1) tests (follow them in .cache/logs/$(1).log)"
-	@if $(PYTHON) -m pytest -q --tb=short $(2) tests/$(1) </dev/null >.cache/logs/$(1).log 2>&1; then \
+	@if $(PYTHON) -m pytest -q --tb=short $(2) $(or $(3),tests/$(1)) </dev/null >.cache/logs/$(1).log 2>&1; then \
 		grep -E '^(SKIPPED|XFAIL|XPASS)' .cache/logs/$(1).log || true; tail -n 1 .cache/logs/$(1).log; \
 	else \
 		cat .cache/logs/$(1).log; echo "$(1) tests failed" >&2; exit 1; \
@@ -47,7 +47,7 @@ define pytest
 endef
 
 .PHONY: test
-test: deps venv lint test-unit test-integration test-e2e ## everything, the fast first
+test: deps package-deps venv lint test-unit test-integration test-system ## all but test-long, the fast first
 
 .PHONY: test-unit
 test-unit: venv ## seconds; needs nothing but Python
@@ -57,9 +57,13 @@ test-unit: venv ## seconds; needs nothing but Python
 test-integration: deps venv ## minutes; real qemu-img, libguestfs and libvirt
 	$(call pytest,integration,$(TWO))
 
-.PHONY: test-e2e
-test-e2e: deps venv ## long; migrates real guests and boots them
-	$(call pytest,e2e,-n 2 --dist loadgroup)
+.PHONY: test-system
+test-system: deps package-deps venv ## half an hour; boots migrated guests, runs the service, installs the packages on fresh systems
+	$(call pytest,system,$(TWO),tests/e2e tests/packages)
+
+.PHONY: test-long
+test-long: deps venv ## half an hour; the same for more systems
+	$(call pytest,long,$(TWO) -m long,tests/integration tests/e2e)
 
 .PHONY: package-deps
 package-deps: ## install the Debian packages for building and testing the package
@@ -81,10 +85,6 @@ rpm: ## build the RPM package into dist; on EL 10 and Fedora, and on Debian for 
 .PHONY: lock
 lock: venv ## pin the newest versions of the libraries that the package brings
 	@packaging/lock.sh
-
-.PHONY: test-packages
-test-packages: deps package-deps venv ## long; installs, upgrades and removes the packages on fresh systems
-	$(call pytest,packages,$(TWO))
 
 .PHONY: test-container
 test-container: deps package-deps venv ## minutes; builds the container image with Podman, and runs it

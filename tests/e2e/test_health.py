@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.container import Container, booted, wait_until
 from tests.e2e.test_systemd import DROP_IN, configure, install_program, install_service
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("service")]  # beside the guests
+pytestmark = pytest.mark.timeout(600)
 
 TLS = {
     "listen": "0.0.0.0:9878",

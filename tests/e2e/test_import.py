@@ -21,9 +21,6 @@ from tests.guests.recipe import GUESTS, Guest
 from tests.libvirtd import session
 from tests.matrix import IDENTITY, MIGRATION_SECONDS, boot_as_on_vmware, differences, works
 
-# Two guests that boot at once on two cores without KVM run into their own time limits: one after the other.
-pytestmark = pytest.mark.xdist_group("guests")
-
 # The same bytes as the UUID of IDENTITY, in the spelling of libvirt.
 UUID = "2b1a4d56-4d3c-6f5e-7081-92a3b4c5d6e7"
 
@@ -68,7 +65,9 @@ def attribute(parent: ET.Element, tag: str, key: str) -> str | None:
     return child.get(key)
 
 
-@pytest.fixture(scope="module", params=("debian12-three-disks", "debian12-uefi-three-disks"))
+@pytest.fixture(
+    scope="module", params=(pytest.param("debian12-three-disks", marks=pytest.mark.long), "debian12-uefi-three-disks")
+)
 def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Imported:
     guest = GUESTS[request.param]
     with settings(tmp_path_factory.mktemp(guest.name)) as used:

@@ -23,9 +23,6 @@ from tests.guests.build import build, export
 from tests.integration.test_daemon import daemon, free_port, wait_until
 from tests.libvirtd import session
 
-# Two guests that boot at once on two cores without KVM run into their own time limits: one after the other.
-pytestmark = pytest.mark.xdist_group("guests")
-
 ROOT = Path(__file__).parents[2]
 MIGRATION_SECONDS = 900
 # In a file that every guest has: what a migration must not lose.
@@ -87,6 +84,7 @@ def bios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Migrated]:
     yield migrate(tmp_path_factory.mktemp("bios"), "debian12-bios", "seed", "web01")
 
 
+@pytest.mark.long
 def test_the_guest_does_not_boot_on_virtio_before() -> None:
     result = boot([build("debian12-bios")], "raw", "virtio", timeout=240)
     assert "failed" == result.outcome, result.serial_log[-3000:]
@@ -157,6 +155,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.long
 def test_a_fixer_that_leaves_out_virtio_makes_the_job_fail_and_publishes_nothing(
     scratch: Settings, tmp_path: Path
 ) -> None:

@@ -22,8 +22,6 @@ from tests.conftest import disk_entry, write_manifest
 from tests.e2e.container import Container, booted, wait_until
 from tests.guests.build import export
 
-pytestmark = pytest.mark.xdist_group("service")  # beside the guests
-
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd/hyper2kvmd.service"
 CATALOG = ROOT / "packaging/hyper2kvmd.catalog"
