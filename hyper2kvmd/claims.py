@@ -257,7 +257,7 @@ def write_durably(dir_fd: int, name: str, data: bytes, attempt: int) -> None:
         finally:
             os.close(fd)
         os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-    except OSError:
+    except BaseException:  # also what a signal raises
         with contextlib.suppress(OSError):
             os.unlink(temporary, dir_fd=dir_fd)
         raise

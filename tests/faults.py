@@ -367,8 +367,11 @@ def settle(here: Site, patience: float = PATIENCE_SECONDS) -> None:
             break
 
 
-def invariants(here: Site) -> None:
-    """What holds after every fault, once the daemons have brought all to an end. Raise AssertionError."""
+def invariants(here: Site, patience: float = 20) -> None:
+    """What holds after every fault, once the daemons have brought all to an end. Raise AssertionError.
+
+    patience: seconds for what still tells of the end, or is being ended; what is niced gets little of a busy processor.
+    """
     assert here.daemons and all(daemon.poll() is None for daemon in here.daemons), "a daemon is dead"
     published: set[Path] = set()
     domains: dict[str, set[str]] = {}
@@ -390,16 +393,22 @@ def invariants(here: Site) -> None:
             # Published without a domain: the next attempt must know that these files are ours.
             works.add(document["job"])
     assert published == listing(here.settings.output_dir), "left in the output directory"
-    left = {path.name for path in listing(here.settings.work_dir)} - {outbox.STATE, outbox.LOCK}
-    assert left <= works, f"left in the work directory: {left - works}"
     claims = re.findall(r"claimed +attempt=(\d+).* job_id=(\S+)", here.log())
     assert len(set(claims)) == len(claims), "two runners had the same attempt"
     if here.libvirt:
         assert domains == _domains(here.libvirt.uri), "the domains are not those that were reported"
-    deadline = time.monotonic() + 20  # what is niced gets little of a busy processor
-    while orphans := references(here):
-        assert time.monotonic() < deadline, f"processes are left over: {orphans}"
+    deadline = time.monotonic() + patience
+    while left := _leftovers(here, works):
+        assert time.monotonic() < deadline, "; ".join(left)
         time.sleep(0.1)
+
+
+def _leftovers(here: Site, works: set[str]) -> list[str]:
+    """What is in the work directory beside `works`, and the processes that still run."""
+    names = {path.name for path in listing(here.settings.work_dir)} - {outbox.STATE, outbox.LOCK} - works
+    left = [f"left in the work directory: {names}"] if names else []
+    orphans = references(here)
+    return [*left, f"processes are left over: {orphans}"] if orphans else left
 
 
 def _one_report(here: Site, vm: Vm) -> dict[str, Any]:

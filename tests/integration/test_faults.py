@@ -122,7 +122,7 @@ def test_the_checker_sees(what: str, finished: Site) -> None:
     spoil, words = WRONG[what]
     spoil(finished)
     with pytest.raises((AssertionError, ValueError, jsonschema.ValidationError), match=words):
-        invariants(finished)
+        invariants(finished, patience=2)
 
 
 def test_the_checker_sees_a_domain_that_is_not_there() -> None:
