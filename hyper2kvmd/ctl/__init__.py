@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hyper2kvmd import __version__, journal, settings
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
-from hyper2kvmd.options import EXIT_CONFIG, EXIT_FAILED, EXIT_MANIFEST, EXIT_UNAVAILABLE, add_settings_options
+from hyper2kvmd.options import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_MANIFEST,
+    EXIT_NOT_FOUND,
+    EXIT_PERMISSION,
+    EXIT_UNAVAILABLE,
+    add_settings_options,
+)
+
+# What to do about an error of the operating system, and the exit status that it has.
+_DENIED = (EXIT_PERMISSION, "run as root, as the user of the service, or as a member of its group")
+_NOT_THERE = (EXIT_NOT_FOUND, "check the path, here or in the settings")
+_FULL = (EXIT_FAILED, "free some space there")
+_REMEDIES = {
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.EROFS: (EXIT_PERMISSION, "mount the file system writable"),
+    errno.ENOENT: _NOT_THERE,
+    errno.ENOTDIR: _NOT_THERE,
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+}
+_OTHER = (EXIT_FAILED, "look at the file system that it is on, and at `journalctl -k`")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +75,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
         return 0
+    except OSError as error:
+        status, message = refused(error)
+        print(f"hyper2kvmctl: {message}", file=sys.stderr)
     return status
+
+
+def refused(error: OSError, where: Path | None = None) -> tuple[int, str]:
+    """The exit status for an error of the operating system; what failed, why, and what to do.
+
+    where: the path, if the one that the error has is relative to something.
+    """
+    status, remedy = _REMEDIES.get(error.errno or 0, _OTHER)
+    path = where or error.filename
+    return status, f"{f'{path}: ' if path else ''}{error.strerror or error}; {remedy}"
 
 
 def print_json(shape: Any) -> None:

@@ -22,7 +22,7 @@ from hyper2kvmd.ctl.listing import STYLE
 from hyper2kvmd.ctl.migrate import add_migration_options, settings_wanted, stages_wanted
 from hyper2kvmd.errors import SettingsError
 from hyper2kvmd.manifest.problems import nearest
-from hyper2kvmd.options import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_TEMPORARY
+from hyper2kvmd.options import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_TEMPORARY
 from hyper2kvmd.runner import duration
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import State
@@ -60,9 +60,6 @@ def run(options: argparse.Namespace, config: Settings) -> int:
     except SettingsError as error:
         print(f"hyper2kvmctl: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    except OSError as error:
-        print(f"hyper2kvmctl: {options.directory}: {error.strerror}", file=sys.stderr)
-        return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError | NotADirectoryError) else EXIT_PERMISSION
     if not entries:
         print(f"hyper2kvmctl: {options.directory}: no export in it; name the directory above them", file=sys.stderr)
         return EXIT_NOT_FOUND

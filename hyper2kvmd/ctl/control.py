@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hyper2kvmd import claims, spool, steps
-from hyper2kvmd.ctl import print_json
+from hyper2kvmd.ctl import print_json, refused
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.job import job_id
 from hyper2kvmd.options import (
@@ -24,7 +24,6 @@ from hyper2kvmd.options import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_NOT_FOUND,
-    EXIT_PERMISSION,
     EXIT_UNAVAILABLE,
 )
 from hyper2kvmd.run import become
@@ -96,10 +95,10 @@ def _attempt(run: Callable[[Path, Settings], str], export: Path, config: Setting
         return EXIT_DONE, run(export, config)
     except claims.Busy:
         return EXIT_BUSY, "a runner works on it; `hyper2kvmctl hold` or `cancel` stops it"
-    except _Refused as refused:
-        return EXIT_FAILED, str(refused)
+    except _Refused as reason:
+        return EXIT_FAILED, str(reason)
     except OSError as error:
-        return EXIT_PERMISSION, f"{error.strerror}; run as root or as a member of its group"
+        return refused(error, export)
 
 
 class _Refused(Exception):
@@ -161,8 +160,9 @@ def drain(options: argparse.Namespace, config: Settings) -> int:
     try:
         spool.ask(config.exports_dir, claims.DRAIN)
     except OSError as error:
-        print(f"hyper2kvmctl: {config.exports_dir}: {error.strerror}", file=sys.stderr)
-        return EXIT_PERMISSION
+        status, message = refused(error, config.exports_dir)
+        print(f"hyper2kvmctl: {message}", file=sys.stderr)
+        return status
     if not options.no_wait:
         while running := _running(config):
             print(f"waiting for {', '.join(export.name for export in running)}", file=sys.stderr)
@@ -210,9 +210,6 @@ def logs(options: argparse.Namespace, config: Settings) -> int:
     except FileNotFoundError:
         print(f"hyper2kvmctl: {export}: nothing was logged yet", file=sys.stderr)
         return EXIT_NOT_FOUND
-    except OSError as error:
-        print(f"hyper2kvmctl: {export / claims.LOG}: {error.strerror}", file=sys.stderr)
-        return EXIT_PERMISSION
     with open(fd, encoding="utf-8", errors="replace") as file:
         while True:
             for line in file:

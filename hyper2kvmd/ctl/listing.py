@@ -15,7 +15,7 @@ from hyper2kvmd import claims, spool
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.migrate import print_report
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.options import EXIT_DONE, EXIT_NOT_FOUND, EXIT_PERMISSION
+from hyper2kvmd.options import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import State
 
@@ -41,14 +41,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 def list_exports(options: argparse.Namespace, config: Settings) -> int:
     """Print a table of all exports."""
-    try:
-        rows = [_describe(export, config) for export in spool.exports(config)[0]]
-    except OSError as error:
-        print(
-            f"hyper2kvmctl: {config.exports_dir}: {error.strerror}; check exports_dir and your permissions",
-            file=sys.stderr,
-        )
-        return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_PERMISSION
+    rows = [_describe(export, config) for export in spool.exports(config)[0]]
     if options.json:
         print_json([{"export": str(export), "state": state, **_reason(finding)} for export, state, finding in rows])
         return EXIT_DONE
@@ -70,11 +63,7 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
             file=sys.stderr,
         )
         return EXIT_NOT_FOUND
-    try:
-        _, state, finding = _describe(export, config)
-    except OSError as error:
-        print(f"hyper2kvmctl: {export}: {error.strerror}; run as root or as a member of its group", file=sys.stderr)
-        return EXIT_PERMISSION
+    _, state, finding = _describe(export, config)
     document = spool.read_report(export)
     holder = claims.holder(export)
     if options.json:

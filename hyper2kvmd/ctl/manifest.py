@@ -28,7 +28,6 @@ from hyper2kvmd.options import (
     EXIT_FAILED,
     EXIT_MANIFEST,
     EXIT_NOT_FOUND,
-    EXIT_PERMISSION,
     EXIT_USAGE,
 )
 from hyper2kvmd.run import Tools
@@ -102,11 +101,6 @@ def _told(command: _Command) -> _Command:
             for finding in error.problems:
                 print(f"hyper2kvmctl: {where}{finding}", file=sys.stderr)
             return EXIT_MANIFEST if any(found.code in _MANIFEST_CODES for found in error.problems) else EXIT_FAILED
-        except OSError as error:
-            print(f"hyper2kvmctl: {error.filename or 'the manifest'}: {error.strerror}", file=sys.stderr)
-            if isinstance(error, PermissionError):
-                return EXIT_PERMISSION
-            return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_FAILED
 
     return run
 

@@ -45,17 +45,13 @@ def report(options: argparse.Namespace, config: Settings) -> int:
     """Print the report of one export, or write its page."""
     if options.json and options.html == "-":
         return _refuse(EXIT_USAGE, "--json and --html - both write to standard output; give --html a file")
-    try:
-        export = find(options.export, config)
-        if export is None:
-            message = f"{options.export}: no export of this name in {config.exports_dir}; see `hyper2kvmctl list`"
-            return _refuse(EXIT_NOT_FOUND, message)
-        document = spool.read_report(export)
-        if document is None:
-            return _refuse(EXIT_NOT_FOUND, _no_report(export, config))
-    except OSError as error:
-        where = error.filename or options.export
-        return _refuse(EXIT_PERMISSION, f"{where}: {error.strerror}; run as root or as a member of its group")
+    export = find(options.export, config)
+    if export is None:
+        message = f"{options.export}: no export of this name in {config.exports_dir}; see `hyper2kvmctl list`"
+        return _refuse(EXIT_NOT_FOUND, message)
+    document = spool.read_report(export)
+    if document is None:
+        return _refuse(EXIT_NOT_FOUND, _no_report(export, config))
     try:
         shown, results = page.checked(document)
         html = "" if options.html is None else _page(export, document, shown, results)

@@ -8,6 +8,8 @@ import pwd
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hyper2kvmd.settings import Settings
 from tests.conftest import MakeExport, disk_entry, report_of, run_job, write_manifest
 
@@ -198,3 +200,14 @@ def test_a_bad_setting_ends_with_78(ctl: Any) -> None:
     done = ctl("list", "--set", "worker=1")
     assert 78 == done.returncode
     assert "did you mean workers?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["list", "show web01", "report web01", "retry web01", "logs web01", "drain --no-wait", "prune", "batch {}"],
+)
+def test_exports_that_are_not_there_are_named(ctl: Any, scratch: Settings, command: str) -> None:
+    scratch.exports_dir.rmdir()
+    done = ctl(*command.format(scratch.exports_dir).split())
+    said = f"hyper2kvmctl: {scratch.exports_dir}: No such file or directory; check the path, here or in the settings\n"
+    assert (3, said) == (done.returncode, done.stderr)
