@@ -19,7 +19,7 @@ from hyper2kvmd import claims, importer
 from tests.faults import FAULTS, Result, Site, conclude, invariants, site, soak
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "faults.md"
-QUICK = [replace(fault, times=min(fault.times, 3)) for fault in FAULTS if not fault.guest]
+QUICK = [replace(fault, times=min(fault.times, 2)) for fault in FAULTS if not fault.guest]
 
 pytestmark = pytest.mark.timeout(900)
 
