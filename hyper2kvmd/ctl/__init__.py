@@ -76,19 +76,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        status, message = refused(error)
-        print(f"hyper2kvmctl: {message}", file=sys.stderr)
+        return refuse(*refused(error))
     return status
 
 
 def refused(error: OSError, where: Path | None = None) -> tuple[int, str]:
     """The exit status for an error of the operating system; what failed, why, and what to do.
 
-    where: the path, if the one that the error has is relative to something.
+    where: the directory that a relative name in the error belongs to.
     """
     status, remedy = _REMEDIES.get(error.errno or 0, _OTHER)
-    path = where or error.filename
+    path = where
+    if isinstance(error.filename, str):  # it can be the number of a descriptor
+        path = (where or Path()) / error.filename
     return status, f"{f'{path}: ' if path else ''}{error.strerror or error}; {remedy}"
+
+
+def refuse(status: int, message: str) -> int:
+    """Say why a command does nothing, and return its exit status."""
+    print(f"hyper2kvmctl: {message}", file=sys.stderr)
+    return status
 
 
 def print_json(shape: Any) -> None:

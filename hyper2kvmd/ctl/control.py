@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hyper2kvmd import claims, spool, steps
-from hyper2kvmd.ctl import print_json, refused
+from hyper2kvmd.ctl import print_json, refuse, refused
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.job import job_id
 from hyper2kvmd.options import (
@@ -160,9 +160,7 @@ def drain(options: argparse.Namespace, config: Settings) -> int:
     try:
         spool.ask(config.exports_dir, claims.DRAIN)
     except OSError as error:
-        status, message = refused(error, config.exports_dir)
-        print(f"hyper2kvmctl: {message}", file=sys.stderr)
-        return status
+        return refuse(*refused(error, config.exports_dir))
     if not options.no_wait:
         while running := _running(config):
             print(f"waiting for {', '.join(export.name for export in running)}", file=sys.stderr)

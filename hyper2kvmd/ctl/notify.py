@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from hyper2kvmd import claims, journal, outbox
-from hyper2kvmd.ctl import print_json, refused
+from hyper2kvmd.ctl import print_json, refuse, refused
 from hyper2kvmd.options import EXIT_BUSY, EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
@@ -37,9 +37,7 @@ def notify(options: argparse.Namespace, config: Settings) -> int:
         print("hyper2kvmctl: another process tells them just now", file=sys.stderr)
         return EXIT_BUSY
     except OSError as error:
-        status, message = refused(error, config.work_dir)
-        print(f"hyper2kvmctl: {message}", file=sys.stderr)
-        return status
+        return refuse(*refused(error, config.work_dir))
     stands = result.standing
     if options.json:
         print_json(

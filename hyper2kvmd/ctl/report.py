@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from hyper2kvmd import claims, hardware, page, spool
+from hyper2kvmd.ctl import refuse
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.ctl.migrate import print_report
 from hyper2kvmd.errors import MigrationError
@@ -44,19 +45,19 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 def report(options: argparse.Namespace, config: Settings) -> int:
     """Print the report of one export, or write its page."""
     if options.json and options.html == "-":
-        return _refuse(EXIT_USAGE, "--json and --html - both write to standard output; give --html a file")
+        return refuse(EXIT_USAGE, "--json and --html - both write to standard output; give --html a file")
     export = find(options.export, config)
     if export is None:
         message = f"{options.export}: no export of this name in {config.exports_dir}; see `hyper2kvmctl list`"
-        return _refuse(EXIT_NOT_FOUND, message)
+        return refuse(EXIT_NOT_FOUND, message)
     document = spool.read_report(export)
     if document is None:
-        return _refuse(EXIT_NOT_FOUND, _no_report(export, config))
+        return refuse(EXIT_NOT_FOUND, _no_report(export, config))
     try:
         shown, results = page.checked(document)
         html = "" if options.html is None else _page(export, document, shown, results)
     except ValidationError as error:
-        return _refuse(EXIT_NOT_FOUND, _no_such_shape(export, error))
+        return refuse(EXIT_NOT_FOUND, _no_such_shape(export, error))
     if options.html == "-":
         sys.stdout.write(html)
         return EXIT_DONE
@@ -65,7 +66,7 @@ def report(options: argparse.Namespace, config: Settings) -> int:
             _write(Path(options.html), html.encode())
         except OSError as error:
             message = f"{options.html}: the page cannot be written: {error.strerror}; choose another file"
-            return _refuse(EXIT_PERMISSION, message)
+            return refuse(EXIT_PERMISSION, message)
     if options.json:
         print(json.dumps(document, indent=2))  # in ASCII: a planted report can hold what no encoding can write
     elif options.html is not None:
@@ -73,11 +74,6 @@ def report(options: argparse.Namespace, config: Settings) -> int:
     else:
         print_report(Console(), shown.model_dump(mode="json"))
     return EXIT_DONE
-
-
-def _refuse(status: int, message: str) -> int:
-    print(f"hyper2kvmctl: {message}", file=sys.stderr)
-    return status
 
 
 def _no_report(export: Path, config: Settings) -> str:

@@ -27,9 +27,13 @@ def test_each_has_its_own_remedy(number: int, status: int, remedy: str) -> None:
     assert (got, True) == (status, message.startswith(f"x.tmp: {os.strerror(number)}; {remedy}")), message
 
 
-def test_a_name_that_is_relative_to_something_gives_way_to_the_path() -> None:
-    _, message = refused(OSError(errno.ENOSPC, "No space left on device", ".a.tmp"), Path("/srv/work"))
-    assert message == "/srv/work: No space left on device; free some space there"
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [(".a.tmp", "/srv/work/.a.tmp"), ("/srv/exports", "/srv/exports"), (None, "/srv/work"), (7, "/srv/work")],
+)
+def test_what_failed_is_named_by_its_whole_path(name: object, path: str) -> None:
+    _, message = refused(OSError(errno.ENOSPC, "No space left on device", name), Path("/srv/work"))
+    assert message == f"{path}: No space left on device; free some space there"
 
 
 def test_one_that_names_nothing_says_what_it_knows() -> None:
