@@ -60,16 +60,12 @@ class Mended:
 
 
 Mend = Callable[..., Mended]
-# Those that `make test` looks at: making the disks of all takes more than a minute longer.
-OFTEN = ("rhel8", "rhel9", "rhel10", "sles15", "sles11")
 
 
 @pytest.fixture(scope="module")
-def disks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, phony.Disk]:
-    """The families' disks, which are never written to."""
-    every = any(item.get_closest_marker("long") for item in request.session.items)
-    families = [family for family in phony.FAMILIES if every or family.name in OFTEN]
-    return phony.build(families, tmp_path_factory.mktemp("families"))
+def disks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, phony.Disk]:
+    """All families' disks, which are never written to."""
+    return phony.build(phony.FAMILIES, tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture
