@@ -14,14 +14,8 @@ from typing import TYPE_CHECKING
 from hyper2kvmd import __version__, claims
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.events import CHOICES, Emitter
-from hyper2kvmd.options import (
-    EXIT_BUSY,
-    EXIT_CONFIG,
-    EXIT_NOT_FOUND,
-    EXIT_PERMISSION,
-    EXIT_USAGE,
-    add_settings_options,
-)
+from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
+from hyper2kvmd.options import add_settings_options
 
 if TYPE_CHECKING:
     from hyper2kvmd.settings import Settings

@@ -19,11 +19,11 @@ import structlog
 
 from hyper2kvmd import journal, outbox, run, spool
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
+from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
 from hyper2kvmd.health import MEND, Health
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.notify import STATUS_LIMIT, Notifier
-from hyper2kvmd.options import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
 from hyper2kvmd.runner import Runner, spawn, stop_all
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import State

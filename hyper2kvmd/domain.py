@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hyper2kvmd.manifest.problems import show
 from hyper2kvmd.osinfo import osinfo_id
+from hyper2kvmd.text import show
 
 METADATA_NAMESPACE = "urn:hyper2kvmd:domain:1"
 OSINFO_NAMESPACE = "http://libosinfo.org/xmlns/libvirt/domain/1.0"

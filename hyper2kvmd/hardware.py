@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.manifest import Manifest, ovf
-from hyper2kvmd.manifest.problems import show
+from hyper2kvmd.text import show
 
 DEFAULT_CPU = 2  # the contract's own defaults, for what nobody says
 DEFAULT_MEMORY_MIB = 4096

@@ -15,9 +15,9 @@ import structlog
 
 from hyper2kvmd import claims
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.manifest.problems import plain
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Hooks
+from hyper2kvmd.text import plain
 
 log = structlog.get_logger()
 

@@ -104,9 +104,6 @@ def _node(driver: str, path: str) -> dict[str, Any]:
     return node
 
 
-# Opening --------------------------------------------------------------------------------------------------
-
-
 def open_sources(
     export_fd: int, export_dir: Path, disks: Sequence[Disk], stack: contextlib.ExitStack, noted: Noted
 ) -> tuple[Source, ...]:
@@ -300,9 +297,6 @@ def sha256(source: Source, cancel: threading.Event, on_progress: Callable[[float
     return digest.hexdigest()
 
 
-# qemu-img -------------------------------------------------------------------------------------------------
-
-
 def versions(tools: Tools) -> dict[str, str]:
     """The version of qemu-img, for the report."""
     words = tools.run("qemu-img", "--version").stdout.split()
@@ -487,9 +481,6 @@ def compare(tools: Tools, source: Source, overlay: Path | None, target: Path, fo
         raise _invalid(target, done.stdout.strip() or done.stderr.strip(), done)
 
 
-# The target's file system ---------------------------------------------------------------------------------
-
-
 def direct_io(file: Path) -> bool:
     """Whether a file can bypass the page cache, which tmpfs and some others refuse.
 
@@ -516,15 +507,6 @@ def direct_io(file: Path) -> bool:
 def _cache(target: Path) -> str:
     """qemu's cache mode for what is written: without O_DIRECT a large disk pushes all else out of memory."""
     return "none" if direct_io(target) else "writeback"
-
-
-def fsync_file(path: Path) -> None:
-    """Have a file on stable storage. Raise OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def publish(temporary: Path, final: Path) -> None:

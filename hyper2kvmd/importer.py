@@ -15,7 +15,7 @@ import libvirt
 
 from hyper2kvmd.domain import Attachment, Domain, attachment, job_of, to_xml
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.manifest.problems import show
+from hyper2kvmd.text import show
 
 ANSWER_SECONDS = 30.0  # the first that is asked after its start has libvirt look at every QEMU there is
 NETWORKS_FIELD = "libvirt.network_map"

@@ -22,9 +22,9 @@ from hyper2kvmd.errors import MEANING, Code
 from hyper2kvmd.events import STAGES, Event
 from hyper2kvmd.health import Health, Verdict
 from hyper2kvmd.journal import PRIORITY
-from hyper2kvmd.manifest.problems import plain
 from hyper2kvmd.runner import Progress, Stage
 from hyper2kvmd.spool import FINAL, Look, State
+from hyper2kvmd.text import plain
 from hyper2kvmd.web import Answer
 
 NAMESPACE = "hyper2kvmd"

@@ -1,6 +1,5 @@
 """The library call: migrate one export, with the same claim, checks and report as the daemon's jobs.
 
-from hyper2kvmd.migration import MigrationPipeline
 
 report = MigrationPipeline("/var/lib/hypersdk/exports/web01/manifest.json").run()
 print(report.results["inspect"]["product_name"], report.disks[0].target)

@@ -23,10 +23,10 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from hyper2kvmd import claims, hooks, journal, spool, webhook
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.manifest.problems import plain
+from hyper2kvmd.files import open_directory, write_durably
 from hyper2kvmd.run import Tools
-from hyper2kvmd.runner import duration
 from hyper2kvmd.settings import Settings
+from hyper2kvmd.text import duration, plain
 
 log = structlog.get_logger()
 
@@ -257,7 +257,7 @@ def _write(dir_fd: int, state: State) -> None:
     lines = (json.dumps(shape) for shape in (head, *map(_shape, state.entries)))
     with contextlib.suppress(FileNotFoundError):  # of one that was killed; the lock makes it ours
         os.unlink(f".{STATE}.0.tmp", dir_fd=dir_fd)
-    claims.write_durably(dir_fd, STATE, "\n".join(lines).encode() + b"\n", 0)
+    write_durably(dir_fd, STATE, "\n".join(lines).encode() + b"\n", 0)
 
 
 def _shape(entry: Entry) -> dict[str, Any]:
@@ -506,7 +506,7 @@ def _run(settings: Settings, tools: Tools, hook: Path, message: Ended) -> None:
     environment = hooks.variables(export, message.vm, message.status, message.job)
     before = structlog.get_config()
     with contextlib.ExitStack() as stack:
-        dir_fd = claims.open_directory(export)
+        dir_fd = open_directory(export)
         stack.callback(os.close, dir_fd)
         if (log_fd := journal.also_to(dir_fd, claims.LOG)) is not None:
             stack.callback(os.close, log_fd)

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hyper2kvmd.hardware import Hardware
 from hyper2kvmd.manifest import Manifest
-from hyper2kvmd.manifest.problems import plain
 from hyper2kvmd.report import Report, StageRecord, Status
+from hyper2kvmd.text import plain, size
 
 LOG_LINES = 200
 LOG_LINE_LENGTH = 2000
@@ -192,16 +192,6 @@ def _printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char in "\n\t" else plain(char) for char in text)
-
-
-def size(bytes: int) -> str:
-    """Bytes for people: 512 B, 172.6 MiB, 2 GiB."""
-    if bytes < 1024:
-        return f"{bytes} B"
-    for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB", "PiB"), 1):
-        if bytes < 1024 ** (power + 1):
-            return f"{bytes / 1024**power:.1f}".removesuffix(".0") + f" {unit}"
-    return f"{bytes} B"
 
 
 def duration(seconds: float | None) -> str:

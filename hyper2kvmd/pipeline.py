@@ -23,6 +23,7 @@ import structlog
 from hyper2kvmd import boottest, claims, hooks, images, importer, report, reserve
 from hyper2kvmd.domain import Domain, DomainDisk, Guest, to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted, Outcome
+from hyper2kvmd.files import write_durably
 from hyper2kvmd.job import Job
 from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.messages import Kind
@@ -406,7 +407,7 @@ def _keep(job: Job, verdict: boottest.Verdict) -> None:
         ("screenshot", claims.BOOT_SCREEN, verdict.screen),
     ):
         if data:
-            claims.write_durably(job.claim.fd, name, data, job.claim.attempt)
+            write_durably(job.claim.fd, name, data, job.claim.attempt)
             kept[key] = name
     job.record.results["boot"] = {
         "outcome": verdict.outcome,

@@ -18,16 +18,11 @@ import structlog
 from hyper2kvmd import claims, journal, report, spool, steps
 from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.events import Emitter
+from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
+from hyper2kvmd.files import timestamp, write_durably
 from hyper2kvmd.job import Job, finding_records, job_id
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.messages import Kind
-from hyper2kvmd.options import (
-    EXIT_BUSY,
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_MANIFEST,
-    EXIT_TEMPORARY,
-)
 from hyper2kvmd.oversee import overseen
 from hyper2kvmd.pipeline import migrate
 from hyper2kvmd.run import Tools
@@ -167,10 +162,10 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
             name=look.manifest or "", sha256=look.manifest_sha256, dialect=manifest.dialect if manifest else None
         ),
         attempts=claim.attempt,
-        started_at=claims.timestamp(began),
-        finished_at=claims.timestamp(now),
+        started_at=timestamp(began),
+        finished_at=timestamp(now),
         seconds=round(now - began, 3),
-        next_attempt_at=None if due is None else claims.timestamp(due),
+        next_attempt_at=None if due is None else timestamp(due),
         error=None
         if error is None
         else report.ErrorRecord(
@@ -271,7 +266,7 @@ def _write_report(job: Job, manifest: Manifest | None, document: report.Report) 
         if name.startswith(".") or (there is not None and "schema_version" not in there):
             log.warning("no extra copy of the report: the manifest gives it the name of another file", name=name)
         elif name != claims.REPORT:
-            claims.write_durably(job.claim.fd, name, document.to_bytes(), document.attempts)
+            write_durably(job.claim.fd, name, document.to_bytes(), document.attempts)
     job.claim.finish(document)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 from hyper2kvmd import run
 from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.events import Decoder, Event
-from hyper2kvmd.manifest.problems import plain
 from hyper2kvmd.settings import Settings
+from hyper2kvmd.text import duration, plain
 
 # A job ends its tools within seconds, but storage that hangs can hold it up.
 STOP_SECONDS = 30.0
@@ -101,13 +101,6 @@ class Progress:
             if left is not None and stage.seconds_left(now) == left:
                 words.append(f"{duration(left)} left")
         return " ".join(words)
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 45 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Runner:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from hyper2kvmd import claims
 from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.files import open_directory, timestamp
 from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
 from hyper2kvmd.settings import Settings
 
@@ -128,7 +129,7 @@ def wish(dir_fd: int) -> Literal["hold", "cancel"] | None:
 
 def wish_of(directory: Path) -> Literal["hold", "cancel"] | None:
     """The same, of an export that is not open. Raise OSError."""
-    fd = claims.open_directory(directory)
+    fd = open_directory(directory)
     try:
         return wish(fd)
     finally:
@@ -137,13 +138,13 @@ def wish_of(directory: Path) -> Literal["hold", "cancel"] | None:
 
 def ask(directory: Path, name: str) -> None:
     """Put a wish (HOLD, CANCEL or DRAIN) into a directory, if it is not there already. Raise OSError."""
-    fd = claims.open_directory(directory)
+    fd = open_directory(directory)
     try:
         with contextlib.suppress(FileExistsError):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             file = os.open(name, flags, 0o640, dir_fd=fd)
             try:
-                os.write(file, f"asked for at {claims.timestamp(time.time())} on {socket.gethostname()}\n".encode())
+                os.write(file, f"asked for at {timestamp(time.time())} on {socket.gethostname()}\n".encode())
             finally:
                 os.close(file)
         os.fsync(fd)
@@ -172,7 +173,7 @@ def _crash_delay(look: Look, settings: Settings) -> float:
 
 def look(directory: Path, settings: Settings) -> Look:
     """Look at one export, changing nothing. Raise OSError if the directory cannot be read."""
-    fd = claims.open_directory(directory)
+    fd = open_directory(directory)
     try:
         held, crashes, began_at = claims.probe(fd)
         wanted = wish(fd)
@@ -232,7 +233,7 @@ def read_manifest(dir_fd: int, directory: Path, names: tuple[str, ...]) -> tuple
 
 def read_report(directory: Path, name: str = claims.REPORT) -> dict[str, Any] | None:
     """The report of an export as plain data; None if there is none, {} if the file is something else."""
-    fd = claims.open_directory(directory)
+    fd = open_directory(directory)
     try:
         return _read_report(fd, name)
     finally:

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd import claims, images, reserve
+from hyper2kvmd import reserve
+from hyper2kvmd.files import fsync_file, write_durably
 from hyper2kvmd.job import Job
 from hyper2kvmd.plan import Plan, PlannedDisk
 
@@ -36,7 +37,7 @@ class File:
     @classmethod
     def of(cls, path: Path) -> File:
         """The file at `path`, made durable."""
-        images.fsync_file(path)
+        fsync_file(path)
         status = path.stat()
         return cls(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -207,7 +208,7 @@ class Steps:
         self._job.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(self._job.work_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            claims.write_durably(fd, JOURNAL, json.dumps(asdict(self._journal)).encode(), self._job.claim.attempt)
+            write_durably(fd, JOURNAL, json.dumps(asdict(self._journal)).encode(), self._job.claim.attempt)
         finally:
             os.close(fd)
 

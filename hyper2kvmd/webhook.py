@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hyper2kvmd import __version__
-from hyper2kvmd.manifest.problems import plain
 from hyper2kvmd.settings import Webhook, url_problem
+from hyper2kvmd.text import plain
 
 CREDENTIAL_LIMIT = 8192
 ANSWER_LIMIT = 1 << 16  # of what a receiver says beyond its status, which nobody looks at

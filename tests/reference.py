@@ -25,8 +25,9 @@ from pydantic import BaseModel
 from hyper2kvmd import __main__ as daemon
 from hyper2kvmd import __version__, batch, claims, ctl, messages, report
 from hyper2kvmd.errors import MEANING, Outcome
+from hyper2kvmd.exits import EXIT_MEANING
 from hyper2kvmd.metrics import Metrics
-from hyper2kvmd.options import DEFAULT_PATH, EXIT_MEANING
+from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.settings import Section, Settings
 from tests import completions, dashboards
 

@@ -12,15 +12,8 @@ from typing import Any
 
 from hyper2kvmd import __version__, journal, settings
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
-from hyper2kvmd.options import (
-    EXIT_CONFIG,
-    EXIT_FAILED,
-    EXIT_MANIFEST,
-    EXIT_NOT_FOUND,
-    EXIT_PERMISSION,
-    EXIT_UNAVAILABLE,
-    add_settings_options,
-)
+from hyper2kvmd.exits import EXIT_CONFIG, EXIT_FAILED, EXIT_MANIFEST, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_UNAVAILABLE
+from hyper2kvmd.options import add_settings_options
 
 # What to do about an error of the operating system, and the exit status that it has.
 _DENIED = (EXIT_PERMISSION, "run as root, as the user of the service, or as a member of its group")

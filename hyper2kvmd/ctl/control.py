@@ -18,14 +18,8 @@ from typing import Any
 from hyper2kvmd import claims, spool, steps
 from hyper2kvmd.ctl import print_json, refuse, refused
 from hyper2kvmd.ctl.listing import find
+from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_UNAVAILABLE
 from hyper2kvmd.job import job_id
-from hyper2kvmd.options import (
-    EXIT_BUSY,
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_NOT_FOUND,
-    EXIT_UNAVAILABLE,
-)
 from hyper2kvmd.run import become
 from hyper2kvmd.runner import Runner
 from hyper2kvmd.settings import Settings

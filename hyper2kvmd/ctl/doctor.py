@@ -34,13 +34,14 @@ from hyper2kvmd import accel, claims, images, importer, reserve, spool
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.domain import Domain, DomainDisk, DomainNic, generated_mac, to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted
+from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
 from hyper2kvmd.guest import keys
 from hyper2kvmd.guest.session import check_host, open_guest
-from hyper2kvmd.manifest.problems import plain
-from hyper2kvmd.options import DEFAULT_PATH, EXIT_DONE, EXIT_FAILED, EXIT_USAGE
+from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.plan import FIX_SPACE, LUKS_MEMORY_MB
 from hyper2kvmd.run import Tools, environment, qemu
 from hyper2kvmd.settings import Settings
+from hyper2kvmd.text import plain
 
 UNIT_PROPERTIES = (
     *("Id", "LoadState", "UnitFileState", "ActiveState", "Result", "ExecMainStatus", "NeedDaemonReload", "Environment"),

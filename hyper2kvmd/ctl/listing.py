@@ -15,7 +15,7 @@ from hyper2kvmd import claims, spool
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.migrate import print_report
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.options import EXIT_DONE, EXIT_NOT_FOUND
+from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import State
 

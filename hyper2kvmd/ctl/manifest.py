@@ -20,19 +20,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from hyper2kvmd import claims, images
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
+from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_NOT_FOUND, EXIT_USAGE
+from hyper2kvmd.files import open_directory, write_durably
 from hyper2kvmd.manifest import Manifest, create, document, ova, parse, rewrite, wire
-from hyper2kvmd.manifest.problems import plain
-from hyper2kvmd.options import (
-    EXIT_BUSY,
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_MANIFEST,
-    EXIT_NOT_FOUND,
-    EXIT_USAGE,
-)
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import read_manifest
+from hyper2kvmd.text import plain
 
 _FORMATS = {".json": "json", ".yaml": "yaml", ".yml": "yaml"}
 _MANIFEST_CODES = (Code.MANIFEST_INVALID, Code.MANIFEST_UNREADABLE)
@@ -240,7 +234,7 @@ class _File:
 def _opened(path: Path) -> Iterator[_File]:
     """Raise ManifestError, or MigrationError if it is no file."""
     try:
-        fd = claims.open_directory(path.parent.resolve())
+        fd = open_directory(path.parent.resolve())
     except OSError as error:
         hint = "Name the manifest of an existing export."
         raise MigrationError(Code.MANIFEST_UNREADABLE, f"{path.parent}: {error.strerror}", hint) from None
@@ -361,8 +355,8 @@ def _write(file: _File, data: bytes) -> str:
     while backup in taken:
         number += 1
         backup = f"{file.path.name}.bak.{number}"
-    claims.write_durably(file.dir_fd, backup, file.data, os.getpid())
-    claims.write_durably(file.dir_fd, file.path.name, data, os.getpid())
+    write_durably(file.dir_fd, backup, file.data, os.getpid())
+    write_durably(file.dir_fd, file.path.name, data, os.getpid())
     return backup
 
 
@@ -396,9 +390,9 @@ def _upgrade(options: argparse.Namespace, config: Settings) -> int:
     parse(data, name)
     if output is not None:
         _refuse_existing(output)
-        fd = claims.open_directory(output.parent.resolve())
+        fd = open_directory(output.parent.resolve())
         try:
-            claims.write_durably(fd, name, data, os.getpid())
+            write_durably(fd, name, data, os.getpid())
         finally:
             os.close(fd)
     if options.json:

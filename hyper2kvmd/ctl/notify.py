@@ -9,7 +9,7 @@ from typing import Any
 
 from hyper2kvmd import claims, journal, outbox
 from hyper2kvmd.ctl import print_json, refuse, refused
-from hyper2kvmd.options import EXIT_BUSY, EXIT_DONE, EXIT_FAILED
+from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 

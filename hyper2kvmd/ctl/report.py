@@ -22,12 +22,14 @@ from hyper2kvmd.ctl import refuse
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.ctl.migrate import print_report
 from hyper2kvmd.errors import MigrationError
+from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
+from hyper2kvmd.files import open_directory
 from hyper2kvmd.hardware import Hardware
 from hyper2kvmd.manifest import Manifest, parse
-from hyper2kvmd.manifest.problems import place, plain
-from hyper2kvmd.options import EXIT_DONE, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
+from hyper2kvmd.manifest.problems import place
 from hyper2kvmd.report import ManifestRecord, Report
 from hyper2kvmd.settings import Settings
+from hyper2kvmd.text import plain
 
 LOG_BYTES = 1 << 20  # more than the lines that are shown; the log itself may be planted
 SCREEN_BYTES = 8 << 20
@@ -96,7 +98,7 @@ def _no_such_shape(export: Path, error: ValidationError) -> str:
 
 def _page(export: Path, document: dict[str, Any], shown: Report, results: page.Results) -> str:
     """The page of one report, with what lies beside it. Raise OSError."""
-    fd = claims.open_directory(export)
+    fd = open_directory(export)
     try:
         log = _beside(fd, claims.LOG, LOG_BYTES).decode(errors="replace")
         # One that the report does not name is an earlier attempt's.

@@ -12,14 +12,15 @@ from typing import Any
 from rich.console import Console
 
 from hyper2kvmd import images, journal, reserve
-from hyper2kvmd.claims import Claim, open_directory
+from hyper2kvmd.claims import Claim
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.manifest import bars
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.events import Emitter
+from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED
+from hyper2kvmd.files import open_directory
 from hyper2kvmd.job import Job, job_id
 from hyper2kvmd.manifest import Manifest, parse
-from hyper2kvmd.options import EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.plan import make_plan, memory_mb, needs
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings

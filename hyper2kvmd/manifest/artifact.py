@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyper2kvmd import claims, images, spool
+from hyper2kvmd import images, spool
 from hyper2kvmd.errors import Code, MigrationError, Noted
+from hyper2kvmd.files import open_directory
 from hyper2kvmd.manifest import Disk, Manifest, parse
 
 
@@ -27,7 +28,7 @@ class ArtifactManifest:
         """Read a manifest. Raise ManifestError, with all that is wrong with it, or MigrationError if it is no file."""
         file = Path(path)
         try:
-            fd = claims.open_directory(file.parent.resolve())
+            fd = open_directory(file.parent.resolve())
         except OSError as error:
             hint = "Name the manifest of an existing export."
             raise MigrationError(Code.MANIFEST_UNREADABLE, f"{file.parent}: {error.strerror}", hint) from None
@@ -48,7 +49,7 @@ class ArtifactManifest:
         digests, noted = {}, Noted()
         directory = self.path.parent.resolve()
         with contextlib.ExitStack() as stack:
-            fd = claims.open_directory(directory)
+            fd = open_directory(directory)
             stack.callback(os.close, fd)
             for source in images.open_sources(fd, directory, self.manifest.disks, stack, noted):
                 id = source.disk.id

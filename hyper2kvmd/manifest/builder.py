@@ -10,13 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hyper2kvmd import claims, imageheader, images
+from hyper2kvmd import imageheader, images
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
+from hyper2kvmd.files import open_directory, write_durably
 from hyper2kvmd.manifest import wire
 from hyper2kvmd.manifest.model import Configuration, Disk, Manifest, Part
-from hyper2kvmd.manifest.problems import ManifestError, invalid, show
+from hyper2kvmd.manifest.problems import ManifestError, invalid
 from hyper2kvmd.manifest.reader import parse
 from hyper2kvmd.manifest.rewrite import Dialect, dump, upgrade
+from hyper2kvmd.text import show
 
 Format = Literal["vmdk", "qcow2", "raw", "vhd", "vhdx", "vdi"]
 
@@ -280,9 +282,9 @@ class ManifestBuilder:
             )
         data = dump(self._render(dialect), file.name)
         manifest = parse(data, file.name)
-        fd = claims.open_directory(file.parent.resolve())
+        fd = open_directory(file.parent.resolve())
         try:
-            claims.write_durably(fd, file.name, data, os.getpid())
+            write_durably(fd, file.name, data, os.getpid())
         finally:
             os.close(fd)
         return manifest
@@ -325,7 +327,7 @@ def opened(directory: Path, path: str, id: str, format: Format | None = None) ->
             )
         name = name.relative_to(directory)
     with contextlib.ExitStack() as stack:
-        fd = claims.open_directory(directory)
+        fd = open_directory(directory)
         stack.callback(os.close, fd)
         file, _ = images.open_disk(fd, directory, str(name), "disks[0].local_path")
         stack.callback(os.close, file.fd)

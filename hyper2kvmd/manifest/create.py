@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from hyper2kvmd import claims, images
+from hyper2kvmd import images
 from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.files import open_directory, timestamp
 from hyper2kvmd.manifest import bootsector, ovf
 from hyper2kvmd.manifest.bootsector import Firmware
 from hyper2kvmd.manifest.builder import SUFFIXES, ManifestBuilder, opened
-from hyper2kvmd.manifest.problems import plain, show
 from hyper2kvmd.manifest.rewrite import Dialect
 from hyper2kvmd.run import Tools
+from hyper2kvmd.text import plain, show
 
 _DISK_SUFFIXES = (*SUFFIXES, ".img")
 # The data of a disk whose description has the name without this, and VMware's list of changed blocks.
@@ -147,7 +148,7 @@ def describe(
         )
     for nic in was.nics:
         builder.add_nic(nic.mac, nic.network)
-    builder.with_pipeline().with_metadata(created_at=claims.timestamp(time.time()))
+    builder.with_pipeline().with_metadata(created_at=timestamp(time.time()))
     return Described(builder, sizes, tuple(warnings))
 
 
@@ -172,7 +173,7 @@ def _start(tools: Tools, source: images.Source) -> bytes:
 
 def _descriptor(path: Path) -> ovf.Ovf:
     """Read an .ovf. Raise OvfError or OSError."""
-    fd = claims.open_directory(path.parent.resolve())
+    fd = open_directory(path.parent.resolve())
     try:
         file, _ = images.open_disk(fd, path.parent.resolve(), path.name, "")
     except MigrationError as error:

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import yaml
 
 from hyper2kvmd.errors import Code, Finding
-from hyper2kvmd.manifest.problems import ManifestError, invalid, place, plain, show
+from hyper2kvmd.manifest.problems import ManifestError, invalid, place
+from hyper2kvmd.text import plain, show
 
 SIZE_LIMIT = 1 << 20
 DEPTH_LIMIT = 32

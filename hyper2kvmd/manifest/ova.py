@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.manifest.problems import plain, show
+from hyper2kvmd.text import plain, show
 
 MEMBER_LIMIT = 1000
 HEADER_LIMIT = 1 << 16  # bytes of one extended header

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.manifest import wire
-from hyper2kvmd.manifest.problems import PROBLEM_LIMIT, plain, show
+from hyper2kvmd.manifest.problems import PROBLEM_LIMIT
+from hyper2kvmd.text import plain, show
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.text import plain
 
 PROBLEM_LIMIT = 100  # a hostile file can have a hundred thousand; nobody reads that many
 
@@ -35,24 +35,6 @@ def invalid(message: str, hint: str, field: str | None = None) -> Finding:
     return Finding(Code.MANIFEST_INVALID, message, hint, field)
 
 
-def show(value: object) -> str:
-    """A value from a manifest for a message: in quotes if it is text, short, and harmless to terminals and logs."""
-    if isinstance(value, str):
-        return f"'{plain(value)}'"
-    if value is None or isinstance(value, bool):
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, int | float):
-        return str(value)
-    return "a table" if isinstance(value, dict) else "a list"
-
-
-def plain(text: str, limit: int = 80) -> str:
-    """Text from a manifest without what could harm terminals and logs, cut to about `limit` characters."""
-    # Cut first: escaping a megabyte is work.
-    kept = text[:limit] + ("…" if len(text) > limit else "")
-    return kept if kept.isprintable() else ascii(kept)[1:-1]
-
-
 def place(parts: Iterable[str | int]) -> str:
     """The path of a field as people write it: `disks[0].checksum`."""
     path = ""
@@ -62,10 +44,3 @@ def place(parts: Iterable[str | int]) -> str:
         else:
             path += ("." if path else "") + plain(part, 40)
     return path
-
-
-def nearest(word: object, known: Iterable[str]) -> str | None:
-    """The known word that was probably meant, if one is close."""
-    if not isinstance(word, str):
-        return None
-    return next(iter(difflib.get_close_matches(word.lower(), list(known), n=1)), None)

@@ -12,7 +12,8 @@ from pydantic_core import ErrorDetails
 
 from hyper2kvmd.errors import Code, Finding
 from hyper2kvmd.manifest import document, model, wire
-from hyper2kvmd.manifest.problems import PROBLEM_LIMIT, ManifestError, invalid, nearest, place, show
+from hyper2kvmd.manifest.problems import PROBLEM_LIMIT, ManifestError, invalid, place
+from hyper2kvmd.text import nearest, show
 
 # Only the Go library writes these; where it writes a stage, it leaves out what is false, zero or empty.
 _GO_FIX = {"backup", "print_fstab", "update_grub", "regen_initramfs", "fstab_mode", "remove_vmware_tools"}

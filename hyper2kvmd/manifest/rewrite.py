@@ -14,8 +14,8 @@ import yaml
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.manifest import model
-from hyper2kvmd.manifest.problems import show
 from hyper2kvmd.manifest.reader import parse
+from hyper2kvmd.text import show
 
 Dialect = Literal["seed", "go"]
 Document = dict[str, Any]

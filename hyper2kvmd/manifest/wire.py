@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from hyper2kvmd.manifest.problems import show
+from hyper2kvmd.text import show
 
 VERSION = "1.0"
 CHECKSUM = re.compile(r"sha256:[0-9a-fA-F]{64}")

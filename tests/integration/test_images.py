@@ -19,6 +19,7 @@ import pytest
 
 from hyper2kvmd import images
 from hyper2kvmd.errors import Cancelled, Code, MigrationError, Noted
+from hyper2kvmd.files import fsync_file
 from hyper2kvmd.imageheader import DRIVERS, Header
 from hyper2kvmd.manifest import Disk
 from hyper2kvmd.run import Tools
@@ -663,7 +664,7 @@ def test_publishing_never_overwrites_and_can_be_repeated(tmp_path: Path) -> None
     assert (partial.read_bytes(), final.read_bytes()) == (b"new", b"old")
     final.unlink()
     os.link(partial, final)  # as after a crash between the two steps
-    images.fsync_file(partial)
+    fsync_file(partial)
     images.publish(partial, final)
     assert final.read_bytes() == b"new"
     assert not partial.exists()

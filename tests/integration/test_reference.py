@@ -13,7 +13,7 @@ import pytest
 from hyper2kvmd import __main__ as daemon
 from hyper2kvmd import ctl
 from hyper2kvmd.errors import Code
-from hyper2kvmd.options import EXIT_MEANING
+from hyper2kvmd.exits import EXIT_MEANING
 from hyper2kvmd.settings import Settings
 from tests import reference
 

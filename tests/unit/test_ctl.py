@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hyper2kvmd.ctl import refused
-from hyper2kvmd.options import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION
+from hyper2kvmd.exits import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION
 
 
 @pytest.mark.parametrize(

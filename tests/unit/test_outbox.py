@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import claims, hooks, outbox, settings, webhook
+from hyper2kvmd import hooks, outbox, settings, webhook
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
+from hyper2kvmd.files import timestamp
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Hooks, Settings, Webhook, url_problem
 
@@ -182,7 +183,7 @@ def test_what_ended_before_the_first_run_counts_as_told(scratch: Settings, tmp_p
     config = with_hook(scratch, tmp_path)
     put(config, "old")
     assert (0, 0) == told(config)
-    put(config, "new", finished_at=claims.timestamp(time.time()))
+    put(config, "new", finished_at=timestamp(time.time()))
     assert (1, 0) == told(config)
     assert (0, 0) == told(config)
 
@@ -190,7 +191,7 @@ def test_what_ended_before_the_first_run_counts_as_told(scratch: Settings, tmp_p
 def test_what_ends_after_the_beginning_is_told_by_the_first_run(scratch: Settings, tmp_path: Path) -> None:
     config = with_hook(scratch, tmp_path)
     outbox.begin(config)
-    put(config, "web01", finished_at=claims.timestamp(time.time() + 1))
+    put(config, "web01", finished_at=timestamp(time.time() + 1))
     outbox.begin(config)
     assert (1, 0) == told(config)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hyper2kvmd.events import Event
-from hyper2kvmd.runner import Progress, duration
+from hyper2kvmd.runner import Progress
+from hyper2kvmd.text import duration
 
 
 def started(stage: str, total: int = 0) -> Event:

@@ -14,8 +14,8 @@ import hyper2kvmd
 from hyper2kvmd import __main__ as daemon
 from hyper2kvmd import claims, ctl
 from hyper2kvmd.errors import MEANING, Code
+from hyper2kvmd.exits import EXIT_MEANING
 from hyper2kvmd.metrics import Metrics
-from hyper2kvmd.options import EXIT_MEANING
 from tests import reference
 from tests.guests.recipe import GUESTS
 

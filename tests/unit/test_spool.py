@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from hyper2kvmd import claims, spool
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.files import write_durably
 from hyper2kvmd.report import HostRecord, ManifestRecord, Report
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import Look, State
@@ -322,10 +323,10 @@ def test_a_report_is_written_whole_or_not_at_all(make_export: MakeExport) -> Non
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
-    claims.write_durably(fd, "report", b"old", 1)
+    write_durably(fd, "report", b"old", 1)
     os.mkdir(tmp_path / ".report.2.tmp")
     with pytest.raises(OSError):
-        claims.write_durably(fd, "report", b"new", 2)
+        write_durably(fd, "report", b"new", 2)
     os.close(fd)
     assert b"old" == (tmp_path / "report").read_bytes()
 
