@@ -65,7 +65,7 @@ EXAMPLE = """\
 from pathlib import Path
 
 from hyper2kvmd.events import Event
-from hyper2kvmd.manifest import ManifestBuilder
+from hyper2kvmd.authoring.builder import ManifestBuilder
 from hyper2kvmd.migration import MigrationFailed, MigrationPipeline
 from hyper2kvmd.runner import Progress
 from hyper2kvmd.settings import load

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from hyper2kvmd import claims, images
+from hyper2kvmd.authoring import create, ova, rewrite
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_NOT_FOUND, EXIT_USAGE
 from hyper2kvmd.files import open_directory, write_durably
-from hyper2kvmd.manifest import Manifest, create, document, ova, parse, rewrite, wire
+from hyper2kvmd.manifest import Manifest, document, parse, wire
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.spool import read_manifest

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from hyper2kvmd import claims
-from hyper2kvmd.manifest import ArtifactManifest
+from hyper2kvmd.authoring.artifact import ArtifactManifest
 from hyper2kvmd.settings import Settings
 from tests.conftest import Ctl, MakeExport, report_of, run_job, write_manifest
 

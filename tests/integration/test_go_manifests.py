@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd.manifest import ArtifactManifest, document
-from hyper2kvmd.manifest.rewrite import dump
+from hyper2kvmd.authoring.artifact import ArtifactManifest
+from hyper2kvmd.authoring.rewrite import dump
+from hyper2kvmd.manifest import document
 from hyper2kvmd.settings import Settings
 from tests.conftest import Ctl, report_of
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hyper2kvmd.authoring import ova
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.manifest import ova
 
 DISK = os.urandom(100_000)
 OVF = b"<Envelope/>"

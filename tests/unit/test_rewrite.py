@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hyper2kvmd.authoring.rewrite import Change, Dialect, Measured, dump, rehash, relocate, upgrade
 from hyper2kvmd.manifest import Manifest, ManifestError, document, parse
-from hyper2kvmd.manifest.rewrite import Change, Dialect, Measured, dump, rehash, relocate, upgrade
 
 DATA = Path(__file__).parent.parent / "data" / "manifests"
 NAMES = ("seed.json", "go-vsphere.json", "go-everything.json", "go-everything.yaml")

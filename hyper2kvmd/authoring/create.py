@@ -14,12 +14,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from hyper2kvmd import images
+from hyper2kvmd.authoring import bootsector
+from hyper2kvmd.authoring.bootsector import Firmware
+from hyper2kvmd.authoring.builder import SUFFIXES, ManifestBuilder, opened
+from hyper2kvmd.authoring.rewrite import Dialect
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import open_directory, timestamp
-from hyper2kvmd.manifest import bootsector, ovf
-from hyper2kvmd.manifest.bootsector import Firmware
-from hyper2kvmd.manifest.builder import SUFFIXES, ManifestBuilder, opened
-from hyper2kvmd.manifest.rewrite import Dialect
+from hyper2kvmd.manifest import ovf
 from hyper2kvmd.run import Tools
 from hyper2kvmd.text import plain, show
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hyper2kvmd import imageheader, images
+from hyper2kvmd.authoring.rewrite import Dialect, dump, upgrade
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.files import open_directory, write_durably
 from hyper2kvmd.manifest import wire
 from hyper2kvmd.manifest.model import Configuration, Disk, Manifest, Part
 from hyper2kvmd.manifest.problems import ManifestError, invalid
 from hyper2kvmd.manifest.reader import parse
-from hyper2kvmd.manifest.rewrite import Dialect, dump, upgrade
 from hyper2kvmd.text import show
 
 Format = Literal["vmdk", "qcow2", "raw", "vhd", "vhdx", "vdi"]
