@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hyper2kvmd import boottest, claims, hooks, images, importer, report, reserve
+from hyper2kvmd import boottest, claims, hooks, importer, report, reserve
 from hyper2kvmd.domain import Domain, DomainDisk, Guest, to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted, Outcome
 from hyper2kvmd.files import write_durably
+from hyper2kvmd.image import qemu_img
+from hyper2kvmd.image.publish import publish
+from hyper2kvmd.image.source import check_unchanged, verify_checksum
 from hyper2kvmd.job import Job
 from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.messages import Kind
@@ -101,7 +104,7 @@ def migrate(job: Job, manifest: Manifest) -> None:
 
 def _branches(job: Job, plan: Plan, steps: Steps) -> None:
     """Run the three branches at the same time; the first that fails ends the others."""
-    job.record.tools.update(images.versions(job.tools))
+    job.record.tools.update(qemu_img.versions(job.tools))
     digests: dict[str, str] = {}
     branches = []
     if plan.verify:
@@ -138,7 +141,7 @@ def _verify(job: Job, plan: Plan, steps: Steps, digests: dict[str, str]) -> None
 
     def verify(disk: PlannedDisk) -> None:
         tell = job.progress("verify", disk.id, disk.source.size)
-        digests[disk.id] = images.verify(disk.source, job.tools.cancel, tell)
+        digests[disk.id] = verify_checksum(disk.source, job.tools.cancel, tell)
         steps.note_verified(disk, digests[disk.id])
 
     digests.update({disk.id: digest for disk in plan.disks if (digest := steps.verified(disk))})
@@ -168,7 +171,7 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
     with contextlib.ExitStack() as stack:
         with job.stage("inspect"):
             for disk in plan.disks:
-                images.create_overlay(job.tools, disk.overlay, disk.source)
+                qemu_img.create_overlay(job.tools, disk.overlay, disk.source)
             session = stack.enter_context(
                 open_guest(
                     [(disk.overlay, "qcow2") for disk in plan.disks],
@@ -287,7 +290,7 @@ def _convert(job: Job, plan: Plan, steps: Steps) -> None:
 
     def convert(disk: PlannedDisk) -> None:
         tell = job.progress("convert", disk.id, disk.source.virtual_size)
-        images.convert(
+        qemu_img.convert(
             job.tools, disk.source, disk.partial, plan.format, compress=plan.compress, on_progress=tell
         )  # fmt: skip
         steps.note_converted(disk)
@@ -305,7 +308,7 @@ def _commit(job: Job, plan: Plan, steps: Steps) -> None:
     with job.stage("commit"):
         steps.note_commit()
         for disk in plan.disks:
-            images.commit(job.tools, disk.overlay, disk.partial, plan.format)
+            qemu_img.commit(job.tools, disk.overlay, disk.partial, plan.format)
 
 
 def _validate(job: Job, plan: Plan) -> None:
@@ -314,11 +317,11 @@ def _validate(job: Job, plan: Plan) -> None:
         valid: dict[str, Any] = {}
         for disk in plan.disks:
             if plan.check:
-                images.check_target(job.tools, disk.partial, plan.format, disk.source.virtual_size)
+                qemu_img.check_target(job.tools, disk.partial, plan.format, disk.source.virtual_size)
             if plan.compare:
                 against = disk.overlay if plan.fix else None
-                images.compare(job.tools, disk.source, against, disk.partial, plan.format)
-            images.unchanged(disk.source)
+                qemu_img.compare(job.tools, disk.source, against, disk.partial, plan.format)
+            check_unchanged(disk.source)
             valid[disk.id] = {"checked": plan.check, "compared": plan.compare}
         looked = plan.check or plan.compare
         job.record.results["validate"] = {"all_valid": True if looked else None, "disks": valid}
@@ -329,7 +332,7 @@ def _publish(job: Job, items: Sequence[Item]) -> None:
     for item in items:
         job.claim.check()
         if item.file.is_at(item.file.path):
-            images.publish(Path(item.file.path), Path(item.final))
+            publish(Path(item.file.path), Path(item.final))
 
 
 def _describe_targets(job: Job, plan: Plan, finals: dict[str, Path]) -> None:
@@ -364,7 +367,7 @@ def _boot(job: Job, plan: Plan) -> None:
         for path in (*overlays, nvram):
             stack.callback(path.unlink, missing_ok=True)
         for disk, overlay in zip(disks, overlays, strict=True):
-            images.create_throw_away(job.tools, overlay, disk.partial, plan.format)
+            qemu_img.create_throw_away(job.tools, overlay, disk.partial, plan.format)
         _add_console(job, plan, dict(zip((disk.id for disk in disks), overlays, strict=True)))
         seconds = job.settings.validate_.boot_seconds * (1 if plan.accel == "kvm" else boottest.TCG_FACTOR)
         with importer.connect(job.settings.libvirt.uri) as connection:
@@ -472,7 +475,7 @@ def _import(job: Job, plan: Plan) -> None:
     with importer.connect(libvirt.uri) as connection:
         job.record.tools["libvirt"] = importer.version(connection)
         domain = _as_found(job, plan, _boot_order(job, plan))
-        disks = tuple(replace(disk, direct_io=images.direct_io(disk.path)) for disk in domain.disks)
+        disks = tuple(replace(disk, direct_io=qemu_img.direct_io(disk.path)) for disk in domain.disks)
         importer.define(
             connection,
             to_xml(replace(domain, disks=disks)),

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hyper2kvmd import accel, hardware, images, importer, reserve
+from hyper2kvmd import accel, hardware, importer, reserve
 from hyper2kvmd.domain import Domain, DomainDisk, DomainNic, domain_uuid, generated_mac
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.hardware import Card, Hardware
+from hyper2kvmd.image import qemu_img
+from hyper2kvmd.image.publish import output_exists
+from hyper2kvmd.image.source import Source, open_sources
 from hyper2kvmd.job import Job
 from hyper2kvmd.manifest import Manifest
 
@@ -24,7 +27,7 @@ LUKS_MEMORY_MB = 2304
 class PlannedDisk:
     """One disk: its source, and the files that it becomes. The final name appears only when all is done."""
 
-    source: images.Source
+    source: Source
     overlay: Path
     partial: Path
     final: Path
@@ -143,15 +146,15 @@ def make_plan(
     return plan
 
 
-def _sources(job: Job, manifest: Manifest, noted: Noted, stack: contextlib.ExitStack) -> tuple[images.Source, ...]:
+def _sources(job: Job, manifest: Manifest, noted: Noted, stack: contextlib.ExitStack) -> tuple[Source, ...]:
     """The open disks, without those that cannot be used."""
-    sources = images.open_sources(job.claim.fd, job.claim.directory, manifest.disks, stack, noted)
+    sources = open_sources(job.claim.fd, job.claim.directory, manifest.disks, stack, noted)
     job.sources = tuple(dict.fromkeys(file.name for source in sources for file in (source.file, source.data)))
     for source in sources:
         for finding in source.warnings:
             job.warn(finding)
         with noted:
-            images.check_source(job.tools, source)
+            qemu_img.check_source(job.tools, source)
     return sources
 
 
@@ -169,7 +172,7 @@ def _check_checksums(job: Job, manifest: Manifest, noted: Noted) -> None:
             noted.errors.append(MigrationError(Code.CHECKSUM_MISSING, message, hint, field=f"disks[{index}].checksum"))
 
 
-def _planned(job: Job, manifest: Manifest, source: images.Source, directory: Path, format: str) -> PlannedDisk:
+def _planned(job: Job, manifest: Manifest, source: Source, directory: Path, format: str) -> PlannedDisk:
     name = f"{manifest.slug}-{source.disk.id}.{format}"
     if wish := manifest.output.filename:
         # One name cannot serve several disks.
@@ -294,7 +297,7 @@ def _check_outputs(disks: Iterable[PlannedDisk], directory: Path, ours: set[Path
             )
     for disk in disks:
         if disk.final not in ours and os.path.lexists(disk.final):
-            noted.errors.append(images.output_exists(disk.final))
+            noted.errors.append(output_exists(disk.final))
 
 
 def needs(job: Job, plan: Plan, done: Callable[[PlannedDisk], bool]) -> list[reserve.Need]:
@@ -302,7 +305,7 @@ def needs(job: Job, plan: Plan, done: Callable[[PlannedDisk], bool]) -> list[res
     found = []
     if plan.target:
         for disk in plan.disks:
-            bytes = 0 if done(disk) else images.measure(job.tools, disk.source, plan.format)
+            bytes = 0 if done(disk) else qemu_img.measure(job.tools, disk.source, plan.format)
             # The fix is laid onto the disks at the end.
             more = FIX_SPACE // len(plan.disks) if plan.fix else 0
             found.append(reserve.Need(str(disk.final.parent), bytes + more, (str(disk.partial),), "output_dir"))

@@ -248,7 +248,7 @@ def _failure(command: list[str], done: Done) -> MigrationError:
             "Free some space on that file system, or set output_dir or work_dir to a larger one.",
             tail=tail(done.stderr),
         )
-    # What a tool could not read is the source's fault, not the storage's: see images.convert().
+    # What a tool could not read is the source's fault, not the storage's: see qemu_img.convert().
     if any(reason in done.stderr for reason in _STORAGE) and "while reading" not in done.stderr:
         return MigrationError(
             Code.IO_ERROR,

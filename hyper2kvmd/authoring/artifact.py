@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyper2kvmd import images, spool
+from hyper2kvmd import spool
 from hyper2kvmd.errors import Code, MigrationError, Noted
 from hyper2kvmd.files import open_directory
+from hyper2kvmd.image.source import check_unchanged, open_sources, verify_checksum
 from hyper2kvmd.manifest import Disk, Manifest, parse
 
 
@@ -51,13 +52,15 @@ class ArtifactManifest:
         with contextlib.ExitStack() as stack:
             fd = open_directory(directory)
             stack.callback(os.close, fd)
-            for source in images.open_sources(fd, directory, self.manifest.disks, stack, noted):
+            for source in open_sources(fd, directory, self.manifest.disks, stack, noted):
                 id = source.disk.id
                 if source.disk.sha256 is None:
                     continue
                 with noted:
-                    digests[id] = images.verify(source, cancel or threading.Event(), functools.partial(on_progress, id))
-                    images.unchanged(source)
+                    digests[id] = verify_checksum(
+                        source, cancel or threading.Event(), functools.partial(on_progress, id)
+                    )
+                    check_unchanged(source)
         noted.check()
         return digests
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hyper2kvmd import imageheader, images
 from hyper2kvmd.authoring.rewrite import Dialect, dump, upgrade
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.files import open_directory, write_durably
+from hyper2kvmd.image.header import examine
+from hyper2kvmd.image.source import OpenDisk, Source, check_unchanged, open_disk, open_sources, sha256
 from hyper2kvmd.manifest import wire
 from hyper2kvmd.manifest.model import Configuration, Disk, Manifest, Part
 from hyper2kvmd.manifest.problems import ManifestError, invalid
@@ -120,8 +121,8 @@ class ManifestBuilder:
                         what = f"{source.name} is the file of the disk {other} already"
                         self._problems.append(invalid(what, "Give each disk its own file.", f"{field}.local_path"))
                 if checksum is True:
-                    digest = images.sha256(source, threading.Event(), on_progress)
-                    images.unchanged(source)
+                    digest = sha256(source, threading.Event(), on_progress)
+                    check_unchanged(source)
         except MigrationError as error:
             found = error.problems or (error.finding(),)
             self._problems += [replace(finding, field=_moved(finding.field, field)) for finding in found]
@@ -309,10 +310,10 @@ _NAME = "manifest.json"
 
 
 @contextlib.contextmanager
-def opened(directory: Path, path: str, id: str, format: Format | None = None) -> Iterator[images.Source]:
+def opened(directory: Path, path: str, id: str, format: Format | None = None) -> Iterator[Source]:
     """A disk of a manifest in `directory`, open and examined, in the format that its content and its name agree on.
 
-    Raise MigrationError as images.open_sources() does, also for a file outside of the directory.
+    Raise MigrationError as open_sources() does, also for a file outside of the directory.
     """
     directory = directory.resolve()
     name = Path(path)
@@ -329,7 +330,7 @@ def opened(directory: Path, path: str, id: str, format: Format | None = None) ->
     with contextlib.ExitStack() as stack:
         fd = open_directory(directory)
         stack.callback(os.close, fd)
-        file, _ = images.open_disk(fd, directory, str(name), "disks[0].local_path")
+        file, _ = open_disk(fd, directory, str(name), "disks[0].local_path")
         stack.callback(os.close, file.fd)
         try:
             found = format or _find_format(file, directory / name)
@@ -347,18 +348,18 @@ def opened(directory: Path, path: str, id: str, format: Format | None = None) ->
             label=None,
         )
         noted = Noted()
-        sources = images.open_sources(fd, directory, [disk], stack, noted)
+        sources = open_sources(fd, directory, [disk], stack, noted)
         noted.check()
         yield sources[0]
 
 
-def _find_format(file: images.OpenDisk, path: Path) -> Format:
+def _find_format(file: OpenDisk, path: Path) -> Format:
     """The format that the content has; one that the name denies is refused, as guests can write what looks like one."""
     named = SUFFIXES.get(path.suffix.lower())
     mismatch = None
     for format in _FORMATS:
         try:
-            imageheader.examine(file.fd, file.size, format, str(path))
+            examine(file.fd, file.size, format, str(path))
         except MigrationError as error:
             if error.code == Code.FORMAT_MISMATCH:
                 # That of raw says best what else the file is.

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from hyper2kvmd import images
 from hyper2kvmd.authoring import bootsector
 from hyper2kvmd.authoring.bootsector import Firmware
 from hyper2kvmd.authoring.builder import SUFFIXES, ManifestBuilder, opened
 from hyper2kvmd.authoring.rewrite import Dialect
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import open_directory, timestamp
+from hyper2kvmd.image import qemu_img
+from hyper2kvmd.image.source import Source, open_disk
 from hyper2kvmd.manifest import ovf
 from hyper2kvmd.run import Tools
 from hyper2kvmd.text import plain, show
@@ -159,7 +160,7 @@ def _gib(mib: int | None) -> float | None:
     return mib // 1024 if mib % 1024 == 0 else mib / 1024
 
 
-def _start(tools: Tools, source: images.Source) -> bytes:
+def _start(tools: Tools, source: Source) -> bytes:
     """The first MiB that the guest sees. Raise MigrationError or OSError."""
     if source.header.format == "raw":
         return os.pread(source.data.fd, bootsector.READ_BYTES, 0)
@@ -167,7 +168,7 @@ def _start(tools: Tools, source: images.Source) -> bytes:
         start = Path(directory) / "start"
         tools.run(
             "qemu-img", "dd", "-O", "raw", f"bs={bootsector.READ_BYTES}", "count=1", f"if={source.node}",
-            f"of={start}", limits=images.WORK_LIMITS, timeout=60,
+            f"of={start}", limits=qemu_img.WORK_LIMITS, timeout=60,
         )  # fmt: skip
         return start.read_bytes()
 
@@ -176,7 +177,7 @@ def _descriptor(path: Path) -> ovf.Ovf:
     """Read an .ovf. Raise OvfError or OSError."""
     fd = open_directory(path.parent.resolve())
     try:
-        file, _ = images.open_disk(fd, path.parent.resolve(), path.name, "")
+        file, _ = open_disk(fd, path.parent.resolve(), path.name, "")
     except MigrationError as error:
         raise ovf.unreadable(path.name, error.message) from None
     finally:

@@ -30,13 +30,14 @@ from typing import Any
 import libvirt
 from rich.console import Console
 
-from hyper2kvmd import accel, claims, images, importer, reserve, spool
+from hyper2kvmd import accel, claims, importer, reserve, spool
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.domain import Domain, DomainDisk, DomainNic, generated_mac, to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
 from hyper2kvmd.guest import keys
 from hyper2kvmd.guest.session import check_host, open_guest
+from hyper2kvmd.image import qemu_img
 from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.plan import FIX_SPACE, LUKS_MEMORY_MB
 from hyper2kvmd.run import Tools, environment, qemu
@@ -505,7 +506,7 @@ def _room(directory: Path, field: str) -> str:
     detail = _space(directory, field)
     try:
         with _file_in(directory) as file:
-            direct = images.direct_io(file)
+            direct = qemu_img.direct_io(file)
     except OSError as error:
         user = claims.user_name(os.geteuid())
         raise MigrationError(

@@ -17,12 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from hyper2kvmd import claims, images
+from hyper2kvmd import claims
 from hyper2kvmd.authoring import create, ova, rewrite
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_NOT_FOUND, EXIT_USAGE
 from hyper2kvmd.files import open_directory, write_durably
+from hyper2kvmd.image.source import check_unchanged, open_sources, sha256
 from hyper2kvmd.manifest import Manifest, document, parse, wire
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
@@ -261,11 +262,11 @@ def _measure(file: _File) -> list[rewrite.Measured]:
     # With a checksum, a wrong size is no error but a warning: here both are to be corrected.
     disks = [disk.model_copy(update={"sha256": disk.sha256 or "0" * 64}) for disk in file.manifest.disks]
     with contextlib.ExitStack() as stack, bars() as tell:
-        sources = images.open_sources(file.dir_fd, file.path.parent.resolve(), disks, stack, noted)
+        sources = open_sources(file.dir_fd, file.path.parent.resolve(), disks, stack, noted)
         noted.check()
         for source in sources:
-            digest = images.sha256(source, threading.Event(), functools.partial(tell, source.disk.id))
-            images.unchanged(source)
+            digest = sha256(source, threading.Event(), functools.partial(tell, source.disk.id))
+            check_unchanged(source)
             wrong = any(finding.code == Code.DISK_SIZE for finding in source.warnings)
             measured.append(rewrite.Measured(digest, source.size if wrong else None))
     return measured

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hyper2kvmd import images, journal, reserve
+from hyper2kvmd import journal, reserve
 from hyper2kvmd.claims import Claim
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.manifest import bars
@@ -19,6 +19,7 @@ from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.events import Emitter
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.files import open_directory
+from hyper2kvmd.image.source import verify_checksum
 from hyper2kvmd.job import Job, job_id
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.plan import make_plan, memory_mb, needs
@@ -97,6 +98,6 @@ def _check(
     with bars() as tell:
         for disk in plan.disks if checksums else ():
             with noted:
-                images.verify(disk.source, job.tools.cancel, partial(tell, disk.id))
+                verify_checksum(disk.source, job.tools.cancel, partial(tell, disk.id))
     warnings += job.record.warnings
     return manifest

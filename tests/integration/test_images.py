@@ -17,10 +17,13 @@ from typing import Any, Literal
 
 import pytest
 
-from hyper2kvmd import images
 from hyper2kvmd.errors import Cancelled, Code, MigrationError, Noted
 from hyper2kvmd.files import fsync_file
-from hyper2kvmd.imageheader import DRIVERS, Header
+from hyper2kvmd.image import qemu_img
+from hyper2kvmd.image.header import DRIVERS
+from hyper2kvmd.image.header.reader import Header
+from hyper2kvmd.image.publish import publish
+from hyper2kvmd.image.source import OpenDisk, Source, check_unchanged, open_sources, sha256
 from hyper2kvmd.manifest import Disk
 from hyper2kvmd.run import Tools
 from tests.unit.test_imageheader import vmware_stream
@@ -52,13 +55,13 @@ HEALTHY: dict[str, tuple[Format, tuple[str, ...]]] = {
 SIZES = {"whole MiB": 40 * MIB, "odd": 40 * MIB + 7 * 512}
 
 
-def qemu_img(*words: str | Path) -> subprocess.CompletedProcess[str]:
+def run_qemu_img(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["qemu-img", *map(str, words)], capture_output=True, text=True, check=False)
 
 
 def make(path: Path, kind: str, raw: Path) -> Path:
     format, options = HEALTHY[kind]
-    done = qemu_img("convert", "-f", "raw", "-O", DRIVERS[format], *options, raw, path)
+    done = run_qemu_img("convert", "-f", "raw", "-O", DRIVERS[format], *options, raw, path)
     assert done.returncode == 0, done.stderr
     return path
 
@@ -96,12 +99,12 @@ def disk(
 
 
 @contextlib.contextmanager
-def opened(export: Path, *disks: Disk) -> Iterator[tuple[images.Source, ...]]:
+def opened(export: Path, *disks: Disk) -> Iterator[tuple[Source, ...]]:
     fd = os.open(export, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.ExitStack() as stack:
             noted = Noted()
-            sources = images.open_sources(fd, export, disks, stack, noted)
+            sources = open_sources(fd, export, disks, stack, noted)
             noted.check()
             yield sources
     finally:
@@ -115,7 +118,7 @@ def ignore(_: float) -> None:
 def refusal(export: Path, item: Disk) -> MigrationError:
     """The error with which a disk is refused by what runs before the first byte is copied."""
     with pytest.raises(MigrationError) as caught, opened(export, item) as (source,):
-        images.check_source(Tools(), source)
+        qemu_img.check_source(Tools(), source)
     assert caught.value.hint
     assert CANARY.decode()[:20] not in str(caught.value) + caught.value.tail
     return caught.value
@@ -129,17 +132,17 @@ def test_every_healthy_image_comes_through_unchanged(kind: str, raw: Path, expor
     path = make(export / "disk", kind, raw)
     size = raw.stat().st_size
     with opened(export, disk(path, HEALTHY[kind][0])) as (source,):
-        images.check_source(Tools(), source)
+        qemu_img.check_source(Tools(), source)
         assert source.virtual_size == size
         for format in ("qcow2", "raw"):
             target, ratios = tmp_path / f"target.{format}", list[float]()
-            images.convert(Tools(), source, target, format, compress=False, on_progress=ratios.append)
-            assert qemu_img("compare", "-f", "raw", "-F", format, raw, target).returncode == 0
-            images.check_target(Tools(), target, format, size)
-            images.compare(Tools(), source, None, target, format)
+            qemu_img.convert(Tools(), source, target, format, compress=False, on_progress=ratios.append)
+            assert run_qemu_img("compare", "-f", "raw", "-F", format, raw, target).returncode == 0
+            qemu_img.check_target(Tools(), target, format, size)
+            qemu_img.compare(Tools(), source, None, target, format)
             assert ratios[-1] == 1.0
             assert ratios == sorted(ratios)
-        images.unchanged(source)
+        check_unchanged(source)
 
 
 @pytest.mark.parametrize("format", ["qcow2", "raw"])
@@ -152,17 +155,17 @@ def test_committing_the_overlay_gives_what_flattening_it_gives(
     overlay, target, flat = tmp_path / "work" / "overlay.qcow2", tmp_path / "target", tmp_path / "flat"
     tools = Tools()
     with opened(export, disk(path, HEALTHY[kind][0])) as (source,):
-        images.create_overlay(tools, overlay, source)
+        qemu_img.create_overlay(tools, overlay, source)
         for command in ("write -P 7 0 4096", "write -P 8 20M 1M", f"write -P 9 {source.virtual_size - 512} 512"):
             subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, overlay], check=True, capture_output=True)
-        assert qemu_img("convert", "-f", "qcow2", "-O", "raw", overlay, flat).returncode == 0
-        images.convert(tools, source, target, format, compress=format == "qcow2", on_progress=ignore)
-        images.commit(tools, overlay, target, format)
-        images.check_target(tools, target, format, source.virtual_size)
-        assert qemu_img("compare", "-f", "raw", "-F", format, flat, target).returncode == 0
-        images.compare(tools, source, overlay, target, format)
+        assert run_qemu_img("convert", "-f", "qcow2", "-O", "raw", overlay, flat).returncode == 0
+        qemu_img.convert(tools, source, target, format, compress=format == "qcow2", on_progress=ignore)
+        qemu_img.commit(tools, overlay, target, format)
+        qemu_img.check_target(tools, target, format, source.virtual_size)
+        assert run_qemu_img("compare", "-f", "raw", "-F", format, flat, target).returncode == 0
+        qemu_img.compare(tools, source, overlay, target, format)
         with pytest.raises(MigrationError, match="mismatch") as caught:
-            images.compare(tools, source, None, target, format)
+            qemu_img.compare(tools, source, None, target, format)
         assert caught.value.code == Code.VALIDATION_FAILED
     assert {file.name: file.read_bytes() for file in export.iterdir()} == before
 
@@ -171,14 +174,14 @@ def test_compare_is_not_fooled_by_an_overlay_that_lies_on_the_target(raw: Path, 
     path = make(export / "disk", "streamOptimized", raw)
     overlay, target = tmp_path / "overlay.qcow2", tmp_path / "target"
     with opened(export, disk(path, "vmdk")) as (source,):
-        images.create_overlay(Tools(), overlay, source)
-        images.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
-        images.commit(Tools(), overlay, target, "raw")
+        qemu_img.create_overlay(Tools(), overlay, source)
+        qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
+        qemu_img.commit(Tools(), overlay, target, "raw")
         with target.open("r+b") as file:
             file.seek(5 * MIB)
             file.write(b"damage")
         with pytest.raises(MigrationError, match="mismatch"):
-            images.compare(Tools(), source, overlay, target, "raw")
+            qemu_img.compare(Tools(), source, overlay, target, "raw")
 
 
 def test_vhd_of_a_maker_whose_geometry_is_too_small_keeps_its_end(raw: Path, export: Path, tmp_path: Path) -> None:
@@ -189,13 +192,13 @@ def test_vhd_of_a_maker_whose_geometry_is_too_small_keeps_its_end(raw: Path, exp
     footer[64:68] = bytes(4)
     footer[64:68] = struct.pack(">I", ~sum(footer) & 0xFFFFFFFF)
     path.write_bytes(data[:-512] + footer)
-    assert f"({raw.stat().st_size} bytes)" not in qemu_img("info", "-f", "vpc", path).stdout
+    assert f"({raw.stat().st_size} bytes)" not in run_qemu_img("info", "-f", "vpc", path).stdout
     overlay, target = tmp_path / "overlay", tmp_path / "target"
     with opened(export, disk(path, "vhd")) as (source,):
-        images.check_source(Tools(), source)
-        images.create_overlay(Tools(), overlay, source)
-        assert qemu_img("compare", "-f", "raw", "-F", "qcow2", raw, overlay).returncode == 0
-        images.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
+        qemu_img.check_source(Tools(), source)
+        qemu_img.create_overlay(Tools(), overlay, source)
+        assert run_qemu_img("compare", "-f", "raw", "-F", "qcow2", raw, overlay).returncode == 0
+        qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
     assert target.read_bytes() == raw.read_bytes()
 
 
@@ -205,8 +208,8 @@ def test_stream_as_vmware_writes_it_comes_through_unchanged(raw: Path, export: P
     path.write_bytes(vmware_stream(content))
     target = tmp_path / "target"
     with opened(export, disk(path, "vmdk")) as (source,):
-        images.check_source(Tools(), source)
-        images.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
+        qemu_img.check_source(Tools(), source)
+        qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
     assert target.read_bytes() == content
     for missing in (1, 512, 1536, path.stat().st_size // 10):
         path.write_bytes(vmware_stream(content)[:-missing])
@@ -216,7 +219,7 @@ def test_stream_as_vmware_writes_it_comes_through_unchanged(raw: Path, export: P
 def test_renamed_stream_is_converted(raw: Path, export: Path) -> None:
     path = make(export / "name-in-the-descriptor.vmdk", "streamOptimized", raw).rename(export / "other, name=x:y.vmdk")
     with opened(export, disk(path, "vmdk")) as (source,):
-        images.check_source(Tools(), source)
+        qemu_img.check_source(Tools(), source)
 
 
 def test_source_replaced_after_the_check_is_not_read(raw: Path, export: Path, tmp_path: Path) -> None:
@@ -226,19 +229,19 @@ def test_source_replaced_after_the_check_is_not_read(raw: Path, export: Path, tm
         other.write_bytes(CANARY)
         other.rename(path)
         target = tmp_path / "target"
-        images.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
+        qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
         assert target.read_bytes() == raw.read_bytes()
 
 
 def test_source_written_to_during_the_migration_is_noticed(raw: Path, export: Path) -> None:
     path = make(export / "disk.raw", "raw", raw)
     with opened(export, disk(path, "raw")) as (source,):
-        images.unchanged(source)
+        check_unchanged(source)
         with path.open("r+b") as file:
             file.write(b"x")
         os.utime(path, ns=(0, 1))
         with pytest.raises(MigrationError) as caught:
-            images.unchanged(source)
+            check_unchanged(source)
         assert caught.value.code == Code.SOURCE_CHANGED
 
 
@@ -247,8 +250,8 @@ def test_measured_size_is_enough(raw: Path, export: Path, tmp_path: Path) -> Non
     target = tmp_path / "target"
     with opened(export, disk(path, "vmdk")) as (source,):
         for format in ("qcow2", "raw"):
-            need = images.measure(Tools(), source, format)
-            images.convert(Tools(), source, target, format, compress=False, on_progress=ignore)
+            need = qemu_img.measure(Tools(), source, format)
+            qemu_img.convert(Tools(), source, target, format, compress=False, on_progress=ignore)
             assert target.stat().st_blocks * 512 <= need
             target.unlink()
 
@@ -257,12 +260,12 @@ def test_sha256_is_that_of_the_file(raw: Path, export: Path) -> None:
     path = make(export / "disk", "streamOptimized", raw)
     ratios: list[float] = []
     with opened(export, disk(path, "vmdk")) as (source,):
-        assert images.sha256(source, threading.Event(), ratios.append) == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert sha256(source, threading.Event(), ratios.append) == hashlib.sha256(path.read_bytes()).hexdigest()
         assert ratios[-1] == 1.0
         cancel = threading.Event()
         cancel.set()
         with pytest.raises(Cancelled):
-            images.sha256(source, cancel, ignore)
+            sha256(source, cancel, ignore)
 
 
 # Damaged images -------------------------------------------------------------------------------------------
@@ -296,8 +299,8 @@ def test_truncated_image_is_refused_unless_it_still_holds_all(
     target = tmp_path / "target"
     try:
         with opened(export, disk(path, HEALTHY[kind][0])) as (source,):
-            images.check_source(Tools(), source)
-            images.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
+            qemu_img.check_source(Tools(), source)
+            qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
     except MigrationError as error:
         assert error.code == Code.IMAGE_CORRUPT, error
     else:
@@ -326,7 +329,7 @@ def test_cancelled_conversion_ends_at_once(raw: Path, export: Path, tmp_path: Pa
     tools = Tools()
     tools.cancel.set()
     with opened(export, disk(path, "raw")) as (source,), pytest.raises(Cancelled):
-        images.convert(tools, source, tmp_path / "target", "qcow2", compress=False, on_progress=ignore)
+        qemu_img.convert(tools, source, tmp_path / "target", "qcow2", compress=False, on_progress=ignore)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
@@ -337,7 +340,7 @@ def test_full_file_system_is_no_space(raw: Path, export: Path, tmp_path: Path) -
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", small], check=True)
     try:
         with opened(export, disk(path, "raw")) as (source,), pytest.raises(MigrationError) as caught:
-            images.convert(Tools(), source, small / "target", "qcow2", compress=False, on_progress=ignore)
+            qemu_img.convert(Tools(), source, small / "target", "qcow2", compress=False, on_progress=ignore)
         assert caught.value.code == Code.NO_SPACE
     finally:
         subprocess.run(["umount", small], check=True)
@@ -354,7 +357,7 @@ def vmdk_text(extent: str, *, kind: str = "monolithicFlat", more: str = "") -> b
 
 
 def qcow2(path: Path, *options: str) -> bytes:
-    assert qemu_img("create", "-f", "qcow2", *options, path, "1M").returncode == 0
+    assert run_qemu_img("create", "-f", "qcow2", *options, path, "1M").returncode == 0
     data = path.read_bytes()
     path.unlink()
     return data
@@ -366,7 +369,7 @@ def patched(data: bytes, offset: int, value: bytes) -> bytes:
 
 def sparse(subformat: str, directory: Path, edit: Callable[[bytes], bytes]) -> bytes:
     path = directory / "made.vmdk"
-    assert qemu_img("create", "-f", "vmdk", "-o", f"subformat={subformat}", path, "1M").returncode == 0
+    assert run_qemu_img("create", "-f", "vmdk", "-o", f"subformat={subformat}", path, "1M").returncode == 0
     data = path.read_bytes()
     path.unlink()
     text = data[512 : 21 * 512].split(b"\0")[0]
@@ -522,15 +525,15 @@ def test_second_line_of_defence_sees_a_backing_file_by_itself(export: Path) -> N
     path = export / "disk"
     other = export / "other"
     other.write_bytes(CANARY.ljust(MIB, b"x"))
-    assert qemu_img("create", "-f", "qcow2", "-b", other, "-F", "raw", path).returncode == 0
+    assert run_qemu_img("create", "-f", "qcow2", "-b", other, "-F", "raw", path).returncode == 0
     fd = os.open(path, os.O_RDONLY)
     status = os.fstat(fd)
-    file = images.OpenDisk(fd, "disk", status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    source = images.Source(disk(path, "qcow2"), file, file, Header("qcow2", MIB), "disks[0]")
+    file = OpenDisk(fd, "disk", status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    source = Source(disk(path, "qcow2"), file, file, Header("qcow2", MIB), "disks[0]")
     try:
         with pytest.raises(MigrationError) as caught:
-            images.check_source(Tools(), source)
-        images.convert(Tools(), source, export / "out", "raw", compress=False, on_progress=ignore)
+            qemu_img.check_source(Tools(), source)
+        qemu_img.convert(Tools(), source, export / "out", "raw", compress=False, on_progress=ignore)
         assert (export / "out").read_bytes() == bytes(MIB)
     finally:
         os.close(fd)
@@ -659,13 +662,13 @@ def test_publishing_never_overwrites_and_can_be_repeated(tmp_path: Path) -> None
     partial.write_bytes(b"new")
     final.write_bytes(b"old")
     with pytest.raises(MigrationError) as caught:
-        images.publish(partial, final)
+        publish(partial, final)
     assert caught.value.code == Code.OUTPUT_EXISTS
     assert (partial.read_bytes(), final.read_bytes()) == (b"new", b"old")
     final.unlink()
     os.link(partial, final)  # as after a crash between the two steps
     fsync_file(partial)
-    images.publish(partial, final)
+    publish(partial, final)
     assert final.read_bytes() == b"new"
     assert not partial.exists()
 
@@ -675,7 +678,7 @@ def test_target_that_exists_is_not_touched(raw: Path, export: Path, tmp_path: Pa
     target = tmp_path / "target"
     target.symlink_to(tmp_path / "elsewhere")
     with opened(export, disk(path, "raw")) as (source,), pytest.raises(MigrationError) as caught:
-        images.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
+        qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
     assert caught.value.code == Code.OUTPUT_EXISTS
     assert not (tmp_path / "elsewhere").exists()
 
@@ -684,7 +687,7 @@ def test_progress_is_found_however_it_is_cut() -> None:
     written = b"    (0.00/100%)\r    (12.34/100%)\r    (99.99/100%)\r    (100.00/100%)\r\n"
     for size in range(1, len(written) + 1):
         ratios: list[float] = []
-        progress = images._Progress(ratios.append)
+        progress = qemu_img._Progress(ratios.append)
         for start in range(0, len(written), size):
             progress(written[start : start + size])
         assert ratios == sorted(set(ratios))
@@ -696,13 +699,13 @@ def test_damaged_target_fails_validation(raw: Path, export: Path, tmp_path: Path
     path = make(export / "disk", "raw", raw)
     target = tmp_path / "target"
     with opened(export, disk(path, "raw")) as (source,):
-        images.convert(Tools(), source, target, "qcow2", compress=False, on_progress=ignore)
+        qemu_img.convert(Tools(), source, target, "qcow2", compress=False, on_progress=ignore)
     with pytest.raises(MigrationError) as caught:
-        images.check_target(Tools(), target, "qcow2", MIB)
+        qemu_img.check_target(Tools(), target, "qcow2", MIB)
     assert caught.value.code == Code.VALIDATION_FAILED
     cut(target, 200_000)
     with pytest.raises(MigrationError) as caught:
-        images.check_target(Tools(), target, "qcow2", raw.stat().st_size)
+        qemu_img.check_target(Tools(), target, "qcow2", raw.stat().st_size)
     assert caught.value.code == Code.VALIDATION_FAILED
 
 
@@ -712,8 +715,8 @@ def test_direct_io_is_what_the_file_system_can(tmp_path: Path) -> None:
     try:
         os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
     except OSError:
-        assert not images.direct_io(file)
+        assert not qemu_img.direct_io(file)
     else:
-        assert images.direct_io(file)
+        assert qemu_img.direct_io(file)
     with pytest.raises(FileNotFoundError):
-        images.direct_io(tmp_path / "missing")
+        qemu_img.direct_io(tmp_path / "missing")

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.imageheader import DRIVERS, Header, examine
+from hyper2kvmd.image.header import DRIVERS, examine
+from hyper2kvmd.image.header.reader import Header
 
 MIB = 1 << 20
 SECTOR = 512

@@ -1,0 +1,1 @@
+"""Disk images: what their headers say, opened safely, and what qemu-img does with them."""

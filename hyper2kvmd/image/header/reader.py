@@ -1,0 +1,80 @@
+"""What every reader of a format works with: the file with bounds, and what it makes of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from array import array
+from dataclasses import dataclass
+
+from hyper2kvmd.errors import Code, MigrationError
+
+SECTOR = 512
+VIRTUAL_SIZE_LIMIT = 64 << 40
+
+_EXPORT_AGAIN = "Copy the disk again, or export the VM again."
+MERGE = "Remove the VM's snapshots so that each disk is one file, and export the VM again."
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image says of itself.
+
+    `format` is qemu's name of the driver that reads the data, `virtual_size` the disk's size in bytes.
+    With `flat_extent`, the image is a text that names the file beside it which holds the data, as raw.
+    """
+
+    format: str
+    virtual_size: int
+    subformat: str | None = None
+    flat_extent: str | None = None
+
+
+@dataclass(frozen=True)
+class Image:
+    """A file with bounds: nothing is read from behind its end, and every complaint names it."""
+
+    fd: int
+    size: int
+    name: str
+
+    def read(self, offset: int, length: int, what: str) -> bytes:
+        """Exactly `length` bytes, or an error which says that `what` is cut off."""
+        self.holds(offset, length, what)
+        data = os.pread(self.fd, length, offset)
+        while len(data) < length:
+            more = os.pread(self.fd, length - len(data), offset + len(data))
+            if not more:
+                raise self.truncated(what, offset + length)
+            data += more
+        return data
+
+    def holds(self, offset: int, length: int, what: str) -> None:
+        """Make sure that the file reaches as far as that."""
+        if offset + length > self.size:
+            raise self.truncated(what, offset + length)
+
+    def truncated(self, what: str, needed: int) -> MigrationError:
+        return self.corrupt(f"has {self.size} bytes, but {what} needs {needed}: it is truncated or damaged")
+
+    def corrupt(self, what: str) -> MigrationError:
+        return MigrationError(Code.IMAGE_CORRUPT, f"{self.name} {what}", _EXPORT_AGAIN)
+
+    def refused(self, what: str) -> MigrationError:
+        return MigrationError(
+            Code.IMAGE_UNSAFE,
+            f"{self.name} {what}",
+            "Do not open this file on the host. Find out where it comes from, then export the VM again.",
+        )
+
+    def unsupported(self, what: str, hint: str) -> MigrationError:
+        return MigrationError(Code.FORMAT_UNSUPPORTED, f"{self.name} {what}", hint)
+
+
+def integers(data: bytes, kind: str, *, big: bool = False) -> array[int]:
+    """Unpack unsigned integers: I has 32 bits, Q has 64."""
+    numbers = array(kind)
+    numbers.frombytes(data)
+    if big != (sys.byteorder == "big"):
+        numbers.byteswap()
+    return numbers

@@ -1,0 +1,170 @@
+"""VMDK: the text that describes a flat extent, and sparse extents, streams included."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+
+from hyper2kvmd.image.header.reader import MERGE, SECTOR, Header, Image, integers
+
+_AT_END = 0xFFFFFFFFFFFFFFFF
+_COMPRESSED, _MARKERS = 1 << 16, 1 << 17
+_DESCRIPTOR_LIMIT = 20 * SECTOR  # how much of it qemu looks at, whatever the header says
+_EXTENT = re.compile(r'(RW|RDONLY|NOACCESS)\s+(\d{1,18})\s+(\w+)(?:\s+"([^"]*)"(?:\s+(\d{1,18}))?.*)?')
+_SETTING = re.compile(r'([\w.]+)\s*=\s*"?([^"]*)"?')
+
+
+@dataclass(frozen=True)
+class _Sparse:
+    """The header of a sparse VMDK extent; offsets and sizes in sectors."""
+
+    flags: int
+    capacity: int
+    grain: int
+    descriptor: int
+    descriptor_size: int
+    entries_per_table: int
+    directory: int
+
+    @classmethod
+    def parse(cls, data: bytes) -> _Sparse:
+        flags, capacity, grain, descriptor, descriptor_size, entries, _, directory = struct.unpack_from(
+            "<IQQQQIQQ", data, 8
+        )
+        return cls(flags, capacity, grain, descriptor, descriptor_size, entries, directory)
+
+
+@dataclass(frozen=True)
+class _Descriptor:
+    """The text of a VMDK: its settings, and its extents as (sectors, type, file, offset)."""
+
+    settings: dict[str, str]
+    extents: tuple[tuple[int, str, str, int], ...]
+
+
+def read_vmdk(image: Image) -> Header:
+    """The header of a VMDK, sparse or a description. Raise MigrationError like read_vdi()."""
+    magic = os.pread(image.fd, 4, 0)
+    if magic == b"COWD":
+        raise image.unsupported("is an ESX snapshot or thin disk (COWD), which refers to others", MERGE)
+    return _vmdk_sparse(image) if magic == b"KDMV" else _vmdk_text(image)
+
+
+def _vmdk_text(image: Image) -> Header:
+    if image.size > 1 << 16:
+        raise image.unsupported(f"is a descriptor of {image.size} bytes: more than 65536 are not read", MERGE)
+    descriptor = _descriptor(image, image.read(0, image.size, "the descriptor"))
+    kind = descriptor.settings["createtype"]
+    for _, extent_kind, file, _ in descriptor.extents:
+        if extent_kind == "ZERO":
+            continue
+        if not file or file.startswith(".") or not file.isprintable() or re.search(r"[/\\:]|\.\.", file):
+            raise image.refused(f"takes its data from {file!r}, which is not the name of a file beside it")
+    if kind.lower() not in ("monolithicflat", "vmfs") or len(descriptor.extents) != 1:
+        what = f"is of the type {kind} with {len(descriptor.extents)} extents, which is not supported"
+        raise image.unsupported(what, f"{MERGE} Exporting as OVF or OVA gives a type that is.")
+    sectors, extent_kind, file, offset = descriptor.extents[0]
+    if extent_kind not in ("FLAT", "VMFS") or offset != 0:
+        raise image.unsupported(f"has an extent {extent_kind} at {offset}, which is not supported", MERGE)
+    return Header("raw", sectors * SECTOR, kind, file)
+
+
+def _descriptor(image: Image, data: bytes) -> _Descriptor:
+    """Parse a descriptor, understanding every line: what is skipped here, qemu might obey."""
+    settings: dict[str, str] = {}
+    extents = []
+    text = data.split(b"\0", 1)[0]
+    try:
+        lines = text.decode("utf-8").split("\n")
+    except UnicodeDecodeError:  # older products write the code page of the machine
+        lines = text.decode("latin-1").split("\n")
+    for line in lines:
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        if extent := _EXTENT.fullmatch(line):
+            extents.append((int(extent[2]), extent[3].upper(), extent[4] or "", int(extent[5] or 0)))
+        elif setting := _SETTING.fullmatch(line):
+            key = setting[1].lower()
+            if key in settings and not key.startswith("ddb."):
+                raise image.refused(f"sets {key} twice, which different programs read differently")
+            settings[key] = setting[2].strip()
+        else:
+            raise image.corrupt(f"has the line {line[:60]!r} in its descriptor, which means nothing")
+    # qemu searches the text for these words wherever they stand, so a comment is no hiding place.
+    if b"parentfilenamehint" in text.lower() or settings.get("parentcid", "ffffffff").lower() != "ffffffff":
+        raise image.refused("builds on another disk image (it is the delta of a snapshot)")
+    if "createtype" not in settings:
+        raise image.corrupt("does not say its createType in its descriptor")
+    return _Descriptor(settings, tuple(extents))
+
+
+def _vmdk_sparse(image: Image) -> Header:
+    header = _Sparse.parse(image.read(0, SECTOR, "the VMDK header"))
+    # With a capacity of 0 qemu reads the embedded text as if it were a file of its own, extents and all.
+    if header.capacity == 0:
+        raise image.refused("has a capacity of 0, with which its descriptor could name any file")
+    # qemu looks for it in the second sector, whatever the header says.
+    if header.descriptor != 1:
+        raise image.unsupported("is one extent of a disk, without its descriptor", MERGE)
+    length = min(_DESCRIPTOR_LIMIT, max(image.size - SECTOR, SECTOR))
+    descriptor = _descriptor(image, image.read(SECTOR, length, "the descriptor"))
+    kind = descriptor.settings["createtype"]
+    if kind.lower() not in ("monolithicsparse", "streamoptimized"):
+        raise image.unsupported(f"is of the type {kind}, which is not supported", MERGE)
+    if len(descriptor.extents) != 1 or descriptor.extents[0][1] != "SPARSE":
+        raise image.refused("does not have exactly one SPARSE extent, itself")
+    if re.search(r"[/\\:]|\.\.", descriptor.extents[0][2]):
+        raise image.refused(f"names {descriptor.extents[0][2]!r} as its extent, which is not a plain file name")
+    tables = _footer(image, header) if header.directory == _AT_END else header
+    _check_grains(image, tables)
+    return Header("vmdk", header.capacity * SECTOR, kind)
+
+
+def _footer(image: Image, header: _Sparse) -> _Sparse:
+    """The copy of the header at the end of a stream, which is only there if the stream is whole."""
+    # A marker, the footer and the end-of-stream marker: one sector each.
+    end = image.read(max(0, image.size - 3 * SECTOR), min(3 * SECTOR, image.size), "the footer")
+    _, size, kind = struct.unpack_from("<QII", end, 0)
+    stops = struct.unpack_from("<QII", end, len(end) - SECTOR)
+    if len(end) < 3 * SECTOR or (size, kind) != (0, 3) or end[SECTOR : SECTOR + 4] != b"KDMV" or any(stops):
+        raise image.corrupt("does not end with the footer that a streamOptimized VMDK has: it is truncated")
+    footer = _Sparse.parse(end[SECTOR : 2 * SECTOR])
+    for field in ("capacity", "grain", "entries_per_table", "flags"):
+        if getattr(footer, field) != getattr(header, field):
+            raise image.refused(f"has a footer that contradicts its header about {field}")
+    return footer
+
+
+def _check_grains(image: Image, header: _Sparse) -> None:
+    """Make sure that the file reaches to the end of its last grain: qemu reads what is cut off as zeros."""
+    if header.grain & (header.grain - 1) or not 8 <= header.grain <= 1 << 16:
+        raise image.corrupt(f"has grains of {header.grain} sectors")
+    if not 1 <= header.entries_per_table <= SECTOR:
+        raise image.corrupt(f"has grain tables of {header.entries_per_table} entries")
+    grains = -(-header.capacity // header.grain)
+    tables = -(-grains // header.entries_per_table)
+    directory = integers(image.read(header.directory * SECTOR, tables * 4, "the grain directory"), "I")
+    used = [(number, offset) for number, offset in enumerate(directory) if offset]
+    # Bounds the work by the size of the file: a hostile directory could name one table a million times.
+    if len({offset for _, offset in used}) != len(used):
+        raise image.corrupt("uses a grain table twice")
+    compressed = header.flags & _COMPRESSED
+    last, needed = 0, 0
+    for number, offset in used:
+        data = image.read(offset * SECTOR, header.entries_per_table * 4, "a grain table")
+        table = integers(data, "I")
+        highest = max(table)
+        if highest > max(last, 1):  # 1 stands for a grain of zeros
+            last = highest
+            grain = number * header.entries_per_table + table.index(highest)
+            needed = min(header.grain, header.capacity - grain * header.grain) * SECTOR
+    if last and compressed:
+        if not header.flags & _MARKERS:
+            raise image.unsupported("is compressed without markers", MERGE)
+        marker = image.read(last * SECTOR, 12, "the last grain")
+        needed = 12 + struct.unpack_from("<I", marker, 8)[0]
+    if last:
+        image.holds(last * SECTOR, needed, "the last grain")
