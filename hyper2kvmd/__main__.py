@@ -11,11 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hyper2kvmd import __version__, claims
+from hyper2kvmd import __version__
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.events import CHOICES, Emitter
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
 from hyper2kvmd.options import add_settings_options
+from hyper2kvmd.queue.access import forgo_capabilities
+from hyper2kvmd.queue.claim import Busy, claim_export, unwritable
 
 if TYPE_CHECKING:
     from hyper2kvmd.settings import Settings
@@ -82,9 +84,9 @@ def _run_job(options: argparse.Namespace) -> int:
     events = Emitter(options.events_fd)
     export = options.export.resolve()
     try:
-        claim = claims.claim(export)
-        claims.forgo_capabilities()
-    except claims.Busy:
+        claim = claim_export(export)
+        forgo_capabilities()
+    except Busy:
         hint = f"See `hyper2kvmctl show {export.name}`."
         busy = MigrationError(Code.BUSY, f"{export}: another runner works on it", hint)
         events.emit("finished", status="busy", **busy.finding().as_json())
@@ -95,7 +97,7 @@ def _run_job(options: argparse.Namespace) -> int:
         return EXIT_NOT_FOUND
     except (OSError, MigrationError) as problem:
         # Not ours to write into: there is no report, only this.
-        error = problem if isinstance(problem, MigrationError) else claims.unwritable(export, problem)
+        error = problem if isinstance(problem, MigrationError) else unwritable(export, problem)
         events.emit("finished", status="unclaimed", **error.finding().as_json())
         print(error, file=sys.stderr)
         return EXIT_PERMISSION

@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import Field
 
-from hyper2kvmd import spool
 from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.state import FINAL, State, state_of
 from hyper2kvmd.runner import Runner, stop_all, wishes
 from hyper2kvmd.settings import Network, Section, Settings
-from hyper2kvmd.spool import State
 
 POLL_SECONDS = 0.2
 
@@ -79,13 +79,13 @@ class Entry:
 def entries(settings: Settings, plan: Plan, *, dry_run: bool) -> list[Entry]:
     """The exports in the order in which they will be migrated, with the states that they are in. Raise OSError."""
     found = []
-    for export in spool.exports(settings)[0]:
+    for export in facts.exports(settings)[0]:
         wanted = plan.vms.get(export.name, Wishes())
         if wanted.skip:
             continue
         entry = Entry(export, wanted, State.QUEUED)
         _look(entry, settings)
-        if dry_run and entry.state in spool.FINAL - {State.SUCCEEDED}:
+        if dry_run and entry.state in FINAL - {State.SUCCEEDED}:
             entry.state, entry.reason = State.QUEUED, None  # what was decided before is looked at again
         found.append(entry)
     return sorted(found, key=lambda entry: (-entry.wishes.priority, entry.export.name))
@@ -131,8 +131,8 @@ def run(
 
 
 def _look(entry: Entry, settings: Settings) -> None:
-    look = spool.look(entry.export, settings)
-    entry.state, entry.reason = spool.state(look, settings, time.time())
+    look = facts.look(entry.export, settings)
+    entry.state, entry.reason = state_of(look, settings, time.time())
     entry.due = look.settled_since + settings.settle_seconds if entry.state == State.WAITING else 0.0
 
 

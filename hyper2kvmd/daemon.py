@@ -17,16 +17,16 @@ from pathlib import Path
 
 import structlog
 
-from hyper2kvmd import journal, outbox, run, spool
+from hyper2kvmd import journal, outbox, run
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
 from hyper2kvmd.health import MEND, Health
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.notify import STATUS_LIMIT, Notifier
+from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
 from hyper2kvmd.runner import Runner, spawn, stop_all
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.spool import State
 from hyper2kvmd.watch import POLL_SECONDS, Scan, Scanner, Watch
 from hyper2kvmd.web import Web
 
@@ -62,7 +62,7 @@ class Seen:
 
     state: State
     finding: Finding | None
-    look: spool.Look
+    look: Facts
     since: float
 
 
@@ -320,7 +320,7 @@ class Daemon:
         table: dict[Path, Seen] = {}
         for export, look in found.looks.items():
             look = replace(look, settled_since=self._settled_since(export, look, now))
-            state, finding = spool.state(look, self.settings, now)
+            state, finding = state_of(look, self.settings, now)
             setback = self._setbacks.get(export)
             # One that is further away than its delay is long does not count: the clock was put back meanwhile.
             left = 0 if setback is None else setback.until - now
@@ -331,14 +331,14 @@ class Daemon:
             if before is None or before.state != state:
                 details = {} if finding is None else {"code": finding.code, "reason": finding.message}
                 log.debug("state", export=export.name, state=str(state), **details)
-                if state in spool.FINAL:
+                if state in FINAL:
                     self._notify.due = 0.0
             table[export] = Seen(state, finding, look, self._since(before, state, look, now))
         self.table = table
         self._setbacks = {export: setback for export, setback in self._setbacks.items() if export in table}
         self._settling = {export: times for export, times in self._settling.items() if export in table}
 
-    def _settled_since(self, export: Path, look: spool.Look, now: float) -> float:
+    def _settled_since(self, export: Path, look: Facts, now: float) -> float:
         """When an export was last written to, by a clock that does not jump once it has been seen.
 
         A modification in the future, by a file server whose clock is ahead, counts from when it was first seen.
@@ -350,7 +350,7 @@ class Daemon:
             self._settling[export] = (look.settled_since, then)
         return now - (time.monotonic() - then)
 
-    def _since(self, before: Seen | None, state: State, look: spool.Look, now: float) -> float:
+    def _since(self, before: Seen | None, state: State, look: Facts, now: float) -> float:
         """When an export could have been started, or when it was first seen in the state that it is in."""
         if before is not None and before.state == state:
             return before.since

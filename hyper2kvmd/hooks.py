@@ -13,8 +13,8 @@ from typing import Literal
 
 import structlog
 
-from hyper2kvmd import claims
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Hooks
 from hyper2kvmd.text import plain
@@ -78,7 +78,7 @@ def variables(export: Path, vm: str, status: str, job: str) -> dict[str, str]:
         "H2K_VM": plain(vm, 255),
         "H2K_STATUS": status,
         "H2K_JOB": plain(job, 255),
-        "H2K_REPORT": str(export / claims.REPORT),
+        "H2K_REPORT": str(export / REPORT),
     }
 
 

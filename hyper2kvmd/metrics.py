@@ -22,8 +22,8 @@ from hyper2kvmd.errors import MEANING, Code
 from hyper2kvmd.events import STAGES, Event
 from hyper2kvmd.health import Health, Verdict
 from hyper2kvmd.journal import PRIORITY
+from hyper2kvmd.queue.state import FINAL, Facts, State
 from hyper2kvmd.runner import Progress, Stage
-from hyper2kvmd.spool import FINAL, Look, State
 from hyper2kvmd.text import plain
 from hyper2kvmd.web import Answer
 
@@ -267,7 +267,7 @@ class Metrics:
                 self.bytes_written.labels(disk["target_format"]).inc(disk["target_bytes"] or 0)
 
     def looked(
-        self, looks: Iterable[Look], states: Mapping[State, int], waiting_since: float | None, now: float
+        self, looks: Iterable[Facts], states: Mapping[State, int], waiting_since: float | None, now: float
     ) -> None:
         """Show what a look at the exports found, at `now`. Times are seconds since the epoch.
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from hyper2kvmd import claims, spool
 from hyper2kvmd import settings as configuration
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.events import CHOICES, Event
+from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.report import Report
 from hyper2kvmd.runner import Progress, Runner, wishes
 from hyper2kvmd.settings import Settings
@@ -82,11 +83,11 @@ class MigrationPipeline:
         finished = runner.progress.finished or {}
         document = finished.get("report")
         if status == 0 and document is None:
-            document = spool.read_report(self.export)  # there was nothing to do
+            document = facts.read_report(self.export)  # there was nothing to do
         try:
             report = None if document is None else Report.model_validate(document)
         except ValidationError as error:
-            where = self.export / claims.REPORT
+            where = self.export / REPORT
             hint = "Read it; to migrate the export again, `hyper2kvmctl retry` it."
             raise MigrationError(Code.IO_ERROR, f"{where}: not a report of this version: {error}", hint) from None
         if status == 0 and report is not None:

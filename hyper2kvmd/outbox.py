@@ -21,9 +21,11 @@ from typing import Annotated, Any, Literal
 import structlog
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from hyper2kvmd import claims, hooks, journal, spool, webhook
+from hyper2kvmd import hooks, journal, webhook
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import open_directory, write_durably
+from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.names import LOG
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.text import duration, plain
@@ -289,7 +291,7 @@ def _look(settings: Settings, state: State, channels: dict[str, Path | None], no
     by_id = {entry.id: entry for entry in state.entries if entry.id}
     paths: dict[int, Path] = {}
     unreadable = set()
-    for export in spool.exports(settings)[0]:
+    for export in facts.exports(settings)[0]:
         try:
             files = _files(export)
         except FileNotFoundError:
@@ -347,7 +349,7 @@ def _files(export: Path) -> list[tuple[Path, str]]:
 def _new(settings: Settings, since: float, channels: dict[str, Path | None], path: Path, file: str) -> Entry | None:
     """An entry for a report that was never seen; None if it cannot be read now."""
     try:
-        report = spool.read_report(path.parent, path.name)
+        report = facts.read_report(path.parent, path.name)
     except OSError:
         return None
     if not report:
@@ -483,7 +485,7 @@ def _attempt(
 def _reread(one: Telling) -> Ended | None:
     """The message; None if its report was changed or moved since we looked: the next look says more."""
     try:
-        report = spool.read_report(one.path.parent, one.path.name)
+        report = facts.read_report(one.path.parent, one.path.name)
     except OSError:
         return None
     message = ended(one.path, report) if report else None
@@ -508,7 +510,7 @@ def _run(settings: Settings, tools: Tools, hook: Path, message: Ended) -> None:
     with contextlib.ExitStack() as stack:
         dir_fd = open_directory(export)
         stack.callback(os.close, dir_fd)
-        if (log_fd := journal.also_to(dir_fd, claims.LOG)) is not None:
+        if (log_fd := journal.also_to(dir_fd, LOG)) is not None:
             stack.callback(os.close, log_fd)
         stack.callback(lambda: structlog.configure(**before))
         hooks.run(

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import structlog
 
-from hyper2kvmd import spool
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.job import Job
+from hyper2kvmd.queue import requests
+from hyper2kvmd.queue.state import request_error
 
 log = structlog.get_logger()
 
@@ -52,9 +53,9 @@ def overseen(job: Job) -> Iterator[None]:
 
 def verdict(job: Job, now: float) -> MigrationError | None:
     """Why the job must stop, if it must: held, cancelled or timed_out. `now` is the monotonic clock."""
-    wish = spool.wish(job.claim.fd)
-    if wish is not None:
-        return spool.wished(wish)
+    request = requests.pending(job.claim.fd)
+    if request is not None:
+        return request_error(request)
     limits = job.settings.limits
     longest = limits.stage_seconds.model_dump(by_alias=True)
     for stage, began in dict(job.running).items():

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hyper2kvmd import boottest, claims, hooks, importer, report, reserve
+from hyper2kvmd import boottest, hooks, importer, report, reserve
 from hyper2kvmd.domain import Domain, DomainDisk, Guest, to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted, Outcome
 from hyper2kvmd.files import write_durably
@@ -31,6 +31,7 @@ from hyper2kvmd.job import Job
 from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.plan import Plan, PlannedDisk, appliance_mb, make_plan, memory_mb, needs
+from hyper2kvmd.queue.names import BOOT_LOG, BOOT_SCREEN
 from hyper2kvmd.run import tail
 from hyper2kvmd.steps import Item, Steps
 
@@ -406,8 +407,8 @@ def _keep(job: Job, verdict: boottest.Verdict) -> None:
     """Put the verdict on the record, and what was seen beside the report."""
     kept: dict[str, str | None] = {"serial_log": None, "screenshot": None}
     for key, name, data in (
-        ("serial_log", claims.BOOT_LOG, verdict.console.encode()),
-        ("screenshot", claims.BOOT_SCREEN, verdict.screen),
+        ("serial_log", BOOT_LOG, verdict.console.encode()),
+        ("screenshot", BOOT_SCREEN, verdict.screen),
     ):
         if data:
             write_durably(job.claim.fd, name, data, job.claim.attempt)

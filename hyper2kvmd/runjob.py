@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from hyper2kvmd import claims, journal, report, spool, steps
+from hyper2kvmd import journal, report, steps
 from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.events import Emitter
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
@@ -25,6 +25,11 @@ from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.oversee import overseen
 from hyper2kvmd.pipeline import migrate
+from hyper2kvmd.queue import facts, requests
+from hyper2kvmd.queue.access import user_name
+from hyper2kvmd.queue.claim import Claim, unwritable
+from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
+from hyper2kvmd.queue.state import FINAL, JITTER, Facts, State, request_error, state_of
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 
@@ -43,7 +48,7 @@ EXIT_OF = {
 
 
 def run_job(
-    claim: claims.Claim,
+    claim: Claim,
     settings: Settings,
     tools: Tools,
     events: Emitter,
@@ -62,38 +67,38 @@ def run_job(
     """
     began = time.time()
     # What the daemon saw may be over since: only what is found under the claim counts.
-    look = replace(spool.look(claim.directory, settings), held=False)
-    state, finding = spool.state(look, settings, began)
-    if if_ready and state in (spool.State.INCOMPLETE, spool.State.WAITING):
+    look = replace(facts.look(claim.directory, settings), held=False)
+    state, finding = state_of(look, settings, began)
+    if if_ready and state in (State.INCOMPLETE, State.WAITING):
         claim.interrupted()  # written to since it was seen
         events.emit("finished", status="nothing")
         return EXIT_TEMPORARY
-    wish = spool.wish(claim.fd)
-    given_up = wish == "cancel" and state not in (spool.State.SUCCEEDED, spool.State.FAILED, spool.State.REJECTED)
-    if state in spool.FINAL and not dry_run and not given_up:
+    request = requests.pending(claim.fd)
+    given_up = request == "cancel" and state not in (State.SUCCEEDED, State.FAILED, State.REJECTED)
+    if state in FINAL and not dry_run and not given_up:
         claim.interrupted()
-        claim.fulfil(claims.CANCEL)  # which came too late
+        claim.fulfil(CANCEL)  # which came too late
         # What a runner that died right after its report could not remove any more.
         work_dir = settings.work_dir / job_id(claim.directory, look.manifest_sha256 or "")
-        if state == spool.State.SUCCEEDED or not steps.unfinished(work_dir):
+        if state == State.SUCCEEDED or not steps.unfinished(work_dir):
             steps.abandon(work_dir)
         found = {} if finding is None else finding.as_json()
         events.emit("finished", status="nothing", **found)
         print(f"{claim.directory}: {state} already" + (f": {finding}" if finding else ""), file=sys.stderr)
-        return EXIT_DONE if state == spool.State.SUCCEEDED else EXIT_BUSY
+        return EXIT_DONE if state == State.SUCCEEDED else EXIT_BUSY
     job = Job(job_id(claim.directory, look.manifest_sha256 or ""), claim, settings, tools, events, only=only)
     job.dry_run = dry_run
     job.vm_name, job.by_daemon = vm_name, if_ready
     structlog.contextvars.bind_contextvars(job_id=job.id, attempt=claim.attempt)
-    journal.also_to(claim.fd, claims.LOG)
+    journal.also_to(claim.fd, LOG)
     _be_nice(settings, tools)
     manifest: Manifest | None = None
     error: MigrationError | None = None
     try:
         events.emit("claimed", job=job.id, vm=claim.directory.name, attempt=claim.attempt)
         log.info("claimed", kind=Kind.CLAIMED, export=str(claim.directory))
-        if wish is not None and not dry_run:
-            job.verdict = spool.wished(wish)
+        if request is not None and not dry_run:
+            job.verdict = request_error(request)
             raise Cancelled
         if claim.crashes >= settings.retry.max_attempts:
             raise MigrationError(
@@ -101,7 +106,7 @@ def run_job(
                 f"the runner died {claim.crashes} times in a row" + (f", at last {died}" if died else ""),
                 "Look for the reason in the journal (out of memory? a crash of a library?); then `hyper2kvmctl retry`.",
             )
-        name, data = spool.read_manifest(claim.fd, claim.directory, settings.manifest_names)
+        name, data = facts.read_manifest(claim.fd, claim.directory, settings.manifest_names)
         manifest = parse(data, name, settings.pipeline, vm_name)
         if manifest.sha256 != look.manifest_sha256:  # replaced just now; the next look begins anew
             raise Cancelled
@@ -141,15 +146,13 @@ def _be_nice(settings: Settings, tools: Tools) -> None:
         tools.run("ionice", "-c", number, *level, "-p", str(os.getpid()), accept=range(256))
 
 
-def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: float, error: MigrationError | None) -> int:
+def _conclude(job: Job, manifest: Manifest | None, look: Facts, began: float, error: MigrationError | None) -> int:
     """Write the report and say how the job ended."""
     claim, settings = job.claim, job.settings
     outcome = _outcome(error, claim.retries + 1, settings)
     now = time.time()
     due = (
-        now + settings.retry.delay(claim.retries + 1) * random.uniform(1, spool.JITTER)
-        if outcome == Outcome.RETRY
-        else None
+        now + settings.retry.delay(claim.retries + 1) * random.uniform(1, JITTER) if outcome == Outcome.RETRY else None
     )
     problems = finding_records(error.problems if error else ())
     dry_run = job.dry_run or (manifest is not None and manifest.options.dry_run)
@@ -193,14 +196,14 @@ def _conclude(job: Job, manifest: Manifest | None, look: spool.Look, began: floa
         except (OSError, MigrationError) as problem:
             # No report, so the job is not over: the next attempt finds in the work directory what is done. The claim
             # can be lost here, too; then it is somebody else's job by now.
-            lost = problem if isinstance(problem, MigrationError) else claims.unwritable(claim.directory, problem)
+            lost = problem if isinstance(problem, MigrationError) else unwritable(claim.directory, problem)
             job.events.emit("finished", status="unreported", **lost.finding().as_json())
             print(lost, file=sys.stderr)
             return EXIT_TEMPORARY
     # What is published without a domain is ours still, and the next attempt goes on with what is done.
     if outcome == Outcome.CANCELLED:
         steps.undo(job.work_dir)
-        claim.fulfil(claims.CANCEL)
+        claim.fulfil(CANCEL)
     elif error is None or (outcome != Outcome.RETRY and not steps.unfinished(job.work_dir)):
         steps.abandon(job.work_dir)
     if error is None and settings.cleanup_source:
@@ -232,8 +235,8 @@ def _host(*, by_daemon: bool) -> report.HostRecord:
     return report.HostRecord(
         name=socket.gethostname(),
         pid=os.getpid(),
-        user=claims.user_name(os.geteuid()),
-        login_user=None if login == _NOBODY else claims.user_name(login),
+        user=user_name(os.geteuid()),
+        login_user=None if login == _NOBODY else user_name(login),
         started_by="daemon" if by_daemon else "command",
     )
 
@@ -262,10 +265,10 @@ def _write_report(job: Job, manifest: Manifest | None, document: report.Report) 
     """Write the report, and the copy that the manifest asks for."""
     if manifest is not None and manifest.options.report_path:
         name = manifest.options.report_path
-        there = spool.read_report(job.claim.directory, name)
+        there = facts.read_report(job.claim.directory, name)
         if name.startswith(".") or (there is not None and "schema_version" not in there):
             log.warning("no extra copy of the report: the manifest gives it the name of another file", name=name)
-        elif name != claims.REPORT:
+        elif name != REPORT:
             write_durably(job.claim.fd, name, document.to_bytes(), document.attempts)
     job.claim.finish(document)
 

@@ -15,7 +15,9 @@ import structlog
 from watchdog.events import DirCreatedEvent, DirMovedEvent, FileClosedEvent, FileMovedEvent, FileSystemEvent
 from watchdog.observers import Observer
 
-from hyper2kvmd import claims, spool
+from hyper2kvmd.queue import facts, requests
+from hyper2kvmd.queue.names import LOCK, REPORT
+from hyper2kvmd.queue.state import Facts
 from hyper2kvmd.settings import Settings
 
 log = structlog.get_logger()
@@ -56,7 +58,7 @@ class Watch:
         """Called by watchdog, in its thread: a hint, unless the event is about our own files."""
         name = os.path.basename(os.fsdecode(event.dest_path or event.src_path))
         # A lock that is closed is an export that somebody let go of, perhaps after a look had found it held.
-        if name == claims.LOCK or (not name.startswith(".") and name != claims.REPORT):
+        if name == LOCK or (not name.startswith(".") and name != REPORT):
             self._count("event")
             self._wake()
 
@@ -144,7 +146,7 @@ class Scan:
     trouble: why the directory itself cannot be read, or "".
     """
 
-    looks: dict[Path, spool.Look]
+    looks: dict[Path, Facts]
     unreadable: dict[Path, str]
     ignored: tuple[str, ...]
     trouble: str
@@ -199,18 +201,18 @@ class Scanner:
     def _look(self, settings: Settings) -> Scan:
         began = time.monotonic()
         self._watch.ensure(settings.exports_dir, settings.watch.mode)
-        looks: dict[Path, spool.Look] = {}
+        looks: dict[Path, Facts] = {}
         unreadable: dict[Path, str] = {}
         try:
-            exports, ignored = spool.exports(settings)
-            draining = spool.draining(settings)
+            exports, ignored = facts.exports(settings)
+            draining = requests.draining(settings)
         except OSError as error:
             trouble = f"cannot read {settings.exports_dir}: {error.strerror}"
             return Scan({}, {}, (), trouble, False, settings, time.monotonic() - began)
         for export in exports:
             self._step = (export, time.monotonic())
             try:
-                looks[export] = spool.look(export, settings)
+                looks[export] = facts.look(export, settings)
             except FileNotFoundError:
                 pass  # moved away while we looked
             except OSError as error:

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd import accel, claims, journal
+from hyper2kvmd import accel, journal
 from hyper2kvmd.daemon import Daemon
 from hyper2kvmd.errors import Code
 from hyper2kvmd.events import STAGES, Event
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.metrics import Metrics
+from hyper2kvmd.queue.names import LOCK, REPORT
 from hyper2kvmd.run import Tools
 from hyper2kvmd.runner import Progress
 from hyper2kvmd.settings import Settings
@@ -149,10 +150,10 @@ def _drops(scratch: Path, settings: Settings, count: int) -> list[float]:
                 time.sleep(random.uniform(0, settings.scan_interval_seconds))
             started = time.monotonic()
             ready.rename(export)
-            while not (export / claims.LOCK).exists():
+            while not (export / LOCK).exists():
                 time.sleep(0.001)
             seconds.append(time.monotonic() - started)
-            while not (export / claims.REPORT).exists():
+            while not (export / REPORT).exists():
                 time.sleep(0.01)
     return seconds
 
@@ -216,7 +217,7 @@ def endurance(scratch: Path) -> None:
                 disk = export / "disk.raw"
                 disk.write_bytes(os.urandom(4096))
                 write_manifest(export, [disk_entry(disk)])
-            while not all((export / claims.REPORT).exists() for export in exports):
+            while not all((export / REPORT).exists() for export in exports):
                 time.sleep(1)
             for export in exports:
                 assert report_of(export)["status"] == "succeeded", export

@@ -29,8 +29,12 @@ from typing import Any
 
 import jsonschema
 
-from hyper2kvmd import claims, importer, outbox, runner, spool, steps
+from hyper2kvmd import importer, outbox, runner, steps
 from hyper2kvmd.job import job_id
+from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.claim import holder
+from hyper2kvmd.queue.names import LOCK, LOG, REPORT
+from hyper2kvmd.queue.state import FINAL, State, state_of
 from hyper2kvmd.report import Report
 from hyper2kvmd.settings import Settings
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
@@ -152,16 +156,16 @@ class Site:
         final = self.finals(vm)["disk-0"]
         return {
             "export": export,
-            "lock": export / claims.LOCK,
-            "report": export / f".{claims.REPORT}.1.tmp",
+            "lock": export / LOCK,
+            "report": export / f".{REPORT}.1.tmp",
             "work": self.settings.work_dir / job,
             "journal": self.settings.work_dir / job / f".{steps.JOURNAL}.1.tmp",
             "partial": final.with_name(f".{final.name}.{job}.1.partial"),
             "output": self.settings.output_dir,
         }
 
-    def state(self, vm: Vm) -> spool.State:
-        return spool.state(spool.look(self.export(vm), self.settings), self.settings, time.time())[0]
+    def state(self, vm: Vm) -> State:
+        return state_of(facts.look(self.export(vm), self.settings), self.settings, time.time())[0]
 
     # Processes
 
@@ -202,7 +206,7 @@ class Site:
         for _ in waiting(f"no {kind} was started"):
             if pid_file.exists():
                 return int(pid_file.read_text())
-            if self.state(vm) in spool.FINAL:
+            if self.state(vm) in FINAL:
                 return 0
         return 0
 
@@ -363,7 +367,7 @@ def settle(here: Site, patience: float = PATIENCE_SECONDS) -> None:
     """Wait until the daemons have brought every export to an end."""
     for _ in waiting("the exports do not come to an end", patience):
         assert all(daemon.poll() is None for daemon in here.daemons), "a daemon is dead"
-        if all(here.state(vm) in spool.FINAL for vm in here.vms):
+        if all(here.state(vm) in FINAL for vm in here.vms):
             break
 
 
@@ -414,15 +418,15 @@ def _leftovers(here: Site, works: set[str]) -> list[str]:
 def _one_report(here: Site, vm: Vm) -> dict[str, Any]:
     """The report of a VM: there is one, it is whole, and it is by whoever had the claim."""
     export = here.export(vm)
-    assert {path.name for path in listing(export)} - vm.files.keys() - {claims.LOG} == {claims.LOCK, claims.REPORT}, (
+    assert {path.name for path in listing(export)} - vm.files.keys() - {LOG} == {LOCK, REPORT}, (
         f"{vm.name}: in the export are {sorted(path.name for path in export.iterdir())}"
     )
     document = report_of(export)
     jsonschema.validate(document, json.loads(SCHEMA.read_text()))
-    Report.model_validate_json((export / claims.REPORT).read_bytes())
-    assert document["status"] in spool.FINAL, f"{vm.name}: {document['status']} is not an end"
+    Report.model_validate_json((export / REPORT).read_bytes())
+    assert document["status"] in FINAL, f"{vm.name}: {document['status']} is not an end"
     assert document["manifest"]["sha256"] == vm.files["manifest.json"], f"{vm.name}: the report of another manifest"
-    last = claims.holder(export)["attempt"]
+    last = holder(export)["attempt"]
     assert 1 <= document["attempts"] <= last, f"{vm.name}: attempt {document['attempts']} of {last} wrote the report"
     return document
 
@@ -551,7 +555,7 @@ def at_random(victims: str, number: signal.Signals = signal.SIGKILL) -> Inject:
 def in_the_middle(here: Site, vm: Vm, runner: int, rng: random.Random) -> None:
     """Wait for a random moment after a runner claimed its export."""
     for _ in waiting("nothing is claimed"):
-        if (here.export(vm) / claims.LOCK).exists() or not is_alive(runner):
+        if (here.export(vm) / LOCK).exists() or not is_alive(runner):
             break
     time.sleep(rng.uniform(0, JOB_SECONDS))
 
@@ -655,7 +659,7 @@ def paused(here: Site, rng: random.Random) -> int:
         return 0
     os.kill(runner, signal.SIGSTOP)
     try:
-        held = here.state(vm) == spool.State.RUNNING
+        held = here.state(vm) == State.RUNNING
         other = run_job(here.export(vm), here.settings)
         assert not held or other.returncode == 5, "a claim that is held was given away"
     finally:
@@ -672,7 +676,7 @@ def stolen(here: Site, rng: random.Random) -> int:
     if any(final.exists() for final in here.finals(vm).values()):
         let_go(runner)  # too late: nobody but this host can know that what is published is of this job
         return 0
-    lock = here.export(vm) / claims.LOCK
+    lock = here.export(vm) / LOCK
     copy = shutil.copy2(lock, lock.with_name(".copy"))
     os.rename(copy, lock)
     # As on another host, which shares the exports and the output, not the work.
@@ -810,7 +814,7 @@ def two_daemons(here: Site, rng: random.Random) -> int:
         here.start()
     end, hits, numbers = time.monotonic() + here.seconds, 0, itertools.count()
     while time.monotonic() < end:
-        if sum(here.state(vm) not in spool.FINAL for vm in here.vms) < 6:
+        if sum(here.state(vm) not in FINAL for vm in here.vms) < 6:
             here.drop(rng, f"vm{next(numbers)}")
         time.sleep(rng.uniform(0, 0.6))
         daemon = rng.choice(here.daemons)

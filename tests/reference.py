@@ -23,11 +23,12 @@ import yaml
 from pydantic import BaseModel
 
 from hyper2kvmd import __main__ as daemon
-from hyper2kvmd import __version__, batch, claims, ctl, messages, report
+from hyper2kvmd import __version__, batch, ctl, messages, report
 from hyper2kvmd.errors import MEANING, Outcome
 from hyper2kvmd.exits import EXIT_MEANING
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.options import DEFAULT_PATH
+from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.settings import Section, Settings
 from tests import completions, dashboards
 
@@ -331,7 +332,7 @@ def report_page() -> str:
 
 ## Description
 
-A job that is over leaves its report beside the manifest, as `{claims.REPORT}`. As long as it is there, the
+A job that is over leaves its report beside the manifest, as `{REPORT}`. As long as it is there, the
 export is left alone, unless its status is `retrying`. `hyper2kvmctl show` prints it for people, `hyper2kvmctl retry`
 moves it away and has the job begun anew.
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from hyper2kvmd import metrics
 from hyper2kvmd.events import Event
+from hyper2kvmd.queue.state import FINAL, State
 from hyper2kvmd.runner import Progress
-from hyper2kvmd.spool import FINAL, State
 
 STEP = 60  # seconds between two scrapes
 

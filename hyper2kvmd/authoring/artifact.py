@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyper2kvmd import spool
 from hyper2kvmd.errors import Code, MigrationError, Noted
 from hyper2kvmd.files import open_directory
 from hyper2kvmd.image.source import check_unchanged, open_sources, verify_checksum
 from hyper2kvmd.manifest import Disk, Manifest, parse
+from hyper2kvmd.queue import facts
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ArtifactManifest:
             hint = "Name the manifest of an existing export."
             raise MigrationError(Code.MANIFEST_UNREADABLE, f"{file.parent}: {error.strerror}", hint) from None
         try:
-            _, data = spool.read_manifest(fd, file.parent, (file.name,))
+            _, data = facts.read_manifest(fd, file.parent, (file.name,))
         finally:
             os.close(fd)
         return cls(file, parse(data, file.name))

@@ -22,8 +22,8 @@ from hyper2kvmd.ctl.listing import STYLE
 from hyper2kvmd.ctl.migrate import add_migration_options, settings_wanted, stages_wanted
 from hyper2kvmd.errors import SettingsError
 from hyper2kvmd.exits import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_TEMPORARY
+from hyper2kvmd.queue.state import State
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.spool import State
 from hyper2kvmd.text import duration, nearest
 
 # In a table that is higher than the terminal, the first of these are shown.

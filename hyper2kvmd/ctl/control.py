@@ -15,15 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd import claims, spool, steps
+from hyper2kvmd import steps
 from hyper2kvmd.ctl import print_json, refuse, refused
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_UNAVAILABLE
 from hyper2kvmd.job import job_id
+from hyper2kvmd.queue import facts, requests
+from hyper2kvmd.queue.claim import Busy, claim_export
+from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD, LOG
+from hyper2kvmd.queue.state import FINAL, State, state_of
 from hyper2kvmd.run import become
 from hyper2kvmd.runner import Runner
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.spool import State
 
 # A runner looks for wishes twice a second and has its tools ended within ten; NFS may show a file late.
 WAIT_SECONDS = 60.0
@@ -87,7 +90,7 @@ def _for_each(name: str, run: Callable[[Path, Settings], str]) -> Callable[[argp
 def _attempt(run: Callable[[Path, Settings], str], export: Path, config: Settings) -> tuple[int, str]:
     try:
         return EXIT_DONE, run(export, config)
-    except claims.Busy:
+    except Busy:
         return EXIT_BUSY, "a runner works on it; `hyper2kvmctl hold` or `cancel` stops it"
     except _Refused as reason:
         return EXIT_FAILED, str(reason)
@@ -101,13 +104,13 @@ class _Refused(Exception):
 
 def retry(export: Path, config: Settings) -> str:
     """Start anew. The job goes on with the steps that are done, if these still fit."""
-    claim = claims.claim(export)
+    claim = claim_export(export)
     try:
         before = _state(export, config, held=False)
         claim.forget()
     finally:
         claim.close()
-    if spool.wish_of(export) == "hold":
+    if requests.pending_in(export) == "hold":
         return f"was {before}, will be tried again once it is released"
     return f"was {before}, will be tried again"
 
@@ -117,10 +120,10 @@ def cancel(export: Path, config: Settings) -> str:
     state = _state(export, config)
     if state in (State.SUCCEEDED, State.FAILED, State.REJECTED, State.CANCELLED):
         raise _Refused(f"is {state} already")
-    spool.ask(export, claims.CANCEL)
+    requests.ask(export, CANCEL)
     # Whoever runs it now, here or elsewhere, is given the time to stop; then one of ours says so in a report.
     _wait_until(lambda: _state(export, config) != State.RUNNING)
-    if _state(export, config) not in spool.FINAL or spool.wish_of(export) == "cancel":
+    if _state(export, config) not in FINAL or requests.pending_in(export) == "cancel":
         runner = Runner(export, config)
         try:
             _wait_until(lambda: runner.poll() is not None)
@@ -135,16 +138,16 @@ def cancel(export: Path, config: Settings) -> str:
 def hold(export: Path, config: Settings) -> str:
     """Stop a job until it is released."""
     state = _state(export, config)
-    if state in spool.FINAL - {State.BLOCKED}:
+    if state in FINAL - {State.BLOCKED}:
         raise _Refused(f"is {state} already")
-    spool.ask(export, claims.HOLD)
+    requests.ask(export, HOLD)
     _wait_until(lambda: _state(export, config) != State.RUNNING)
     return "on hold"
 
 
 def release(export: Path, config: Settings) -> str:
     """Let a job on hold go on."""
-    if not spool.withdraw(export, claims.HOLD):
+    if not requests.withdraw(export, HOLD):
         raise _Refused("is not on hold")
     return f"released, is {_state(export, config)} now"
 
@@ -152,7 +155,7 @@ def release(export: Path, config: Settings) -> str:
 def drain(options: argparse.Namespace, config: Settings) -> int:
     """Have no daemon on this directory start another job."""
     try:
-        spool.ask(config.exports_dir, claims.DRAIN)
+        requests.ask(config.exports_dir, DRAIN)
     except OSError as error:
         return refuse(*refused(error, config.exports_dir))
     if not options.no_wait:
@@ -169,7 +172,7 @@ def drain(options: argparse.Namespace, config: Settings) -> int:
 
 def resume(options: argparse.Namespace, config: Settings) -> int:
     """Have jobs started again."""
-    was = spool.withdraw(config.exports_dir, claims.DRAIN)
+    was = requests.withdraw(config.exports_dir, DRAIN)
     if options.json:
         print_json({"draining": False, "was_draining": was})
     else:
@@ -184,7 +187,7 @@ def logs(options: argparse.Namespace, config: Settings) -> int:
         print(f"hyper2kvmctl: {options.export}: no export of this name in {config.exports_dir}", file=sys.stderr)
         return EXIT_NOT_FOUND
     if options.journal:
-        look, report = spool.look(export, config), spool.read_report(export) or {}
+        look, report = facts.look(export, config), facts.read_report(export) or {}
         jobs = {job_id(export, look.manifest_sha256 or ""), str(report.get("job", ""))} - {""}
         fields = [f"H2K_JOB_ID={job}" for job in sorted(jobs)] + [
             f"H2K_EXPORT={name}" for name in (export.name, export)
@@ -198,7 +201,7 @@ def logs(options: argparse.Namespace, config: Settings) -> int:
             print(f"hyper2kvmctl: journalctl: {error.strerror}; {remedy}", file=sys.stderr)
             return EXIT_UNAVAILABLE
     try:
-        fd = os.open(export / claims.LOG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(export / LOG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         print(f"hyper2kvmctl: {export}: nothing was logged yet", file=sys.stderr)
         return EXIT_NOT_FOUND
@@ -208,7 +211,7 @@ def logs(options: argparse.Namespace, config: Settings) -> int:
                 # The file lies where others may write: nothing in it moves the cursor of whoever reads it.
                 text = "".join(char if char.isprintable() or char == "\t" else "�" for char in line.rstrip("\n"))
                 print(json.dumps(text) if options.json else text, flush=options.follow)
-            if not options.follow or _state(export, config) in spool.FINAL:
+            if not options.follow or _state(export, config) in FINAL:
                 return EXIT_DONE
             time.sleep(POLL_SECONDS)
 
@@ -228,21 +231,21 @@ def prune(options: argparse.Namespace, config: Settings) -> int:
 
 
 def _prunable(config: Settings, now: float) -> Iterator[tuple[Path, Callable[[], object]]]:
-    exports = spool.exports(config)[0]
+    exports = facts.exports(config)[0]
     needed = set()
     oldest = now - config.retention.work_days * 86400
     over: dict[str, Path] = {}
     for export in exports:
-        look = spool.look(export, config)
-        state, _ = spool.state(look, config, now)
+        look = facts.look(export, config)
+        state, _ = state_of(look, config, now)
         job = job_id(export, look.manifest_sha256 or "")
         work_dir = config.work_dir / job
         # What is published without a domain is known as ours by its journal alone.
-        if state not in spool.FINAL or (state != State.SUCCEEDED and steps.unfinished(work_dir)):
+        if state not in FINAL or (state != State.SUCCEEDED and steps.unfinished(work_dir)):
             needed.add(job)
         else:
             over[job] = export
-        yield from _old_files(export, config, now, finished=state in spool.FINAL)
+        yield from _old_files(export, config, now, finished=state in FINAL)
     with contextlib.suppress(FileNotFoundError):
         for work_dir in sorted(config.work_dir.iterdir()):
             # One whose export is not here may belong to somebody else: a daemon on another directory, a job by hand.
@@ -262,8 +265,8 @@ def _abandon(work_dir: Path, export: Path | None) -> None:
     if export is None:
         steps.abandon(work_dir)
         return
-    with contextlib.suppress(claims.Busy):
-        claim = claims.claim(export)
+    with contextlib.suppress(Busy):
+        claim = claim_export(export)
         try:
             steps.abandon(work_dir)
             claim.interrupted()
@@ -281,19 +284,19 @@ def _old_files(
         reverse=True,
     )
     found = list(reports[config.retention.old_reports :])
-    log = export / claims.LOG
+    log = export / LOG
     if finished and log.is_file() and now - log.stat().st_mtime > config.retention.log_days * 86400:
         found.append(log)
     return [(path, partial(path.unlink, missing_ok=True)) for path in found]
 
 
 def _state(export: Path, config: Settings, *, held: bool | None = None) -> State:
-    look = spool.look(export, config)
-    return spool.state(look if held is None else replace(look, held=held), config, time.time())[0]
+    look = facts.look(export, config)
+    return state_of(look if held is None else replace(look, held=held), config, time.time())[0]
 
 
 def _running(config: Settings) -> list[Path]:
-    return [export for export in spool.exports(config)[0] if _state(export, config) == State.RUNNING]
+    return [export for export in facts.exports(config)[0] if _state(export, config) == State.RUNNING]
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:

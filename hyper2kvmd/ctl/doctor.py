@@ -30,7 +30,7 @@ from typing import Any
 import libvirt
 from rich.console import Console
 
-from hyper2kvmd import accel, claims, importer, reserve, spool
+from hyper2kvmd import accel, importer, reserve
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.domain import Domain, DomainDisk, DomainNic, generated_mac, to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted
@@ -40,6 +40,10 @@ from hyper2kvmd.guest.session import check_host, open_guest
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.plan import FIX_SPACE, LUKS_MEMORY_MB
+from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.access import user_name
+from hyper2kvmd.queue.claim import unwritable
+from hyper2kvmd.queue.names import LOCK
 from hyper2kvmd.run import Tools, environment, qemu
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.text import plain
@@ -201,7 +205,7 @@ def _become(unit: dict[str, str]) -> None:
 
 def _user(host: Host, diagnosis: Diagnosis) -> str:
     """Who looks."""
-    user, wanted = claims.user_name(os.geteuid()), host.unit.get("User") or "root"
+    user, wanted = user_name(os.geteuid()), host.unit.get("User") or "root"
     if host.unit.get("LoadState") == "loaded" and user != wanted:
         diagnosis.warn(
             "other_user",
@@ -226,7 +230,7 @@ def _settings(host: Host, diagnosis: Diagnosis) -> str:
     if not file.exists():
         return f"no {file}: the defaults hold"
     if not os.access(file, os.R_OK, effective_ids=True):
-        user = claims.user_name(os.geteuid())
+        user = user_name(os.geteuid())
         raise MigrationError(
             Code.IO_ERROR,
             f"{user} cannot read {file}",
@@ -235,7 +239,7 @@ def _settings(host: Host, diagnosis: Diagnosis) -> str:
     # The file itself was read, so it is nobody else's; but who can replace it can write what they want.
     directory, status = file.parent, file.parent.stat()
     if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-        mode, owner = stat.S_IMODE(status.st_mode), claims.user_name(status.st_uid)
+        mode, owner = stat.S_IMODE(status.st_mode), user_name(status.st_uid)
         diagnosis.warn(
             "settings_writable",
             f"others than root can replace files in {directory} (mode {mode:04o}, owner {owner}), and so the settings",
@@ -368,14 +372,14 @@ def _exports(host: Host, diagnosis: Diagnosis) -> str:
 
     directory = host.settings.exports_dir
     _answers(directory)
-    exports, _ = spool.exports(host.settings)
+    exports, _ = facts.exports(host.settings)
     try:
         with _file_in(directory):
             pass
     except OSError as error:
-        raise claims.unwritable(directory, error) from None
+        raise unwritable(directory, error) from None
     if obstacles := [obstacle for export in exports if (obstacle := _obstacle(export)) is not None]:
-        names, user = _first(obstacles), claims.user_name(os.geteuid())
+        names, user = _first(obstacles), user_name(os.geteuid())
         diagnosis.warn(
             Code.EXPORT_UNWRITABLE,
             f"{user} cannot use {names} in {directory}: directories must be writable, for locks and reports, and files"
@@ -393,7 +397,7 @@ def _obstacle(export: Path) -> str | None:
         return export.name
     with contextlib.suppress(FileNotFoundError), os.scandir(export) as entries:
         for entry in entries:
-            wanted = os.R_OK | os.W_OK if entry.name == claims.LOCK else os.R_OK
+            wanted = os.R_OK | os.W_OK if entry.name == LOCK else os.R_OK
             if entry.is_file(follow_symlinks=False) and not os.access(entry.path, wanted, effective_ids=True):
                 return f"{export.name}/{plain(entry.name)}"
     return None
@@ -490,7 +494,7 @@ def _work(host: Host, diagnosis: Diagnosis) -> str:
         return _room(directory, "work_dir")
     by_systemd = any(_below(directory, place) and not _below(existing, place) for place in _made_by_systemd(host.unit))
     if not by_systemd and not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
-        user = claims.user_name(os.geteuid())
+        user = user_name(os.geteuid())
         raise MigrationError(
             Code.IO_ERROR,
             f"there is no {directory}, and {user} cannot make it",
@@ -508,7 +512,7 @@ def _room(directory: Path, field: str) -> str:
         with _file_in(directory) as file:
             direct = qemu_img.direct_io(file)
     except OSError as error:
-        user = claims.user_name(os.geteuid())
+        user = user_name(os.geteuid())
         raise MigrationError(
             Code.OUTPUT_DENIED,
             f"{user} cannot write to {directory}: {error.strerror}",
@@ -670,7 +674,7 @@ def _reach(connection: Any, settings: Settings, diagnosis: Diagnosis) -> None:
     places = dict.fromkeys(place for directory in wanted for place in _way(directory))
     for place in places:
         if not _may_enter(place, uid, gids):
-            user = claims.user_name(uid)
+            user = user_name(uid)
             diagnosis.warn(
                 "qemu_kept_out",
                 f"QEMU runs as {user}, who may not enter {place}: no guest whose disks lie below it can start",

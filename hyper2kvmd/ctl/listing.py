@@ -11,13 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hyper2kvmd import claims, spool
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.migrate import print_report
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
+from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.claim import holder
+from hyper2kvmd.queue.state import State, state_of
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.spool import State
 
 STYLE = {
     State.SUCCEEDED: "green",
@@ -41,7 +42,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 def list_exports(options: argparse.Namespace, config: Settings) -> int:
     """Print a table of all exports."""
-    rows = [_describe(export, config) for export in spool.exports(config)[0]]
+    rows = [_describe(export, config) for export in facts.exports(config)[0]]
     if options.json:
         print_json([{"export": str(export), "state": state, **_reason(finding)} for export, state, finding in rows])
         return EXIT_DONE
@@ -64,17 +65,17 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
         )
         return EXIT_NOT_FOUND
     _, state, finding = _describe(export, config)
-    document = spool.read_report(export)
-    holder = claims.holder(export)
+    document = facts.read_report(export)
+    runner = holder(export)
     if options.json:
-        print_json({"export": str(export), "state": state, **_reason(finding), "holder": holder, "report": document})
+        print_json({"export": str(export), "state": state, **_reason(finding), "holder": runner, "report": document})
         return EXIT_DONE
     console = Console()
     console.print(f"{'export':<10} {export}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{'state':<10} {state}", style=STYLE.get(state), markup=False, highlight=False)
     if state == State.RUNNING:
-        text = f"attempt {holder.get('attempt')}, process {holder.get('pid')} on {holder.get('host')}"
-        console.print(f"{'runner':<10} {text} since {holder.get('since')}", markup=False, highlight=False)
+        text = f"attempt {runner.get('attempt')}, process {runner.get('pid')} on {runner.get('host')}"
+        console.print(f"{'runner':<10} {text} since {runner.get('since')}", markup=False, highlight=False)
     if document:
         print_report(console, document)
     elif finding is not None:
@@ -86,18 +87,18 @@ def find(name: str, config: Settings) -> Path | None:
     """The export that a person means: a directory, its name below the exports directory, or a VM's name."""
     if "/" in name or Path(name).is_dir():
         return Path(name).resolve() if Path(name).is_dir() else None
-    for export in (exports := spool.exports(config)[0]):
+    for export in (exports := facts.exports(config)[0]):
         if export.name == name:
             return export
     for export in exports:
-        report = spool.read_report(export)
+        report = facts.read_report(export)
         if report and report.get("vm_name") == name:
             return export
     return None
 
 
 def _describe(export: Path, config: Settings) -> tuple[Path, State, Finding | None]:
-    state, finding = spool.state(spool.look(export, config), config, time.time())
+    state, finding = state_of(facts.look(export, config), config, time.time())
     return export, state, finding
 
 

@@ -17,7 +17,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from hyper2kvmd import claims
 from hyper2kvmd.authoring import create, ova, rewrite
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
@@ -25,9 +24,11 @@ from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, E
 from hyper2kvmd.files import open_directory, write_durably
 from hyper2kvmd.image.source import check_unchanged, open_sources, sha256
 from hyper2kvmd.manifest import Manifest, document, parse, wire
+from hyper2kvmd.queue.claim import probe
+from hyper2kvmd.queue.facts import read_manifest
+from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.spool import read_manifest
 from hyper2kvmd.text import plain
 
 _FORMATS = {".json": "json", ".yaml": "yaml", ".yml": "yaml"}
@@ -249,7 +250,7 @@ def _opened(path: Path) -> Iterator[_File]:
 
 def _rehash(options: argparse.Namespace, config: Settings) -> int:
     with _opened(options.manifest) as file:
-        if claims.probe(file.dir_fd)[0]:
+        if probe(file.dir_fd)[0]:
             return _busy(file)
         measured = _measure(file)
         changed, changes = rewrite.rehash(file.document, measured)
@@ -274,7 +275,7 @@ def _measure(file: _File) -> list[rewrite.Measured]:
 
 def _relocate(options: argparse.Namespace, config: Settings) -> int:
     with _opened(options.manifest) as file:
-        if claims.probe(file.dir_fd)[0]:
+        if probe(file.dir_fd)[0]:
             return _busy(file)
         changed, changes = rewrite.relocate(file.document, options.old, options.new)
         if not changes:
@@ -339,7 +340,7 @@ def _replace(
         _say(f"{file.path}: nothing to change")
     else:
         _say(f"{file.path}: changed; the old one is {backup}")
-        if os.path.lexists(file.path.parent / claims.REPORT):
+        if os.path.lexists(file.path.parent / REPORT):
             _say("It has been migrated before: `hyper2kvmctl retry` has the new manifest taken.")
     return EXIT_DONE
 

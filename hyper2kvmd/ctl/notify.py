@@ -7,9 +7,10 @@ import signal
 import sys
 from typing import Any
 
-from hyper2kvmd import claims, journal, outbox
+from hyper2kvmd import journal, outbox
 from hyper2kvmd.ctl import print_json, refuse, refused
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED
+from hyper2kvmd.queue.access import forgo_capabilities
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 
@@ -29,7 +30,7 @@ def notify(options: argparse.Namespace, config: Settings) -> int:
     try:
         if options.dry_run:
             return _untold(options, config)
-        claims.forgo_capabilities()
+        forgo_capabilities()
         journal.configure(config.log.level)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a hook that runs is ended with its group
         result = outbox.tell(config, Tools())

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from hyper2kvmd import claims, hardware, page, spool
+from hyper2kvmd import hardware, page
 from hyper2kvmd.ctl import refuse
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.ctl.migrate import print_report
@@ -27,6 +27,9 @@ from hyper2kvmd.files import open_directory
 from hyper2kvmd.hardware import Hardware
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.manifest.problems import place
+from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.names import BOOT_SCREEN, LOG, REPORT
+from hyper2kvmd.queue.state import State, state_of
 from hyper2kvmd.report import ManifestRecord, Report
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.text import plain
@@ -52,7 +55,7 @@ def report(options: argparse.Namespace, config: Settings) -> int:
     if export is None:
         message = f"{options.export}: no export of this name in {config.exports_dir}; see `hyper2kvmctl list`"
         return refuse(EXIT_NOT_FOUND, message)
-    document = spool.read_report(export)
+    document = facts.read_report(export)
     if document is None:
         return refuse(EXIT_NOT_FOUND, _no_report(export, config))
     try:
@@ -80,10 +83,10 @@ def report(options: argparse.Namespace, config: Settings) -> int:
 
 def _no_report(export: Path, config: Settings) -> str:
     """Why an export has no report yet, and what to do about it. Raise OSError."""
-    state, finding = spool.state(spool.look(export, config), config, time.time())
+    state, finding = state_of(facts.look(export, config), config, time.time())
     if finding is not None:
         return f"{export} has no report yet, it is {state}: {finding}"
-    if state == spool.State.RUNNING:
+    if state == State.RUNNING:
         return f"{export} has no report yet, it is {state}; see `hyper2kvmctl logs -f {export.name}`"
     return f"{export} has no report yet, it is {state}; the daemon migrates it, or `hyper2kvmctl migrate {export}` does"
 
@@ -91,7 +94,7 @@ def _no_report(export: Path, config: Settings) -> str:
 def _no_such_shape(export: Path, error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     return (
-        f"{export / claims.REPORT} is not a report of this program: {place(first['loc'])}: {plain(first['msg'])}; "
+        f"{export / REPORT} is not a report of this program: {place(first['loc'])}: {plain(first['msg'])}; "
         "use the version that wrote it, or move it away to have the VM migrated"
     )
 
@@ -100,10 +103,10 @@ def _page(export: Path, document: dict[str, Any], shown: Report, results: page.R
     """The page of one report, with what lies beside it. Raise OSError."""
     fd = open_directory(export)
     try:
-        log = _beside(fd, claims.LOG, LOG_BYTES).decode(errors="replace")
+        log = _beside(fd, LOG, LOG_BYTES).decode(errors="replace")
         # One that the report does not name is an earlier attempt's.
         named = results.boot is not None and results.boot.screenshot is not None
-        screen = _beside(fd, claims.BOOT_SCREEN, SCREEN_BYTES) if named else None
+        screen = _beside(fd, BOOT_SCREEN, SCREEN_BYTES) if named else None
         return page.render(document, log, screen, _source(fd, export, shown.manifest))
     finally:
         os.close(fd)
@@ -129,7 +132,7 @@ def _source(dir_fd: int, export: Path, record: ManifestRecord) -> tuple[Manifest
     if "/" in record.name:
         return None  # somewhere else, which nobody but a planted report says
     try:
-        name, data = spool.read_manifest(dir_fd, export, (record.name,))
+        name, data = facts.read_manifest(dir_fd, export, (record.name,))
         manifest = parse(data, name)
         return (manifest, hardware.read(dir_fd, manifest)[0]) if manifest.sha256 == record.sha256 else None
     except (MigrationError, OSError):

@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 
 from hyper2kvmd import journal, reserve
-from hyper2kvmd.claims import Claim
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.manifest import bars
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
@@ -23,9 +22,10 @@ from hyper2kvmd.image.source import verify_checksum
 from hyper2kvmd.job import Job, job_id
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.plan import make_plan, memory_mb, needs
+from hyper2kvmd.queue.claim import Claim
+from hyper2kvmd.queue.facts import read_manifest, read_report
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.spool import read_manifest, read_report
 
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:

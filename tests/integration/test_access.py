@@ -15,9 +15,10 @@ NOBODY = 65534
 CLAIM = """
 import subprocess, sys
 from pathlib import Path
-from hyper2kvmd import claims
-claims.claim(Path(sys.argv[1])).close()
-claims.forgo_capabilities()
+from hyper2kvmd.queue.access import forgo_capabilities
+from hyper2kvmd.queue.claim import claim_export
+claim_export(Path(sys.argv[1])).close()
+forgo_capabilities()
 subprocess.run(["grep", "CapEff", "/proc/self/status"])
 """
 

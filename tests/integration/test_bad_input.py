@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import claims
+from hyper2kvmd.queue.names import LOCK, LOG, REPORT
 from hyper2kvmd.settings import Settings
 from tests.conftest import MakeExport, disk_entry, report_of, run_job, write_manifest
 from tests.libvirtd import session
@@ -29,7 +29,7 @@ def digests(directory: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in directory.iterdir()
-        if path.is_file() and not path.is_symlink() and path.name not in (claims.LOCK, claims.LOG, claims.REPORT)
+        if path.is_file() and not path.is_symlink() and path.name not in (LOCK, LOG, REPORT)
     }
 
 
@@ -390,7 +390,7 @@ def test_a_planted_log_is_not_written_to_and_the_job_goes_on(
     export = make_export()
     victim = tmp_path / "victim"
     victim.write_bytes(CANARY)
-    log = export / claims.LOG
+    log = export / LOG
     match kind:
         case "symlink":
             log.symlink_to(victim)

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import claims
+from hyper2kvmd.queue.claim import claim_export
+from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.settings import Settings
 from tests.conftest import Ctl, MakeExport, report_of
 from tests.libvirtd import session
@@ -85,7 +86,7 @@ def test_a_plan_gives_the_order_and_the_wishes_of_each_vm(
         Path(report_of(scratch.exports_dir / "c")["disks"][0]["target"]),
     )
     assert (tmp_path / "fast/b-disk-0.qcow2").exists()
-    assert not (scratch.exports_dir / "d" / claims.REPORT).exists()
+    assert not (scratch.exports_dir / "d" / REPORT).exists()
 
 
 def test_a_plan_connects_a_vm_to_its_own_networks_and_starts_it(
@@ -145,7 +146,7 @@ def test_a_bad_plan_is_refused_before_anything_is_started(
     assert 78 == done.returncode
     assert message in done.stderr
     assert str(tmp_path / "plan.yaml") in done.stderr
-    assert not (scratch.exports_dir / "web01" / claims.REPORT).exists()
+    assert not (scratch.exports_dir / "web01" / REPORT).exists()
 
 
 def test_wrong_arguments_say_what_is_right(ctl: Ctl, scratch: Settings, tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_dry_run_says_what_would_become_of_each(ctl: Ctl, scratch: Settings, m
     done = ctl("batch", scratch.exports_dir, "--dry-run")
     assert (1, "1 succeeded, 1 failed") == (done.returncode, done.stdout.splitlines()[-1])
     assert [] == os.listdir(scratch.output_dir)
-    assert [] == list(scratch.exports_dir.glob(f"*/{claims.REPORT}"))
+    assert [] == list(scratch.exports_dir.glob(f"*/{REPORT}"))
 
 
 def test_what_fails_for_a_passing_cause_is_tried_again(
@@ -276,7 +277,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(
     assert time.monotonic() - began < 15
     assert "the same command goes on where it was" in terminal.text
     assert [] == [path for path in scratch.output_dir.iterdir() if not path.name.endswith(".partial")]
-    assert [] == list(scratch.exports_dir.glob(f"*/{claims.REPORT}"))
+    assert [] == list(scratch.exports_dir.glob(f"*/{REPORT}"))
     left = subprocess.run(["pgrep", "-f", str(scratch.exports_dir)], capture_output=True, text=True, check=False)
     assert "" == left.stdout
     fake("qemu-img", 'exec /usr/bin/qemu-img "$@"\n')
@@ -290,10 +291,10 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(
 def test_beside_a_runner_of_somebody_else_nothing_is_done_twice(
     ctl: Ctl, scratch: Settings, make_export: MakeExport
 ) -> None:
-    claim = claims.claim(make_export())
+    claim = claim_export(make_export())
     try:
         done = ctl("batch", scratch.exports_dir)
     finally:
         claim.close()
     assert (75, "1 running") == (done.returncode, done.stdout.splitlines()[-1])
-    assert not (scratch.exports_dir / "web01" / claims.REPORT).exists()
+    assert not (scratch.exports_dir / "web01" / REPORT).exists()

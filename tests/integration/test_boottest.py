@@ -13,7 +13,8 @@ from typing import Any
 import libvirt
 import pytest
 
-from hyper2kvmd import claims, importer
+from hyper2kvmd import importer
+from hyper2kvmd.queue.names import BOOT_LOG, BOOT_SCREEN
 from hyper2kvmd.settings import Settings
 from tests.conftest import Ctl, disk_entry, report_of, run_job, write_manifest
 from tests.integration.test_daemon import wait_until
@@ -88,8 +89,8 @@ def test_a_guest_that_comes_up_passes_and_what_it_said_is_kept(
     assert "succeeded" == document["status"], document["error"]
     verdict = document["results"]["boot"]
     assert ("passed", "a login prompt") == (verdict["outcome"], verdict["reason"])
-    assert "web01 login:" in (export / claims.BOOT_LOG).read_text()
-    assert (export / claims.BOOT_SCREEN).read_bytes().startswith(b"\x89PNG")
+    assert "web01 login:" in (export / BOOT_LOG).read_text()
+    assert (export / BOOT_SCREEN).read_bytes().startswith(b"\x89PNG")
     assert "web01" == document["domain"]["name"]
 
 

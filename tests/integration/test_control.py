@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd import claims, spool
+from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
+from hyper2kvmd.queue.state import state_of
 from hyper2kvmd.settings import Settings
 from tests.conftest import Ctl, MakeExport, report_of, run_job
 from tests.integration.test_daemon import daemon, wait_until
@@ -22,8 +24,8 @@ SLOW = '[ "$1" = convert ] && echo $$ > {pids} && exec sleep 120\nexec /usr/bin/
 GOOD = 'exec /usr/bin/qemu-img "$@"\n'
 
 
-def state_of(export: Path, settings: Settings) -> str:
-    return spool.state(spool.look(export, settings), settings, time.time())[0]
+def state_in(export: Path, settings: Settings) -> str:
+    return state_of(facts.look(export, settings), settings, time.time())[0]
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_cancel_ends_a_running_job_within_ten_seconds_and_leaves_nothing(
     assert not is_alive(tool)
     assert ("cancelled", "cancelled") == (report_of(export)["status"], report_of(export)["error"]["code"])
     assert ([], []) == (list(scratch.output_dir.iterdir()), list(scratch.work_dir.iterdir()))
-    assert claims.CANCEL not in os.listdir(export)
+    assert CANCEL not in os.listdir(export)
 
 
 def test_cancel_ends_a_job_that_the_daemon_runs(
@@ -65,15 +67,15 @@ def test_cancel_ends_a_job_that_the_daemon_runs(
         assert 0 == ctl("cancel", export.name).returncode
         assert not is_alive(tool)
         assert process.poll() is None
-        assert "cancelled" == state_of(export, scratch)
+        assert "cancelled" == state_in(export, scratch)
 
 
 # hyper2kvmd whose last step hangs, as a call to a server that does not answer does: nothing looks at `cancel` there.
 HANGS = """
 import sys, time
-from hyper2kvmd import claims, images
+from hyper2kvmd import pipeline
 from hyper2kvmd.__main__ import main
-images.publish = lambda *paths: time.sleep(600)
+pipeline.publish = lambda *paths: time.sleep(600)
 sys.exit(main())
 """
 
@@ -112,10 +114,10 @@ def test_cancel_of_a_job_that_waits_or_is_blocked_writes_the_report(
 def test_cancel_of_a_job_that_is_over_changes_nothing(scratch: Settings, make_export: MakeExport, ctl: Ctl) -> None:
     export = make_export()
     assert 0 == run_job(export, scratch).returncode
-    before = (export / claims.REPORT).read_bytes()
+    before = (export / REPORT).read_bytes()
     done = ctl("cancel", "web01")
     assert (1, "web01: is succeeded already\n") == (done.returncode, done.stderr)
-    assert before == (export / claims.REPORT).read_bytes()
+    assert before == (export / REPORT).read_bytes()
 
 
 def test_hold_stops_a_job_and_release_lets_it_go_on(
@@ -126,13 +128,13 @@ def test_hold_stops_a_job_and_release_lets_it_go_on(
         tool = slow()
         assert 0 == ctl("hold", "web01").returncode
         assert not is_alive(tool)
-        assert "blocked" == state_of(export, scratch)
+        assert "blocked" == state_in(export, scratch)
         assert "on hold" in ctl("show", "web01").stdout
-        assert not (export / claims.REPORT).exists(), "a hold is no end"
+        assert not (export / REPORT).exists(), "a hold is no end"
         fake("qemu-img", GOOD)
         done = ctl("release", "web01")
         assert "released, is queued now" in done.stdout
-        wait_until((export / claims.REPORT).exists, 60)
+        wait_until((export / REPORT).exists, 60)
     assert "succeeded" == report_of(export)["status"]
     assert 1 == ctl("release", "web01").returncode
 
@@ -146,7 +148,7 @@ def test_retry_keeps_the_old_report_and_starts_anew(scratch: Settings, make_expo
     done = ctl("retry", "web01")
     assert "web01: was blocked, will be tried again\n" == done.stdout
     assert "blocked" == json.loads((export / "migration-report.1.json").read_text())["status"]
-    assert "queued" == state_of(export, scratch)
+    assert "queued" == state_in(export, scratch)
     check_finished_once(export, scratch)
 
 
@@ -158,10 +160,10 @@ def test_retry_wakes_a_daemon_that_would_look_again_only_in_an_hour(
     obstacle = scratch.output_dir / "web01-disk-0.qcow2"
     obstacle.write_text("in the way")
     with daemon(settings):
-        wait_until((export / claims.REPORT).exists, 60)
+        wait_until((export / REPORT).exists, 60)
         obstacle.unlink()
         assert 0 == ctl("retry", "web01").returncode
-        wait_until(lambda: (export / claims.REPORT).exists() and "succeeded" == report_of(export)["status"], 60)
+        wait_until(lambda: (export / REPORT).exists() and "succeeded" == report_of(export)["status"], 60)
 
 
 def test_retry_of_a_running_job_is_refused(
@@ -194,9 +196,9 @@ def test_drain_finishes_what_runs_and_starts_nothing_until_resume(
         assert "drained" in done.stdout
         assert "succeeded" == report_of(first)["status"]
         time.sleep(3)
-        assert not (second / claims.REPORT).exists()
+        assert not (second / REPORT).exists()
         assert 0 == ctl("resume").returncode
-        wait_until((second / claims.REPORT).exists, 60)
+        wait_until((second / REPORT).exists, 60)
     assert "succeeded" == report_of(second)["status"]
 
 
@@ -210,7 +212,7 @@ def test_logs_has_every_attempt_and_no_line_that_a_name_could_forge(
     lines = done.stdout.splitlines()
     assert any("claimed" in line and "attempt=1" in line for line in lines)
     assert any("succeeded" in line for line in lines)
-    with (export / claims.LOG).open("a") as log:
+    with (export / LOG).open("a") as log:
         log.write("\x1b[2Jforged\n")
     assert "\x1b" not in ctl("logs", "web01").stdout
     assert [json.loads(line) for line in ctl("logs", "web01", "--json").stdout.splitlines()]
@@ -248,11 +250,11 @@ def test_prune_removes_what_is_over_and_nothing_that_is_needed(
     for number in range(1, 13):
         (finished / f"migration-report.{number}.json").write_text("{}")
         os.utime(finished / f"migration-report.{number}.json", (number, number))
-    os.utime(finished / claims.LOG, (1, 1))
+    os.utime(finished / LOG, (1, 1))
     would = json.loads(ctl("prune", "--dry-run", "--json").stdout)["removed"]
     removed = json.loads(ctl("prune", "--json").stdout)["removed"]
     assert would == removed
-    expected = {gone, left, old, finished / claims.LOG, *(finished / f"migration-report.{n}.json" for n in (1, 2))}
+    expected = {gone, left, old, finished / LOG, *(finished / f"migration-report.{n}.json" for n in (1, 2))}
     assert {str(path) for path in expected} == set(removed)
     assert needed.exists() and new.exists() and elsewhere.exists()
     elsewhere.rmdir()
@@ -280,5 +282,5 @@ def test_sources_are_deleted_only_if_the_settings_say_so_and_only_after_success(
     assert 0 == run_job(cleaned, settings).returncode
     left = {path.parent.name for path in scratch.exports_dir.glob("*/*.raw")}
     assert {"kept", "failed"} == left
-    assert "succeeded" == state_of(cleaned, settings)
+    assert "succeeded" == state_in(cleaned, settings)
     assert (cleaned / "manifest.json").exists()

@@ -17,8 +17,8 @@ import jsonschema
 import pytest
 import yaml
 
-from hyper2kvmd import claims
 from hyper2kvmd.authoring.artifact import ArtifactManifest
+from hyper2kvmd.queue.claim import claim_export
 from hyper2kvmd.settings import Settings
 from tests.conftest import Ctl, MakeExport, report_of, run_job, write_manifest
 
@@ -381,7 +381,7 @@ def test_rehash_of_a_yaml_says_what_becomes_of_its_comments(ctl: Ctl, make_expor
 
 def test_a_manifest_that_a_runner_works_on_is_left_alone(ctl: Ctl, make_export: MakeExport) -> None:
     export = make_export()
-    held = claims.claim(export)
+    held = claim_export(export)
     try:
         for arguments in (("rehash",), ("relocate", str(export), "/new")):
             done = ctl("manifest", *arguments, "--yes", export / "manifest.json")

@@ -15,7 +15,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from hyper2kvmd import claims, importer
+from hyper2kvmd import importer
+from hyper2kvmd.queue.names import REPORT
 from tests.faults import FAULTS, Result, Site, conclude, invariants, site, soak
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "faults.md"
@@ -60,7 +61,7 @@ def final(here: Site) -> Path:
 
 def put(text: str, *, report: bool = True) -> Callable[[Site], None]:
     def spoil(here: Site) -> None:
-        path = here.export(here.vms[0]) / claims.REPORT
+        path = here.export(here.vms[0]) / REPORT
         content = {**json.loads(path.read_text()), **json.loads(text)} if report else text
         path.write_text(json.dumps(content) if report else text)
 
@@ -94,14 +95,14 @@ def claim_again(here: Site) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Site], object], str]] = {
-    "no report": (lambda here: (here.export(here.vms[0]) / claims.REPORT).unlink(), "in the export are"),
+    "no report": (lambda here: (here.export(here.vms[0]) / REPORT).unlink(), "in the export are"),
     "half a report": (put('{"schema', report=False), "Unterminated string"),
     "a report that is not one": (put('{"attempts": "2"}'), "not of type"),
     "a report that is no end": (put('{"status": "retrying"}'), "is not an end"),
     "a report by another runner": (put('{"attempts": 99}'), "wrote the report"),
     "a report of a disk elsewhere": (put('{"disks": []}'), "reported to be"),
     "half a report beside it": (
-        lambda here: (here.export(here.vms[0]) / f".{claims.REPORT}.1.tmp").touch(),
+        lambda here: (here.export(here.vms[0]) / f".{REPORT}.1.tmp").touch(),
         "in the export are",
     ),
     "a disk that was not published": (lambda here: final(here).unlink(), "not published"),

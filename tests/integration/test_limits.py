@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import claims, reserve
+from hyper2kvmd import reserve
+from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.settings import Settings
 from tests.conftest import MakeExport, report_of, run_job
 from tests.integration.test_daemon import daemon, wait_until
@@ -137,7 +138,7 @@ def test_a_runner_that_is_killed_is_reported_with_its_signal(
     export = make_export()
     fake("qemu-img", '[ "$1" = convert ] && kill -SEGV $PPID\nexec /usr/bin/qemu-img "$@"\n')
     with daemon(settings):
-        wait_until((export / claims.REPORT).exists, 60)
+        wait_until((export / REPORT).exists, 60)
     error = report_of(export)["error"]
     assert "runner_crashed" == error["code"]
     assert "was killed by signal 11 (Segmentation fault)" in error["message"]

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import claims, outbox
+from hyper2kvmd import outbox
+from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
 from hyper2kvmd.settings import Settings
 from tests.conftest import MakeExport, report_of, run_job, write_manifest
 from tests.integration.test_daemon import free_port, wait_until
@@ -140,7 +141,7 @@ def one_of_each(make_export: MakeExport, config: Settings) -> dict[str, Path]:
     disk.write_bytes(os.urandom(disk.stat().st_size))
     (config.output_dir / "blocked-disk-0.qcow2").write_text("somebody else's")
     (made["rejected"] / "manifest.json").write_text("{}")
-    (made["cancelled"] / claims.CANCEL).touch()
+    (made["cancelled"] / CANCEL).touch()
     for name, export in made.items():
         run_job(export, config)
         assert name == report_of(export)["status"]
@@ -157,7 +158,7 @@ def test_every_end_is_told_once(scratch: Settings, make_export: MakeExport) -> N
         assert {*made} == {body["event"] for body in server.bodies}
         for body in server.bodies:
             assert report_of(made[body["status"]]) == body["report"]
-            assert str(made[body["status"]] / claims.REPORT) == body["report_path"]
+            assert str(made[body["status"]] / REPORT) == body["report_path"]
         assert 0 == notify(config).returncode
         assert 5 == len(server.bodies)
         assert {"application/json"} == {headers["Content-Type"] for headers in server.headers}
@@ -355,7 +356,7 @@ def test_headers_reach_the_receiver_and_no_log(scratch: Settings, make_export: M
         assert ["Bearer sekrit-token"] * 2 == [headers["Authorization"] for headers in server.headers]
         assert ["sekrit-ops"] * 2 == [headers["X-Team"] for headers in server.headers]
         said = refused.stderr + refused.stdout + done.stderr + done.stdout
-        logged = (export / claims.LOG).read_text() + (config.work_dir / outbox.STATE).read_text()
+        logged = (export / LOG).read_text() + (config.work_dir / outbox.STATE).read_text()
         assert "sekrit" not in said + logged
 
 
@@ -486,11 +487,11 @@ def test_hooks_after_the_end_run_in_order_once_and_what_they_say_is_in_the_log(
     assert ["10-first", "20-second"] * 2 == (tmp_path / "order").read_text().split()
     assert report_of(exports[1]) == json.loads((tmp_path / "stdin").read_text())
     found = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
-    report = exports[1] / claims.REPORT
+    report = exports[1] / REPORT
     expected = ("web02", "succeeded", str(exports[1]), str(report))
     assert expected == tuple(found[f"H2K_{name}"] for name in ("VM", "STATUS", "EXPORT", "REPORT"))
     for export, other in (exports, exports[::-1]):
-        text = (export / claims.LOG).read_text()
+        text = (export / LOG).read_text()
         assert f"said by 10-first of {export.name}" in text
         assert f"of {other.name}" not in text
     assert not (tmp_path / "old").exists()
@@ -541,7 +542,7 @@ def test_hooks_before_the_import_see_the_disks_and_the_domain_that_is_to_be(
     assert Path(seen["disks"][0]["target"]).exists()
     assert document["tags"] == seen["tags"]
     assert ["publish", "hook", "import"] == [stage["name"] for stage in document["stages"]][-3:]
-    assert "looked at web01" in (export / claims.LOG).read_text()
+    assert "looked at web01" in (export / LOG).read_text()
 
 
 def test_without_hooks_there_is_no_such_stage(importing: Settings, make_export: MakeExport) -> None:
@@ -622,7 +623,7 @@ def test_a_job_can_be_stopped_in_a_hook(importing: Settings, make_export: MakeEx
     runner = start(export, config)
     wait_until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().strip() != "", 60)
     if how == "cancel":
-        (export / claims.CANCEL).touch()
+        (export / CANCEL).touch()
     else:
         runner.terminate()
     assert (1 if how == "cancel" else 75) == runner.wait(20)
@@ -630,7 +631,7 @@ def test_a_job_can_be_stopped_in_a_hook(importing: Settings, make_export: MakeEx
     if how == "cancel":
         assert ("cancelled", []) == (report_of(export)["status"], list(config.output_dir.iterdir()))
         return
-    assert not (export / claims.REPORT).exists()
+    assert not (export / REPORT).exists()
     put_hook(config, "pre-import", "10-slow", "exit 0")
     assert 0 == run_job(export, config).returncode
 

@@ -15,9 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from hyper2kvmd.errors import Code, SettingsError
 from hyper2kvmd.events import STAGES, Event
 from hyper2kvmd.metrics import RESULTS, Metrics
+from hyper2kvmd.queue.state import Facts, State
 from hyper2kvmd.runner import Progress
 from hyper2kvmd.settings import load
-from hyper2kvmd.spool import Look, State
 
 SERIES_LIMIT = 300
 
@@ -233,12 +233,12 @@ def test_each_end_of_a_job_is_counted_as_what_it_is() -> None:
 def test_what_ended_before_the_daemon_began_is_known_from_the_reports() -> None:
     now = time.time()
     looks = [
-        Look(None, report_status="succeeded", finished_at=1000.0),
-        Look(None, report_status="succeeded", finished_at=3000.0),
-        Look(None, report_status="failed", finished_at=2000.0),
-        Look(None, report_status="rejected", finished_at=now + 86400 * 365),
-        Look(None, report_status="blocked"),
-        Look(None, report_status="retrying", finished_at=1000.0),
+        Facts(None, report_status="succeeded", finished_at=1000.0),
+        Facts(None, report_status="succeeded", finished_at=3000.0),
+        Facts(None, report_status="failed", finished_at=2000.0),
+        Facts(None, report_status="rejected", finished_at=now + 86400 * 365),
+        Facts(None, report_status="blocked"),
+        Facts(None, report_status="retrying", finished_at=1000.0),
     ]
     metrics = Metrics()
 

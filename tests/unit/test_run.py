@@ -29,8 +29,8 @@ def test_there_is_one_broad_except_in_the_program() -> None:
         for path in PACKAGE.rglob("*.py")
         for _ in re.findall(r"except (?:Base)?Exception\b", path.read_text())
     ]
-    # claims closes what it opened, files removes what is half written, whatever happens, and both raise it again.
-    assert sorted(broad) == ["claims.py", "files.py", "runjob.py"]
+    # claim closes what it opened, files removes what is half written, whatever happens, and both raise it again.
+    assert sorted(broad) == ["claim.py", "files.py", "runjob.py"]
 
 
 def test_returns_what_the_tool_wrote() -> None:

@@ -12,10 +12,11 @@ import pytest
 
 import hyper2kvmd
 from hyper2kvmd import __main__ as daemon
-from hyper2kvmd import claims, ctl
+from hyper2kvmd import ctl
 from hyper2kvmd.errors import MEANING, Code
 from hyper2kvmd.exits import EXIT_MEANING
 from hyper2kvmd.metrics import Metrics
+from hyper2kvmd.queue.names import DRAIN, HOLD, LOCK, LOG, REPORT
 from tests import reference
 from tests.guests.recipe import GUESTS
 
@@ -85,7 +86,7 @@ def test_readme_lists_the_exit_statuses_as_they_are() -> None:
 
 def test_the_table_of_files_names_each_that_is_put_into_an_export() -> None:
     section = reference.files()
-    names = (claims.LOCK, claims.REPORT, claims.LOG, claims.HOLD, claims.DRAIN)
+    names = (LOCK, REPORT, LOG, HOLD, DRAIN)
     assert [] == [name for name in names if f"/{name}`" not in section]
 
 

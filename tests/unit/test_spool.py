@@ -16,21 +16,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyper2kvmd import claims, spool
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import write_durably
+from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.claim import Busy, claim_export
+from hyper2kvmd.queue.names import LOCK, REPORT
+from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
 from hyper2kvmd.report import HostRecord, ManifestRecord, Report
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.spool import Look, State
 from tests.conftest import MakeExport
 
 NOW = 1_000_000.0
 SETTINGS = Settings(settle_seconds=5, incomplete_grace_seconds=600)
 
 
-def state(**facts: Any) -> State:
-    look = Look(**{"manifest": "manifest.json", "manifest_sha256": "a", "settled_since": NOW - 60, **facts})
-    return spool.state(look, SETTINGS, NOW)[0]
+def state(**found: Any) -> State:
+    look = Facts(**{"manifest": "manifest.json", "manifest_sha256": "a", "settled_since": NOW - 60, **found})
+    return state_of(look, SETTINGS, NOW)[0]
 
 
 def report(status: str = "succeeded", **changes: Any) -> Report:
@@ -49,7 +51,7 @@ def report(status: str = "succeeded", **changes: Any) -> Report:
 
 
 @pytest.mark.parametrize(
-    ("facts", "expected"),
+    ("found", "expected"),
     [
         ({"manifest": None}, State.INCOMPLETE),
         ({"settled_since": NOW - 1}, State.WAITING),
@@ -82,13 +84,13 @@ def report(status: str = "succeeded", **changes: Any) -> Report:
         ),
     ],
 )
-def test_the_state_follows_from_the_facts(facts: dict[str, Any], expected: State) -> None:
-    assert expected == state(**facts)
+def test_the_state_follows_from_the_facts(found: dict[str, Any], expected: State) -> None:
+    assert expected == state(**found)
 
 
 @given(
     st.builds(
-        Look,
+        Facts,
         manifest=st.none() | st.just("manifest.json"),
         manifest_sha256=st.none() | st.sampled_from("ab"),
         unreadable=st.booleans(),
@@ -97,50 +99,50 @@ def test_the_state_follows_from_the_facts(facts: dict[str, Any], expected: State
         held=st.booleans(),
         crashes=st.integers(0, 100),
         began_at=st.floats(0, 2 * NOW),
-        report_status=st.none() | st.sampled_from([*spool.FINAL, "retrying"]),
+        report_status=st.none() | st.sampled_from([*FINAL, "retrying"]),
         report_sha256=st.none() | st.sampled_from("ab"),
         next_attempt_at=st.none() | st.floats(0, 2 * NOW),
     )
 )
-def test_nothing_runs_twice_and_nothing_is_stuck(look: Look) -> None:
-    now, _ = spool.state(look, SETTINGS, NOW)
+def test_nothing_runs_twice_and_nothing_is_stuck(look: Facts) -> None:
+    now, _ = state_of(look, SETTINGS, NOW)
     if look.held:
         assert State.RUNNING == now
-    if look.report_status in spool.FINAL and not look.held:
-        assert now in spool.FINAL, "a final report must never lead to another run"
-    if look.manifest and not look.held and look.report_status not in spool.FINAL:
+    if look.report_status in FINAL and not look.held:
+        assert now in FINAL, "a final report must never lead to another run"
+    if look.manifest and not look.held and look.report_status not in FINAL:
         conflict = look.manifest_sha256 is not None and look.report_sha256 not in (None, look.manifest_sha256)
-        later, _ = spool.state(look, SETTINGS, 10 * NOW)
+        later, _ = state_of(look, SETTINGS, 10 * NOW)
         assert later == (State.BLOCKED if conflict and look.report_status else State.QUEUED)
 
 
 def test_a_fresh_export_is_queued_and_a_finished_one_is_over(make_export: MakeExport, scratch: Settings) -> None:
     export = make_export()
-    assert State.QUEUED == spool.state(spool.look(export, scratch), scratch, time.time())[0]
-    claim = claims.claim(export)
-    assert State.RUNNING == spool.state(spool.look(export, scratch), scratch, time.time())[0]
+    assert State.QUEUED == state_of(facts.look(export, scratch), scratch, time.time())[0]
+    claim = claim_export(export)
+    assert State.RUNNING == state_of(facts.look(export, scratch), scratch, time.time())[0]
     claim.finish(report(manifest=ManifestRecord(name="manifest.json", sha256=None)))
     claim.close()
-    assert State.SUCCEEDED == spool.state(spool.look(export, scratch), scratch, time.time())[0]
+    assert State.SUCCEEDED == state_of(facts.look(export, scratch), scratch, time.time())[0]
 
 
 def test_another_manifest_beside_a_report_is_a_conflict(make_export: MakeExport, scratch: Settings) -> None:
     export = make_export()
-    claim = claims.claim(export)
+    claim = claim_export(export)
     claim.finish(report(manifest=ManifestRecord(name="manifest.json", sha256="0" * 64)))
     claim.close()
-    now, finding = spool.state(spool.look(export, scratch), scratch, time.time())
+    now, finding = state_of(facts.look(export, scratch), scratch, time.time())
     assert State.BLOCKED == now
     assert finding is not None and finding.code == Code.MANIFEST_CHANGED
 
 
 def test_something_else_under_the_reports_name_is_never_overwritten(make_export: MakeExport, scratch: Settings) -> None:
     export = make_export()
-    (export / claims.REPORT).write_text("my notes")
-    assert State.BLOCKED == spool.state(spool.look(export, scratch), scratch, time.time())[0]
+    (export / REPORT).write_text("my notes")
+    assert State.BLOCKED == state_of(facts.look(export, scratch), scratch, time.time())[0]
 
 
-@pytest.mark.parametrize("name", [claims.LOCK, claims.REPORT])
+@pytest.mark.parametrize("name", [LOCK, REPORT])
 @pytest.mark.parametrize(
     "content",
     [
@@ -157,8 +159,8 @@ def test_whatever_somebody_planted_a_look_and_a_claim_survive(
 ) -> None:
     export = make_export()
     (export / name).write_text(content)
-    spool.state(spool.look(export, scratch), scratch, time.time())
-    claim = claims.claim(export)
+    state_of(facts.look(export, scratch), scratch, time.time())
+    claim = claim_export(export)
     claim.check()
     claim.interrupted()
     claim.close()
@@ -167,7 +169,7 @@ def test_whatever_somebody_planted_a_look_and_a_claim_survive(
 def test_a_missing_disk_is_waited_for(make_export: MakeExport, scratch: Settings) -> None:
     export = make_export()
     (export / "web01-disk-0.raw").unlink()
-    now, finding = spool.state(spool.look(export, scratch), scratch, time.time())
+    now, finding = state_of(facts.look(export, scratch), scratch, time.time())
     assert State.INCOMPLETE == now
     assert finding is not None and "web01-disk-0.raw" in finding.message
 
@@ -177,9 +179,9 @@ def test_a_disk_that_was_just_written_is_waited_for(make_export: MakeExport, scr
     patient = scratch.model_copy(update={"settle_seconds": 5})
     old = time.time() - 100
     os.utime(export / "manifest.json", (old, old))
-    assert State.WAITING == spool.state(spool.look(export, patient), patient, time.time())[0]
+    assert State.WAITING == state_of(facts.look(export, patient), patient, time.time())[0]
     os.utime(export / "web01-disk-0.raw", (old, old))
-    assert State.QUEUED == spool.state(spool.look(export, patient), patient, time.time())[0]
+    assert State.QUEUED == state_of(facts.look(export, patient), patient, time.time())[0]
 
 
 def test_names_that_could_forge_lines_are_told_apart_and_the_rest_are_exports(scratch: Settings) -> None:
@@ -187,18 +189,18 @@ def test_names_that_could_forge_lines_are_told_apart_and_the_rest_are_exports(sc
         (scratch.exports_dir / name).mkdir()
     (scratch.exports_dir / "link").symlink_to(scratch.work_dir)
     (scratch.exports_dir / "file").touch()
-    exports, ignored = spool.exports(scratch)
+    exports, ignored = facts.exports(scratch)
     assert ["-n", "Büro 日本", "a b", "ok"] == [path.name for path in exports]
     assert ["a\nb", "x\x1b[2J"] == ignored
 
 
 def test_one_of_two_claims_wins(make_export: MakeExport) -> None:
     export = make_export()
-    first = claims.claim(export)
-    with pytest.raises(claims.Busy):
-        claims.claim(export)
+    first = claim_export(export)
+    with pytest.raises(Busy):
+        claim_export(export)
     first.close()
-    second = claims.claim(export)
+    second = claim_export(export)
     assert (1, 2) == (first.attempt, second.attempt)
     second.close()
 
@@ -206,9 +208,9 @@ def test_one_of_two_claims_wins(make_export: MakeExport) -> None:
 def test_of_many_processes_that_race_one_wins(make_export: MakeExport) -> None:
     export = make_export()
     code = (
-        "import sys, time; from pathlib import Path; from hyper2kvmd import claims, spool\n"
-        "try: claim = claims.claim(Path(sys.argv[1]))\n"
-        "except claims.Busy: print('busy')\n"
+        "import sys, time; from pathlib import Path; from hyper2kvmd.queue.claim import Busy, claim_export\n"
+        "try: claim = claim_export(Path(sys.argv[1]))\n"
+        "except Busy: print('busy')\n"
         "else: print('won', claim.attempt, flush=True); time.sleep(30)"
     )
     racers = [
@@ -229,40 +231,40 @@ def test_of_many_processes_that_race_one_wins(make_export: MakeExport) -> None:
 def test_the_kernel_frees_the_claim_of_a_killed_process_and_the_death_is_counted(make_export: MakeExport) -> None:
     export = make_export()
     code = (
-        "import sys, time; from pathlib import Path; from hyper2kvmd import claims, spool\n"
-        "claims.claim(Path(sys.argv[1])); print('ok', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from hyper2kvmd.queue.claim import Busy, claim_export\n"
+        "claim_export(Path(sys.argv[1])); print('ok', flush=True); time.sleep(60)"
     )
     for expected in (1, 2):
         holder = subprocess.Popen([sys.executable, "-c", code, str(export)], stdout=subprocess.PIPE)
         assert holder.stdout is not None and holder.stdout.readline()
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-        assert expected == spool.look(export, Settings()).crashes
-    claim = claims.claim(export)
+        assert expected == facts.look(export, Settings()).crashes
+    claim = claim_export(export)
     assert (3, 2) == (claim.attempt, claim.crashes)
     claim.interrupted()
     claim.close()
-    assert 0 == spool.look(export, Settings()).crashes, "an attempt that was stopped on purpose is no crash"
+    assert 0 == facts.look(export, Settings()).crashes, "an attempt that was stopped on purpose is no crash"
 
 
 def test_only_failures_count_as_retries(make_export: MakeExport) -> None:
     export = make_export()
     for status, expected in ((None, 0), (None, 0), ("retrying", 0), (None, 1), ("retrying", 1), ("succeeded", 2)):
-        claim = claims.claim(export)
+        claim = claim_export(export)
         assert expected == claim.retries
         if status is None:
             claim.interrupted()
         else:
             claim.finish(report(status))
         claim.close()
-    claim = claims.claim(export)
+    claim = claim_export(export)
     assert (7, 0) == (claim.attempt, claim.retries)
     claim.close()
 
 
 def test_a_claim_notices_that_it_was_lost(make_export: MakeExport) -> None:
     export = make_export()
-    claim = claims.claim(export)
+    claim = claim_export(export)
     claim.check()
     os.pwrite(claim.lock_fd, b'{"attempt": 7, ', 0)
     with pytest.raises(MigrationError, match="attempt 7 has begun"):
@@ -270,14 +272,14 @@ def test_a_claim_notices_that_it_was_lost(make_export: MakeExport) -> None:
     with pytest.raises(MigrationError, match="was lost"):
         claim.finish(report())
     claim.close()
-    assert not (export / claims.REPORT).exists()
+    assert not (export / REPORT).exists()
 
 
 def test_a_claim_notices_that_its_lock_was_replaced(make_export: MakeExport) -> None:
     export = make_export()
-    claim = claims.claim(export)
-    (export / claims.LOCK).unlink()
-    (export / claims.LOCK).touch()
+    claim = claim_export(export)
+    (export / LOCK).unlink()
+    (export / LOCK).touch()
     with pytest.raises(MigrationError, match="was replaced"):
         claim.check()
     claim.close()
@@ -288,7 +290,7 @@ def test_a_planted_lock_is_refused(make_export: MakeExport, tmp_path: Path, plan
     export = make_export()
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    lock = export / claims.LOCK
+    lock = export / LOCK
     match plant:
         case "symlink":
             lock.symlink_to(victim)
@@ -299,25 +301,25 @@ def test_a_planted_lock_is_refused(make_export: MakeExport, tmp_path: Path, plan
         case "directory":
             lock.mkdir()
     with pytest.raises((MigrationError, OSError)):
-        claims.claim(export)
+        claim_export(export)
     assert "precious" == victim.read_text()
 
 
 def test_a_half_written_lock_still_tells_the_attempt(make_export: MakeExport) -> None:
     export = make_export()
-    (export / claims.LOCK).write_text('{"attempt": 41, "cra')
-    claim = claims.claim(export)
+    (export / LOCK).write_text('{"attempt": 41, "cra')
+    claim = claim_export(export)
     assert 42 == claim.attempt
     claim.close()
 
 
 def test_a_report_is_written_whole_or_not_at_all(make_export: MakeExport) -> None:
     export = make_export()
-    (export / f".{claims.REPORT}.1.tmp").write_text("left by a dead attempt")
-    claim = claims.claim(export)
+    (export / f".{REPORT}.1.tmp").write_text("left by a dead attempt")
+    claim = claim_export(export)
     claim.finish(report())
     claim.close()
-    assert "succeeded" == json.loads((export / claims.REPORT).read_text())["status"]
+    assert "succeeded" == json.loads((export / REPORT).read_text())["status"]
     assert not list(export.glob(".*.tmp"))
 
 
@@ -335,9 +337,9 @@ def test_scan_forgives_an_export_that_vanished(make_export: MakeExport, scratch:
     export = make_export()
     export.rename(export.with_name("elsewhere"))
     with pytest.raises(FileNotFoundError):
-        spool.look(export, scratch)
+        facts.look(export, scratch)
 
 
 def test_the_same_look_gives_the_same_state() -> None:
-    look = Look("manifest.json", "a", settled_since=NOW)
-    assert spool.state(look, SETTINGS, NOW) == spool.state(replace(look), SETTINGS, NOW)
+    look = Facts("manifest.json", "a", settled_since=NOW)
+    assert state_of(look, SETTINGS, NOW) == state_of(replace(look), SETTINGS, NOW)

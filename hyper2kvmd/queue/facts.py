@@ -1,190 +1,44 @@
-"""The exports directory as a queue: what state each export is in, and the claim that makes it ours."""
+"""One look at the exports directory, and at one export: it finds facts, and decides nothing."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import hashlib
 import json
 import os
-import socket
 import stat
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from hyper2kvmd import claims
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.files import open_directory, timestamp
+from hyper2kvmd.files import open_directory
 from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
+from hyper2kvmd.queue.claim import probe
+from hyper2kvmd.queue.names import REPORT
+from hyper2kvmd.queue.requests import pending
+from hyper2kvmd.queue.state import FINAL, Facts, State
 from hyper2kvmd.settings import Settings
 
 REPORT_LIMIT = 8 << 20  # ours are far smaller; what an exporter puts there may be anything
 
 
-class State(StrEnum):
-    """The states of an export; `state` says how they follow from what is on disk."""
-
-    INCOMPLETE = "incomplete"
-    WAITING = "waiting"
-    QUEUED = "queued"
-    RUNNING = "running"
-    RETRYING = "retrying"
-    BLOCKED = "blocked"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    REJECTED = "rejected"
-    CANCELLED = "cancelled"
-
-
-JITTER = 1.25  # the most that a delay is stretched by, so that jobs that failed together do not come back together
-FINAL = frozenset({State.BLOCKED, State.SUCCEEDED, State.FAILED, State.REJECTED, State.CANCELLED})
-
-
-@dataclass(frozen=True)
-class Look:
-    """What one look at an export found; the state follows from this and the time alone.
-
-    Times are seconds since the epoch. `settled_since` is the newest modification of manifest and disks.
-    """
-
-    manifest: str | None
-    manifest_sha256: str | None = None
-    problem: Finding | None = None
-    unreadable: bool = False
-    missing: tuple[str, ...] = ()
-    settled_since: float = 0.0
-    held: bool = False
-    wish: Literal["hold", "cancel"] | None = None
-    crashes: int = 0
-    began_at: float = 0.0
-    report_status: str | None = None
-    report_sha256: str | None = None
-    report_finding: Finding | None = None
-    next_attempt_at: float | None = None
-    finished_at: float | None = None
-
-
-def state(look: Look, settings: Settings, now: float) -> tuple[State, Finding | None]:
-    """The state of an export, and the reason where there is one. Pure: looks at nothing but its arguments."""
-    if look.held:
-        return State.RUNNING, None
-    if look.report_status is not None:
-        if look.manifest_sha256 is not None and look.report_sha256 not in (None, look.manifest_sha256):
-            return State.BLOCKED, Finding(
-                Code.MANIFEST_CHANGED,
-                f"{claims.REPORT} belongs to another manifest (sha256 {look.report_sha256}) than the one in the export",
-                "If this is a new export of the VM, move the old report away; otherwise put the old manifest back.",
-            )
-        due = max(look.next_attempt_at or 0, _crash_delay(look, settings))
-        if due - now > settings.retry.max_delay_seconds * JITTER:  # no delay is that long: the clock was put back
-            due = now
-        if look.report_status == State.RETRYING and look.wish == "hold":
-            return _on_hold()
-        if look.report_status == State.RETRYING and (due <= now or look.wish == "cancel"):
-            return State.QUEUED, look.report_finding
-        return State(look.report_status), look.report_finding
-    if look.manifest is None:
-        return State.INCOMPLETE, None
-    if look.wish == "hold":
-        return _on_hold()
-    if look.wish == "cancel":
-        return State.QUEUED, None  # for a runner that says so in a report
-    age = now - look.settled_since
-    # A modification time in the future is a clock that jumped: waiting for it could take for ever.
-    settled = age < -settings.settle_seconds or age >= settings.settle_seconds
-    # Half-written is normal while the exporter works; after the grace period a runner says what is wrong.
-    if (look.unreadable or look.missing) and 0 <= age < settings.incomplete_grace_seconds:
-        return State.INCOMPLETE, look.problem
-    if not settled:
-        return State.WAITING, None
-    if 0 < _crash_delay(look, settings) - now <= settings.retry.max_delay_seconds:
-        return State.RETRYING, None
-    return State.QUEUED, None
-
-
-def _on_hold() -> tuple[State, Finding]:
-    return State.BLOCKED, wished("hold").finding()
-
-
-def wished(wish: Literal["hold", "cancel"]) -> MigrationError:
-    """What people wish as an error: held or cancelled."""
-    if wish == "hold":
-        return MigrationError(Code.HELD, "the export is on hold", "`hyper2kvmctl release` lets it go on.")
-    return MigrationError(Code.CANCELLED, "the job was cancelled", "`hyper2kvmctl retry` starts it again.")
-
-
-def wish(dir_fd: int) -> Literal["hold", "cancel"] | None:
-    """What people wish for an export, by the files beside its manifest; cancelling goes first."""
-    for name, meant in ((claims.CANCEL, "cancel"), (claims.HOLD, "hold")):
-        with contextlib.suppress(OSError):
-            os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            return "cancel" if meant == "cancel" else "hold"
-    return None
-
-
-def wish_of(directory: Path) -> Literal["hold", "cancel"] | None:
-    """The same, of an export that is not open. Raise OSError."""
-    fd = open_directory(directory)
-    try:
-        return wish(fd)
-    finally:
-        os.close(fd)
-
-
-def ask(directory: Path, name: str) -> None:
-    """Put a wish (HOLD, CANCEL or DRAIN) into a directory, if it is not there already. Raise OSError."""
-    fd = open_directory(directory)
-    try:
-        with contextlib.suppress(FileExistsError):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            file = os.open(name, flags, 0o640, dir_fd=fd)
-            try:
-                os.write(file, f"asked for at {timestamp(time.time())} on {socket.gethostname()}\n".encode())
-            finally:
-                os.close(file)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def withdraw(directory: Path, name: str) -> bool:
-    """Take a wish away again; whether it was there. Raise OSError."""
-    try:
-        os.unlink(directory / name)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def draining(settings: Settings) -> bool:
-    """Whether somebody asked that no job is started any more."""
-    return os.path.lexists(settings.exports_dir / claims.DRAIN)
-
-
-def _crash_delay(look: Look, settings: Settings) -> float:
-    """When an export whose last runners died may be tried again."""
-    return look.began_at + settings.retry.delay(look.crashes) if look.crashes else 0.0
-
-
-def look(directory: Path, settings: Settings) -> Look:
+def look(directory: Path, settings: Settings) -> Facts:
     """Look at one export, changing nothing. Raise OSError if the directory cannot be read."""
     fd = open_directory(directory)
     try:
-        held, crashes, began_at = claims.probe(fd)
-        wanted = wish(fd)
+        held, crashes, began_at = probe(fd)
+        request = pending(fd)
         name, data, problem, newest = _read_manifest(fd, directory, settings.manifest_names)
         report = _read_report(fd)
         if name is None:
             # A report can outlive its manifest; without either there is nothing to do yet.
-            bare = Look(None, held=held, wish=wanted)
+            bare = Facts(None, held=held, request=request)
             return _look_report(bare, report) if report else bare
         digest = hashlib.sha256(data).hexdigest() if data is not None else None
-        found = Look(name, digest, problem, False, (), newest, held, wanted, crashes, began_at)
+        found = Facts(name, digest, problem, False, (), newest, held, request, crashes, began_at)
         if report is not None:
             return _look_report(found, report)
         if data is None:
@@ -231,7 +85,7 @@ def read_manifest(dir_fd: int, directory: Path, names: tuple[str, ...]) -> tuple
     return name, data
 
 
-def read_report(directory: Path, name: str = claims.REPORT) -> dict[str, Any] | None:
+def read_report(directory: Path, name: str = REPORT) -> dict[str, Any] | None:
     """The report of an export as plain data; None if there is none, {} if the file is something else."""
     fd = open_directory(directory)
     try:
@@ -313,7 +167,7 @@ def _look_disks(dir_fd: int, paths: tuple[str, ...], newest: float) -> tuple[tup
     return tuple(missing), newest
 
 
-def _read_report(dir_fd: int, name: str = claims.REPORT) -> dict[str, Any] | None:
+def _read_report(dir_fd: int, name: str = REPORT) -> dict[str, Any] | None:
     """The report as plain data; {} for a file that is not a report, which still means that nothing must be done."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
@@ -330,7 +184,7 @@ def _read_report(dir_fd: int, name: str = claims.REPORT) -> dict[str, Any] | Non
     return content if isinstance(content, dict) else {}
 
 
-def _look_report(found: Look, report: dict[str, Any]) -> Look:
+def _look_report(found: Facts, report: dict[str, Any]) -> Facts:
     """Add to a look what the report says. The file may be anything: nothing in it is trusted to have a type."""
     status = str(report.get("status"))
     finding = None
@@ -338,7 +192,7 @@ def _look_report(found: Look, report: dict[str, Any]) -> Look:
         status = State.BLOCKED.value
         finding = Finding(
             Code.MANIFEST_CHANGED,
-            f"{claims.REPORT} is not a report of this program",
+            f"{REPORT} is not a report of this program",
             "Move it away to have the VM migrated.",
         )
     elif isinstance(error := report.get("error"), dict):

@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import itertools
 import json
 import os
-import pwd
 import re
 import socket
 import stat
-import struct
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyper2kvmd.errors import MEANING, Code, MigrationError
 from hyper2kvmd.files import open_directory, timestamp, write_durably
+from hyper2kvmd.queue.access import let_in
+from hyper2kvmd.queue.names import CANCEL, LOCK, REPORT
 
 if TYPE_CHECKING:
     from hyper2kvmd.report import Report
 
-LOCK = ".hyper2kvmd.lock"
-REPORT = "migration-report.json"
-# What people ask for, as files beside the manifest, so that it reaches a runner on any host that shares the directory.
-HOLD = ".hyper2kvmd.hold"
-CANCEL = ".hyper2kvmd.cancel"
-LOG = ".hyper2kvmd.log"
-# What was seen of the guest in the boot test.
-BOOT_LOG = "boot-test.log"
-BOOT_SCREEN = "boot-test.png"
-# In the exports directory itself: no daemon starts another job.
-DRAIN = ".hyper2kvmd.drain"
 # A look at the lock takes it for an instant; a claimer that meets it there tries again for this long.
 CLAIM_PATIENCE_SECONDS = 0.5
 
@@ -117,7 +105,7 @@ class Claim:
         os.close(self.fd)
 
 
-def claim(directory: Path) -> Claim:
+def claim_export(directory: Path) -> Claim:
     """Claim an export for this process.
 
     Raise Busy if another process holds it, MigrationError (export_unsafe) if the lock is not a plain file of
@@ -128,7 +116,7 @@ def claim(directory: Path) -> Claim:
         try:
             lock_fd = _open_lock(fd)
         except PermissionError:
-            _let_in(fd)
+            let_in(fd)
             lock_fd = _open_lock(fd)
     except OSError as error:
         os.close(fd)
@@ -176,56 +164,6 @@ def claim(directory: Path) -> Claim:
 
 def _open_lock(dir_fd: int) -> int:
     return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o640, dir_fd=dir_fd)
-
-
-def _let_in(dir_fd: int) -> None:
-    """Let this process's user write into a directory of somebody else's, by an entry in its access control list.
-
-    hypersdk makes its directories with mode 0755, which a default ACL of their parent cannot widen. It takes
-    CAP_FOWNER, which the service has. Raise PermissionError without it, or where the file system has no such lists.
-    The format is that of linux/posix_acl_xattr.h: a version, and entries in the order of their tags.
-    """
-    mode = os.fstat(dir_fd).st_mode
-    try:
-        entries = [*struct.iter_unpack("<HHI", os.getxattr(dir_fd, _ACL)[4:])]
-    except OSError:  # none yet: the mode says it all
-        entries = [(tag, mode >> shift & 7, _NO_ID) for tag, shift in ((_OWNER, 6), (_GROUP, 3), (_OTHER, 0))]
-    # Nobody else gets more than they had: what the mask took from them stays away.
-    mask = next((rights for tag, rights, _ in entries if tag == _MASK), 7)
-    capped = (_USER, _GROUP, _NAMED_GROUP)
-    kept = [(tag, rights & mask if tag in capped else rights, id) for tag, rights, id in entries if tag != _MASK]
-    ours = (_USER, 7, os.geteuid())
-    kept = [*(entry for entry in kept if entry[::2] != ours[::2]), ours, (_MASK, 7, _NO_ID)]
-    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in sorted(kept))
-    try:
-        os.setxattr(dir_fd, _ACL, acl)
-    except OSError as error:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from error
-
-
-def forgo_capabilities() -> None:
-    """Give up the capabilities of a service's user: they are for the claim alone, and no tool is to inherit them.
-
-    With them, this process's entries in /proc, by which tools open disks, would also be closed to tools without them.
-    """
-    if os.geteuid() != 0:
-        header, none = struct.pack("<Ii", _CAPABILITY_VERSION, 0), bytes(24)
-        if ctypes.CDLL(None, use_errno=True).capset(header, none) != 0:
-            raise OSError(ctypes.get_errno(), "capset")
-
-
-_CAPABILITY_VERSION = 0x20080522  # linux/capability.h
-_ACL = "system.posix_acl_access"
-_NO_ID = 2**32 - 1
-_OWNER, _USER, _GROUP, _NAMED_GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
-
-
-def user_name(uid: int) -> str:
-    """The name of a user, or the number of one who has none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def holder(directory: Path) -> dict[str, Any]:

@@ -1,0 +1,15 @@
+"""The names of our files in an export, and in the exports directory."""
+
+from __future__ import annotations
+
+LOCK = ".hyper2kvmd.lock"
+REPORT = "migration-report.json"
+# What people ask for, as files beside the manifest, so that it reaches a runner on any host that shares the directory.
+HOLD = ".hyper2kvmd.hold"
+CANCEL = ".hyper2kvmd.cancel"
+LOG = ".hyper2kvmd.log"
+# What was seen of the guest in the boot test.
+BOOT_LOG = "boot-test.log"
+BOOT_SCREEN = "boot-test.png"
+# In the exports directory itself: no daemon starts another job.
+DRAIN = ".hyper2kvmd.drain"

@@ -1,0 +1,62 @@
+"""What people ask for, as files beside the manifest: hold, cancel, drain."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Literal
+
+from hyper2kvmd.files import open_directory, timestamp
+from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD
+from hyper2kvmd.settings import Settings
+
+
+def pending(dir_fd: int) -> Literal["hold", "cancel"] | None:
+    """What people ask for, of an export, by the files beside its manifest; cancelling goes first."""
+    for name, meant in ((CANCEL, "cancel"), (HOLD, "hold")):
+        with contextlib.suppress(OSError):
+            os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            return "cancel" if meant == "cancel" else "hold"
+    return None
+
+
+def pending_in(directory: Path) -> Literal["hold", "cancel"] | None:
+    """The same, of an export that is not open. Raise OSError."""
+    fd = open_directory(directory)
+    try:
+        return pending(fd)
+    finally:
+        os.close(fd)
+
+
+def ask(directory: Path, name: str) -> None:
+    """Put a request (HOLD, CANCEL or DRAIN) into a directory, if it is not there already. Raise OSError."""
+    fd = open_directory(directory)
+    try:
+        with contextlib.suppress(FileExistsError):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(name, flags, 0o640, dir_fd=fd)
+            try:
+                os.write(file, f"asked for at {timestamp(time.time())} on {socket.gethostname()}\n".encode())
+            finally:
+                os.close(file)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def withdraw(directory: Path, name: str) -> bool:
+    """Take a request away again; whether it was there. Raise OSError."""
+    try:
+        os.unlink(directory / name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def draining(settings: Settings) -> bool:
+    """Whether somebody asked that no job is started any more."""
+    return os.path.lexists(settings.exports_dir / DRAIN)

@@ -1,0 +1,108 @@
+"""The state of an export: one pure decision from the facts, the settings and the time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.queue.names import REPORT
+from hyper2kvmd.settings import Settings
+
+
+class State(StrEnum):
+    """The states of an export; `state_of` says how they follow from what is on disk."""
+
+    INCOMPLETE = "incomplete"
+    WAITING = "waiting"
+    QUEUED = "queued"
+    RUNNING = "running"
+    RETRYING = "retrying"
+    BLOCKED = "blocked"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+
+
+JITTER = 1.25  # the most that a delay is stretched by, so that jobs that failed together do not come back together
+FINAL = frozenset({State.BLOCKED, State.SUCCEEDED, State.FAILED, State.REJECTED, State.CANCELLED})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one look at an export found; the state follows from this and the time alone.
+
+    Times are seconds since the epoch. `settled_since` is the newest modification of manifest and disks.
+    """
+
+    manifest: str | None
+    manifest_sha256: str | None = None
+    problem: Finding | None = None
+    unreadable: bool = False
+    missing: tuple[str, ...] = ()
+    settled_since: float = 0.0
+    held: bool = False
+    request: Literal["hold", "cancel"] | None = None
+    crashes: int = 0
+    began_at: float = 0.0
+    report_status: str | None = None
+    report_sha256: str | None = None
+    report_finding: Finding | None = None
+    next_attempt_at: float | None = None
+    finished_at: float | None = None
+
+
+def state_of(facts: Facts, settings: Settings, now: float) -> tuple[State, Finding | None]:
+    """The state of an export, and the reason where there is one. Pure: looks at nothing but its arguments."""
+    if facts.held:
+        return State.RUNNING, None
+    if facts.report_status is not None:
+        if facts.manifest_sha256 is not None and facts.report_sha256 not in (None, facts.manifest_sha256):
+            return State.BLOCKED, Finding(
+                Code.MANIFEST_CHANGED,
+                f"{REPORT} belongs to another manifest (sha256 {facts.report_sha256}) than the one in the export",
+                "If this is a new export of the VM, move the old report away; otherwise put the old manifest back.",
+            )
+        due = max(facts.next_attempt_at or 0, _crash_delay(facts, settings))
+        if due - now > settings.retry.max_delay_seconds * JITTER:  # no delay is that long: the clock was put back
+            due = now
+        if facts.report_status == State.RETRYING and facts.request == "hold":
+            return _on_hold()
+        if facts.report_status == State.RETRYING and (due <= now or facts.request == "cancel"):
+            return State.QUEUED, facts.report_finding
+        return State(facts.report_status), facts.report_finding
+    if facts.manifest is None:
+        return State.INCOMPLETE, None
+    if facts.request == "hold":
+        return _on_hold()
+    if facts.request == "cancel":
+        return State.QUEUED, None  # for a runner that says so in a report
+    age = now - facts.settled_since
+    # A modification time in the future is a clock that jumped: waiting for it could take for ever.
+    settled = age < -settings.settle_seconds or age >= settings.settle_seconds
+    # Half-written is normal while the exporter works; after the grace period a runner says what is wrong.
+    if (facts.unreadable or facts.missing) and 0 <= age < settings.incomplete_grace_seconds:
+        return State.INCOMPLETE, facts.problem
+    if not settled:
+        return State.WAITING, None
+    if 0 < _crash_delay(facts, settings) - now <= settings.retry.max_delay_seconds:
+        return State.RETRYING, None
+    return State.QUEUED, None
+
+
+def _on_hold() -> tuple[State, Finding]:
+    return State.BLOCKED, request_error("hold").finding()
+
+
+def request_error(request: Literal["hold", "cancel"]) -> MigrationError:
+    """What people ask for, as an error: held or cancelled."""
+    if request == "hold":
+        return MigrationError(Code.HELD, "the export is on hold", "`hyper2kvmctl release` lets it go on.")
+    return MigrationError(Code.CANCELLED, "the job was cancelled", "`hyper2kvmctl retry` starts it again.")
+
+
+def _crash_delay(facts: Facts, settings: Settings) -> float:
+    """When an export whose last runners died may be tried again."""
+    return facts.began_at + settings.retry.delay(facts.crashes) if facts.crashes else 0.0
