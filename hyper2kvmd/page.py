@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jinja2 import Environment, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field
 
-from hyper2kvmd.hardware import Hardware
+from hyper2kvmd.domain.hardware import Hardware
 from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.report import Report, StageRecord, Status
 from hyper2kvmd.text import plain, size

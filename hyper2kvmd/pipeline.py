@@ -20,10 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hyper2kvmd import boottest, hooks, importer, report, reserve
-from hyper2kvmd.domain import Domain, DomainDisk, Guest, to_xml
+from hyper2kvmd import hooks, report, reserve
+from hyper2kvmd.domain.model import Domain, DomainDisk, GuestSystem
+from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted, Outcome
 from hyper2kvmd.files import write_durably
+from hyper2kvmd.hypervisor import boottest
+from hyper2kvmd.hypervisor.connection import connect, libvirt_version
+from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.image.publish import publish
 from hyper2kvmd.image.source import check_unchanged, verify_checksum
@@ -371,7 +375,7 @@ def _boot(job: Job, plan: Plan) -> None:
             qemu_img.create_throw_away(job.tools, overlay, disk.partial, plan.format)
         _add_console(job, plan, dict(zip((disk.id for disk in disks), overlays, strict=True)))
         seconds = job.settings.validate_.boot_seconds * (1 if plan.accel == "kvm" else boottest.TCG_FACTOR)
-        with importer.connect(job.settings.libvirt.uri) as connection:
+        with connect(job.settings.libvirt.uri) as connection:
             domain = _as_found(job, plan, disks)
             tested = boottest.thrown_away(domain, overlays, nvram, job.settings.validate_.boot_memory_mb)
             verdict = boottest.run(job, connection, tested, seconds)
@@ -434,7 +438,9 @@ def _as_found(job: Job, plan: Plan, disks: Sequence[PlannedDisk]) -> Domain:
     firmware = inspected.get("firmware", plan.domain.firmware)
     guest = None
     if inspected:
-        guest = Guest(*(inspected[key] for key in ("os_type", "distro", "version", "kernel_version", "product_name")))
+        guest = GuestSystem(
+            *(inspected[key] for key in ("os_type", "distro", "version", "kernel_version", "product_name"))
+        )
     return replace(
         plan.domain,
         firmware=firmware,
@@ -473,11 +479,11 @@ def _import(job: Job, plan: Plan) -> None:
     """Define the domain."""
     libvirt = job.settings.libvirt
     job.claim.check()
-    with importer.connect(libvirt.uri) as connection:
-        job.record.tools["libvirt"] = importer.version(connection)
+    with connect(libvirt.uri) as connection:
+        job.record.tools["libvirt"] = libvirt_version(connection)
         domain = _as_found(job, plan, _boot_order(job, plan))
         disks = tuple(replace(disk, direct_io=qemu_img.direct_io(disk.path)) for disk in domain.disks)
-        importer.define(
+        define(
             connection,
             to_xml(replace(domain, disks=disks)),
             domain.name,
@@ -487,7 +493,7 @@ def _import(job: Job, plan: Plan) -> None:
             start=libvirt.start,
         )
         for directory in dict.fromkeys(disk.path.parent for disk in domain.disks):
-            if warning := importer.refresh_pools(connection, directory, libvirt.pool):
+            if warning := refresh_pools(connection, directory, libvirt.pool):
                 job.warn(warning)
     job.record.domain = report.DomainRecord(name=domain.name, uuid=domain.uuid, uri=libvirt.uri)
     job.record.results["import"] = {"domain": domain.name, "uuid": domain.uuid}

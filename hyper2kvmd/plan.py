@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hyper2kvmd import accel, hardware, importer, reserve
-from hyper2kvmd.domain import Domain, DomainDisk, DomainNic, domain_uuid, generated_mac
+from hyper2kvmd import accel, reserve
+from hyper2kvmd.domain import hardware
+from hyper2kvmd.domain.hardware import Card, Hardware
+from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, domain_uuid, generated_mac
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
-from hyper2kvmd.hardware import Card, Hardware
+from hyper2kvmd.hypervisor.connection import connect, virt_type
+from hyper2kvmd.hypervisor.preflight import preflight, uuid_taken
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.image.publish import output_exists
 from hyper2kvmd.image.source import Source, open_sources
@@ -268,11 +271,11 @@ def _check_target(
     uuid: the one to take if somebody has the VM's own. Raise MigrationError (libvirt_unavailable).
     """
     settings = job.settings.libvirt
-    with importer.connect(settings.uri) as connection:
-        domain = replace(domain, virt_type=importer.virt_type(connection, acceleration))
+    with connect(settings.uri) as connection:
+        domain = replace(domain, virt_type=virt_type(connection, acceleration))
         if not defines:
             return domain
-        if domain.uuid != uuid and importer.taken(connection, domain.uuid, job.id):
+        if domain.uuid != uuid and uuid_taken(connection, domain.uuid, job.id):
             job.warn(
                 Finding(
                     "uuid_taken",
@@ -281,7 +284,7 @@ def _check_target(
                 )
             )
             domain = replace(domain, uuid=uuid)
-        noted.errors += importer.preflight(connection, domain, settings.pool, directory)
+        noted.errors += preflight(connection, domain, settings.pool, directory)
     return domain
 
 

@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from hyper2kvmd.domain import attachment
+from hyper2kvmd.domain.model import attachment
 from hyper2kvmd.errors import SettingsError
 from hyper2kvmd.manifest import wire
 from hyper2kvmd.options import DEFAULT_PATH

@@ -29,7 +29,8 @@ from typing import Any
 
 import jsonschema
 
-from hyper2kvmd import importer, outbox, runner, steps
+from hyper2kvmd import outbox, runner, steps
+from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.job import job_id
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.claim import holder
@@ -445,7 +446,7 @@ def _complete(vm: Vm, source: Path, format: str, final: Path) -> None:
 
 def _domains(uri: str) -> dict[str, set[str]]:
     """The domains of a libvirt and their disks."""
-    with importer.connect(uri) as connection:
+    with connect(uri) as connection:
         found = [(domain.name(), domain.XMLDesc()) for domain in connection.listAllDomains()]
     assert len(found) == len(dict(found))
     return {name: set(re.findall(r"<source file='([^']+)'", xml)) for name, xml in found}

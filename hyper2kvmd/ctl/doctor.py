@@ -30,13 +30,18 @@ from typing import Any
 import libvirt
 from rich.console import Console
 
-from hyper2kvmd import accel, importer, reserve
+from hyper2kvmd import accel, reserve
 from hyper2kvmd.ctl import print_json
-from hyper2kvmd.domain import Domain, DomainDisk, DomainNic, generated_mac, to_xml
+from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, generated_mac
+from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
 from hyper2kvmd.guest import keys
 from hyper2kvmd.guest.session import check_host, open_guest
+from hyper2kvmd.hypervisor.connection import ANSWER_SECONDS as LIBVIRT_SECONDS
+from hyper2kvmd.hypervisor.connection import connect, libvirt_version, unanswered, virt_type
+from hyper2kvmd.hypervisor.define import define
+from hyper2kvmd.hypervisor.preflight import preflight
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.plan import FIX_SPACE, LUKS_MEMORY_MB
@@ -582,11 +587,11 @@ def _libvirt(host: Host, diagnosis: Diagnosis) -> str:
 
     thread = threading.Thread(target=ask, name="libvirt", daemon=True)
     thread.start()
-    thread.join(importer.ANSWER_SECONDS)
+    thread.join(LIBVIRT_SECONDS)
     diagnosis.errors += theirs.errors
     diagnosis.warnings += theirs.warnings
     if thread.is_alive():
-        raise importer.unanswered(uri)
+        raise unanswered(uri)
     if not found and not theirs.errors:  # a defect must not look like silence
         raise RuntimeError("the check of libvirt failed; the trace is before this one")
     return "".join(found)
@@ -594,13 +599,13 @@ def _libvirt(host: Host, diagnosis: Diagnosis) -> str:
 
 def _ask_libvirt(settings: Settings, diagnosis: Diagnosis) -> str:
     """All that would keep a domain from being defined, and then one that is."""
-    with importer.connect(settings.libvirt.uri) as connection:
-        detail = f"{settings.libvirt.uri}, version {importer.version(connection)}"
+    with connect(settings.libvirt.uri) as connection:
+        detail = f"{settings.libvirt.uri}, version {libvirt_version(connection)}"
         if not settings.libvirt.import_:
             return detail
         try:
-            virt_type = importer.virt_type(connection, "tcg" if settings.guest.accel == "tcg" else "kvm")
-            domain = _trial(settings, virt_type)
+            kind = virt_type(connection, "tcg" if settings.guest.accel == "tcg" else "kvm")
+            domain = _trial(settings, kind)
             _preflight(connection, domain, settings, diagnosis)
             with diagnosis:
                 _define(connection, domain)
@@ -612,7 +617,7 @@ def _ask_libvirt(settings: Settings, diagnosis: Diagnosis) -> str:
     return f"{detail}; UEFI, Secure Boot and all networks are there; a domain was defined and undefined"
 
 
-def _trial(settings: Settings, virt_type: str) -> Domain:
+def _trial(settings: Settings, kind: str) -> Domain:
     """A small domain that nobody else has."""
     id = str(uuid.uuid4())
     name = f"hyper2kvmd-doctor-{id[:8]}"
@@ -627,7 +632,7 @@ def _trial(settings: Settings, virt_type: str) -> Domain:
         firmware="bios",
         secure_boot=False,
         tpm=False,
-        virt_type=virt_type,
+        virt_type=kind,
         guest=None,
         disks=(DomainDisk(settings.output_dir / f"{name}.qcow2", "qcow2", "disk-0", False),),
         nics=(),
@@ -645,8 +650,8 @@ def _preflight(connection: Any, domain: Domain, settings: Settings, diagnosis: D
     # One at a time: a machine has too few slots for all networks at once.
     variants = [replace(domain, nics=(DomainNic(mac, target),)) for target in targets]
     for variant in (*variants, uefi, replace(uefi, secure_boot=True)):
-        diagnosis.errors += importer.preflight(connection, variant, settings.libvirt.pool, settings.output_dir)
-    for error in importer.preflight(connection, replace(domain, tpm=True), None, settings.output_dir):
+        diagnosis.errors += preflight(connection, variant, settings.libvirt.pool, settings.output_dir)
+    for error in preflight(connection, replace(domain, tpm=True), None, settings.output_dir):
         if error.code is Code.TOOL_MISSING:
             message = f"VMs with a TPM cannot be migrated: {error.message}"
             diagnosis.warnings.append(replace(error.finding(), message=message))
@@ -655,7 +660,7 @@ def _preflight(connection: Any, domain: Domain, settings: Settings, diagnosis: D
 def _define(connection: Any, domain: Domain) -> None:
     """Define a domain, which is gone in the end, whatever happens. Raise MigrationError or libvirtError."""
     try:
-        importer.define(connection, to_xml(domain), domain.name, domain.uuid, domain.job, autostart=False, start=False)
+        define(connection, to_xml(domain), domain.name, domain.uuid, domain.job, autostart=False, start=False)
     finally:
         for found in connection.listAllDomains():
             if found.UUIDString() == domain.uuid:

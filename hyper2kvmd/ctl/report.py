@@ -17,14 +17,15 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from hyper2kvmd import hardware, page
+from hyper2kvmd import page
 from hyper2kvmd.ctl import refuse
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.ctl.migrate import print_report
+from hyper2kvmd.domain import hardware
+from hyper2kvmd.domain.hardware import Hardware
 from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
 from hyper2kvmd.files import open_directory
-from hyper2kvmd.hardware import Hardware
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.manifest.problems import place
 from hyper2kvmd.queue import facts

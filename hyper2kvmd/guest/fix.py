@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hyper2kvmd.domain import VIRTIO_BLK_DISKS
+from hyper2kvmd.domain.machine import VIRTIO_BLK_DISKS
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest import kernels, selinux
 from hyper2kvmd.guest.change import Change, Command, Edit, Proof, encode, printable

@@ -13,7 +13,7 @@ from typing import Any
 import libvirt
 import pytest
 
-from hyper2kvmd import importer
+from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.queue.names import BOOT_LOG, BOOT_SCREEN
 from hyper2kvmd.settings import Settings
 from tests.conftest import Ctl, disk_entry, report_of, run_job, write_manifest
@@ -67,7 +67,7 @@ def drop(scratch: Settings) -> Callable[..., Path]:
 def nothing_is_left(scratch: Settings, uri: str) -> Iterator[None]:
     """However a test ends: no machine runs, and no temporary file is there."""
     yield
-    with importer.connect(uri) as connection:
+    with connect(uri) as connection:
         for domain in connection.listAllDomains():
             assert not domain.isActive(), f"{domain.name()} still runs"
             assert not domain.name().endswith(".boot-test")
@@ -76,7 +76,7 @@ def nothing_is_left(scratch: Settings, uri: str) -> Iterator[None]:
 
 
 def running(uri: str) -> list[Any]:
-    with importer.connect(uri) as connection:
+    with connect(uri) as connection:
         return [domain.name() for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)]
 
 
@@ -174,7 +174,7 @@ def test_the_network_of_the_source_is_never_touched(
 ) -> None:
     process = start(drop(says("starting up\r\n")), settings(boot_seconds=3))
     wait_until(lambda: running(uri) == ["web01.boot-test"])
-    with importer.connect(uri) as connection:
+    with connect(uri) as connection:
         xml = connection.lookupByName("web01.boot-test").XMLDesc(0)
     assert 1 == xml.count("<link state='down'/>") == xml.count(f"<mac address='{MAC}'/>")
     process.wait(60)

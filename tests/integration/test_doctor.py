@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import importer
 from hyper2kvmd.ctl.doctor import CHECKS, PROGRAMS, UNPACKERS
+from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.run import QEMU
 from hyper2kvmd.settings import Settings
@@ -111,7 +111,7 @@ def test_this_host_is_in_order_and_nothing_is_left_behind(
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setenv("LIBGUESTFS_CACHEDIR", "/var/tmp")  # where libguestfs keeps its appliance by itself
     make_export()
-    with session(tmp_path) as uri, importer.connect(uri) as connection:
+    with session(tmp_path) as uri, connect(uri) as connection:
         before = set(tmp_path.rglob("*"))
         report = doctor(libvirt__import=True, libvirt__uri=uri, libvirt__default_network="user")
         assert set() == set(tmp_path.rglob("*")) - before

@@ -15,7 +15,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from hyper2kvmd import importer
+from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.queue.names import REPORT
 from tests.faults import FAULTS, Result, Site, conclude, invariants, site, soak
 
@@ -132,7 +132,7 @@ def test_the_checker_sees_a_domain_that_is_not_there() -> None:
         here.start()
         conclude(here, 90)
         assert here.libvirt
-        with importer.connect(here.libvirt.uri) as connection:
+        with connect(here.libvirt.uri) as connection:
             connection.lookupByName("web01").undefine()
         with pytest.raises(AssertionError, match="the domains are not those"):
             invariants(here)

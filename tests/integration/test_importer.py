@@ -14,9 +14,12 @@ from typing import Any
 import libvirt
 import pytest
 
-from hyper2kvmd import importer
-from hyper2kvmd.domain import Domain, DomainDisk, DomainNic, job_of, to_xml
+from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic
+from hyper2kvmd.domain.xml import job_of, to_xml
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.hypervisor.connection import connect, virt_type
+from hyper2kvmd.hypervisor.define import define, refresh_pools
+from hyper2kvmd.hypervisor.preflight import BRIDGE_VLANS, preflight
 from tests.libvirtd import session
 from tests.unit.test_domain import DEBIAN, PLAIN, RHEL5, VARIANTS, WINDOWS_2022, disks
 
@@ -27,14 +30,14 @@ BRIDGE = "h2kbr0"
 
 @pytest.fixture(scope="module")
 def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with session(tmp_path_factory.mktemp("libvirtd")) as uri, importer.connect(uri) as connection:
+    with session(tmp_path_factory.mktemp("libvirtd")) as uri, connect(uri) as connection:
         yield connection
 
 
 @contextmanager
 def defined(connection: Any, domain: Domain, *, start: bool = False) -> Iterator[Any]:
     """The domain, which is gone with its variables in the end."""
-    importer.define(connection, to_xml(domain), domain.name, domain.uuid, domain.job, autostart=False, start=start)
+    define(connection, to_xml(domain), domain.name, domain.uuid, domain.job, autostart=False, start=start)
     found = connection.lookupByName(domain.name)
     try:
         yield found
@@ -48,13 +51,13 @@ def here(connection: Any, domain: Domain) -> Domain:
     """The domain with KVM only where this host has it, and without networks that it does not have."""
     accel = "kvm" if domain.virt_type == "kvm" else "tcg"
     nics = tuple(replace(nic, target="user") for nic in domain.nics)
-    return replace(domain, virt_type=importer.virt_type(connection, accel), nics=nics)
+    return replace(domain, virt_type=virt_type(connection, accel), nics=nics)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_real_libvirt_defines_it_and_would_start_it(name: str, connection: Any) -> None:
     domain = here(connection, VARIANTS[name])
-    assert [] == importer.preflight(connection, domain, None, Path("/images"))
+    assert [] == preflight(connection, domain, None, Path("/images"))
     with defined(connection, replace(domain, nics=VARIANTS[name].nics)) as found:
         xml = ET.fromstring(found.XMLDesc(0))
         assert domain.job == job_of(found.XMLDesc(0))
@@ -118,14 +121,14 @@ def codes(errors: list[MigrationError]) -> list[Code]:
 def test_firmware_that_the_host_does_not_have_is_named(connection: Any) -> None:
     # No OVMF does Secure Boot on the chipset of so old a guest.
     domain = replace(SMALL, firmware="uefi", secure_boot=True, guest=RHEL5)
-    (found,) = importer.preflight(connection, domain, None, Path("/images"))
+    (found,) = preflight(connection, domain, None, Path("/images"))
     assert Code.FIRMWARE_MISSING == found.code
     assert "UEFI firmware with Secure Boot and its keys" in found.message
     assert "ovmf" in found.hint
 
 
 def test_what_libvirt_would_refuse_is_said_in_its_words(connection: Any) -> None:
-    (found,) = importer.preflight(connection, replace(SMALL, cpus=700), None, Path("/images"))
+    (found,) = preflight(connection, replace(SMALL, cpus=700), None, Path("/images"))
     assert Code.DEFINE_FAILED == found.code
     assert "CPUs" in found.message
 
@@ -139,13 +142,11 @@ def test_a_tpm_needs_a_program_that_emulates_it(tmp_path: Path, monkeypatch: pyt
                 (programs / program.name).unlink(missing_ok=True)
                 (programs / program.name).symlink_to(program)
     monkeypatch.setenv("PATH", str(programs))
-    with session(tmp_path) as uri, importer.connect(uri) as connection:
-        (found,) = importer.preflight(connection, replace(SMALL, tpm=True), None, Path("/images"))
+    with session(tmp_path) as uri, connect(uri) as connection:
+        (found,) = preflight(connection, replace(SMALL, tpm=True), None, Path("/images"))
         # With no firmware either, both are told.
         both = replace(SMALL, tpm=True, firmware="uefi", secure_boot=True, guest=RHEL5)
-        assert [Code.FIRMWARE_MISSING, Code.TOOL_MISSING] == codes(
-            importer.preflight(connection, both, None, Path("/images"))
-        )
+        assert [Code.FIRMWARE_MISSING, Code.TOOL_MISSING] == codes(preflight(connection, both, None, Path("/images")))
     assert Code.TOOL_MISSING == found.code
     assert "swtpm" in found.hint
 
@@ -171,7 +172,7 @@ def test_a_refreshed_pool_shows_the_disks(name: str | None, connection: Any, tmp
         assert [] == vms.listVolumes()
         linked = tmp_path.parent / f"{tmp_path.name}-link"
         linked.symlink_to(tmp_path)
-        assert importer.refresh_pools(connection, linked, name) is None
+        assert refresh_pools(connection, linked, name) is None
         assert ["0.qcow2", "1.qcow2"] == sorted(vms.listVolumes())
 
 
@@ -181,7 +182,7 @@ def test_a_pool_that_cannot_be_refreshed_is_a_warning(connection: Any, tmp_path:
     with pool(connection, target) as vms:
         vms.create()
         target.rmdir()
-        warning = importer.refresh_pools(connection, target, "vms")
+        warning = refresh_pools(connection, target, "vms")
     assert warning is not None
     assert "pool_not_refreshed" == warning.code
     assert str(target) in warning.message
@@ -198,13 +199,13 @@ def test_a_network_must_be_active(connection: Any) -> None:
     domain = replace(SMALL, nics=(DomainNic("00:50:56:aa:bb:01", "vms"),))
     vms = network(connection)
     try:
-        (found,) = importer.preflight(connection, domain, None, Path("/images"))
+        (found,) = preflight(connection, domain, None, Path("/images"))
         assert (Code.NETWORK_MISSING, "Run `virsh net-start vms` and `virsh net-autostart vms`.") == (
             found.code,
             found.hint,
         )
         vms.create()
-        assert [] == importer.preflight(connection, domain, None, Path("/images"))
+        assert [] == preflight(connection, domain, None, Path("/images"))
     finally:
         if vms.isActive():
             vms.destroy()
@@ -213,12 +214,12 @@ def test_a_network_must_be_active(connection: Any) -> None:
 
 @pytest.mark.parametrize(("switch", "refused"), [("", True), ("<virtualport type='openvswitch'/>", False)])
 def test_a_vlan_needs_a_network_that_tags(switch: str, refused: bool, connection: Any) -> None:
-    refused = refused and connection.getLibVersion() < importer.BRIDGE_VLANS
+    refused = refused and connection.getLibVersion() < BRIDGE_VLANS
     vms = network(connection, switch)
     try:
         vms.create()
         domain = replace(SMALL, nics=(DomainNic("00:50:56:aa:bb:01", "vms@20"),))
-        found = importer.preflight(connection, domain, None, Path("/images"))
+        found = preflight(connection, domain, None, Path("/images"))
         assert [Code.NETWORK_MISSING] * refused == codes(found)
         assert all("'vms@20'" in error.message for error in found)
     finally:
@@ -240,7 +241,7 @@ def test_a_bridge_is_told_from_other_interfaces(bridge: str, connection: Any) ->
     found = {}
     for target in expected:
         domain = replace(SMALL, nics=(DomainNic("00:50:56:aa:bb:01", target),))
-        errors = importer.preflight(connection, domain, None, Path("/images"))
+        errors = preflight(connection, domain, None, Path("/images"))
         assert {Code.NETWORK_MISSING} >= set(codes(errors))
         found[target] = len(errors)
     assert expected == found
@@ -250,7 +251,7 @@ def test_everything_that_is_wrong_is_told_at_once(connection: Any, tmp_path: Pat
     nics = (*USER, DomainNic("00:50:56:aa:bb:05", "vlan20"), DomainNic("00:50:56:aa:bb:06", "bridge:h2knone"))
     with defined(connection, replace(SMALL, disks=disks(1))):
         domain = replace(SMALL, job="other-job", guest=DEBIAN, nics=nics, cpus=700)
-        found = importer.preflight(connection, domain, "none", tmp_path)
+        found = preflight(connection, domain, "none", tmp_path)
     assert [
         Code.DOMAIN_EXISTS,
         Code.MAC_EXISTS,
@@ -265,7 +266,7 @@ def test_a_libvirt_that_goes_away_is_tried_again(tmp_path: Path) -> None:
     with session(tmp_path) as uri:
         connection = libvirt.open(uri)
     with pytest.raises(MigrationError) as caught:
-        importer.preflight(connection, SMALL, None, Path("/images"))
+        preflight(connection, SMALL, None, Path("/images"))
     assert Code.LIBVIRT_UNAVAILABLE == caught.value.code
-    warning = importer.refresh_pools(connection, Path("/images"), None)
+    warning = refresh_pools(connection, Path("/images"), None)
     assert warning is not None

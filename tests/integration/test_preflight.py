@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import importer
-from hyper2kvmd.domain import Domain, DomainNic, domain_uuid, to_xml
+from hyper2kvmd.domain.model import Domain, DomainNic, domain_uuid
+from hyper2kvmd.domain.xml import to_xml
+from hyper2kvmd.hypervisor.connection import connect
+from hyper2kvmd.hypervisor.define import define
 from hyper2kvmd.settings import Settings
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
 from tests.libvirtd import session
@@ -42,10 +44,8 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             memory_mib=64, firmware="bios", secure_boot=False, tpm=False, virt_type="qemu", guest=None, disks=(),
             nics=(DomainNic(MAC, "user"),), job="another-job", source={}, tags={},
         )  # fmt: skip
-        with importer.connect(uri) as connection:
-            importer.define(
-                connection, to_xml(theirs), theirs.name, theirs.uuid, theirs.job, autostart=False, start=False
-            )
+        with connect(uri) as connection:
+            define(connection, to_xml(theirs), theirs.name, theirs.uuid, theirs.job, autostart=False, start=False)
         yield uri
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd import boottest
-from hyper2kvmd.boottest import judge, png, readable, thrown_away
-from hyper2kvmd.domain import DomainNic
+from hyper2kvmd.domain.model import DomainNic
+from hyper2kvmd.hypervisor import boottest
+from hyper2kvmd.hypervisor.boottest import judge, readable, thrown_away
+from hyper2kvmd.hypervisor.png import png
 from tests.unit.test_domain import PLAIN
 
 BOOTED = b"\x1b[0;1;32m  OK  \x1b[0m] Reached target \x1b[0;1;39mmulti-user.target\x1b[0m - Multi-User System.\r\r\n"

@@ -10,20 +10,21 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import importer
-from hyper2kvmd.domain import (
+from hyper2kvmd.domain.model import (
     Attachment,
     Domain,
     DomainDisk,
     DomainNic,
-    Guest,
+    GuestSystem,
     attachment,
     domain_uuid,
     generated_mac,
-    job_of,
-    to_xml,
 )
+from hyper2kvmd.domain.xml import job_of, to_xml
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.hypervisor.connection import connect
+from hyper2kvmd.hypervisor.define import define, refresh_pools
+from hyper2kvmd.hypervisor.preflight import preflight, uuid_taken
 
 GOLDEN = Path(__file__).parents[1] / "data/domains"
 UUID = domain_uuid("vsphere", "DC1", "vm-4711", "web-01")
@@ -37,10 +38,10 @@ def disks(count: int, format: str = "qcow2", direct_io: bool = True) -> tuple[Do
     )
 
 
-DEBIAN = Guest("linux", "debian", "12.0", "6.1.0-18-amd64")
-RHEL5 = Guest("linux", "rhel", "5.11", "2.6.18-398.el5")
-WINDOWS_XP = Guest("windows", "windows", "5.1", None, "Microsoft Windows XP")
-WINDOWS_2022 = Guest("windows", "windows", "10.0", None, "Windows Server 2022 Standard")
+DEBIAN = GuestSystem("linux", "debian", "12.0", "6.1.0-18-amd64")
+RHEL5 = GuestSystem("linux", "rhel", "5.11", "2.6.18-398.el5")
+WINDOWS_XP = GuestSystem("windows", "windows", "5.1", None, "Microsoft Windows XP")
+WINDOWS_2022 = GuestSystem("windows", "windows", "10.0", None, "Windows Server 2022 Standard")
 
 PLAIN = Domain(
     name="web-01",
@@ -119,8 +120,8 @@ def test_every_golden_file_is_of_a_variant() -> None:
 def test_libvirt_accepts_the_xml(name: str) -> None:
     """The schema is checked by libvirt itself; its test driver knows no domain type but its own, and no firmware."""
     domain = replace(VARIANTS[name], virt_type="test", firmware="bios")
-    with importer.connect("test:///default") as connection:
-        importer.define(connection, to_xml(domain), domain.name, domain.uuid, domain.job, autostart=False, start=False)
+    with connect("test:///default") as connection:
+        define(connection, to_xml(domain), domain.name, domain.uuid, domain.job, autostart=False, start=False)
         defined = connection.lookupByName("web-01")
         assert UUID == defined.UUIDString()
         assert not defined.isActive()
@@ -170,18 +171,18 @@ def test_a_target_that_is_none_is_refused_with_all_that_could_be_meant(target: s
         (RHEL5, "pc"),
         (WINDOWS_XP, "pc"),
         (WINDOWS_2022, "q35"),
-        (Guest("linux", "centos", "6.0", "2.6.32-71.el6.x86_64"), "q35"),
-        (Guest("linux", "suse-based", "11.0", "2.6.25"), "q35"),
-        (Guest("linux", "suse-based", "10.3", "2.6.24.9-1"), "pc"),
-        (Guest("linux", "rhel", "3.9", "2.4.21-50.EL"), "pc"),
-        (Guest("linux", "debian", "12.0", None), "q35"),
-        (Guest("linux", "debian", "12.0", "2." + "9" * 5000), "q35"),
-        (Guest("windows", "windows", "5.2", None), "pc"),
-        (Guest("windows", "windows", "6.0", None), "q35"),
-        (Guest("freebsd", "freebsd", "5.1", None), "q35"),
+        (GuestSystem("linux", "centos", "6.0", "2.6.32-71.el6.x86_64"), "q35"),
+        (GuestSystem("linux", "suse-based", "11.0", "2.6.25"), "q35"),
+        (GuestSystem("linux", "suse-based", "10.3", "2.6.24.9-1"), "pc"),
+        (GuestSystem("linux", "rhel", "3.9", "2.4.21-50.EL"), "pc"),
+        (GuestSystem("linux", "debian", "12.0", None), "q35"),
+        (GuestSystem("linux", "debian", "12.0", "2." + "9" * 5000), "q35"),
+        (GuestSystem("windows", "windows", "5.2", None), "pc"),
+        (GuestSystem("windows", "windows", "6.0", None), "q35"),
+        (GuestSystem("freebsd", "freebsd", "5.1", None), "q35"),
     ],
 )
-def test_the_older_chipset_is_for_guests_that_know_no_other(guest: Guest | None, machine: str) -> None:
+def test_the_older_chipset_is_for_guests_that_know_no_other(guest: GuestSystem | None, machine: str) -> None:
     assert machine == parsed(replace(PLAIN, guest=guest)).findall("os/type")[0].get("machine")
 
 
@@ -212,7 +213,9 @@ def test_serials_are_short_and_stay_different() -> None:
 @pytest.mark.parametrize("count", [1, 20, 21, 300])
 @pytest.mark.parametrize("compatible", [False, True])
 @pytest.mark.parametrize("guest", [DEBIAN, RHEL5], ids=["q35", "pc"])
-def test_every_disk_has_a_name_an_order_and_a_place_of_its_own(count: int, compatible: bool, guest: Guest) -> None:
+def test_every_disk_has_a_name_an_order_and_a_place_of_its_own(
+    count: int, compatible: bool, guest: GuestSystem
+) -> None:
     domain = replace(PLAIN, disks=disks(count), compatible=compatible, guest=guest)
     found = parsed(domain).findall("devices/disk")
     names = [str(target.get("dev")) for disk in found for target in disk.findall("target")]
@@ -246,20 +249,20 @@ def test_tags_are_values_whatever_they_are_called() -> None:
     assert tags == {str(tag.get("name")): tag.text for tag in found}
 
 
-def define(connection: Any, domain: Domain) -> None:
+def define_one(connection: Any, domain: Domain) -> None:
     xml = to_xml(replace(domain, virt_type="test"))
-    importer.define(connection, xml, domain.name, domain.uuid, domain.job, autostart=False, start=False)
+    define(connection, xml, domain.name, domain.uuid, domain.job, autostart=False, start=False)
 
 
-def preflight(connection: Any, domain: Domain, pool: str | None = None, directory: Path = POOL) -> list[MigrationError]:
-    return importer.preflight(connection, domain, pool, directory)
+def errors_of(connection: Any, domain: Domain, pool: str | None = None, directory: Path = POOL) -> list[MigrationError]:
+    return preflight(connection, domain, pool, directory)
 
 
 def test_defining_again_after_a_crash_is_harmless() -> None:
-    with importer.connect("test:///default") as connection:
-        define(connection, PLAIN)
-        assert [] == preflight(connection, PLAIN)
-        define(connection, PLAIN)
+    with connect("test:///default") as connection:
+        define_one(connection, PLAIN)
+        assert [] == errors_of(connection, PLAIN)
+        define_one(connection, PLAIN)
         assert 1 == len([d for d in connection.listAllDomains() if d.name() == "web-01"])
 
 
@@ -275,55 +278,55 @@ OTHER_MAC = (DomainNic("00:50:56:aa:bb:99", "default"),)
     ],
 )
 def test_a_domain_of_somebody_else_is_refused_before_and_after_the_copy(change: dict[str, str], why: str) -> None:
-    with importer.connect("test:///default") as connection:
-        define(connection, PLAIN)
+    with connect("test:///default") as connection:
+        define_one(connection, PLAIN)
         mine = replace(PLAIN, nics=OTHER_MAC, **change)  # type: ignore[arg-type]
-        (found,) = preflight(connection, mine)
+        (found,) = errors_of(connection, mine)
         assert Code.DOMAIN_EXISTS == found.code
         assert why in found.message
         with pytest.raises(MigrationError, match=why):
-            define(connection, mine)
+            define_one(connection, mine)
         assert PLAIN.job == job_of(connection.lookupByName("web-01").XMLDesc(0))
 
 
 def test_a_running_domain_is_never_redefined() -> None:
-    with importer.connect("test:///default") as connection:
-        define(connection, PLAIN)
+    with connect("test:///default") as connection:
+        define_one(connection, PLAIN)
         connection.lookupByName("web-01").create()
-        assert [Code.DOMAIN_EXISTS] == [error.code for error in preflight(connection, PLAIN)]
+        assert [Code.DOMAIN_EXISTS] == [error.code for error in errors_of(connection, PLAIN)]
         with pytest.raises(MigrationError, match="running"):
-            define(connection, PLAIN)
+            define_one(connection, PLAIN)
 
 
 def test_the_mac_of_another_domain_is_seen_in_any_spelling() -> None:
-    with importer.connect("test:///default") as connection:
-        define(connection, PLAIN)
+    with connect("test:///default") as connection:
+        define_one(connection, PLAIN)
         clone = replace(PLAIN, name="clone", uuid=domain_uuid("clone"), job="clone-1")
         clone = replace(clone, nics=(DomainNic("00:50:56:AA:BB:01", "default"), *OTHER_MAC))
-        (found,) = preflight(connection, clone)
+        (found,) = errors_of(connection, clone)
         assert Code.MAC_EXISTS == found.code
         assert "the domain 'web-01' has the MAC address 00:50:56:AA:BB:01" in found.message
 
 
 def test_a_uuid_is_taken_only_by_a_domain_of_somebody_else() -> None:
-    with importer.connect("test:///default") as connection:
-        assert not importer.taken(connection, UUID, PLAIN.job)
-        define(connection, PLAIN)
-        assert not importer.taken(connection, UUID, PLAIN.job)
-        assert importer.taken(connection, UUID, "other-job")
+    with connect("test:///default") as connection:
+        assert not uuid_taken(connection, UUID, PLAIN.job)
+        define_one(connection, PLAIN)
+        assert not uuid_taken(connection, UUID, PLAIN.job)
+        assert uuid_taken(connection, UUID, "other-job")
 
 
 def test_a_missing_network_is_named_with_those_that_exist() -> None:
-    with importer.connect("test:///default") as connection:
-        (found,) = preflight(connection, replace(PLAIN, nics=(DomainNic("00:50:56:aa:bb:01", "vlan20"),)))
+    with connect("test:///default") as connection:
+        (found,) = errors_of(connection, replace(PLAIN, nics=(DomainNic("00:50:56:aa:bb:01", "vlan20"),)))
     assert Code.NETWORK_MISSING == found.code
     assert "no network 'vlan20'; it has default" in found.message
 
 
 def test_a_network_that_is_not_active_is_in_the_way() -> None:
-    with importer.connect("test:///default") as connection:
+    with connect("test:///default") as connection:
         connection.networkLookupByName("default").destroy()
-        (found,) = preflight(connection, PLAIN)
+        (found,) = errors_of(connection, PLAIN)
     assert Code.NETWORK_MISSING == found.code
     assert "virsh net-start default" in found.hint
 
@@ -337,8 +340,8 @@ def test_a_network_that_is_not_active_is_in_the_way() -> None:
     ],
 )
 def test_a_bridge_is_looked_up_where_libvirt_is(target: str, why: str) -> None:
-    with importer.connect("test:///default") as connection:
-        (found,) = preflight(connection, replace(PLAIN, nics=(DomainNic("00:50:56:aa:bb:01", target),)))
+    with connect("test:///default") as connection:
+        (found,) = errors_of(connection, replace(PLAIN, nics=(DomainNic("00:50:56:aa:bb:01", target),)))
     assert Code.NETWORK_MISSING == found.code
     assert why in found.message
 
@@ -351,28 +354,28 @@ def test_a_bridge_is_looked_up_where_libvirt_is(target: str, why: str) -> None:
     ],
 )
 def test_a_pool_that_is_not_that_of_the_directory_is_in_the_way(pool: str, directory: Path, why: str) -> None:
-    with importer.connect("test:///default") as connection:
-        assert [] == preflight(connection, PLAIN, "default-pool")
-        (found,) = preflight(connection, PLAIN, pool, directory)
+    with connect("test:///default") as connection:
+        assert [] == errors_of(connection, PLAIN, "default-pool")
+        (found,) = errors_of(connection, PLAIN, pool, directory)
     assert Code.POOL_MISSING == found.code
     assert why in found.message
 
 
 def test_a_pool_that_is_not_active_is_in_the_way_and_is_not_refreshed() -> None:
-    with importer.connect("test:///default") as connection:
-        assert importer.refresh_pools(connection, POOL, None) is None
+    with connect("test:///default") as connection:
+        assert refresh_pools(connection, POOL, None) is None
         connection.storagePoolLookupByName("default-pool").destroy()
-        (found,) = preflight(connection, PLAIN, "default-pool")
+        (found,) = errors_of(connection, PLAIN, "default-pool")
         assert Code.POOL_MISSING == found.code
         assert "virsh pool-start default-pool" in found.hint
-        assert importer.refresh_pools(connection, POOL, "default-pool") is None
+        assert refresh_pools(connection, POOL, "default-pool") is None
 
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:
-    with importer.connect("test:///default") as connection:
-        define(connection, PLAIN)
+    with connect("test:///default") as connection:
+        define_one(connection, PLAIN)
         nics = (PLAIN.nics[0], DomainNic("00:50:56:aa:bb:05", "vlan20"), DomainNic("00:50:56:aa:bb:06", "bridge:br7"))
-        found = preflight(connection, replace(PLAIN, job="other-job", nics=nics), "vms")
+        found = errors_of(connection, replace(PLAIN, job="other-job", nics=nics), "vms")
     codes = [Code.DOMAIN_EXISTS, Code.MAC_EXISTS, Code.NETWORK_MISSING, Code.NETWORK_MISSING, Code.POOL_MISSING]
     assert codes == [error.code for error in found]
     assert all(error.hint and error.field for error in found)
@@ -381,7 +384,7 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
 def test_libvirt_that_is_away_is_named() -> None:
     with (
         pytest.raises(MigrationError, match="qemu\\+unix") as caught,
-        importer.connect("qemu+unix:///system?socket=/nonexistent/sock"),
+        connect("qemu+unix:///system?socket=/nonexistent/sock"),
     ):
         pass
     assert caught.value.code == Code.LIBVIRT_UNAVAILABLE

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import hardware
+from hyper2kvmd.domain import hardware
+from hyper2kvmd.domain.hardware import Card, Hardware
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.hardware import Card, Hardware
 from hyper2kvmd.manifest import Manifest, ovf, parse
 from hyper2kvmd.manifest.ovf import Ovf, OvfDisk, OvfNic
 

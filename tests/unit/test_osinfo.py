@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd.domain import Guest
-from hyper2kvmd.osinfo import osinfo_id
+from hyper2kvmd.domain.model import GuestSystem
+from hyper2kvmd.domain.osinfo import osinfo_id
 
 DATABASE = Path("/usr/share/osinfo/os")
 # Debian 12's database is of 2022; these came later.
@@ -89,7 +89,7 @@ WINDOWS = {
 
 
 def linux(distro: str, version: str, product: str = "") -> str | None:
-    return osinfo_id(Guest("linux", distro, version, None, product))
+    return osinfo_id(GuestSystem("linux", distro, version, None, product))
 
 
 @pytest.mark.parametrize(("distro", "version"), LINUX)
@@ -103,25 +103,25 @@ def test_centos_stream_8_is_known_by_its_name() -> None:
 
 @pytest.mark.parametrize(("version", "product"), WINDOWS)
 def test_a_windows_has_the_id_of_its_product(version: str, product: str) -> None:
-    guest = Guest("windows", "windows", version, None, product)
+    guest = GuestSystem("windows", "windows", version, None, product)
     assert f"http://microsoft.com/win/{WINDOWS[version, product]}" == osinfo_id(guest)
 
 
 @pytest.mark.parametrize(
     "guest",
     [
-        Guest("linux", "unknown", "2023.0", None, "Amazon Linux 2023"),
-        Guest("linux", "unknown", "5.0", None, "VMware Photon OS/Linux"),
-        Guest("linux", "debian", "0.0", None),
-        Guest("linux", "debian", "", None),
-        Guest("linux", "debian", "x" * 100_000, None),
-        Guest("linux", "debian", "9" * 100_000, None),
-        Guest("windows", "windows", "4.0", None, "Windows Server 2099"),
-        Guest("freebsd", "freebsd", "14.0", None),
-        Guest("unknown", "unknown", "0.0", None),
+        GuestSystem("linux", "unknown", "2023.0", None, "Amazon Linux 2023"),
+        GuestSystem("linux", "unknown", "5.0", None, "VMware Photon OS/Linux"),
+        GuestSystem("linux", "debian", "0.0", None),
+        GuestSystem("linux", "debian", "", None),
+        GuestSystem("linux", "debian", "x" * 100_000, None),
+        GuestSystem("linux", "debian", "9" * 100_000, None),
+        GuestSystem("windows", "windows", "4.0", None, "Windows Server 2099"),
+        GuestSystem("freebsd", "freebsd", "14.0", None),
+        GuestSystem("unknown", "unknown", "0.0", None),
     ],
 )
-def test_what_the_database_does_not_have_gets_no_id(guest: Guest) -> None:
+def test_what_the_database_does_not_have_gets_no_id(guest: GuestSystem) -> None:
     assert osinfo_id(guest) is None
 
 

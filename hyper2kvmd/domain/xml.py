@@ -3,137 +3,29 @@
 from __future__ import annotations
 
 import re
-import uuid
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-from hyper2kvmd.osinfo import osinfo_id
-from hyper2kvmd.text import show
+from hyper2kvmd.domain.machine import disk_bus, machine_type
+from hyper2kvmd.domain.model import Domain, DomainNic, attachment
+from hyper2kvmd.domain.osinfo import osinfo_id
 
 METADATA_NAMESPACE = "urn:hyper2kvmd:domain:1"
 OSINFO_NAMESPACE = "http://libosinfo.org/xmlns/libvirt/domain/1.0"
-# Fixed for ever: a domain's UUID follows from it, and a job that is done again must find the domain it made.
-_UUID_NAMESPACE = uuid.UUID("5f7a1c7e-2f54-4a0e-9d55-0d2b8f1f6a11")
-# Every virtio-blk disk takes a PCI slot of its own, and about 30 are left for disks and network cards together.
-VIRTIO_BLK_DISKS = 20
-IDE_DISKS = 4
 SCSI_TARGETS = 256  # of one virtio-scsi controller
 SERIAL_LENGTH = 20  # what virtio-blk and SATA have room for
 TEXT_LENGTH = 4096  # more of an annotation than anybody reads in virt-manager
 # What XML 1.0 cannot hold, and what is there to harm the terminal on which it is shown.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-_TARGET = re.compile(r"(?:(bridge|ovs):)?([^@:/\x00-\x1f]+)(?:@([0-9]{1,4}))?")
 
 ET.register_namespace("h2k", METADATA_NAMESPACE)
 ET.register_namespace("libosinfo", OSINFO_NAMESPACE)
 
 
-@dataclass(frozen=True)
-class DomainDisk:
-    """A disk of the domain. Disks are given in boot order."""
-
-    path: Path
-    format: str
-    serial: str
-    direct_io: bool
-
-
-@dataclass(frozen=True)
-class DomainNic:
-    """A network interface. `target` is as `attachment` reads it; without `link`, its cable is unplugged."""
-
-    mac: str
-    target: str
-    link: bool = True
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """Where a network interface leads to. `name` is that of the network or bridge; `user` has none."""
-
-    kind: Literal["network", "bridge", "ovs", "user"]
-    name: str
-    vlan: int | None = None
-
-
-@dataclass(frozen=True)
-class Guest:
-    """The operating system that was found on the disks, in the words of libguestfs.
-
-    type: "linux", "windows"... distro: "debian", "sles"... version: "12.0", "10.0"... product: what it calls itself,
-    which is all that tells one Windows 10.0 from another. kernel: "6.1.0-18-amd64", the one that will boot.
-    """
-
-    type: str
-    distro: str
-    version: str
-    kernel: str | None
-    product: str = ""
-
-
-@dataclass(frozen=True)
-class Domain:
-    """What the domain is made of.
-
-    virt_type: libvirt's, kvm, qemu or test. guest: None if nobody looked into the disks. compatible: SATA and e1000e,
-    for a guest that is not known to have virtio. nvram: where the variables of UEFI are kept, if not where libvirt
-    keeps them.
-    """
-
-    name: str
-    uuid: str
-    title: str
-    description: str
-    cpus: int
-    cores_per_socket: int | None
-    memory_mib: int
-    firmware: Literal["bios", "uefi"]
-    secure_boot: bool
-    tpm: bool
-    virt_type: str
-    guest: Guest | None
-    disks: tuple[DomainDisk, ...]
-    nics: tuple[DomainNic, ...]
-    job: str
-    source: dict[str, str]
-    tags: dict[str, str]
-    compatible: bool = False
-    nvram: Path | None = None
-
-
-def domain_uuid(*identity: str) -> str:
-    """The UUID of the domain of a source VM: the same whenever the same VM is migrated."""
-    return str(uuid.uuid5(_UUID_NAMESPACE, "\0".join(identity)))
-
-
-def generated_mac(domain_uuid: str, index: int) -> str:
-    """A MAC address in QEMU's range that follows from the domain's UUID, so that a retry keeps it."""
-    digest = uuid.uuid5(uuid.UUID(domain_uuid), f"nic{index}").bytes
-    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in digest[:3])
-
-
-def attachment(target: str) -> Attachment:
-    """Read `NETWORK`, `bridge:NAME` or `ovs:NAME`, each with an optional `@VLAN`, or `user`. Raise ValueError."""
-    found = _TARGET.fullmatch(target)
-    vlan = int(found[3]) if found and found[3] else None
-    if found is None or (vlan is not None and (target.startswith("user@") or not 1 <= vlan <= 4094)):
-        raise ValueError(
-            f"{show(target)} is not the name of a network, bridge:NAME, ovs:NAME, one of these with"
-            " @VLAN (1 to 4094), or user"
-        )
-    if target == "user":
-        return Attachment("user", "")
-    kinds: dict[str | None, Literal["network", "bridge", "ovs"]] = {None: "network", "bridge": "bridge", "ovs": "ovs"}
-    return Attachment(kinds[found[1]], found[2], vlan)
-
-
 def to_xml(domain: Domain) -> str:
     """The domain as libvirt XML. Raise ValueError if a NIC's target is none."""
-    machine = _machine(domain.guest)
+    machine = machine_type(domain.guest)
     windows = domain.guest is not None and domain.guest.type == "windows"
     # Enlightenments are KVM's; emulation has none.
     hyperv = windows and domain.virt_type == "kvm"
@@ -183,18 +75,6 @@ def job_of(xml: str) -> str | None:
     """The job that made a domain, read from its XML; None if it is not one of ours."""
     record = ET.fromstring(xml).find(f"metadata/{{{METADATA_NAMESPACE}}}migration")
     return None if record is None else record.get("job")
-
-
-def _machine(guest: Guest | None) -> Literal["q35", "pc"]:
-    """The chipset: ICH9 with PCI Express, or the older PIIX for guests that know no other."""
-    if guest is None:
-        return "q35"
-    if guest.type == "linux":
-        found = re.match(r"2\.([0-9]{1,3})(?:\.([0-9]{1,3}))?(?![0-9])", guest.kernel or "")
-        old = found is not None and (int(found[1]), int(found[2] or 0)) < (6, 25)
-    else:
-        old = guest.type == "windows" and re.match(r"[1-5]\.", guest.version) is not None  # up to XP and 2003
-    return "pc" if old else "q35"
 
 
 def _metadata(root: ET.Element, domain: Domain) -> None:
@@ -260,7 +140,7 @@ def _clock(root: ET.Element, *, windows: bool, hyperv: bool) -> None:
 
 
 def _disks(devices: ET.Element, domain: Domain, machine: str) -> None:
-    buses = [_bus(domain, machine, index) for index in range(len(domain.disks))]
+    buses = [disk_bus(domain, machine, index) for index in range(len(domain.disks))]
     for index in range(-(-buses.count("scsi") // SCSI_TARGETS)):
         controller = ET.SubElement(devices, "controller", type="scsi", index=str(index), model="virtio-scsi")
         ET.SubElement(controller, "driver", iothread="1")
@@ -284,14 +164,6 @@ def _disks(devices: ET.Element, domain: Domain, machine: str) -> None:
         _text(element, "serial", serial)
         # Every disk has an order: OVMF connects only the devices it is told of, and /boot may be on the second.
         ET.SubElement(element, "boot", order=str(order))
-
-
-def _bus(domain: Domain, machine: str, index: int) -> str:
-    if domain.compatible:
-        # Windows XP has no driver for SATA; what does not fit on IDE can at least be given one.
-        return "ide" if machine == "pc" and index < IDE_DISKS else "sata"
-    # A guest that is old enough for pc has no virtio-scsi, and there libvirt adds bridges with more slots.
-    return "scsi" if machine == "q35" and len(domain.disks) > VIRTIO_BLK_DISKS else "virtio"
 
 
 def _unique_serials(serials: Iterable[str]) -> list[str]:

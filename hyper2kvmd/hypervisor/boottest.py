@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-import struct
 import threading
 import time
 import uuid
 import xml.etree.ElementTree as ET
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +17,11 @@ import libvirt
 import libvirt_qemu
 import structlog
 
-from hyper2kvmd import importer
-from hyper2kvmd.domain import Domain, DomainDisk, job_of, to_xml
+from hyper2kvmd.domain.model import Domain, DomainDisk
+from hyper2kvmd.domain.xml import job_of, to_xml
 from hyper2kvmd.errors import Cancelled, MigrationError
+from hyper2kvmd.hypervisor.connection import connect
+from hyper2kvmd.hypervisor.png import png
 from hyper2kvmd.job import Job
 
 log = structlog.get_logger()
@@ -160,7 +160,7 @@ def _running(connection: Any, uri: str, domain: Domain, console: bytearray) -> I
 def _listen(uri: str, uuid: str, console: bytearray, listening: threading.Event) -> None:
     """Take what comes from a console until it ends; `listening` is set when nothing can be missed any more."""
     # On a connection of its own: one that waits for a stream can keep another thread's call waiting for ever.
-    with contextlib.suppress(libvirt.libvirtError, MigrationError), importer.connect(uri) as connection:
+    with contextlib.suppress(libvirt.libvirtError, MigrationError), connect(uri) as connection:
         stream = connection.newStream()
         connection.lookupByUUIDString(uuid).openConsole(None, stream, libvirt.VIR_DOMAIN_CONSOLE_FORCE)
         listening.set()
@@ -215,23 +215,3 @@ def _screen(connection: Any, guest: Any) -> bytes | None:
         log.debug("no screenshot", reason=str(error))
         return None
     return bytes(picture) if kind == "image/png" else png(bytes(picture))
-
-
-def png(ppm: bytes) -> bytes | None:
-    """A picture in the binary PPM format, as QEMU makes them, as PNG; None if it is something else."""
-    header = re.match(rb"P6\s+(\d{1,5})\s+(\d{1,5})\s+255\s", ppm)
-    if header is None:
-        return None
-    width, height = int(header[1]), int(header[2])
-    pixels = ppm[header.end() :]
-    if len(pixels) != 3 * width * height:
-        return None
-    rows = b"".join(b"\0" + pixels[start : start + 3 * width] for start in range(0, len(pixels), 3 * width))
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(rows, 9)),
-        (b"IEND", b""),
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )

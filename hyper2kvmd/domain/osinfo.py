@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hyper2kvmd.domain import Guest
+    from hyper2kvmd.domain.model import GuestSystem
 
 _WINDOWS = {
     (5, 0): "2k",
@@ -21,7 +21,7 @@ _WINDOWS = {
 _WINDOWS_SERVERS = ("2k3", "2k3r2", "2k8", "2k8r2", "2k12", "2k12r2", "2k16", "2k19", "2k22", "2k25")
 
 
-def osinfo_id(guest: Guest) -> str | None:
+def osinfo_id(guest: GuestSystem) -> str | None:
     """The id in libosinfo's database, such as http://debian.org/debian/12; None if the database has none.
 
     A release that is newer than the database gets the id that it will have there. Amazon Linux and Photon have none.

@@ -1,10 +1,8 @@
-"""libvirt: what must be true before the copy begins, and defining the domain when it is done."""
+"""What must be true of libvirt before the copy begins."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,60 +11,15 @@ from typing import Any
 
 import libvirt
 
-from hyper2kvmd.domain import Attachment, Domain, attachment, job_of, to_xml
-from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.domain.model import Attachment, Domain, attachment
+from hyper2kvmd.domain.xml import job_of, to_xml
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.hypervisor.connection import libvirt_version, translated
 from hyper2kvmd.text import show
 
-ANSWER_SECONDS = 30.0  # the first that is asked after its start has libvirt look at every QEMU there is
 NETWORKS_FIELD = "libvirt.network_map"
 POOL_FIELD = "libvirt.pool"
 BRIDGE_VLANS = 11_000_000  # the version of libvirt that tags on the kernel's own bridges
-
-
-@contextlib.contextmanager
-def connect(uri: str) -> Iterator[Any]:
-    """A connection to libvirt, closed at the end.
-
-    Raise MigrationError (libvirt_unavailable), also for one that does not answer within ANSWER_SECONDS.
-    """
-    # Without a handler of ours, libvirt prints every error to standard error besides raising it.
-    libvirt.registerErrorHandler(lambda context, error: None, None)
-    opened: list[Any] = []
-    refused: list[libvirt.libvirtError] = []
-
-    def open_() -> None:
-        try:
-            opened.append(libvirt.open(uri))
-        except libvirt.libvirtError as error:
-            refused.append(error)
-
-    # In a thread: a call to a libvirt that hangs cannot be ended, only left alone.
-    thread = threading.Thread(target=open_, name="libvirt", daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    if refused:
-        raise MigrationError(
-            Code.LIBVIRT_UNAVAILABLE,
-            f"{uri}: {refused[0]}",
-            "Start libvirt (`systemctl start libvirtd`); check libvirt.uri and the user's groups.",
-        )
-    if not opened:
-        raise unanswered(uri)
-    connection = opened[0]
-    try:
-        yield connection
-    finally:
-        with contextlib.suppress(libvirt.libvirtError):
-            connection.close()
-
-
-def unanswered(uri: str) -> MigrationError:
-    """The error of a libvirt that hangs."""
-    return MigrationError(
-        Code.LIBVIRT_UNAVAILABLE,
-        f"{uri}: no answer within {ANSWER_SECONDS:g} s",
-        "Restart it: `systemctl restart libvirtd` (or virtqemud); running guests stay as they are.",
-    )
 
 
 def preflight(connection: Any, domain: Domain, pool: str | None, directory: Path) -> list[MigrationError]:
@@ -77,10 +30,10 @@ def preflight(connection: Any, domain: Domain, pool: str | None, directory: Path
     Codes: domain_exists, mac_exists, network_missing, pool_missing, firmware_missing, tool_missing, define_failed.
     Raise MigrationError (libvirt_unavailable).
     """
-    with _translated(Code.LIBVIRT_UNAVAILABLE):
-        existing = _existing(connection)
+    with translated(Code.LIBVIRT_UNAVAILABLE):
+        existing = existing_domains(connection)
         return [
-            *_conflicts(existing, domain.name, domain.uuid, domain.job),
+            *conflicts(existing, domain.name, domain.uuid, domain.job),
             *_taken_macs(existing, domain),
             *_unreachable(connection, domain),
             *_misplaced(connection, pool, directory),
@@ -88,65 +41,14 @@ def preflight(connection: Any, domain: Domain, pool: str | None, directory: Path
         ]
 
 
-def taken(connection: Any, uuid: str, job: str) -> bool:
+def uuid_taken(connection: Any, uuid: str, job: str) -> bool:
     """Whether a domain that this job did not make has the UUID. Raise MigrationError (libvirt_unavailable)."""
-    with _translated(Code.LIBVIRT_UNAVAILABLE):
-        return any(other.uuid == uuid and other.job != job for other in _existing(connection))
-
-
-def version(connection: Any) -> str:
-    """The version of libvirt at the other end."""
-    with _translated(Code.LIBVIRT_UNAVAILABLE):
-        number = connection.getLibVersion()
-    return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
-
-
-def virt_type(connection: Any, accel: str) -> str:
-    """The domain type to use: `accel` (kvm or tcg) if libvirt can, else what it has for x86_64."""
-    with _translated(Code.LIBVIRT_UNAVAILABLE):
-        capabilities = ET.fromstring(connection.getCapabilities())
-    types = [str(domain.get("type")) for domain in capabilities.findall("guest/arch[@name='x86_64']/domain")]
-    types = types or [str(domain.get("type")) for domain in capabilities.findall("guest/arch/domain")]
-    wish = "kvm" if accel == "kvm" else "qemu"
-    if wish in types or not types:
-        return wish
-    return types[0]
-
-
-def define(connection: Any, xml: str, name: str, uuid: str, job: str, *, autostart: bool, start: bool) -> None:
-    """Define the domain, or define it again if an earlier attempt of the same job did.
-
-    Raise MigrationError (domain_exists, define_failed, libvirt_unavailable).
-    """
-    with _translated(Code.DEFINE_FAILED, connection):
-        for conflict in _conflicts(_existing(connection), name, uuid, job):
-            raise conflict
-        domain = connection.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
-        if autostart:
-            domain.setAutostart(1)
-        if start and not domain.isActive():
-            domain.create()
-
-
-def refresh_pools(connection: Any, directory: Path, pool: str | None) -> Finding | None:
-    """Let libvirt see the new disks: refresh the named pool, or those of the directory. Return a warning on failure."""
-    try:
-        for candidate in connection.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
-            if candidate.name() == pool or (pool is None and _is_of(candidate, directory)):
-                candidate.refresh(0)
-    except libvirt.libvirtError as error:
-        if pool is None and error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
-            return None  # a libvirt without storage pools has none to refresh
-        return Finding(
-            "pool_not_refreshed",
-            f"libvirt did not look again at the storage pool of {directory}: {error}",
-            "The domain is not affected. Run `virsh pool-refresh POOL`, so that `virsh vol-list` shows the disks.",
-        )
-    return None
+    with translated(Code.LIBVIRT_UNAVAILABLE):
+        return any(other.uuid == uuid and other.job != job for other in existing_domains(connection))
 
 
 @dataclass(frozen=True)
-class _Existing:
+class ExistingDomain:
     """A domain that libvirt has. `job` is that which made it, None for domains that are not ours."""
 
     name: str
@@ -156,7 +58,8 @@ class _Existing:
     macs: frozenset[str]
 
 
-def _existing(connection: Any) -> list[_Existing]:
+def existing_domains(connection: Any) -> list[ExistingDomain]:
+    """All domains, running or not. Raise libvirtError."""
     found = []
     for domain in connection.listAllDomains():
         try:
@@ -167,11 +70,11 @@ def _existing(connection: Any) -> list[_Existing]:
             raise
         addresses = ET.fromstring(xml).findall("devices/interface/mac")
         macs = frozenset(str(mac.get("address")).lower() for mac in addresses)
-        found.append(_Existing(domain.name(), domain.UUIDString(), active, job_of(xml), macs))
+        found.append(ExistingDomain(domain.name(), domain.UUIDString(), active, job_of(xml), macs))
     return found
 
 
-def _conflicts(existing: list[_Existing], name: str, uuid: str, job: str) -> Iterator[MigrationError]:
+def conflicts(existing: list[ExistingDomain], name: str, uuid: str, job: str) -> Iterator[MigrationError]:
     """Domains that have the name or the UUID, other than one that this job defined and nobody started."""
     for other in existing:
         same = (other.name, other.uuid) == (name, uuid)
@@ -187,7 +90,7 @@ def _conflicts(existing: list[_Existing], name: str, uuid: str, job: str) -> Ite
         )
 
 
-def _taken_macs(existing: list[_Existing], domain: Domain) -> Iterator[MigrationError]:
+def _taken_macs(existing: list[ExistingDomain], domain: Domain) -> Iterator[MigrationError]:
     """Two VMs with one address on one network lose each other's packets."""
     for nic in domain.nics:
         for other in existing:
@@ -230,7 +133,7 @@ def _unreachable(connection: Any, domain: Domain) -> Iterator[MigrationError]:
         if place.vlan is not None and not _tags(connection, place, networks.get(place.name)):
             yield MigrationError(
                 Code.NETWORK_MISSING,
-                f"{show(target)}: libvirt {version(connection)} can tag with a VLAN only on Open vSwitch",
+                f"{show(target)}: libvirt {libvirt_version(connection)} can tag with a VLAN only on Open vSwitch",
                 "Use ovs:NAME@VLAN, a bridge on top of the VLAN's own interface, or libvirt 11.",
                 field=NETWORKS_FIELD,
             )
@@ -299,7 +202,7 @@ def _misplaced(connection: Any, pool: str | None, directory: Path) -> Iterator[M
             f"Run `virsh pool-start {pool}` and `virsh pool-autostart {pool}`.",
             field=POOL_FIELD,
         )
-    if not _is_of(pools[pool], directory):
+    if not is_pool_of(pools[pool], directory):
         yield MigrationError(
             Code.POOL_MISSING,
             f"libvirt's storage pool {show(pool)} is of {_path(pools[pool])}, the disks go to {directory}",
@@ -308,7 +211,8 @@ def _misplaced(connection: Any, pool: str | None, directory: Path) -> Iterator[M
         )
 
 
-def _is_of(pool: Any, directory: Path) -> bool:
+def is_pool_of(pool: Any, directory: Path) -> bool:
+    """Whether a storage pool is of a directory. Raise libvirtError."""
     path = _path(pool)
     return path is not None and os.path.realpath(path) == os.path.realpath(directory)
 
@@ -364,16 +268,3 @@ def _refusal(connection: Any, domain: Domain) -> str | None:
             raise
         return str(error)
     return None
-
-
-@contextlib.contextmanager
-def _translated(code: Code, connection: Any = None) -> Iterator[None]:
-    """Turn an error of libvirt into one of ours; with a connection, one that broke is libvirt_unavailable."""
-    try:
-        yield
-    except libvirt.libvirtError as error:
-        if connection is not None and not connection.isAlive():  # restarted: it said nothing about the domain
-            code = Code.LIBVIRT_UNAVAILABLE
-        raise MigrationError(
-            code, f"libvirt: {error}", "See libvirt's log (`journalctl -u libvirtd`) for what it did not like."
-        ) from None

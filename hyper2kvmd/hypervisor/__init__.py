@@ -1,0 +1,1 @@
+"""Talking to libvirt: looking before the copy, defining the domain, booting it for a test."""

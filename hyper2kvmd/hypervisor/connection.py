@@ -1,0 +1,93 @@
+"""A connection to libvirt that cannot hang for ever, and its errors as ours."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from typing import Any
+
+import libvirt
+
+from hyper2kvmd.errors import Code, MigrationError
+
+ANSWER_SECONDS = 30.0  # the first that is asked after its start has libvirt look at every QEMU there is
+
+
+@contextlib.contextmanager
+def connect(uri: str) -> Iterator[Any]:
+    """A connection to libvirt, closed at the end.
+
+    Raise MigrationError (libvirt_unavailable), also for one that does not answer within ANSWER_SECONDS.
+    """
+    # Without a handler of ours, libvirt prints every error to standard error besides raising it.
+    libvirt.registerErrorHandler(lambda context, error: None, None)
+    opened: list[Any] = []
+    refused: list[libvirt.libvirtError] = []
+
+    def open_() -> None:
+        try:
+            opened.append(libvirt.open(uri))
+        except libvirt.libvirtError as error:
+            refused.append(error)
+
+    # In a thread: a call to a libvirt that hangs cannot be ended, only left alone.
+    thread = threading.Thread(target=open_, name="libvirt", daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    if refused:
+        raise MigrationError(
+            Code.LIBVIRT_UNAVAILABLE,
+            f"{uri}: {refused[0]}",
+            "Start libvirt (`systemctl start libvirtd`); check libvirt.uri and the user's groups.",
+        )
+    if not opened:
+        raise unanswered(uri)
+    connection = opened[0]
+    try:
+        yield connection
+    finally:
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.close()
+
+
+def unanswered(uri: str) -> MigrationError:
+    """The error of a libvirt that hangs."""
+    return MigrationError(
+        Code.LIBVIRT_UNAVAILABLE,
+        f"{uri}: no answer within {ANSWER_SECONDS:g} s",
+        "Restart it: `systemctl restart libvirtd` (or virtqemud); running guests stay as they are.",
+    )
+
+
+def libvirt_version(connection: Any) -> str:
+    """The version of libvirt at the other end."""
+    with translated(Code.LIBVIRT_UNAVAILABLE):
+        number = connection.getLibVersion()
+    return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
+
+
+def virt_type(connection: Any, accel: str) -> str:
+    """The domain type to use: `accel` (kvm or tcg) if libvirt can, else what it has for x86_64."""
+    with translated(Code.LIBVIRT_UNAVAILABLE):
+        capabilities = ET.fromstring(connection.getCapabilities())
+    types = [str(domain.get("type")) for domain in capabilities.findall("guest/arch[@name='x86_64']/domain")]
+    types = types or [str(domain.get("type")) for domain in capabilities.findall("guest/arch/domain")]
+    wish = "kvm" if accel == "kvm" else "qemu"
+    if wish in types or not types:
+        return wish
+    return types[0]
+
+
+@contextlib.contextmanager
+def translated(code: Code, connection: Any = None) -> Iterator[None]:
+    """Turn an error of libvirt into one of ours; with a connection, one that broke is libvirt_unavailable."""
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        if connection is not None and not connection.isAlive():  # restarted: it said nothing about the domain
+            code = Code.LIBVIRT_UNAVAILABLE
+        raise MigrationError(
+            code, f"libvirt: {error}", "See libvirt's log (`journalctl -u libvirtd`) for what it did not like."
+        ) from None
