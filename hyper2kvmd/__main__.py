@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from hyper2kvmd import __version__
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
-from hyper2kvmd.events import CHOICES, Emitter
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
+from hyper2kvmd.job.events import CHOICES, Emitter
 from hyper2kvmd.options import add_settings_options
 from hyper2kvmd.queue.access import forgo_capabilities
 from hyper2kvmd.queue.claim import Busy, claim_export, unwritable
@@ -102,8 +102,8 @@ def _run_job(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return EXIT_PERMISSION
     try:
+        from hyper2kvmd.job.main import run_job
         from hyper2kvmd.run import Tools
-        from hyper2kvmd.runjob import run_job
 
         tools = Tools(claim.lock_fd)
         _cancel_on(stops, tools.cancel)

@@ -49,3 +49,8 @@ def fsync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def existing_parent(directory: Path) -> Path:
+    """The directory, or what it will be made in: the first job makes it."""
+    return next(path for path in (directory, *directory.parents) if path.is_dir())

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.reserve import existing
+from hyper2kvmd.files import existing_parent
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.watch import HANG_SECONDS
@@ -107,7 +107,7 @@ class Health:
             "locks": Probe(lambda: check_locks(settings().exports_dir)),
             "libvirt": Probe(lambda: check_libvirt(settings())),
             "output": Probe(lambda: check_room(settings().output_dir, "output_dir")),
-            "work": Probe(lambda: check_room(existing(settings().work_dir), "work_dir")),
+            "work": Probe(lambda: check_room(existing_parent(settings().work_dir), "work_dir")),
         }
 
     def try_now(self) -> None:

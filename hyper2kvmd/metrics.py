@@ -19,8 +19,8 @@ from prometheus_client.registry import Collector
 
 from hyper2kvmd import __version__
 from hyper2kvmd.errors import MEANING, Code
-from hyper2kvmd.events import STAGES, Event
 from hyper2kvmd.health import Health, Verdict
+from hyper2kvmd.job.events import STAGES, Event
 from hyper2kvmd.journal import PRIORITY
 from hyper2kvmd.queue.state import FINAL, Facts, State
 from hyper2kvmd.runner import Progress, Stage

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from hyper2kvmd import settings as configuration
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.events import CHOICES, Event
+from hyper2kvmd.job.events import CHOICES, Event
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.report import Report

@@ -16,7 +16,7 @@ from typing import Any
 
 from hyper2kvmd import run
 from hyper2kvmd.errors import MigrationError
-from hyper2kvmd.events import Decoder, Event
+from hyper2kvmd.job.events import Decoder, Event
 from hyper2kvmd.settings import Settings
 from hyper2kvmd.text import duration, plain
 

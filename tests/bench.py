@@ -18,8 +18,8 @@ from typing import Any
 from hyper2kvmd import accel, journal
 from hyper2kvmd.daemon import Daemon
 from hyper2kvmd.errors import Code
-from hyper2kvmd.events import STAGES, Event
 from hyper2kvmd.guest.session import open_guest
+from hyper2kvmd.job.events import STAGES, Event
 from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.queue.names import LOCK, REPORT
 from hyper2kvmd.run import Tools
@@ -161,7 +161,7 @@ def _drops(scratch: Path, settings: Settings, count: int) -> list[float]:
 def overhead(scratch: Path) -> None:
     """What a tiny job costs beside the start of a Python process that imports the same libraries."""
     settings = settings_in(scratch)
-    imports = "import hyper2kvmd.__main__, hyper2kvmd.runjob"
+    imports = "import hyper2kvmd.__main__, hyper2kvmd.job.main"
     bare, jobs = [], []
     for number in range(20):
         started = time.monotonic()

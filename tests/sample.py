@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hyper2kvmd import metrics
-from hyper2kvmd.events import Event
+from hyper2kvmd.job.events import Event
 from hyper2kvmd.queue.state import FINAL, State
 from hyper2kvmd.runner import Progress
 

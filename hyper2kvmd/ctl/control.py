@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd import steps
 from hyper2kvmd.ctl import print_json, refuse, refused
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_UNAVAILABLE
-from hyper2kvmd.job import job_id
+from hyper2kvmd.job import steps
+from hyper2kvmd.job.context import job_id
 from hyper2kvmd.queue import facts, requests
 from hyper2kvmd.queue.claim import Busy, claim_export
 from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD, LOG

@@ -30,12 +30,13 @@ from typing import Any
 import libvirt
 from rich.console import Console
 
-from hyper2kvmd import accel, reserve
+from hyper2kvmd import accel
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, generated_mac
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
+from hyper2kvmd.files import existing_parent
 from hyper2kvmd.guest import keys
 from hyper2kvmd.guest.session import check_host, open_guest
 from hyper2kvmd.hypervisor.connection import ANSWER_SECONDS as LIBVIRT_SECONDS
@@ -43,8 +44,9 @@ from hyper2kvmd.hypervisor.connection import connect, libvirt_version, unanswere
 from hyper2kvmd.hypervisor.define import define
 from hyper2kvmd.hypervisor.preflight import preflight
 from hyper2kvmd.image import qemu_img
+from hyper2kvmd.job.plan import FIX_SPACE, LUKS_MEMORY_MB
+from hyper2kvmd.memory import available
 from hyper2kvmd.options import DEFAULT_PATH
-from hyper2kvmd.plan import FIX_SPACE, LUKS_MEMORY_MB
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.access import user_name
 from hyper2kvmd.queue.claim import unwritable
@@ -289,7 +291,7 @@ def _memory(host: Host, diagnosis: Diagnosis) -> str:
     luks = LUKS_MEMORY_MB if settings.fix.luks_keys else 0
     boot = settings.validate_.boot_memory_mb if settings.validate_.test_boot else 0
     one = max(settings.guest.memory_mb, luks, boot)
-    memory = reserve.available(host.unit.get("ControlGroup") or None)
+    memory = available(host.unit.get("ControlGroup") or None)
     if memory is None:
         return "the host does not say how much is available"
     if memory.mb < one:
@@ -494,7 +496,7 @@ def _work(host: Host, diagnosis: Diagnosis) -> str:
     """The first job makes the directory, so it may be its parent that counts."""
     directory = host.settings.work_dir
     _answers(directory)
-    existing = reserve.existing(directory)
+    existing = existing_parent(directory)
     if existing == directory:
         return _room(directory, "work_dir")
     by_systemd = any(_below(directory, place) and not _below(existing, place) for place in _made_by_systemd(host.unit))

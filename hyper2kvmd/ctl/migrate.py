@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hyper2kvmd.ctl import print_json
-from hyper2kvmd.events import CHOICES, Event
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
+from hyper2kvmd.job.events import CHOICES, Event
 from hyper2kvmd.migration import MigrationFailed, MigrationPipeline
 from hyper2kvmd.report import Report
 from hyper2kvmd.runner import Progress as JobProgress

@@ -11,17 +11,18 @@ from typing import Any
 
 from rich.console import Console
 
-from hyper2kvmd import journal, reserve
+from hyper2kvmd import journal
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.manifest import bars
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
-from hyper2kvmd.events import Emitter
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.files import open_directory
 from hyper2kvmd.image.source import verify_checksum
-from hyper2kvmd.job import Job, job_id
+from hyper2kvmd.job import reserve
+from hyper2kvmd.job.context import Job, job_id
+from hyper2kvmd.job.events import Emitter
+from hyper2kvmd.job.plan import make_plan, memory_mb, needs
 from hyper2kvmd.manifest import Manifest, parse
-from hyper2kvmd.plan import make_plan, memory_mb, needs
 from hyper2kvmd.queue.claim import Claim
 from hyper2kvmd.queue.facts import read_manifest, read_report
 from hyper2kvmd.run import Tools

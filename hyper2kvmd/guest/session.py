@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd import reserve
 from hyper2kvmd.accel import KERNELS, kernels
 from hyper2kvmd.errors import Cancelled, Code, MigrationError
 from hyper2kvmd.guest.change import decode, printable
+from hyper2kvmd.memory import available
 from hyper2kvmd.run import TAIL_LINES, Tools, qemu, tail
 
 CANCEL_POLL_SECONDS = 0.2
@@ -214,7 +214,7 @@ def _load() -> Any:
 
 
 def _launch_failed(error: RuntimeError, console: _Console, memory_mb: int) -> MigrationError:
-    memory = reserve.available()
+    memory = available()
     if memory is not None and memory.mb < memory_mb:
         hint = (
             f"The appliance needs {memory_mb} MiB of memory, and {memory.holder} has {memory.mb} available: "

@@ -22,7 +22,7 @@ from hyper2kvmd.domain.xml import job_of, to_xml
 from hyper2kvmd.errors import Cancelled, MigrationError
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.hypervisor.png import png
-from hyper2kvmd.job import Job
+from hyper2kvmd.job.context import Job
 
 log = structlog.get_logger()
 

@@ -73,7 +73,7 @@ def test_cancel_ends_a_job_that_the_daemon_runs(
 # hyper2kvmd whose last step hangs, as a call to a server that does not answer does: nothing looks at `cancel` there.
 HANGS = """
 import sys, time
-from hyper2kvmd import pipeline
+from hyper2kvmd.job import pipeline
 from hyper2kvmd.__main__ import main
 pipeline.publish = lambda *paths: time.sleep(600)
 sys.exit(main())

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import reserve
+from hyper2kvmd.job import reserve
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.settings import Settings
 from tests.conftest import MakeExport, report_of, run_job

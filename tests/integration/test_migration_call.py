@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.events import Event
+from hyper2kvmd.job.events import Event
 from hyper2kvmd.migration import MigrationFailed, MigrationPipeline
 from hyper2kvmd.runner import Progress
 from hyper2kvmd.settings import Settings

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd import health, reserve
+from hyper2kvmd import health
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.files import existing_parent
 from hyper2kvmd.health import Health, Probe, Verdict
 from hyper2kvmd.settings import Settings
 
@@ -126,7 +127,7 @@ def test_libvirt_is_asked_only_if_it_is_needed(scratch: Settings, fake: Callable
 
 
 def test_a_directory_that_the_first_job_makes_need_not_be_there(tmp_path: Path) -> None:
-    assert tmp_path == reserve.existing(tmp_path / "not" / "yet")
+    assert tmp_path == existing_parent(tmp_path / "not" / "yet")
     room = health.check_room(tmp_path, "work_dir")
     assert ("", True) == (room.problem, room.value > 0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hyper2kvmd.events import Event
+from hyper2kvmd.job.events import Event
 from hyper2kvmd.runner import Progress
 from hyper2kvmd.text import duration
 

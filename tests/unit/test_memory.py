@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd import reserve
+from hyper2kvmd import memory
+from hyper2kvmd.memory import available
 
 GIB = 1 << 30
 
@@ -19,7 +20,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     own.write_text("4:memory:/old\n0::/system.slice/hyper2kvmd.service\n")
     groups.mkdir()
     for name, path in (("_MEMINFO", meminfo), ("_OWN_GROUP", own), ("_GROUPS", groups)):
-        monkeypatch.setattr(reserve, name, path)
+        monkeypatch.setattr(memory, name, path)
     return groups
 
 
@@ -33,13 +34,13 @@ def group(directory: Path, limit: int | str, used: int = 0, cached: int = 0) -> 
 
 def test_without_limits_it_is_the_hosts(host: Path) -> None:
     group(host / "system.slice/hyper2kvmd.service", "max", GIB)
-    memory = reserve.available()
+    memory = available()
     assert memory and (16384, "the host") == (memory.mb, memory.holder)
 
 
 def test_the_limit_of_the_unit_counts_without_its_caches(host: Path) -> None:
     group(host / "system.slice/hyper2kvmd.service", 8 * GIB, used=5 * GIB, cached=2 * GIB)
-    memory = reserve.available()
+    memory = available()
     assert memory and 5120 == memory.mb
     assert "the control group /system.slice/hyper2kvmd.service, with a limit of 8192 MiB," == memory.holder
     assert "MemoryMax" in memory.remedy
@@ -48,19 +49,19 @@ def test_the_limit_of_the_unit_counts_without_its_caches(host: Path) -> None:
 def test_the_tightest_limit_around_it_counts(host: Path) -> None:
     group(host / "system.slice", 4 * GIB, used=3 * GIB)
     group(host / "system.slice/hyper2kvmd.service", 8 * GIB, used=GIB)
-    memory = reserve.available()
+    memory = available()
     assert memory and (1024, True) == (memory.mb, memory.holder.startswith("the control group /system.slice, "))
 
 
 def test_a_limit_that_the_host_does_not_have_is_no_memory(host: Path) -> None:
     group(host / "system.slice/hyper2kvmd.service", 64 * GIB)
-    memory = reserve.available()
+    memory = available()
     assert memory and (16384, "the host") == (memory.mb, memory.holder)
 
 
 def test_a_group_over_its_limit_has_none(host: Path) -> None:
     group(host / "system.slice/hyper2kvmd.service", GIB, used=GIB + 4096)
-    memory = reserve.available()
+    memory = available()
     assert memory and 0 == memory.mb
 
 
@@ -68,19 +69,19 @@ def test_a_group_over_its_limit_has_none(host: Path) -> None:
 def test_a_container_finds_its_own_limit_at_the_root(host: Path, path: str) -> None:
     (host.parent / "cgroup").write_text(f"0::{path}\n")
     group(host, 5 * GIB, used=GIB)
-    memory = reserve.available()
+    memory = available()
     assert memory and 4096 == memory.mb
 
 
 def test_of_another_group_its_own_limit_counts(host: Path) -> None:
     group(host / "system.slice/hyper2kvmd@lab.service", 2 * GIB)
-    memory = reserve.available("/system.slice/hyper2kvmd@lab.service")
+    memory = available("/system.slice/hyper2kvmd@lab.service")
     assert memory and 2048 == memory.mb
 
 
 def test_groups_that_cannot_be_read_limit_nothing(host: Path) -> None:
     (host.parent / "cgroup").unlink()
-    memory = reserve.available()
+    memory = available()
     assert memory and "the host" == memory.holder
     (host.parent / "meminfo").write_text("")
-    assert reserve.available() is None
+    assert available() is None

@@ -15,16 +15,17 @@ from typing import Any
 
 import structlog
 
-from hyper2kvmd import journal, report, steps
+from hyper2kvmd import journal, report
 from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
-from hyper2kvmd.events import Emitter
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
 from hyper2kvmd.files import timestamp, write_durably
-from hyper2kvmd.job import Job, finding_records, job_id
+from hyper2kvmd.job import steps
+from hyper2kvmd.job.context import Job, finding_records, job_id
+from hyper2kvmd.job.events import Emitter
+from hyper2kvmd.job.pipeline import migrate
+from hyper2kvmd.job.supervise import overseen
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.messages import Kind
-from hyper2kvmd.oversee import overseen
-from hyper2kvmd.pipeline import migrate
 from hyper2kvmd.queue import facts, requests
 from hyper2kvmd.queue.access import user_name
 from hyper2kvmd.queue.claim import Claim, unwritable

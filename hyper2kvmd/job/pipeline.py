@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hyper2kvmd import hooks, report, reserve
+from hyper2kvmd import hooks, report
 from hyper2kvmd.domain.model import Domain, DomainDisk, GuestSystem
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted, Outcome
@@ -31,13 +31,14 @@ from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.image.publish import publish
 from hyper2kvmd.image.source import check_unchanged, verify_checksum
-from hyper2kvmd.job import Job
+from hyper2kvmd.job import reserve
+from hyper2kvmd.job.context import Job
+from hyper2kvmd.job.plan import Plan, PlannedDisk, appliance_mb, make_plan, memory_mb, needs
+from hyper2kvmd.job.steps import Item, Steps
 from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.messages import Kind
-from hyper2kvmd.plan import Plan, PlannedDisk, appliance_mb, make_plan, memory_mb, needs
 from hyper2kvmd.queue.names import BOOT_LOG, BOOT_SCREEN
 from hyper2kvmd.run import tail
-from hyper2kvmd.steps import Item, Steps
 
 if TYPE_CHECKING:
     from hyper2kvmd.guest.fix import FixOptions

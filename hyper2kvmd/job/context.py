@@ -18,8 +18,8 @@ import structlog
 
 from hyper2kvmd import report
 from hyper2kvmd.errors import Cancelled, Finding, MigrationError
-from hyper2kvmd.events import Emitter
 from hyper2kvmd.files import timestamp
+from hyper2kvmd.job.events import Emitter
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.queue.claim import Claim
 from hyper2kvmd.run import Tools

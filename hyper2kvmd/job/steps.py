@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd import reserve
 from hyper2kvmd.files import fsync_file, write_durably
-from hyper2kvmd.job import Job
-from hyper2kvmd.plan import Plan, PlannedDisk
+from hyper2kvmd.job import reserve
+from hyper2kvmd.job.context import Job
+from hyper2kvmd.job.plan import Plan, PlannedDisk
 
 JOURNAL = "journal.json"
 

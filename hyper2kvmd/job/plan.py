@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hyper2kvmd import accel, reserve
+from hyper2kvmd import accel
 from hyper2kvmd.domain import hardware
 from hyper2kvmd.domain.hardware import Card, Hardware
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, domain_uuid, generated_mac
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
+from hyper2kvmd.files import existing_parent
 from hyper2kvmd.hypervisor.connection import connect, virt_type
 from hyper2kvmd.hypervisor.preflight import preflight, uuid_taken
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.image.publish import output_exists
 from hyper2kvmd.image.source import Source, open_sources
-from hyper2kvmd.job import Job
+from hyper2kvmd.job import reserve
+from hyper2kvmd.job.context import Job
 from hyper2kvmd.manifest import Manifest
 
 # What an overlay grows by while a guest is fixed: new initramfs images, replayed journals.
@@ -314,7 +316,7 @@ def needs(job: Job, plan: Plan, done: Callable[[PlannedDisk], bool]) -> list[res
             found.append(reserve.Need(str(disk.final.parent), bytes + more, (str(disk.partial),), "output_dir"))
     if plan.looks_inside:
         overlays = tuple(str(disk.overlay) for disk in plan.disks)
-        directory = reserve.existing(job.settings.work_dir)
+        directory = existing_parent(job.settings.work_dir)
         found.append(reserve.Need(str(directory), FIX_SPACE, overlays, "work_dir"))
     return found
 

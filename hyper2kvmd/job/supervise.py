@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import structlog
 
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.job import Job
+from hyper2kvmd.job.context import Job
 from hyper2kvmd.queue import requests
 from hyper2kvmd.queue.state import request_error
 

@@ -1,0 +1,1 @@
+"""One migration, from claim to report."""
