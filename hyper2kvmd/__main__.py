@@ -148,8 +148,8 @@ def _cancel_on(signals: Iterable[signal.Signals], cancel: threading.Event) -> No
 
 def _run(options: argparse.Namespace, config: Settings) -> int:
     from hyper2kvmd import settings
-    from hyper2kvmd.daemon import Daemon
-    from hyper2kvmd.metrics import Metrics
+    from hyper2kvmd.daemon.daemon import Daemon
+    from hyper2kvmd.daemon.metrics import Metrics
 
     daemon = Daemon(config, lambda: settings.load(options.config, tuple(options.overrides)), Metrics())
     try:

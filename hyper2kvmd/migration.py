@@ -14,12 +14,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from hyper2kvmd import settings as configuration
+from hyper2kvmd.daemon.progress import Progress
+from hyper2kvmd.daemon.runner import Runner, wishes
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.job.events import CHOICES, Event
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.report import Report
-from hyper2kvmd.runner import Progress, Runner, wishes
 from hyper2kvmd.settings import Settings
 
 

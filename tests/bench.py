@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from hyper2kvmd import accel, journal
-from hyper2kvmd.daemon import Daemon
+from hyper2kvmd.daemon.daemon import Daemon
+from hyper2kvmd.daemon.metrics import Metrics
+from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.errors import Code
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.job.events import STAGES, Event
-from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.queue.names import LOCK, REPORT
 from hyper2kvmd.run import Tools
-from hyper2kvmd.runner import Progress
 from hyper2kvmd.settings import Settings
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
 from tests.guests.build import build, export

@@ -29,10 +29,11 @@ from typing import Any
 
 import jsonschema
 
-from hyper2kvmd import outbox, runner
+from hyper2kvmd.daemon import runner
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import job_id
+from hyper2kvmd.notify import outbox
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.claim import holder
 from hyper2kvmd.queue.names import LOCK, LOG, REPORT

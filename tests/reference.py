@@ -24,9 +24,9 @@ from pydantic import BaseModel
 
 from hyper2kvmd import __main__ as daemon
 from hyper2kvmd import __version__, batch, ctl, messages, report
+from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.errors import MEANING, Outcome
 from hyper2kvmd.exits import EXIT_MEANING
-from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.settings import Section, Settings

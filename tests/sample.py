@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from hyper2kvmd import metrics
+from hyper2kvmd.daemon import metrics
+from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.job.events import Event
 from hyper2kvmd.queue.state import FINAL, State
-from hyper2kvmd.runner import Progress
 
 STEP = 60  # seconds between two scrapes
 

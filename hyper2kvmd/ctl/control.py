@@ -17,6 +17,7 @@ from typing import Any
 
 from hyper2kvmd.ctl import print_json, refuse, refused
 from hyper2kvmd.ctl.listing import find
+from hyper2kvmd.daemon.runner import Runner
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_UNAVAILABLE
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import job_id
@@ -25,7 +26,6 @@ from hyper2kvmd.queue.claim import Busy, claim_export
 from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD, LOG
 from hyper2kvmd.queue.state import FINAL, State, state_of
 from hyper2kvmd.run import become
-from hyper2kvmd.runner import Runner
 from hyper2kvmd.settings import Settings
 
 # A runner looks for wishes twice a second and has its tools ended within ten; NFS may show a file late.

@@ -375,7 +375,7 @@ def _windows(host: Host, diagnosis: Diagnosis) -> str:
 
 def _exports(host: Host, diagnosis: Diagnosis) -> str:
     """Whether locks and reports can be written, and disks read."""
-    from hyper2kvmd import watch  # here, because it takes longer to load than other commands take
+    from hyper2kvmd.daemon import watch  # here, because it takes longer to load than other commands take
 
     directory = host.settings.exports_dir
     _answers(directory)
@@ -412,7 +412,7 @@ def _obstacle(export: Path) -> str | None:
 
 def _watching(host: Host, diagnosis: Diagnosis) -> str:
     """Watch for real: the limits hold for all that a user watches."""
-    from hyper2kvmd import watch
+    from hyper2kvmd.daemon import watch
 
     settings = host.settings
     directory, mode, interval = settings.exports_dir, settings.watch.mode, settings.scan_interval_seconds
@@ -467,7 +467,7 @@ def _watch_all(root: Path) -> tuple[int, int]:
 
 def _locks(host: Host, diagnosis: Diagnosis) -> str:
     """Whether a lock that is held keeps a second one out, on the file system of the exports."""
-    from hyper2kvmd.health import check_locks  # here for the same reason
+    from hyper2kvmd.daemon.health import check_locks  # here for the same reason
 
     directory = host.settings.exports_dir
     _answers(directory)

@@ -7,9 +7,10 @@ import signal
 import sys
 from typing import Any
 
-from hyper2kvmd import journal, outbox
+from hyper2kvmd import journal
 from hyper2kvmd.ctl import print_json, refuse, refused
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED
+from hyper2kvmd.notify import outbox
 from hyper2kvmd.queue.access import forgo_capabilities
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings

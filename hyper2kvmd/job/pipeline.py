@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hyper2kvmd import hooks, report
+from hyper2kvmd import report
 from hyper2kvmd.domain.model import Domain, DomainDisk, GuestSystem
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted, Outcome
@@ -37,6 +37,7 @@ from hyper2kvmd.job.plan import Plan, PlannedDisk, appliance_mb, make_plan, memo
 from hyper2kvmd.job.steps import Item, Steps
 from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.messages import Kind
+from hyper2kvmd.notify import hooks
 from hyper2kvmd.queue.names import BOOT_LOG, BOOT_SCREEN
 from hyper2kvmd.run import tail
 

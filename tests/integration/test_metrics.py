@@ -25,8 +25,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from watchdog.observers.api import EventEmitter
 
+from hyper2kvmd.daemon.watch import Watch
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.watch import Watch
 from tests.conftest import MakeExport
 from tests.integration.test_daemon import change, daemon, done, free_port, wait_until
 from tests.integration.test_watch import network_directory

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import outbox
+from hyper2kvmd.notify import outbox
 from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
 from hyper2kvmd.settings import Settings
 from tests.conftest import MakeExport, report_of, run_job, write_manifest

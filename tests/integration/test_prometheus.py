@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd.metrics import Metrics
+from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.settings import Settings
 from tests import dashboards
 from tests.conftest import disk_entry, report_of, write_manifest

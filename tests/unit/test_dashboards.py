@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from hyper2kvmd.ctl import doctor
+from hyper2kvmd.daemon.metrics import CHECKS, POOLS, READ, RESULTS, Metrics
 from hyper2kvmd.errors import MEANING, Code, Outcome
-from hyper2kvmd.metrics import CHECKS, POOLS, READ, RESULTS, Metrics
 from tests import dashboards, reference
 from tests.monitoring import Json, panels, variables
 

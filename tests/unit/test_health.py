@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd import health
+from hyper2kvmd.daemon import health
+from hyper2kvmd.daemon.health import Health, Probe, Verdict
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import existing_parent
-from hyper2kvmd.health import Health, Probe, Verdict
 from hyper2kvmd.settings import Settings
 
 

@@ -12,11 +12,11 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from hyper2kvmd.daemon.metrics import RESULTS, Metrics
+from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.errors import Code, SettingsError
 from hyper2kvmd.job.events import STAGES, Event
-from hyper2kvmd.metrics import RESULTS, Metrics
 from hyper2kvmd.queue.state import Facts, State
-from hyper2kvmd.runner import Progress
 from hyper2kvmd.settings import load
 
 SERIES_LIMIT = 300

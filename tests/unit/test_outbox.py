@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import hooks, outbox, settings, webhook
+from hyper2kvmd import settings
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.files import timestamp
+from hyper2kvmd.notify import hooks, outbox, webhook
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Hooks, Settings, Webhook, url_problem
 

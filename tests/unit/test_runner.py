@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.job.events import Event
-from hyper2kvmd.runner import Progress
 from hyper2kvmd.text import duration
 
 

@@ -13,9 +13,9 @@ import pytest
 import hyper2kvmd
 from hyper2kvmd import __main__ as daemon
 from hyper2kvmd import ctl
+from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.errors import MEANING, Code
 from hyper2kvmd.exits import EXIT_MEANING
-from hyper2kvmd.metrics import Metrics
 from hyper2kvmd.queue.names import DRAIN, HOLD, LOCK, LOG, REPORT
 from tests import reference
 from tests.guests.recipe import GUESTS

@@ -21,9 +21,10 @@ from typing import Annotated, Any, Literal
 import structlog
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from hyper2kvmd import hooks, journal, webhook
+from hyper2kvmd import journal
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import open_directory, write_durably
+from hyper2kvmd.notify import hooks, webhook
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import LOG
 from hyper2kvmd.run import Tools

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hyper2kvmd.daemon.watch import HANG_SECONDS
+from hyper2kvmd.daemon.web import PLAIN, Answer
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import existing_parent
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.watch import HANG_SECONDS
-from hyper2kvmd.web import PLAIN, Answer
 
 EVERY_SECONDS = 30.0
 ANSWER_SECONDS = 8.0  # less than what counts as hanging, so that there is an answer that says more

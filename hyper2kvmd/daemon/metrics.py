@@ -18,14 +18,14 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from hyper2kvmd import __version__
+from hyper2kvmd.daemon.health import Health, Verdict
+from hyper2kvmd.daemon.progress import Progress, Stage
+from hyper2kvmd.daemon.web import Answer
 from hyper2kvmd.errors import MEANING, Code
-from hyper2kvmd.health import Health, Verdict
 from hyper2kvmd.job.events import STAGES, Event
 from hyper2kvmd.journal import PRIORITY
 from hyper2kvmd.queue.state import FINAL, Facts, State
-from hyper2kvmd.runner import Progress, Stage
 from hyper2kvmd.text import plain
-from hyper2kvmd.web import Answer
 
 NAMESPACE = "hyper2kvmd"
 # From a second to a day: small disks are common, and so are nights. Each bucket is a series, so what there is once for

@@ -8,7 +8,6 @@ import os
 import random
 import selectors
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,18 +16,20 @@ from pathlib import Path
 
 import structlog
 
-from hyper2kvmd import journal, outbox, run
+from hyper2kvmd import journal
+from hyper2kvmd.daemon.health import MEND, Health
+from hyper2kvmd.daemon.metrics import Metrics
+from hyper2kvmd.daemon.periodic import PeriodicTask
+from hyper2kvmd.daemon.runner import Runner, stop_all
+from hyper2kvmd.daemon.systemd import STATUS_LIMIT, Notifier
+from hyper2kvmd.daemon.watch import POLL_SECONDS, Scan, Scanner, Watch
+from hyper2kvmd.daemon.web import Web
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
-from hyper2kvmd.health import MEND, Health
 from hyper2kvmd.messages import Kind
-from hyper2kvmd.metrics import Metrics
-from hyper2kvmd.notify import STATUS_LIMIT, Notifier
+from hyper2kvmd.notify import outbox
 from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
-from hyper2kvmd.runner import Runner, spawn, stop_all
 from hyper2kvmd.settings import Settings
-from hyper2kvmd.watch import POLL_SECONDS, Scan, Scanner, Watch
-from hyper2kvmd.web import Web
 
 log = structlog.get_logger()
 
@@ -41,7 +42,6 @@ REST_FACTOR = 100
 PRUNE_SECONDS = 3600.0
 NOTIFY_SECONDS = 5.0
 STOP = {signal.SIGTERM, signal.SIGINT}
-ONCE_SECONDS = 120.0  # with --once, for what is to be told at the end
 BUSY_SECONDS = 1.0  # how often STATUS is refreshed while jobs run
 SCANNING_SECONDS = 0.2  # how often it is asked whether a look that takes long has ended
 REST_SECONDS = 15.0  # how often the loop comes round when nothing happens, so that one that hangs can be told from it
@@ -64,50 +64,6 @@ class Seen:
     finding: Finding | None
     look: Facts
     since: float
-
-
-class Errand:
-    """A command of ours that a process of its own does now and then, one at a time, as it may take long.
-
-    `due` is when it is to be started, by the monotonic clock; it is not, within `gap` seconds of the last time.
-    """
-
-    def __init__(self, command: str, gap: float) -> None:
-        self.due = 0.0
-        self._command = command
-        self._gap = gap
-        self._process: subprocess.Popen[bytes] | None = None
-        self._rested_at = 0.0
-
-    def run(self, settings: Settings) -> float:
-        """Start it if it is due, and return the seconds until it will be."""
-        now = time.monotonic()
-        if self._process is not None and self._process.poll() is None:
-            return self._gap  # it is looked at again then, at the latest
-        self._process = None
-        if max(self.due, self._rested_at) <= now:
-            self.due, self._rested_at = math.inf, now + self._gap
-            try:
-                self._process = spawn(settings, "hyper2kvmd.ctl", self._command)
-            except (OSError, MigrationError) as error:
-                log.warning("an errand cannot be done", command=self._command, reason=str(error))
-                self.due = self._rested_at
-        return max(self.due, self._rested_at) - now
-
-    def finish(self, settings: Settings) -> None:
-        """Do what is due at once, and wait for it, but not for ever."""
-        for _ in range(2):  # one may be on its way, which began before the last thing happened
-            if self._process is not None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(ONCE_SECONDS)
-            if self.due < math.inf:
-                self._rested_at = 0.0
-                self.run(settings)
-
-    def end(self) -> None:
-        """End its process, if there is one."""
-        if self._process is not None:
-            run.end(self._process)
 
 
 class Daemon:
@@ -136,8 +92,8 @@ class Daemon:
         self._settling: dict[Path, tuple[float, float]] = {}
         self._last_status = ""
         self._rested_at = 0.0  # when the next look may be taken at the earliest (monotonic)
-        self._prune = Errand("prune", PRUNE_SECONDS)
-        self._notify = Errand("notify", NOTIFY_SECONDS)
+        self._prune = PeriodicTask("prune", PRUNE_SECONDS)
+        self._notify = PeriodicTask("notify", NOTIFY_SECONDS)
         # systemd is told twice as often as it asks for.
         interval = self._notifier.watchdog_interval()
         self.health = Health(lambda: self.settings, None if interval is None else 2 * interval)
@@ -195,9 +151,9 @@ class Daemon:
         self._start(now)
         self._count(now, found.seconds)
         self._rested_at = time.monotonic() + min(PAUSE_FACTOR * found.seconds, PAUSE_SECONDS)
-        return min(self._next_look(now, found.seconds), self._do_errands(now))
+        return min(self._next_look(now, found.seconds), self._do_periodic(now))
 
-    def _do_errands(self, now: float) -> float:
+    def _do_periodic(self, now: float) -> float:
         """Have done what is due beside the jobs, and return the seconds until something is."""
         standing = outbox.standing(self.settings)
         self.metrics.told(standing.pending, standing.given_up)

@@ -1,0 +1,1 @@
+"""Telling others of jobs that are over, and the hooks that have a say before one is."""
