@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any, Literal
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.guest import kernels, menu, storage
+from hyper2kvmd.guest import storage
 from hyper2kvmd.guest.change import printable
-from hyper2kvmd.guest.devices import Device
-from hyper2kvmd.guest.kernels import Kernel
-from hyper2kvmd.guest.menu import Menu
+from hyper2kvmd.guest.linux import kernels, menu
+from hyper2kvmd.guest.linux.devices import Device
+from hyper2kvmd.guest.linux.kernels import Kernel
+from hyper2kvmd.guest.linux.menu import Menu
 from hyper2kvmd.guest.session import Session, read_text
 from hyper2kvmd.guest.storage import KeyFor, device_of
 

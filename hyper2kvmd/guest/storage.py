@@ -8,7 +8,7 @@ from typing import Any
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest.change import printable
-from hyper2kvmd.guest.devices import Device, Names
+from hyper2kvmd.guest.linux.devices import Device, Names
 from hyper2kvmd.guest.session import read_text
 
 FSTAB = "/etc/fstab"

@@ -42,8 +42,8 @@ from hyper2kvmd.queue.names import BOOT_LOG, BOOT_SCREEN
 from hyper2kvmd.run import tail
 
 if TYPE_CHECKING:
-    from hyper2kvmd.guest.fix import FixOptions
     from hyper2kvmd.guest.inspect import Inspection
+    from hyper2kvmd.guest.linux.fix import FixOptions
 
 log = structlog.get_logger()
 
@@ -170,8 +170,8 @@ def _guest(job: Job, plan: Plan, steps: Steps) -> None:
 
 def _inspect_and_fix(job: Job, plan: Plan) -> None:
     # Imported here: a job that does not look inside needs none of it.
-    from hyper2kvmd.guest.fix import fix
     from hyper2kvmd.guest.inspect import inspect
+    from hyper2kvmd.guest.linux.fix import fix
     from hyper2kvmd.guest.session import open_guest
 
     manifest = plan.manifest
@@ -230,8 +230,8 @@ def _key_for(job: Job, plan: Plan) -> Callable[[str], str | None]:
 
 def _fix_options(job: Job, plan: Plan) -> FixOptions:
     """What FIX is to do: what the guest needs, and what the manifest asks for."""
-    from hyper2kvmd.guest.fix import FixOptions
-    from hyper2kvmd.guest.fixers.network import Nic
+    from hyper2kvmd.guest.linux.fix import FixOptions
+    from hyper2kvmd.guest.linux.fixers.network import Nic
 
     wanted = plan.manifest.stages.fix
     return FixOptions(
@@ -394,8 +394,8 @@ def _boot(job: Job, plan: Plan) -> None:
 
 def _add_console(job: Job, plan: Plan, overlays: dict[str, Path]) -> None:
     """Have a Linux guest write to its serial port, in the test alone; most write to nothing but their screen."""
-    from hyper2kvmd.guest.fix import add_serial_console
     from hyper2kvmd.guest.inspect import inspect
+    from hyper2kvmd.guest.linux.fix import add_serial_console
     from hyper2kvmd.guest.session import open_guest
 
     found = job.record.results.get("inspect", {})

@@ -14,10 +14,10 @@ import pytest
 
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.guest.change import Change, encode
-from hyper2kvmd.guest.fix import FixOptions, FixResult, fix
-from hyper2kvmd.guest.fixers.network import Nic
 from hyper2kvmd.guest.inspect import Inspection, inspect
-from hyper2kvmd.guest.kernels import Kernel
+from hyper2kvmd.guest.linux.fix import FixOptions, FixResult, fix
+from hyper2kvmd.guest.linux.fixers.network import Nic
+from hyper2kvmd.guest.linux.kernels import Kernel
 from hyper2kvmd.guest.session import open_guest, read_text
 from hyper2kvmd.run import Tools
 from tests.guests import phony

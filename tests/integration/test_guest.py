@@ -12,8 +12,8 @@ import pytest
 
 from hyper2kvmd import accel
 from hyper2kvmd.errors import Cancelled, Code, MigrationError, Outcome
-from hyper2kvmd.guest.fix import FixOptions, FixResult, fix
 from hyper2kvmd.guest.inspect import Inspection, inspect
+from hyper2kvmd.guest.linux.fix import FixOptions, FixResult, fix
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.run import Tools
 from tests.guests.build import build

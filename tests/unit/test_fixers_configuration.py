@@ -17,9 +17,9 @@ from pydantic import SecretStr
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.devices import Device, Names
-from hyper2kvmd.guest.fixers import Plan, View, addresses, configuration, lvm
-from hyper2kvmd.guest.selinux import policy_of, relabel, topmost
+from hyper2kvmd.guest.linux.devices import Device, Names
+from hyper2kvmd.guest.linux.fixers import Plan, View, addresses, configuration, lvm
+from hyper2kvmd.guest.linux.selinux import policy_of, relabel, topmost
 from hyper2kvmd.manifest.model import Configuration, Interface, Services, User
 
 

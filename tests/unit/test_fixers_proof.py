@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from hyper2kvmd.guest import kernels
-from hyper2kvmd.guest.kernels import SATA, VIRTIO, Image, Kernel
+from hyper2kvmd.guest.linux import kernels
+from hyper2kvmd.guest.linux.kernels import SATA, VIRTIO, Image, Kernel
 from hyper2kvmd.guest.storage import device_of, pick_root
 
 DEPENDS = kernels.dependencies(

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyper2kvmd.guest.change import Edit, decode, encode, printable
-from hyper2kvmd.guest.devices import changes_with_hardware
-from hyper2kvmd.guest.fixers import crypttab, fstab, resume
-from hyper2kvmd.guest.fixers.initramfs import initramfs_tools as initramfs
-from hyper2kvmd.guest.kernels import VIRTIO
+from hyper2kvmd.guest.linux.devices import changes_with_hardware
+from hyper2kvmd.guest.linux.fixers import crypttab, fstab, resume
+from hyper2kvmd.guest.linux.fixers.initramfs import initramfs_tools as initramfs
+from hyper2kvmd.guest.linux.kernels import VIRTIO
 
 KNOWN = {"/dev/sda1": "UUID=efi", "/dev/sda2": "UUID=root", "/dev/sda3": "UUID=swap", "/dev/sdb1": "UUID=data"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd.guest.fixers import Plan, vmware
+from hyper2kvmd.guest.linux.fixers import Plan, vmware
 from tests.unit.test_fixers_configuration import Guest, applied, view
 
 UNIT_FILES = {"/lib/systemd/system/open-vm-tools.service": "", "/lib/systemd/system/vgauth.service": ""}

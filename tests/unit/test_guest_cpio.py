@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.guest import cpio
+from hyper2kvmd.guest.linux import cpio
 from hyper2kvmd.run import Tools
 
 PROGRAMS = {"zstd": ["zstd", "-q", "-c"], "lz4": ["lz4", "-l", "-c"]}

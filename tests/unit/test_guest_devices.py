@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hyper2kvmd.guest.devices import Device, Names, changes_with_hardware
+from hyper2kvmd.guest.linux.devices import Device, Names, changes_with_hardware
 
 DEVICES = [
     Device("/dev/sda", part_type=""),

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyper2kvmd.guest import menu
-from hyper2kvmd.guest.devices import Device, Names
-from hyper2kvmd.guest.fixers import Plan, View, bootloader
 from hyper2kvmd.guest.inspect import Inspection
-from hyper2kvmd.guest.menu import Menu
+from hyper2kvmd.guest.linux import menu
+from hyper2kvmd.guest.linux.devices import Device, Names
+from hyper2kvmd.guest.linux.fixers import Plan, View, bootloader
+from hyper2kvmd.guest.linux.menu import Menu
 
 KNOWN = {"/dev/sda1": "UUID=efi", "/dev/sda2": "UUID=root", "/dev/sda3": "UUID=swap"}
 ID = "5a1e6b02-9f0d-4c63-8d53-2f4c1e7d9a10"

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.fixers import Plan, View
-from hyper2kvmd.guest.kernels import Bus, Image
+from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.kernels import Bus, Image
 
 SUSE = "/etc/sysconfig/kernel"
 _MODULES = re.compile(r"^(?P<lead>[ \t]*INITRD_MODULES=)(?P<quote>[\"']?)(?P<words>[^\"'\n]*)(?P=quote)", re.MULTILINE)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Copy, Proof
-from hyper2kvmd.guest.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import Plan, View
 
 # The suffix of EFI programs, by architecture.
 _ARCH = {"x86_64": "x64", "i386": "ia32", "aarch64": "aa64"}

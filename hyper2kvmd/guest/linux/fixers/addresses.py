@@ -11,7 +11,7 @@ import yaml
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit, printable
-from hyper2kvmd.guest.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import Plan, View
 from hyper2kvmd.manifest.model import Interface
 
 NETPLAN = "/etc/netplan/95-hyper2kvm.yaml"  # the last file, which netplan puts on top of the others

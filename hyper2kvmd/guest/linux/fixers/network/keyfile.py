@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hyper2kvmd.guest.fixers.network.interface import Interface, card, card_or_glob, mac_address
-from hyper2kvmd.guest.fixers.network.udev import Pin
+from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card, card_or_glob, mac_address
+from hyper2kvmd.guest.linux.fixers.network.udev import Pin
 
 _ETHERNET = ("ethernet", "802-3-ethernet")
 

@@ -9,7 +9,7 @@ from shlex import quote
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Command, Edit, printable
-from hyper2kvmd.guest.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import Plan, View
 
 FIXER = "vmware"
 TARBALL = "/usr/bin/vmware-uninstall-tools.pl"

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.fixers import Plan, View
-from hyper2kvmd.guest.kernels import Bus, Image
+from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.kernels import Bus, Image
 
 # In /etc, where an administrator looks, and not as a file in /usr/share/initramfs-tools/modules.d, which is the
 # packages' place. The file is nobody's conffile, so no upgrade asks questions about it.

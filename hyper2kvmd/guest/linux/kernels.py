@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.guest import cpio
 from hyper2kvmd.guest.change import Proof, decode
-from hyper2kvmd.guest.menu import Menu
+from hyper2kvmd.guest.linux import cpio
+from hyper2kvmd.guest.linux.menu import Menu
 from hyper2kvmd.run import Tools
 
 MAX_IMAGE_BYTES = 1 << 30

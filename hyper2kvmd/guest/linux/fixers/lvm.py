@@ -6,8 +6,8 @@ import re
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit, printable
-from hyper2kvmd.guest.devices import changes_with_hardware
-from hyper2kvmd.guest.fixers import Plan, View
+from hyper2kvmd.guest.linux.devices import changes_with_hardware
+from hyper2kvmd.guest.linux.fixers import Plan, View
 
 FIXER = "lvm"
 SYSTEM_DEVICES = "/etc/lvm/devices/system.devices"

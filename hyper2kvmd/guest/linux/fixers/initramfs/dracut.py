@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.fixers import Plan, View
-from hyper2kvmd.guest.kernels import Bus, Image
+from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.kernels import Bus, Image
 
 # The number makes it one of the last that are read, and so the administrator can still come after it.
 CONFIG = "/etc/dracut.conf.d/90-hyper2kvm.conf"

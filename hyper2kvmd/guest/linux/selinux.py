@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from shlex import quote
 
 from hyper2kvmd.guest.change import Change, printable
-from hyper2kvmd.guest.fixers import View
+from hyper2kvmd.guest.linux.fixers import View
 
 CONFIG = "/etc/selinux/config"
 AUTORELABEL = "/.autorelabel"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hyper2kvmd.guest.fixers.network.interface import Interface, card, card_or_glob
+from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card, card_or_glob
 
 # `hwaddress ether` is not here: it is an address to set, and says nothing about the card.
 _SLAVES = {

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 from hyper2kvmd.domain.machine import VIRTIO_BLK_DISKS
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.guest import kernels, selinux
 from hyper2kvmd.guest.change import Change, Command, Edit, Proof, encode, printable
-from hyper2kvmd.guest.devices import Names, changes_with_hardware
-from hyper2kvmd.guest.fixers import (
+from hyper2kvmd.guest.inspect import Inspection
+from hyper2kvmd.guest.linux import kernels, selinux
+from hyper2kvmd.guest.linux.devices import Names, changes_with_hardware
+from hyper2kvmd.guest.linux.fixers import (
     Plan,
     View,
     bootloader,
@@ -29,8 +30,7 @@ from hyper2kvmd.guest.fixers import (
     resume,
     vmware,
 )
-from hyper2kvmd.guest.inspect import Inspection
-from hyper2kvmd.guest.kernels import SATA, VIRTIO, VIRTIO_SCSI, Bus, Image
+from hyper2kvmd.guest.linux.kernels import SATA, VIRTIO, VIRTIO_SCSI, Bus, Image
 from hyper2kvmd.guest.session import Session, last_line, shell
 from hyper2kvmd.guest.storage import device_of
 from hyper2kvmd.manifest import Configuration

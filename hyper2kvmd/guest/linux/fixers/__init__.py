@@ -7,8 +7,8 @@ from typing import Any
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Command, Copy, Edit
-from hyper2kvmd.guest.devices import Names
 from hyper2kvmd.guest.inspect import Inspection
+from hyper2kvmd.guest.linux.devices import Names
 from hyper2kvmd.guest.session import read_text
 
 

@@ -9,7 +9,7 @@ from shlex import quote
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Command, Edit, printable
-from hyper2kvmd.guest.fixers import Plan, View, addresses
+from hyper2kvmd.guest.linux.fixers import Plan, View, addresses
 from hyper2kvmd.manifest.model import Configuration, Services, User
 
 FIXER = "configuration"

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.devices import changes_with_hardware
-from hyper2kvmd.guest.fixers import Plan, View
+from hyper2kvmd.guest.linux.devices import changes_with_hardware
+from hyper2kvmd.guest.linux.fixers import Plan, View
 
 CONFIG = "/etc/initramfs-tools/initramfs.conf"
 _LINE = re.compile(r"[ \t]*(?:export[ \t]+)?RESUME=[\"']?(?P<spec>/dev/[^\s\"']+)")

@@ -12,9 +12,9 @@ from typing import Any
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest.change import Change
-from hyper2kvmd.guest.fixers import Plan, View
-from hyper2kvmd.guest.fixers.initramfs import dracut, initramfs_tools, mkinitrd
-from hyper2kvmd.guest.kernels import Bus, Image
+from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers.initramfs import dracut, initramfs_tools, mkinitrd
+from hyper2kvmd.guest.linux.kernels import Bus, Image
 from hyper2kvmd.guest.session import last_line, shell
 from hyper2kvmd.run import tail
 
