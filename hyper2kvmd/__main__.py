@@ -20,7 +20,7 @@ from hyper2kvmd.queue.access import forgo_capabilities
 from hyper2kvmd.queue.claim import Busy, claim_export, unwritable
 
 if TYPE_CHECKING:
-    from hyper2kvmd.settings import Settings
+    from hyper2kvmd.settings.model import Settings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,10 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _settings(options: argparse.Namespace) -> Settings | None:
     """The settings, in force for the log; None if they are bad, which has been said."""
-    from hyper2kvmd import journal, settings
+    from hyper2kvmd import journal
+    from hyper2kvmd.settings.load import load_settings
 
     try:
-        config = settings.load(options.config, tuple(options.overrides))
+        config = load_settings(options.config, tuple(options.overrides))
     except SettingsError as error:
         print(f"hyper2kvmd: {error}", file=sys.stderr)
         return None
@@ -147,11 +148,11 @@ def _cancel_on(signals: Iterable[signal.Signals], cancel: threading.Event) -> No
 
 
 def _run(options: argparse.Namespace, config: Settings) -> int:
-    from hyper2kvmd import settings
     from hyper2kvmd.daemon.daemon import Daemon
     from hyper2kvmd.daemon.metrics import Metrics
+    from hyper2kvmd.settings.load import load_settings
 
-    daemon = Daemon(config, lambda: settings.load(options.config, tuple(options.overrides)), Metrics())
+    daemon = Daemon(config, lambda: load_settings(options.config, tuple(options.overrides)), Metrics())
     try:
         status = daemon.run(once=options.once)
     except SettingsError as error:

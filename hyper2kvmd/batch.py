@@ -16,7 +16,7 @@ from hyper2kvmd.daemon.runner import Runner, stop_all, wishes
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.state import FINAL, State, state_of
-from hyper2kvmd.settings import Network, Section, Settings
+from hyper2kvmd.settings.model import Network, Section, Settings
 
 POLL_SECONDS = 0.2
 

@@ -24,7 +24,7 @@ from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.job.events import STAGES, Event
 from hyper2kvmd.queue.names import LOCK, REPORT
 from hyper2kvmd.run import Tools
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
 from tests.guests.build import build, export
 from tests.integration.test_daemon import daemon

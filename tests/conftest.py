@@ -18,7 +18,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from hyper2kvmd import accel
 from hyper2kvmd.run import Tools
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 MakeExport = Callable[..., Path]
 Ctl = Callable[..., subprocess.CompletedProcess[str]]

@@ -38,8 +38,8 @@ from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.claim import holder
 from hyper2kvmd.queue.names import LOCK, LOG, REPORT
 from hyper2kvmd.queue.state import FINAL, State, state_of
-from hyper2kvmd.report import Report
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.report.model import Report
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
 from tests.guests.build import export as export_guest
 from tests.integration import test_kill

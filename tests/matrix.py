@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import report_of, run_job
 from tests.guests.boot import BootResult, Bus, boot
 from tests.guests.build import disks, export

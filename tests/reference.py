@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
 import inspect
 import json
 import re
@@ -23,13 +22,14 @@ import yaml
 from pydantic import BaseModel
 
 from hyper2kvmd import __main__ as daemon
-from hyper2kvmd import __version__, batch, ctl, messages, report
+from hyper2kvmd import __version__, api, batch, ctl, messages
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.errors import MEANING, Outcome
 from hyper2kvmd.exits import EXIT_MEANING
 from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.queue.names import REPORT
-from hyper2kvmd.settings import Section, Settings
+from hyper2kvmd.report.model import report_schema
+from hyper2kvmd.settings.model import Section, Settings
 from tests import completions, dashboards
 
 ROOT = Path(__file__).parents[1]
@@ -44,32 +44,27 @@ OUTCOMES = {
     Outcome.CANCELLED: "A person does not want it any more.",
 }
 
-# The names that other programs may use, by module, in the order of the page.
+# What hyper2kvmd/api.py offers to other programs, in the order of the page.
 LIBRARY = {
-    "hyper2kvmd.migration": ("MigrationPipeline", "MigrationFailed"),
-    "hyper2kvmd.settings": ("load", "Settings"),
-    "hyper2kvmd.events": ("Event",),
-    "hyper2kvmd.runner": ("Progress", "Stage"),
-    "hyper2kvmd.report": (
+    "Migrating an export": ("MigrationPipeline", "MigrationFailed"),
+    "Settings": ("load_settings", "Settings"),
+    "While it runs": ("Event", "Progress", "Stage"),
+    "The report": (
         *("Report", "ErrorRecord", "FindingRecord", "StageRecord", "DiskRecord", "ChangeRecord", "DomainRecord"),
         *("ManifestRecord", "HostRecord"),
     ),
-    "hyper2kvmd.manifest": (
+    "Manifests": (
         *("ManifestBuilder", "ArtifactManifest", "parse", "ManifestError", "Manifest", "VMSpec", "Disk", "Nic"),
         *("Stages", "Output", "Options", "Configuration"),
+        *("Inspect", "Fix", "Convert", "Validate", "User", "Services", "Interface"),
     ),
-    "hyper2kvmd.manifest.model": ("Inspect", "Fix", "Convert", "Validate", "User", "Services", "Interface"),
-    "hyper2kvmd.errors": ("MigrationError", "Finding", "Code"),
+    "Errors": ("MigrationError", "Finding", "Code"),
 }
 
 EXAMPLE = """\
 from pathlib import Path
 
-from hyper2kvmd.events import Event
-from hyper2kvmd.authoring.builder import ManifestBuilder
-from hyper2kvmd.migration import MigrationFailed, MigrationPipeline
-from hyper2kvmd.runner import Progress
-from hyper2kvmd.settings import load
+from hyper2kvmd.api import Event, ManifestBuilder, MigrationFailed, MigrationPipeline, Progress, load_settings
 
 export = Path("/var/lib/hypersdk/exports/web01")
 builder = ManifestBuilder(export).with_source("web01").with_vm(cpu=1, mem_gb=1, firmware="bios")
@@ -82,7 +77,7 @@ def show(event: Event, progress: Progress) -> None:
         print(event.data["stage"], "is done")
 
 
-settings = load(Path("/etc/hyper2kvmd/hyper2kvmd.yaml"), overrides=("output.format=raw",))
+settings = load_settings(Path("/etc/hyper2kvmd/hyper2kvmd.yaml"), overrides=("output.format=raw",))
 try:
     report = MigrationPipeline(export, settings, stages=("convert", "validate"), on_event=show).run()
 except MigrationFailed as failed:
@@ -326,7 +321,7 @@ def _several(kind: str) -> str:
 
 def report_page() -> str:
     """docs/report-format.md."""
-    schema = report.schema()
+    schema = report_schema()
     text = f"""\
 # migration-report - what a migration did and how it ended
 
@@ -382,9 +377,9 @@ def errors_page() -> str:
     return text
 
 
-def report_schema() -> str:
+def report_schema_file() -> str:
     """docs/migration-report.schema.json."""
-    return json.dumps(report.schema(), indent=2) + "\n"
+    return json.dumps(report_schema(), indent=2) + "\n"
 
 
 JOURNAL = """\
@@ -606,9 +601,9 @@ of every scan, and how many jobs there are.
 
 def public() -> Iterator[tuple[str, Any]]:
     """Every name of the library page with its object: classes, their methods as `Class.method`, and functions."""
-    for module, names in LIBRARY.items():
+    for names in LIBRARY.values():
         for name in names:
-            thing = getattr(importlib.import_module(module), name)
+            thing = getattr(api, name)
             yield name, thing
             for method in _methods(thing) if isinstance(thing, type) else ():
                 yield f"{name}.{method}", inspect.getattr_static(thing, method)
@@ -656,9 +651,9 @@ def library_page() -> str:
     text = f"""\
 # The library
 
-A Python program can migrate an export by itself. Each migration runs in a process of its own, with the same lock,
-checks and report as the jobs of the daemon. This example writes the manifest of a disk, and migrates it without looking
-into its guest:
+A Python program can migrate an export by itself. All that it needs is imported from `hyper2kvmd.api`. Each migration
+runs in a process of its own, with the same lock, checks and report as the jobs of the daemon. This example writes the
+manifest of a disk, and migrates it without looking into its guest:
 
 ```python
 {EXAMPLE}```
@@ -670,10 +665,10 @@ It prints:
 
 What can go wrong is raised as `MigrationError`: a code of [a closed list](errors.md), what it is about, and the remedy.
 """
-    for module, names in LIBRARY.items():
-        text += f"\n## {module}\n"
+    for subject, names in LIBRARY.items():
+        text += f"\n## {subject}\n"
         for name in names:
-            thing = getattr(importlib.import_module(module), name)
+            thing = getattr(api, name)
             text += f"\n### {name}\n\n```python\n{_stub(thing)}\n```\n\n{inspect.getdoc(thing)}\n"
             if isinstance(thing, type) and (methods := _methods(thing)):
                 rows = [(method, _about(inspect.getattr_static(thing, method))) for method in methods]
@@ -723,7 +718,7 @@ PAGES = {
     "packaging/hyper2kvmd.catalog": messages.catalog,
     "systemd/hyper2kvmd@.service": template_unit,
     "docs/library.md": library_page,
-    "docs/migration-report.schema.json": report_schema,
+    "docs/migration-report.schema.json": report_schema_file,
     "packaging/grafana/dashboards/hyper2kvmd-fleet.json": dashboards.fleet_page,
     "packaging/grafana/dashboards/hyper2kvmd-host.json": dashboards.host_page,
     **completion_scripts(),

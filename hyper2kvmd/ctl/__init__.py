@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd import __version__, journal, settings
+from hyper2kvmd import __version__, journal
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_CONFIG, EXIT_FAILED, EXIT_MANIFEST, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_UNAVAILABLE
 from hyper2kvmd.options import add_settings_options
+from hyper2kvmd.settings.load import load_settings
 
 # What to do about an error of the operating system, and the exit status that it has.
 _DENIED = (EXIT_PERMISSION, "run as root, as the user of the service, or as a member of its group")
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     options = build_parser().parse_args(argv)
     try:
-        config = settings.load(options.config, tuple(options.overrides))
+        config = load_settings(options.config, tuple(options.overrides))
     except SettingsError as error:
         print(f"hyper2kvmctl: {error}", file=sys.stderr)
         return EXIT_CONFIG

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hyper2kvmd import batch, settings
+from hyper2kvmd import batch
 from hyper2kvmd.batch import Entry, Plan
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.listing import STYLE
@@ -23,7 +23,8 @@ from hyper2kvmd.ctl.migrate import add_migration_options, settings_wanted, stage
 from hyper2kvmd.errors import SettingsError
 from hyper2kvmd.exits import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_TEMPORARY
 from hyper2kvmd.queue.state import State
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.load import load_file
+from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import duration, nearest
 
 # In a table that is higher than the terminal, the first of these are shown.
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace, config: Settings) -> int:
     """Migrate what is to be migrated; the exit status is 1 if something failed, 75 if something is not over yet."""
     config = settings_wanted(options, config).model_copy(update={"exports_dir": options.directory.resolve()})
     try:
-        plan = Plan() if options.plan is None else settings.read(Plan, options.plan)
+        plan = Plan() if options.plan is None else load_file(Plan, options.plan)
         entries = batch.entries(config, plan, dry_run=options.dry_run)
         _refuse_unknown(plan, options, {entry.export.name for entry in entries})
     except SettingsError as error:

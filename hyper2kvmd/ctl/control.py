@@ -26,7 +26,7 @@ from hyper2kvmd.queue.claim import Busy, claim_export
 from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD, LOG
 from hyper2kvmd.queue.state import FINAL, State, state_of
 from hyper2kvmd.run import become
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 # A runner looks for wishes twice a second and has its tools ended within ten; NFS may show a file late.
 WAIT_SECONDS = 60.0

@@ -52,7 +52,7 @@ from hyper2kvmd.queue.access import user_name
 from hyper2kvmd.queue.claim import unwritable
 from hyper2kvmd.queue.names import LOCK
 from hyper2kvmd.run import Tools, environment, qemu
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import plain
 
 UNIT_PROPERTIES = (

@@ -18,7 +18,7 @@ from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.claim import holder
 from hyper2kvmd.queue.state import State, state_of
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 STYLE = {
     State.SUCCEEDED: "green",

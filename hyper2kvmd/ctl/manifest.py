@@ -28,7 +28,7 @@ from hyper2kvmd.queue.claim import probe
 from hyper2kvmd.queue.facts import read_manifest
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.run import Tools
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import plain
 
 _FORMATS = {".json": "json", ".yaml": "yaml", ".yml": "yaml"}

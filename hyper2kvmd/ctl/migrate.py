@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from hyper2kvmd.api import MigrationFailed, MigrationPipeline
 from hyper2kvmd.ctl import print_json
 from hyper2kvmd.daemon.progress import Progress as JobProgress
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.job.events import CHOICES, Event
-from hyper2kvmd.migration import MigrationFailed, MigrationPipeline
-from hyper2kvmd.report import Report
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.report.model import Report
+from hyper2kvmd.settings.model import Settings
 
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:

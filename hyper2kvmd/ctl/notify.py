@@ -13,7 +13,7 @@ from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.notify import outbox
 from hyper2kvmd.queue.access import forgo_capabilities
 from hyper2kvmd.run import Tools
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:

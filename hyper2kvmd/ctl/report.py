@@ -17,7 +17,6 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from hyper2kvmd import page
 from hyper2kvmd.ctl import refuse
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.ctl.migrate import print_report
@@ -31,8 +30,9 @@ from hyper2kvmd.manifest.problems import place
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import BOOT_SCREEN, LOG, REPORT
 from hyper2kvmd.queue.state import State, state_of
-from hyper2kvmd.report import ManifestRecord, Report
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.report.html import Results, checked, render
+from hyper2kvmd.report.model import ManifestRecord, Report
+from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import plain
 
 LOG_BYTES = 1 << 20  # more than the lines that are shown; the log itself may be planted
@@ -60,7 +60,7 @@ def report(options: argparse.Namespace, config: Settings) -> int:
     if document is None:
         return refuse(EXIT_NOT_FOUND, _no_report(export, config))
     try:
-        shown, results = page.checked(document)
+        shown, results = checked(document)
         html = "" if options.html is None else _page(export, document, shown, results)
     except ValidationError as error:
         return refuse(EXIT_NOT_FOUND, _no_such_shape(export, error))
@@ -100,7 +100,7 @@ def _no_such_shape(export: Path, error: ValidationError) -> str:
     )
 
 
-def _page(export: Path, document: dict[str, Any], shown: Report, results: page.Results) -> str:
+def _page(export: Path, document: dict[str, Any], shown: Report, results: Results) -> str:
     """The page of one report, with what lies beside it. Raise OSError."""
     fd = open_directory(export)
     try:
@@ -108,7 +108,7 @@ def _page(export: Path, document: dict[str, Any], shown: Report, results: page.R
         # One that the report does not name is an earlier attempt's.
         named = results.boot is not None and results.boot.screenshot is not None
         screen = _beside(fd, BOOT_SCREEN, SCREEN_BYTES) if named else None
-        return page.render(document, log, screen, _source(fd, export, shown.manifest))
+        return render(document, log, screen, _source(fd, export, shown.manifest))
     finally:
         os.close(fd)
 

@@ -26,7 +26,7 @@ from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.queue.claim import Claim
 from hyper2kvmd.queue.facts import read_manifest, read_report
 from hyper2kvmd.run import Tools
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:

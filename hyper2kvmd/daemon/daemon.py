@@ -29,7 +29,7 @@ from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.notify import outbox
 from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 log = structlog.get_logger()
 

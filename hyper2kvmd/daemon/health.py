@@ -18,7 +18,7 @@ from hyper2kvmd.daemon.web import PLAIN, Answer
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import existing_parent
 from hyper2kvmd.run import Tools
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 EVERY_SECONDS = 30.0
 ANSWER_SECONDS = 8.0  # less than what counts as hanging, so that there is an answer that says more

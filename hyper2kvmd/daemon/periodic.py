@@ -12,7 +12,7 @@ import structlog
 from hyper2kvmd import run
 from hyper2kvmd.daemon.runner import spawn
 from hyper2kvmd.errors import MigrationError
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 log = structlog.get_logger()
 

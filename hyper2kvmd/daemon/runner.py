@@ -16,7 +16,7 @@ from hyper2kvmd import run
 from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.job.events import Decoder, Event
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 # A job ends its tools within seconds, but storage that hangs can hold it up.
 STOP_SECONDS = 30.0

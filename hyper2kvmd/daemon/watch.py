@@ -18,7 +18,7 @@ from watchdog.observers import Observer
 from hyper2kvmd.queue import facts, requests
 from hyper2kvmd.queue.names import LOCK, REPORT
 from hyper2kvmd.queue.state import Facts
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 log = structlog.get_logger()
 

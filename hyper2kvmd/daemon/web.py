@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 
 from hyper2kvmd.errors import SettingsError
-from hyper2kvmd.settings import Metrics, TlsServer
+from hyper2kvmd.settings.model import Metrics, TlsServer
 
 log = structlog.get_logger()
 

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 import structlog
 
-from hyper2kvmd import report
 from hyper2kvmd.errors import Cancelled, Finding, MigrationError
 from hyper2kvmd.files import timestamp
 from hyper2kvmd.job.events import Emitter
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.queue.claim import Claim
+from hyper2kvmd.report.model import ChangeRecord, DiskRecord, DomainRecord, FindingRecord, StageRecord
 from hyper2kvmd.run import Tools
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 log = structlog.get_logger()
 
@@ -37,11 +37,11 @@ class Record:
     """What has been done so far; becomes the report, however the job ends."""
 
     warnings: list[Finding] = field(default_factory=list)
-    stages: list[report.StageRecord] = field(default_factory=list)
+    stages: list[StageRecord] = field(default_factory=list)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    disks: list[report.DiskRecord] = field(default_factory=list)
-    changes: list[report.ChangeRecord] = field(default_factory=list)
-    domain: report.DomainRecord | None = None
+    disks: list[DiskRecord] = field(default_factory=list)
+    changes: list[ChangeRecord] = field(default_factory=list)
+    domain: DomainRecord | None = None
     tools: dict[str, str] = field(default_factory=dict)
     failed_stage: str | None = None
 
@@ -54,10 +54,10 @@ class Record:
     def restore(self, content: dict[str, Any]) -> None:
         """Take over what an earlier attempt put on the record; what this one did so far comes last."""
         self.warnings[:0] = [Finding(**finding) for finding in content["warnings"]]
-        self.stages[:0] = [report.StageRecord(**stage) for stage in content["stages"]]
+        self.stages[:0] = [StageRecord(**stage) for stage in content["stages"]]
         self.results = {**content["results"], **self.results}
-        self.disks = [report.DiskRecord(**disk) for disk in content["disks"]]
-        self.changes = [report.ChangeRecord(**change) for change in content["changes"]]
+        self.disks = [DiskRecord(**disk) for disk in content["disks"]]
+        self.changes = [ChangeRecord(**change) for change in content["changes"]]
         self.tools = {**content["tools"], **self.tools}
 
 
@@ -103,7 +103,7 @@ class Job:
 
     def skip(self, stage: str) -> None:
         """Put it on the record that a stage was left out."""
-        self.record.stages.append(report.StageRecord(name=stage, status="skipped"))
+        self.record.stages.append(StageRecord(name=stage, status="skipped"))
         self.events.emit("stage", stage=stage, status="skipped", seconds=0.0)
 
     @contextlib.contextmanager
@@ -128,7 +128,7 @@ class Job:
             del self.running[name]
             seconds = round(self.moved_at - started, 3)
             self.record.stages.append(
-                report.StageRecord(name=name, status=status, started_at=timestamp(began), seconds=seconds)
+                StageRecord(name=name, status=status, started_at=timestamp(began), seconds=seconds)
             )
             self.events.emit("stage", stage=name, status=status, seconds=seconds)
             log.info("stage ended", kind=Kind.STAGE_ENDED, stage=name, status=status, seconds=seconds)
@@ -173,6 +173,6 @@ def job_id(export: Path, digest: str) -> str:
     return f"{name}-{hashlib.sha256(f'{export.name}/{digest}'.encode()).hexdigest()[:8]}"
 
 
-def finding_records(findings: Iterable[Finding]) -> tuple[report.FindingRecord, ...]:
+def finding_records(findings: Iterable[Finding]) -> tuple[FindingRecord, ...]:
     """Findings as they stand in the report; each once."""
-    return tuple(report.FindingRecord(**finding.as_json()) for finding in dict.fromkeys(findings))
+    return tuple(FindingRecord(**finding.as_json()) for finding in dict.fromkeys(findings))

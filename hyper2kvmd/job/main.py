@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from hyper2kvmd import journal, report
+from hyper2kvmd import journal
 from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
 from hyper2kvmd.files import timestamp, write_durably
@@ -31,8 +31,9 @@ from hyper2kvmd.queue.access import user_name
 from hyper2kvmd.queue.claim import Claim, unwritable
 from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
 from hyper2kvmd.queue.state import FINAL, JITTER, Facts, State, request_error, state_of
+from hyper2kvmd.report.model import ErrorRecord, HostRecord, ManifestRecord, Report
 from hyper2kvmd.run import Tools
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 log = structlog.get_logger()
 
@@ -157,12 +158,12 @@ def _conclude(job: Job, manifest: Manifest | None, look: Facts, began: float, er
     )
     problems = finding_records(error.problems if error else ())
     dry_run = job.dry_run or (manifest is not None and manifest.options.dry_run)
-    document = report.Report(
+    document = Report(
         status=outcome,
         dry_run=dry_run,
         job=job.id,
         vm_name=manifest.vm_name if manifest else None,
-        manifest=report.ManifestRecord(
+        manifest=ManifestRecord(
             name=look.manifest or "", sha256=look.manifest_sha256, dialect=manifest.dialect if manifest else None
         ),
         attempts=claim.attempt,
@@ -172,7 +173,7 @@ def _conclude(job: Job, manifest: Manifest | None, look: Facts, began: float, er
         next_attempt_at=None if due is None else timestamp(due),
         error=None
         if error is None
-        else report.ErrorRecord(
+        else ErrorRecord(
             **error.finding().as_json(), stage=job.record.failed_stage, tail=error.tail, problems=problems
         ),
         warnings=finding_records([*(manifest.warnings if manifest else ()), *job.record.warnings]),
@@ -227,13 +228,13 @@ def _conclude(job: Job, manifest: Manifest | None, look: Facts, began: float, er
     return EXIT_OF[outcome]
 
 
-def _host(*, by_daemon: bool) -> report.HostRecord:
+def _host(*, by_daemon: bool) -> HostRecord:
     """Where this process runs, and for whom."""
     # The kernel keeps this number through sudo and su; it is all ones where nobody logged in.
     login = _NOBODY
     with contextlib.suppress(FileNotFoundError):
         login = int(Path("/proc/self/loginuid").read_text())
-    return report.HostRecord(
+    return HostRecord(
         name=socket.gethostname(),
         pid=os.getpid(),
         user=user_name(os.geteuid()),
@@ -262,7 +263,7 @@ def _outcome(error: MigrationError | None, tries: int, settings: Settings) -> st
     return str(error.outcome)
 
 
-def _write_report(job: Job, manifest: Manifest | None, document: report.Report) -> None:
+def _write_report(job: Job, manifest: Manifest | None, document: Report) -> None:
     """Write the report, and the copy that the manifest asks for."""
     if manifest is not None and manifest.options.report_path:
         name = manifest.options.report_path

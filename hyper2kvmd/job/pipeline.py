@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hyper2kvmd import report
 from hyper2kvmd.domain.model import Domain, DomainDisk, GuestSystem
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted, Outcome
@@ -39,6 +38,7 @@ from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.notify import hooks
 from hyper2kvmd.queue.names import BOOT_LOG, BOOT_SCREEN
+from hyper2kvmd.report.model import ChangeRecord, DiskRecord, DomainRecord
 from hyper2kvmd.run import tail
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _branches(job: Job, plan: Plan, steps: Steps) -> None:
     job.together(*branches)
     boot = job.record.results.get("inspect", {}).get("boot_disk") or plan.boot_disk
     job.record.disks = [
-        report.DiskRecord(
+        DiskRecord(
             id=disk.id,
             source=disk.source.name,
             source_format=disk.source.disk.format,
@@ -208,7 +208,7 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
                 return
             for finding in result.warnings:
                 job.warn(finding)
-            job.record.changes = [report.ChangeRecord(**change.as_json()) for change in result.changes]
+            job.record.changes = [ChangeRecord(**change.as_json()) for change in result.changes]
             job.record.results["fix"] = {
                 "drivers_injected": list(result.drivers_injected),
                 "boot_updated": result.boot_updated,
@@ -497,5 +497,5 @@ def _import(job: Job, plan: Plan) -> None:
         for directory in dict.fromkeys(disk.path.parent for disk in domain.disks):
             if warning := refresh_pools(connection, directory, libvirt.pool):
                 job.warn(warning)
-    job.record.domain = report.DomainRecord(name=domain.name, uuid=domain.uuid, uri=libvirt.uri)
+    job.record.domain = DomainRecord(name=domain.name, uuid=domain.uuid, uri=libvirt.uri)
     job.record.results["import"] = {"domain": domain.name, "uuid": domain.uuid}

@@ -16,7 +16,7 @@ import structlog
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.run import Tools
-from hyper2kvmd.settings import Hooks
+from hyper2kvmd.settings.model import Hooks
 from hyper2kvmd.text import plain
 
 log = structlog.get_logger()

@@ -28,7 +28,7 @@ from hyper2kvmd.notify import hooks, webhook
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import LOG
 from hyper2kvmd.run import Tools
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import duration, plain
 
 log = structlog.get_logger()

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hyper2kvmd import __version__
-from hyper2kvmd.settings import Webhook, url_problem
+from hyper2kvmd.settings.model import Webhook, url_problem
 from hyper2kvmd.text import plain
 
 CREDENTIAL_LIMIT = 8192

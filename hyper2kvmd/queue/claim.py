@@ -21,7 +21,7 @@ from hyper2kvmd.queue.access import let_in
 from hyper2kvmd.queue.names import CANCEL, LOCK, REPORT
 
 if TYPE_CHECKING:
-    from hyper2kvmd.report import Report
+    from hyper2kvmd.report.model import Report
 
 # A look at the lock takes it for an instant; a claimer that meets it there tries again for this long.
 CLAIM_PATIENCE_SECONDS = 0.5

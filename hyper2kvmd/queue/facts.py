@@ -20,7 +20,7 @@ from hyper2kvmd.queue.claim import probe
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.queue.requests import pending
 from hyper2kvmd.queue.state import FINAL, Facts, State
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 REPORT_LIMIT = 8 << 20  # ours are far smaller; what an exporter puts there may be anything
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from hyper2kvmd.files import open_directory, timestamp
 from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 
 def pending(dir_fd: int) -> Literal["hold", "cancel"] | None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.queue.names import REPORT
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 
 class State(StrEnum):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import report_of, run_job
 from tests.guests.boot import BootResult, boot_domain
 from tests.guests.build import export

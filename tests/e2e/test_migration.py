@@ -16,7 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import disk_entry, report_of, run_job
 from tests.guests.boot import boot
 from tests.guests.build import build, export

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hyper2kvmd.queue.names import LOCK, LOG, REPORT
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport, disk_entry, report_of, run_job, write_manifest
 from tests.libvirtd import session
 

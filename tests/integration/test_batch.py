@@ -22,7 +22,7 @@ import pytest
 
 from hyper2kvmd.queue.claim import claim_export
 from hyper2kvmd.queue.names import REPORT
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, MakeExport, report_of
 from tests.libvirtd import session
 

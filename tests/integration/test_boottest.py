@@ -15,7 +15,7 @@ import pytest
 
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.queue.names import BOOT_LOG, BOOT_SCREEN
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, disk_entry, report_of, run_job, write_manifest
 from tests.integration.test_daemon import wait_until
 from tests.libvirtd import session

@@ -15,7 +15,7 @@ import pytest
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
 from hyper2kvmd.queue.state import state_of
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, MakeExport, report_of, run_job
 from tests.integration.test_daemon import daemon, wait_until
 from tests.integration.test_kill import check_finished_once, is_alive, start

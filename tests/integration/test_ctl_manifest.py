@@ -19,7 +19,7 @@ import yaml
 
 from hyper2kvmd.authoring.artifact import ArtifactManifest
 from hyper2kvmd.queue.claim import claim_export
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, MakeExport, report_of, run_job, write_manifest
 
 DATA = Path(__file__).parent.parent / "data"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport, report_of, run_job
 
 

@@ -24,7 +24,7 @@ from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.daemon.web import Web
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.run import QEMU
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport
 from tests.e2e.container import Container, booted, wait_until
 from tests.e2e.test_systemd import EXPORTS, configure, install_program, install_service

@@ -12,7 +12,7 @@ import pytest
 from hyper2kvmd.authoring.artifact import ArtifactManifest
 from hyper2kvmd.authoring.rewrite import dump
 from hyper2kvmd.manifest import document
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, report_of
 
 LIBRARY = Path(__file__).parent.parent / "data/manifests/go-library"

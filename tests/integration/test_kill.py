@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hyper2kvmd.job.context import job_id
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport, report_of, run_job
 from tests.guests.build import export as export_guest
 

@@ -16,7 +16,7 @@ import pytest
 
 from hyper2kvmd.job import reserve
 from hyper2kvmd.queue.names import REPORT
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport, report_of, run_job
 from tests.integration.test_daemon import daemon, wait_until
 from tests.integration.test_kill import check_finished_once

@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from watchdog.observers.api import EventEmitter
 
 from hyper2kvmd.daemon.watch import Watch
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport
 from tests.integration.test_daemon import change, daemon, done, free_port, wait_until
 from tests.integration.test_watch import network_directory

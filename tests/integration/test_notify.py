@@ -20,7 +20,7 @@ import pytest
 
 from hyper2kvmd.notify import outbox
 from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport, report_of, run_job, write_manifest
 from tests.integration.test_daemon import free_port, wait_until
 from tests.integration.test_kill import is_alive, start

@@ -23,8 +23,8 @@ from pydantic import ValidationError
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-from hyper2kvmd import page
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.report.html import render
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, MakeExport, disk_entry, report_of, run_job, write_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -336,7 +336,7 @@ def test_the_page_of_a_real_migration_shows_all_of_its_report_and_of_what_the_vm
 
 def test_everything_in_a_report_is_in_the_visible_text(show: Open) -> None:
     document = rich()
-    browser = show(page.render(document, "the last line\n", png()))
+    browser = show(render(document, "the last line\n", png()))
     text = visible(browser)
     left_out = {"boot-test.png"}  # which is shown instead
     left_out |= {stage["started_at"] for stage in document["stages"]}
@@ -356,7 +356,7 @@ def test_everything_in_a_report_is_in_the_visible_text(show: Open) -> None:
 
 
 def test_stages_that_run_side_by_side_lie_side_by_side_on_the_timeline(show: Open) -> None:
-    browser = show(page.render(rich(), "", None))
+    browser = show(render(rich(), "", None))
     bars = browser.execute_script(
         """return Object.fromEntries([...document.querySelectorAll('.time tbody tr')].map(row => {
         const [bar, track] = [row.querySelector('.bar'), row.querySelector('.track')].map(
@@ -370,9 +370,9 @@ def test_stages_that_run_side_by_side_lie_side_by_side_on_the_timeline(show: Ope
 
 
 def test_hostile_text_is_shown_as_text_and_runs_nothing(show: Open) -> None:
-    clean = show(page.render(rich(), "logged", None)).execute_script("return document.querySelectorAll('*').length")
+    clean = show(render(rich(), "logged", None)).execute_script("return document.querySelectorAll('*').length")
     for hostile, shown in zip(HOSTILE, SHOWN, strict=True):
-        browser = show(page.render(with_text(rich(), hostile), f"logged {hostile}", None))
+        browser = show(render(with_text(rich(), hostile), f"logged {hostile}", None))
         text = visible(browser)
         for said in (
             "UUIDs instead of /dev/sda2",
@@ -392,12 +392,12 @@ def test_hostile_text_is_shown_as_text_and_runs_nothing(show: Open) -> None:
 
 def test_hostile_bytes_in_the_place_of_the_screenshot_are_left_out() -> None:
     planted = (b"<svg onload=alert(1)>", png()[:20], png(1 << 20, 1), b"")
-    assert [False] * 4 == ["<img" in page.render(rich(), "", screen) for screen in planted]
-    assert "<img" in page.render(rich(), "", png())
+    assert [False] * 4 == ["<img" in render(rich(), "", screen) for screen in planted]
+    assert "<img" in render(rich(), "", png())
 
 
 def test_the_page_forbids_itself_all_but_its_own_styles_and_pictures() -> None:
-    html = page.render(rich(), "", png())
+    html = render(rich(), "", png())
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in html
     assert "<script" not in html
@@ -405,7 +405,7 @@ def test_the_page_forbids_itself_all_but_its_own_styles_and_pictures() -> None:
 
 
 def test_nothing_overflows_on_a_screen_of_400_pixels(show: Open) -> None:
-    browser = show(page.render(rich(), f"{LONG}{LONG}\n", png(1280, 800)))
+    browser = show(render(rich(), f"{LONG}{LONG}\n", png(1280, 800)))
     emulate(browser, width=400)
     widths = "const root = document.documentElement; return [root.scrollWidth - root.clientWidth, innerWidth]"
     assert [0, 400] == browser.execute_script(widths)
@@ -418,7 +418,7 @@ def test_nothing_overflows_on_a_screen_of_400_pixels(show: Open) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_has_the_contrast_that_people_need(show: Open, scheme: str) -> None:
-    browser = show(page.render(rich(), "the last line\n", None))
+    browser = show(render(rich(), "the last line\n", None))
     emulate(browser, scheme)
     found = browser.execute_script(
         """const backdrop = box => {
@@ -452,7 +452,7 @@ def contrast(one: str, other: str) -> float:
 
 def test_print_shows_every_line_of_every_difference_on_white(show: Open) -> None:
     document = rich()
-    browser = show(page.render(document, "", None))
+    browser = show(render(document, "", None))
     browser.execute_script("document.querySelectorAll('details').forEach(box => box.open = false)")
     seen = """return [...document.querySelectorAll('.diff span')].filter(line =>
         line.checkVisibility({contentVisibilityAuto: true}) && line.getBoundingClientRect().height > 8).length"""
@@ -466,7 +466,7 @@ def test_print_shows_every_line_of_every_difference_on_white(show: Open) -> None
 
 
 def test_headings_and_tables_have_an_order_that_can_be_heard(show: Open) -> None:
-    browser = show(page.render(rich(), "the last line\n", None))
+    browser = show(render(rich(), "the last line\n", None))
     levels = browser.execute_script("return [...document.querySelectorAll('h1, h2, h3, h4')].map(h => +h.tagName[1])")
     assert (1, 1) == (levels[0], levels.count(1))
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
@@ -477,7 +477,7 @@ def test_headings_and_tables_have_an_order_that_can_be_heard(show: Open) -> None
 
 
 def test_a_rejected_report_without_vm_disks_and_stages_is_shown(show: Open) -> None:
-    browser = show(page.render(rejected(), "", None))
+    browser = show(render(rejected(), "", None))
     text = visible(browser)
     for said in ("rejected", "not complete json", "look at line 1.", "no warnings", "not recorded", "half-1a2b3c4d"):
         assert said in text
@@ -489,7 +489,7 @@ def test_an_old_report_does_not_say_who_ran_it() -> None:
     document = rich()
     document["host"] = {"name": "kvm3", "pid": 1}
     del document["overrides"]
-    html = page.render(document, "", None)
+    html = render(document, "", None)
     assert "not recorded" in html
     assert "the daemon" not in html
 
@@ -507,7 +507,7 @@ def test_an_old_report_does_not_say_who_ran_it() -> None:
     ],
 )
 def test_the_outcome_is_said_in_words(status: str, changes: dict[str, Any], said: str) -> None:
-    assert said in page.render({**rich(), "status": status, **changes}, "", None)
+    assert said in render({**rich(), "status": status, **changes}, "", None)
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_the_outcome_is_said_in_words(status: str, changes: dict[str, Any], said
 )
 def test_what_is_no_report_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        page.render({**rich(), **changes}, "", None)
+        render({**rich(), **changes}, "", None)
 
 
 @pytest.mark.parametrize(
@@ -532,7 +532,7 @@ def test_what_is_no_report_is_refused(changes: dict[str, Any]) -> None:
 )
 def test_strange_times_are_shown_as_they_are(began: str, seconds: float) -> None:
     stages = [{"name": "plan", "status": "done", "started_at": began, "seconds": seconds}]
-    html = page.render({**rich(), "started_at": began, "seconds": seconds, "stages": stages}, "", None)
+    html = render({**rich(), "started_at": began, "seconds": seconds, "stages": stages}, "", None)
     assert "plan" in html
 
 
@@ -540,16 +540,16 @@ def test_what_is_deep_inside_of_hostile_results_ends_somewhere() -> None:
     deep: dict[str, Any] = {}
     for _ in range(900):
         deep = {"a": deep}
-    assert "…" in page.render({**rich(), "overrides": deep}, "", None)
+    assert "…" in render({**rich(), "overrides": deep}, "", None)
 
 
 def test_only_the_end_of_a_long_log_is_shown() -> None:
-    html = page.render(rich(), "".join(f"line {number}.\n" for number in range(1000)), None)
+    html = render(rich(), "".join(f"line {number}.\n" for number in range(1000)), None)
     assert (False, True, True) == ("line 799." in html, "line 800." in html, "line 999." in html)
 
 
 def test_the_template_is_package_data_and_in_the_wheel(tmp_path: Path) -> None:
-    template = resources.files("hyper2kvmd").joinpath("page.html.j2")
+    template = resources.files("hyper2kvmd.report").joinpath("page.html.j2")
     assert template.is_file()
     # A build writes beside the sources.
     for name in ("pyproject.toml", "README.md"):
@@ -558,7 +558,7 @@ def test_the_template_is_package_data_and_in_the_wheel(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-index", "--no-build-isolation", "-w", "dist"]
     subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert template.read_bytes() == zipfile.ZipFile(wheel).read("hyper2kvmd/page.html.j2")
+    assert template.read_bytes() == zipfile.ZipFile(wheel).read("hyper2kvmd/report/page.html.j2")
 
 
 def test_report_prints_what_show_prints_of_it(migrated: tuple[Path, Settings]) -> None:

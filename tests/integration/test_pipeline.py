@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport, disk_entry, report_of, run_job, write_manifest
 
 

@@ -17,7 +17,7 @@ from hyper2kvmd.domain.model import Domain, DomainNic, domain_uuid
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.hypervisor.define import define
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
 from tests.libvirtd import session
 

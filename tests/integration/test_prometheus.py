@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hyper2kvmd.daemon.metrics import Metrics
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests import dashboards
 from tests.conftest import disk_entry, report_of, write_manifest
 from tests.integration.test_daemon import daemon, done, free_port, wait_until

@@ -14,7 +14,7 @@ from hyper2kvmd import __main__ as daemon
 from hyper2kvmd import ctl
 from hyper2kvmd.errors import Code
 from hyper2kvmd.exits import EXIT_MEANING
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests import reference
 
 PAGE = (reference.ROOT / "docs/library.md").read_text()

@@ -21,7 +21,7 @@ from hyper2kvmd.daemon.daemon import Daemon
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.daemon.watch import POLL_SECONDS, Watch, file_system
 from hyper2kvmd.queue.state import State
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport, disk_entry, report_of, write_manifest
 from tests.integration.test_daemon import change, daemon, done, wait_until
 

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
-from hyper2kvmd import settings
 from hyper2kvmd.options import DEFAULT_PATH
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.load import DROP_INS, load_settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import disk_entry, report_of, write_manifest
 from tests.e2e.container import wait_until
 from tests.e2e.test_systemd import SETTINGS
@@ -449,14 +449,14 @@ def test_the_kubernetes_api_has_nothing_against_the_file() -> None:
 
 
 def test_the_file_mounts_what_it_has_where_the_settings_have_it(tmp_path: Path) -> None:
-    (tmp_path / settings.DROP_INS).mkdir()
+    (tmp_path / DROP_INS).mkdir()
     for name, text in documents()["ConfigMap"]["data"].items():
-        (tmp_path / settings.DROP_INS / name).write_text(text)
+        (tmp_path / DROP_INS / name).write_text(text)
     (tmp_path / "hyper2kvmd.yaml").touch()
-    found = settings.load(tmp_path / "hyper2kvmd.yaml")
+    found = load_settings(tmp_path / "hyper2kvmd.yaml")
     container = pod()["containers"][0]
     mounts = {mount["name"]: Path(mount["mountPath"]) for mount in container["volumeMounts"]}
-    assert DEFAULT_PATH.parent / settings.DROP_INS == mounts["settings"]
+    assert DEFAULT_PATH.parent / DROP_INS == mounts["settings"]
     assert (found.exports_dir, found.output_dir) == (mounts["exports"], mounts["images"])
     assert mounts["state"] in found.work_dir.parents
     claims = documents()["StatefulSet"]["spec"]["volumeClaimTemplates"]

@@ -15,7 +15,7 @@ from hyper2kvmd.daemon import health
 from hyper2kvmd.daemon.health import Health, Probe, Verdict
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import existing_parent
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 
 
 def healthy(settings: Settings) -> Health:

@@ -17,7 +17,7 @@ from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.errors import Code, SettingsError
 from hyper2kvmd.job.events import STAGES, Event
 from hyper2kvmd.queue.state import Facts, State
-from hyper2kvmd.settings import load
+from hyper2kvmd.settings.load import load_settings
 
 SERIES_LIMIT = 300
 
@@ -279,7 +279,7 @@ PAIR = "cert_file: /c, key_file: /k"
 )
 def test_an_address_for_this_host_or_with_tls_is_good(metrics: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(f"metrics: {metrics}\n")
-    assert load(tmp_path / "c.yaml")
+    assert load_settings(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize(
@@ -311,6 +311,6 @@ def test_an_address_that_others_can_reach_and_half_of_tls_are_refused(
 ) -> None:
     (tmp_path / "c.yaml").write_text(f"metrics: {metrics}\n")
     with pytest.raises(SettingsError) as caught:
-        load(tmp_path / "c.yaml")
+        load_settings(tmp_path / "c.yaml")
     assert problem in str(caught.value)
     assert "c.yaml:1: metrics" in str(caught.value)

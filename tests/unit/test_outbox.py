@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd import settings
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.files import timestamp
 from hyper2kvmd.notify import hooks, outbox, webhook
 from hyper2kvmd.run import Tools
-from hyper2kvmd.settings import Hooks, Settings, Webhook, url_problem
+from hyper2kvmd.settings.load import load_settings
+from hyper2kvmd.settings.model import Hooks, Settings, Webhook, url_problem
 
 PATH = Path("/exports/web01/migration-report.json")
 ERROR = {"code": "checksum_mismatch", "message": "web01.vmdk has another checksum", "hint": "Export the VM again."}
@@ -462,7 +462,7 @@ def test_a_url_that_cannot_be_used_is_refused_with_the_remedy_and_not_shown(
     path = tmp_path / "hyper2kvmd.yaml"
     path.write_text(json.dumps({"notify": {"webhook": {"url": url}}}))
     with pytest.raises(SettingsError, match=said) as caught:
-        settings.load(path)
+        load_settings(path)
     assert "sekrit" not in str(caught.value)
     assert f"{path}:1: notify.webhook: url: " in str(caught.value)
 
@@ -480,7 +480,7 @@ def test_a_url_twice_is_one_too_many(tmp_path: Path) -> None:
     path = tmp_path / "hyper2kvmd.yaml"
     path.write_text("notify: {webhook: {url: 'https://a.example/', url_credential: url}}")
     with pytest.raises(SettingsError, match="both set; delete one"):
-        settings.load(path)
+        load_settings(path)
 
 
 def credential(tmp_path: Path, text: str | bytes, mode: int = 0o600) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hyper2kvmd import settings
 from hyper2kvmd.errors import SettingsError
-from hyper2kvmd.settings import Settings, load
+from hyper2kvmd.settings.load import _refuse_others, load_settings
+from hyper2kvmd.settings.model import Settings
 
 SHIPPED = Path(__file__).parents[2] / "etc/hyper2kvmd.yaml"
 
@@ -36,7 +36,7 @@ def test_the_examples_are_settings(tmp_path: Path) -> None:
         text = re.sub(rf"^( *{key}): .*", rf"\1: {example}", text, flags=re.MULTILINE)
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    settings = load(path)
+    settings = load_settings(path)
     assert ("bridge:br0", [Path("/srv/fast"), Path("/srv/big")]) == (
         settings.libvirt.network_map["VM Network"],
         [*settings.output.allowed_dirs],
@@ -46,7 +46,7 @@ def test_the_examples_are_settings(tmp_path: Path) -> None:
 def test_a_file_overrides_defaults_and_set_overrides_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("workers: 3\nlibvirt: {import: false}\n")
-    settings = load(path, ("workers=4", "retry.max_attempts=2"))
+    settings = load_settings(path, ("workers=4", "retry.max_attempts=2"))
     assert (4, False, 2) == (settings.workers, settings.libvirt.import_, settings.retry.max_attempts)
 
 
@@ -73,7 +73,7 @@ def test_a_bad_file_is_explained_with_line_and_remedy(tmp_path: Path, text: str,
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(SettingsError) as caught:
-        load(path)
+        load_settings(path)
     assert expected in str(caught.value)
 
 
@@ -85,7 +85,7 @@ def test_drop_ins_go_before_the_file_key_by_key_in_the_order_of_their_names(tmp_
     (tmp_path / "conf.d/10-base.yaml").write_text("workers: 4\nlibvirt: {start: false}\n")
     for ignored in (".20-site.yaml.swp.yaml", "30-old.yaml.dpkg-old"):
         (tmp_path / "conf.d" / ignored).write_text("workers: [\n")
-    found = load(path, ("retry.max_attempts=2",))
+    found = load_settings(path, ("retry.max_attempts=2",))
     assert (5, 2) == (found.workers, found.retry.max_attempts)
     expected = ({"A": "net-a", "B": "net-b"}, True, True)
     assert expected == (found.libvirt.network_map, found.libvirt.autostart, found.libvirt.start)
@@ -97,7 +97,7 @@ def test_a_problem_in_a_drop_in_is_explained_with_its_own_line(tmp_path: Path) -
     (tmp_path / "conf.d").mkdir()
     (tmp_path / "conf.d/site.yaml").write_text("\nworkers: 0\n")
     with pytest.raises(SettingsError, match=r"conf.d/site.yaml:2: workers: Input should be greater"):
-        load(path)
+        load_settings(path)
 
 
 @pytest.mark.parametrize("name", ["c.yaml", "conf.d/site.yaml"])
@@ -109,32 +109,32 @@ def test_a_file_that_others_can_write_is_refused(tmp_path: Path, name: str) -> N
     with pytest.raises(
         SettingsError, match=rf"{name}: others can write it \(mode 0646\); read it, then run `chmod go-w"
     ):
-        load(tmp_path / "c.yaml")
+        load_settings(tmp_path / "c.yaml")
 
 
 def test_a_file_of_another_user_is_refused() -> None:
     status = os.stat_result((0o100644, 1, 1, 1, os.geteuid() + 1, 0, 10, 0, 0, 0))
     with pytest.raises(SettingsError, match="read it, then run `chown root"):
-        settings._refuse_others(Path("/etc/hyper2kvmd/hyper2kvmd.yaml"), status)
+        _refuse_others(Path("/etc/hyper2kvmd/hyper2kvmd.yaml"), status)
 
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("workers: 0\nwatc: {}\n")
     with pytest.raises(SettingsError) as caught:
-        load(path)
+        load_settings(path)
     assert 2 == len(str(caught.value).splitlines())
 
 
 def test_a_file_that_is_named_must_exist(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no such file"):
-        load(tmp_path / "none.yaml")
+        load_settings(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("override", ["workers", "=3", "workers.x=1", "workers=["])
 def test_a_bad_override_is_explained(override: str) -> None:
     with pytest.raises(SettingsError, match="--set"):
-        load(None, ("workers=2", override))
+        load_settings(None, ("workers=2", override))
 
 
 def test_delays_double_up_to_the_maximum() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import hyper2kvmd
 from hyper2kvmd import __main__ as daemon
-from hyper2kvmd import ctl
+from hyper2kvmd import api, ctl
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.errors import MEANING, Code
 from hyper2kvmd.exits import EXIT_MEANING
@@ -123,3 +123,7 @@ def test_readme_shows_every_guest_of_the_matrix_as_it_is() -> None:
     for guest in GUESTS.values():
         cells = (guest.name, guest.firmware.upper(), guest.storage, guest.initramfs, guest.network)
         assert f"| {' | '.join(cells)} |" in readme
+
+
+def test_the_page_of_the_library_has_all_that_is_offered() -> None:
+    assert sorted(api.__all__) == sorted(name for names in reference.LIBRARY.values() for name in names)

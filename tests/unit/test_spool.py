@@ -22,8 +22,8 @@ from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.claim import Busy, claim_export
 from hyper2kvmd.queue.names import LOCK, REPORT
 from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
-from hyper2kvmd.report import HostRecord, ManifestRecord, Report
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.report.model import HostRecord, ManifestRecord, Report
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport
 
 NOW = 1_000_000.0

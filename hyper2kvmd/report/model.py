@@ -140,6 +140,6 @@ class Report(Part):
         return self.model_dump_json(indent=2).encode() + b"\n"
 
 
-def schema() -> dict[str, Any]:
+def report_schema() -> dict[str, Any]:
     """The JSON Schema of the report; published as docs/migration-report.schema.json."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()}

@@ -1,5 +1,6 @@
-"""The library call: migrate one export, with the same claim, checks and report as the daemon's jobs.
+"""What a program imports: the call that migrates one export as the daemon's jobs do, and the values that belong to it.
 
+from hyper2kvmd.api import MigrationPipeline
 
 report = MigrationPipeline("/var/lib/hypersdk/exports/web01/manifest.json").run()
 print(report.results["inspect"]["product_name"], report.disks[0].target)
@@ -13,15 +14,81 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from hyper2kvmd import settings as configuration
-from hyper2kvmd.daemon.progress import Progress
+from hyper2kvmd.authoring.artifact import ArtifactManifest
+from hyper2kvmd.authoring.builder import ManifestBuilder
+from hyper2kvmd.daemon.progress import Progress, Stage
 from hyper2kvmd.daemon.runner import Runner, wishes
-from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.job.events import CHOICES, Event
+from hyper2kvmd.manifest import (
+    Configuration,
+    Disk,
+    Manifest,
+    ManifestError,
+    Nic,
+    Options,
+    Output,
+    Stages,
+    VMSpec,
+    parse,
+)
+from hyper2kvmd.manifest.model import Convert, Fix, Inspect, Interface, Services, User, Validate
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import REPORT
-from hyper2kvmd.report import Report
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.report.model import (
+    ChangeRecord,
+    DiskRecord,
+    DomainRecord,
+    ErrorRecord,
+    FindingRecord,
+    HostRecord,
+    ManifestRecord,
+    Report,
+    StageRecord,
+)
+from hyper2kvmd.settings.load import load_settings
+from hyper2kvmd.settings.model import Settings
+
+__all__ = [
+    "ArtifactManifest",
+    "ChangeRecord",
+    "Code",
+    "Configuration",
+    "Convert",
+    "Disk",
+    "DiskRecord",
+    "DomainRecord",
+    "ErrorRecord",
+    "Event",
+    "Finding",
+    "FindingRecord",
+    "Fix",
+    "HostRecord",
+    "Inspect",
+    "Interface",
+    "Manifest",
+    "ManifestBuilder",
+    "ManifestError",
+    "ManifestRecord",
+    "MigrationError",
+    "MigrationFailed",
+    "MigrationPipeline",
+    "Nic",
+    "Options",
+    "Output",
+    "Progress",
+    "Report",
+    "Services",
+    "Settings",
+    "Stage",
+    "StageRecord",
+    "Stages",
+    "User",
+    "VMSpec",
+    "Validate",
+    "load_settings",
+    "parse",
+]
 
 
 class MigrationFailed(MigrationError):
@@ -56,7 +123,7 @@ class MigrationPipeline:
     ) -> None:
         path = Path(manifest)
         self.export = path if path.is_dir() else path.parent
-        self.settings = configuration.load() if settings is None else settings
+        self.settings = load_settings() if settings is None else settings
         if path != self.export:
             self.settings = self.settings.model_copy(update={"manifest_names": (path.name,)})
         stages = None if stages is None else tuple(stages)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hyper2kvmd.domain.hardware import Hardware
 from hyper2kvmd.manifest import Manifest
-from hyper2kvmd.report import Report, StageRecord, Status
+from hyper2kvmd.report.model import Report, StageRecord, Status
 from hyper2kvmd.text import plain, size
 
 LOG_LINES = 200
@@ -150,7 +150,7 @@ def render(
     report, results = checked(document)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(size=size, duration=duration, moment=moment, diff_lines=diff_lines)
-    template = environment.from_string(resources.files("hyper2kvmd").joinpath("page.html.j2").read_text("utf-8"))
+    template = environment.from_string(resources.files(__package__).joinpath("page.html.j2").read_text("utf-8"))
     bars, ticks = timeline(report)
     return template.render(
         report=report,

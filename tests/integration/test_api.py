@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from hyper2kvmd.api import MigrationFailed, MigrationPipeline
 from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.job.events import Event
-from hyper2kvmd.migration import MigrationFailed, MigrationPipeline
-from hyper2kvmd.settings import Settings
+from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport, disk_entry, report_of, write_manifest
 
 
