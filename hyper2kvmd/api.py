@@ -1,6 +1,5 @@
 """What a program imports: the call that migrates one export as the daemon's jobs do, and the values that belong to it.
 
-from hyper2kvmd.api import MigrationPipeline
 
 report = MigrationPipeline("/var/lib/hypersdk/exports/web01/manifest.json").run()
 print(report.results["inspect"]["product_name"], report.disks[0].target)

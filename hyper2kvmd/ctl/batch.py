@@ -17,9 +17,9 @@ from rich.text import Text
 
 from hyper2kvmd import batch
 from hyper2kvmd.batch import Entry, Plan
-from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.listing import STYLE
 from hyper2kvmd.ctl.migrate import add_migration_options, settings_wanted, stages_wanted
+from hyper2kvmd.ctl.output import print_json
 from hyper2kvmd.errors import SettingsError
 from hyper2kvmd.exits import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_TEMPORARY
 from hyper2kvmd.queue.state import State

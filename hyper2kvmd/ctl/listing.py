@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.migrate import print_report
+from hyper2kvmd.ctl.output import print_json
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.queue import facts
@@ -104,3 +105,9 @@ def _describe(export: Path, config: Settings) -> tuple[Path, State, Finding | No
 
 def _reason(finding: Finding | None) -> dict[str, Any]:
     return {"reason": None if finding is None else finding.as_json()}
+
+
+def state_now(export: Path, config: Settings, *, held: bool | None = None) -> State:
+    """The state of an export as of now; held: whether its claim is, if the caller knows. Raise OSError."""
+    look = facts.look(export, config)
+    return state_of(look if held is None else replace(look, held=held), config, time.time())[0]

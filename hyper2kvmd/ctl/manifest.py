@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from hyper2kvmd.authoring import create, ova, rewrite
-from hyper2kvmd.ctl import print_json
+from hyper2kvmd.ctl.output import print_json
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_NOT_FOUND, EXIT_USAGE
 from hyper2kvmd.files import open_directory, write_durably

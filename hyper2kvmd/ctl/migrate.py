@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hyper2kvmd.api import MigrationFailed, MigrationPipeline
-from hyper2kvmd.ctl import print_json
+from hyper2kvmd.ctl.output import print_json
 from hyper2kvmd.daemon.progress import Progress as JobProgress
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.job.events import CHOICES, Event

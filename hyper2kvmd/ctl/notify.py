@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from hyper2kvmd import journal
-from hyper2kvmd.ctl import print_json, refuse, refused
+from hyper2kvmd.ctl.output import print_json, refuse, refused
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.notify import outbox
 from hyper2kvmd.queue.access import forgo_capabilities

@@ -17,9 +17,9 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from hyper2kvmd.ctl import refuse
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.ctl.migrate import print_report
+from hyper2kvmd.ctl.output import refuse
 from hyper2kvmd.domain import hardware
 from hyper2kvmd.domain.hardware import Hardware
 from hyper2kvmd.errors import MigrationError

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from hyper2kvmd import journal
-from hyper2kvmd.ctl import print_json
 from hyper2kvmd.ctl.manifest import bars
+from hyper2kvmd.ctl.output import print_json
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.files import open_directory

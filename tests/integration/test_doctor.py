@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd.ctl.doctor import CHECKS, PROGRAMS, UNPACKERS
+from hyper2kvmd.ctl.doctor import CHECKS
+from hyper2kvmd.ctl.doctor.host import PROGRAMS, UNPACKERS
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.daemon.web import Web
 from hyper2kvmd.hypervisor.connection import connect

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd.ctl import refused
+from hyper2kvmd.ctl.output import refused
 from hyper2kvmd.exits import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION
 
 
