@@ -27,7 +27,7 @@ from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
 from tests.guests.build import build, export
-from tests.integration.test_daemon import daemon
+from tests.integration.daemon.test_daemon import daemon
 
 
 def main() -> int:

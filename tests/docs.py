@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import ROOT
 from tests.conftest import disk_entry, write_manifest
 from tests.libvirtd import session
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 EXPORTS = Path("/var/lib/hypersdk/exports")
 OWN = ("/var/lib/hypersdk", "/var/lib/hyper2kvmd", "/etc/hyper2kvmd", "/var/lib/libvirt/images", "/srv")
 

@@ -40,12 +40,13 @@ from hyper2kvmd.queue.names import LOCK, LOG, REPORT
 from hyper2kvmd.queue.state import FINAL, State, state_of
 from hyper2kvmd.report.model import Report
 from hyper2kvmd.settings.model import Settings
+from tests import ROOT
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
 from tests.guests.build import export as export_guest
-from tests.integration import test_kill
+from tests.integration.job import test_kill
 from tests.libvirtd import session
 
-SCHEMA = Path(__file__).parent.parent / "docs" / "migration-report.schema.json"
+SCHEMA = ROOT / "docs" / "migration-report.schema.json"
 LANES = 4  # experiments at the same time: most of one is waiting
 PATIENCE_SECONDS = 90.0
 JOB_SECONDS = 0.25  # about what one attempt takes from its claim on; random moments lie within

@@ -21,12 +21,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tests import dashboards
-from tests.integration.test_daemon import free_port
+from tests import ROOT, dashboards
+from tests.integration.daemon.test_daemon import free_port
 from tests.monitoring import Json, Prometheus, panels, prometheus, substituted, variables
 from tests.sample import HOSTS, STEP, history
 
-IMAGES = Path(__file__).parents[1] / "docs/images"
+IMAGES = ROOT / "docs/images"
 POINTS = 240  # of a line
 
 

@@ -30,9 +30,8 @@ from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.report.model import report_schema
 from hyper2kvmd.settings.model import Section, Settings
-from tests import completions, dashboards
+from tests import ROOT, completions, dashboards
 
-ROOT = Path(__file__).parents[1]
 WIDTH = 118  # of a line of the shipped settings
 DATE = "2026-11-28"  # of this version, for the manual pages: that of the build would make each one different
 

@@ -21,10 +21,11 @@ from typing import Any
 import yaml
 
 from hyper2kvmd import __version__
+from tests import DATA
 from tests.conftest import disk_entry, write_manifest
 from tests.e2e.container import wait_until
 
-KEPT = Path(__file__).parent / "data/state"
+KEPT = DATA / "state"
 MIB = 1 << 20
 ROOT = Path("/srv/state")
 EXPORTS, IMAGES, WORK = ROOT / "exports", ROOT / "images", ROOT / "work"

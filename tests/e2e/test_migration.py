@@ -17,13 +17,13 @@ import jsonschema
 import pytest
 
 from hyper2kvmd.settings.model import Settings
+from tests import ROOT
 from tests.conftest import disk_entry, report_of, run_job
 from tests.guests.boot import boot
 from tests.guests.build import build, export
-from tests.integration.test_daemon import daemon, free_port, wait_until
+from tests.integration.daemon.test_daemon import daemon, free_port, wait_until
 from tests.libvirtd import session
 
-ROOT = Path(__file__).parents[2]
 MIGRATION_SECONDS = 900
 # In a file that every guest has: what a migration must not lose.
 CANARY = "b872b754c47962d7"

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import ROOT
 from tests.conftest import disk_entry, write_manifest
 from tests.e2e.container import Container, booted, wait_until
 from tests.guests.build import export
 
-ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd/hyper2kvmd.service"
 CATALOG = ROOT / "packaging/hyper2kvmd.catalog"
 USERS = ROOT / "packaging/sysusers.conf"

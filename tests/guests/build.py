@@ -20,12 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+from tests import ROOT
 from tests.guests import appliance, native
 from tests.guests.ovf import Identity, descriptor
 from tests.guests.recipe import CPUS, GUESTS, MEMORY_GIB, Guest
 from tests.guests.rootfs import Rootfs, make_rootfs, run
 
-CACHE = Path(__file__).parents[2] / ".cache" / "guests"
+CACHE = ROOT / ".cache" / "guests"
 
 Dialect = Literal["seed", "go"]
 DiskFormat = Literal["vmdk", "raw", "qcow2", "vhdx", "vdi"]

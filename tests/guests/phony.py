@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tests import DATA
 from tests.guests.rootfs import run
 
-DATA = Path(__file__).parents[1] / "data" / "families"
+TREES = DATA / "families"
 BUSYBOX = Path("/usr/bin/busybox")
 # Not busybox's, for its shell prefers its own applets to the programs on PATH, and its xargs has no long options.
 HOST_PROGRAMS = {"bin/sh": Path("/usr/bin/dash"), "usr/bin/xargs": Path("/usr/bin/xargs")}
@@ -261,7 +262,7 @@ def _write_tree(archive: Path, family: Family, disk: Disk) -> list[str]:
     """Write all files of the guest into a tar file, and return the paths that may have labels."""
     files: dict[str, bytes] = {}
     links: dict[str, str] = {}
-    tree = DATA / family.tree
+    tree = TREES / family.tree
     for path in sorted(tree.rglob("*")):
         name = str(path.relative_to(tree))
         if path.is_symlink():
@@ -279,8 +280,8 @@ def _write_tree(archive: Path, family: Family, disk: Disk) -> list[str]:
     for target, program in (*HOST_PROGRAMS.items(), *_libraries(HOST_PROGRAMS.values())):
         files[target if target.startswith("usr/") else f"{prefix}{target}"] = program.read_bytes()
     for target, script in family.programs.items():
-        files[target] = (DATA / "programs" / script).read_bytes()
-    files["usr/share/phony/common.sh"] = (DATA / "programs" / "common.sh").read_bytes()
+        files[target] = (TREES / "programs" / script).read_bytes()
+    files["usr/share/phony/common.sh"] = (TREES / "programs" / "common.sh").read_bytes()
     files["usr/share/phony/contents"] = "".join(f"{name}\n" for name in family.contents).encode()
     files["usr/share/phony/dracut-options"] = "".join(f"  {option}\n" for option in family.options).encode()
     files["usr/share/phony/mkinitrd-options"] = files["usr/share/phony/dracut-options"]

@@ -14,9 +14,8 @@ import pytest
 
 from hyper2kvmd import __main__ as daemon
 from hyper2kvmd import ctl
-from tests import docs
+from tests import ROOT, docs
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONSOLE = [page for page in PAGES if docs.commands(page)]
 

@@ -15,9 +15,9 @@ from hyper2kvmd import ctl
 from hyper2kvmd.errors import Code
 from hyper2kvmd.exits import EXIT_MEANING
 from hyper2kvmd.settings.model import Settings
-from tests import reference
+from tests import ROOT, reference
 
-PAGE = (reference.ROOT / "docs/library.md").read_text()
+PAGE = (ROOT / "docs/library.md").read_text()
 
 
 @pytest.fixture(scope="module")

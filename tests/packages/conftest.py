@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import ROOT
 from tests.conftest import disk_entry, write_manifest
 from tests.e2e.container import Container, booted
 from tests.e2e.test_systemd import CONFIG, SETTINGS, hand_over, main_pid, processes, show
@@ -23,7 +24,6 @@ from tests.guests.rootfs import run
 
 Drop = Callable[[str], str]
 
-ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache/packages"
 WHEELS = ROOT / ".cache/wheels"
 LIBRARIES = "/usr/lib/hyper2kvmd"

@@ -21,12 +21,12 @@ import yaml
 from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.settings.load import DROP_INS, load_settings
 from hyper2kvmd.settings.model import Settings
+from tests import ROOT
 from tests.conftest import disk_entry, report_of, write_manifest
 from tests.e2e.container import wait_until
 from tests.e2e.test_systemd import SETTINGS
 from tests.packages.conftest import fresh_system
 
-ROOT = Path(__file__).parents[2]
 CONTAINERFILE = ROOT / "packaging/container/Containerfile"
 QUADLET = ROOT / "packaging/container/hyper2kvmd.container"
 KUBERNETES = ROOT / "packaging/container/kubernetes.yaml"

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from hyper2kvmd import __version__
+from tests import ROOT
 from tests.e2e.container import Container, wait_until
 from tests.e2e.test_systemd import (
     CONFIG,
@@ -45,9 +46,6 @@ from tests.packages.conftest import (
     trees,
     version,
 )
-
-ROOT = Path(__file__).parents[2]
-
 
 # The package as a file ------------------------------------------------------------------------------------
 

@@ -20,8 +20,8 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from hyper2kvmd import __version__
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 NAME = f"hyper2kvmd-{__version__}"
 
 

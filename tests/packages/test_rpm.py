@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from hyper2kvmd import __version__
+from tests import ROOT
 from tests.e2e.container import Container, booted, wait_until
 from tests.e2e.test_systemd import CONFIG, SETTINGS, calls, hold, images, is_same, main_pid, processes, report, show
 from tests.packages.conftest import (
@@ -25,7 +26,6 @@ from tests.packages.conftest import (
     LIBRARIES,
     NEXT,
     RECOMMENDED,
-    ROOT,
     Drop,
     as_version,
     build_package,

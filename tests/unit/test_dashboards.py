@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +12,9 @@ import yaml
 from hyper2kvmd.ctl import doctor
 from hyper2kvmd.daemon.metrics import CHECKS, POOLS, READ, RESULTS, Metrics
 from hyper2kvmd.errors import MEANING, Code, Outcome
-from tests import dashboards, reference
+from tests import ROOT, dashboards, reference
 from tests.monitoring import Json, panels, variables
 
-ROOT = Path(__file__).parents[2]
 RULES = ROOT / "packaging/prometheus/hyper2kvmd.rules.yml"
 RULES_TEST = ROOT / "packaging/prometheus/hyper2kvmd.rules.test.yml"
 GRAFANA = ROOT / "packaging/grafana"

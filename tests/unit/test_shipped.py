@@ -17,10 +17,8 @@ from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.errors import MEANING, Code
 from hyper2kvmd.exits import EXIT_MEANING
 from hyper2kvmd.queue.names import DRAIN, HOLD, LOCK, LOG, REPORT
-from tests import reference
+from tests import ROOT, reference
 from tests.guests.recipe import GUESTS
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", reference.PAGES)

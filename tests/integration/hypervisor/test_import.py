@@ -1,0 +1,272 @@
+"""What a real libvirt says to our domains: it defines and starts them, and names what is missing before the copy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import pytest
+
+from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic
+from hyper2kvmd.domain.xml import job_of, to_xml
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.hypervisor.connection import connect, virt_type
+from hyper2kvmd.hypervisor.define import define, refresh_pools
+from hyper2kvmd.hypervisor.preflight import BRIDGE_VLANS, preflight
+from tests.libvirtd import session
+from tests.unit.domain.test_domain import DEBIAN, PLAIN, RHEL5, VARIANTS, WINDOWS_2022, disks
+
+pytestmark = pytest.mark.timeout(300)
+USER = (DomainNic("00:50:56:aa:bb:01", "user"),)
+BRIDGE = "h2kbr0"
+
+
+@pytest.fixture(scope="module")
+def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with session(tmp_path_factory.mktemp("libvirtd")) as uri, connect(uri) as connection:
+        yield connection
+
+
+@contextmanager
+def defined(connection: Any, domain: Domain, *, start: bool = False) -> Iterator[Any]:
+    """The domain, which is gone with its variables in the end."""
+    define(connection, to_xml(domain), domain.name, domain.uuid, domain.job, autostart=False, start=start)
+    found = connection.lookupByName(domain.name)
+    try:
+        yield found
+    finally:
+        if found.isActive():
+            found.destroy()
+        found.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+
+
+def here(connection: Any, domain: Domain) -> Domain:
+    """The domain with KVM only where this host has it, and without networks that it does not have."""
+    accel = "kvm" if domain.virt_type == "kvm" else "tcg"
+    nics = tuple(replace(nic, target="user") for nic in domain.nics)
+    return replace(domain, virt_type=virt_type(connection, accel), nics=nics)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_real_libvirt_defines_it_and_would_start_it(name: str, connection: Any) -> None:
+    domain = here(connection, VARIANTS[name])
+    assert [] == preflight(connection, domain, None, Path("/images"))
+    with defined(connection, replace(domain, nics=VARIANTS[name].nics)) as found:
+        xml = ET.fromstring(found.XMLDesc(0))
+        assert domain.job == job_of(found.XMLDesc(0))
+        assert [disk.get("type") for disk in xml.findall("devices/disk")] == ["file"] * len(domain.disks)
+        assert {"virtio-scsi"} >= {c.get("model") for c in xml.findall("devices/controller[@type='scsi']")}
+    assert [] == connection.listAllDomains()
+
+
+def images(directory: Path, count: int) -> tuple[DomainDisk, ...]:
+    """Disks that really exist."""
+    for n in range(count):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", directory / f"{n}.qcow2", "1M"], check=True)
+    return tuple(DomainDisk(directory / f"{n}.qcow2", "qcow2", f"disk-{n}", False) for n in range(count))
+
+
+SMALL = replace(PLAIN, virt_type="qemu", memory_mib=128, nics=USER)
+TEN_NICS = tuple(DomainNic(f"00:50:56:aa:bb:{n:02}", "user") for n in range(10))
+STARTED = {
+    "20 disks and 10 NICs": (replace(SMALL, nics=TEN_NICS), 20),
+    "20 disks and 10 NICs with UEFI": (replace(SMALL, nics=TEN_NICS, firmware="uefi"), 20),
+    "20 disks and 10 NICs on pc": (replace(SMALL, nics=TEN_NICS, guest=RHEL5), 20),
+    "22 disks on pc": (replace(SMALL, guest=RHEL5), 22),
+    "30 disks": (SMALL, 30),
+    "8 disks on SATA": (replace(SMALL, compatible=True), 8),
+    "5 disks on IDE and SATA": (replace(SMALL, compatible=True, guest=RHEL5), 5),
+    "Windows": (replace(SMALL, guest=WINDOWS_2022, cpus=4, cores_per_socket=2), 1),
+}
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_there_are_slots_for_all_devices_of(name: str, connection: Any, tmp_path: Path) -> None:
+    domain, count = STARTED[name]
+    domain = replace(domain, disks=images(tmp_path, count))
+    with defined(connection, domain, start=True) as found:
+        assert found.isActive()
+        xml = ET.fromstring(found.XMLDesc(0))
+        assert count == len(xml.findall("devices/disk"))
+        assert len(domain.nics) == len(xml.findall("devices/interface"))
+
+
+def test_secure_boot_and_a_tpm_start(connection: Any, tmp_path: Path) -> None:
+    domain = replace(SMALL, firmware="uefi", secure_boot=True, tpm=True, disks=images(tmp_path, 1))
+    with defined(connection, domain, start=True) as found:
+        assert found.isActive()
+        loader = ET.fromstring(found.XMLDesc(0)).findall("os/loader")
+        assert ["yes"] == [element.get("secure") for element in loader]
+
+
+def test_the_variables_are_kept_where_it_is_asked(connection: Any, tmp_path: Path) -> None:
+    nics = (DomainNic("00:50:56:aa:bb:01", "user", link=False),)
+    domain = replace(SMALL, firmware="uefi", nics=nics, nvram=tmp_path / "nvram.fd", disks=images(tmp_path, 1))
+    with defined(connection, domain, start=True):
+        assert (tmp_path / "nvram.fd").exists()
+    assert not (tmp_path / "nvram.fd").exists()
+
+
+def codes(errors: list[MigrationError]) -> list[Code]:
+    return [error.code for error in errors]
+
+
+def test_firmware_that_the_host_does_not_have_is_named(connection: Any) -> None:
+    # No OVMF does Secure Boot on the chipset of so old a guest.
+    domain = replace(SMALL, firmware="uefi", secure_boot=True, guest=RHEL5)
+    (found,) = preflight(connection, domain, None, Path("/images"))
+    assert Code.FIRMWARE_MISSING == found.code
+    assert "UEFI firmware with Secure Boot and its keys" in found.message
+    assert "ovmf" in found.hint
+
+
+def test_what_libvirt_would_refuse_is_said_in_its_words(connection: Any) -> None:
+    (found,) = preflight(connection, replace(SMALL, cpus=700), None, Path("/images"))
+    assert Code.DEFINE_FAILED == found.code
+    assert "CPUs" in found.message
+
+
+def test_a_tpm_needs_a_program_that_emulates_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for directory in reversed(os.environ["PATH"].split(":")):
+        for program in Path(directory).iterdir() if Path(directory).is_dir() else ():
+            if not program.name.startswith("swtpm"):
+                (programs / program.name).unlink(missing_ok=True)
+                (programs / program.name).symlink_to(program)
+    monkeypatch.setenv("PATH", str(programs))
+    with session(tmp_path) as uri, connect(uri) as connection:
+        (found,) = preflight(connection, replace(SMALL, tpm=True), None, Path("/images"))
+        # With no firmware either, both are told.
+        both = replace(SMALL, tpm=True, firmware="uefi", secure_boot=True, guest=RHEL5)
+        assert [Code.FIRMWARE_MISSING, Code.TOOL_MISSING] == codes(preflight(connection, both, None, Path("/images")))
+    assert Code.TOOL_MISSING == found.code
+    assert "swtpm" in found.hint
+
+
+@contextmanager
+def pool(connection: Any, directory: Path) -> Iterator[Any]:
+    found = connection.storagePoolDefineXML(
+        f"<pool type='dir'><name>vms</name><target><path>{directory}</path></target></pool>"
+    )
+    try:
+        yield found
+    finally:
+        if found.isActive():
+            found.destroy()
+        found.undefine()
+
+
+@pytest.mark.parametrize("name", ["vms", None])
+def test_a_refreshed_pool_shows_the_disks(name: str | None, connection: Any, tmp_path: Path) -> None:
+    with pool(connection, tmp_path) as vms:
+        vms.create()
+        images(tmp_path, 2)
+        assert [] == vms.listVolumes()
+        linked = tmp_path.parent / f"{tmp_path.name}-link"
+        linked.symlink_to(tmp_path)
+        assert refresh_pools(connection, linked, name) is None
+        assert ["0.qcow2", "1.qcow2"] == sorted(vms.listVolumes())
+
+
+def test_a_pool_that_cannot_be_refreshed_is_a_warning(connection: Any, tmp_path: Path) -> None:
+    target = tmp_path / "images"
+    target.mkdir()
+    with pool(connection, target) as vms:
+        vms.create()
+        target.rmdir()
+        warning = refresh_pools(connection, target, "vms")
+    assert warning is not None
+    assert "pool_not_refreshed" == warning.code
+    assert str(target) in warning.message
+
+
+def network(connection: Any, content: str = "") -> Any:
+    """A network of that bridge, not active."""
+    return connection.networkDefineXML(
+        f"<network><name>vms</name><forward mode='bridge'/><bridge name='{BRIDGE}'/>{content}</network>"
+    )
+
+
+def test_a_network_must_be_active(connection: Any) -> None:
+    domain = replace(SMALL, nics=(DomainNic("00:50:56:aa:bb:01", "vms"),))
+    vms = network(connection)
+    try:
+        (found,) = preflight(connection, domain, None, Path("/images"))
+        assert (Code.NETWORK_MISSING, "Run `virsh net-start vms` and `virsh net-autostart vms`.") == (
+            found.code,
+            found.hint,
+        )
+        vms.create()
+        assert [] == preflight(connection, domain, None, Path("/images"))
+    finally:
+        if vms.isActive():
+            vms.destroy()
+        vms.undefine()
+
+
+@pytest.mark.parametrize(("switch", "refused"), [("", True), ("<virtualport type='openvswitch'/>", False)])
+def test_a_vlan_needs_a_network_that_tags(switch: str, refused: bool, connection: Any) -> None:
+    refused = refused and connection.getLibVersion() < BRIDGE_VLANS
+    vms = network(connection, switch)
+    try:
+        vms.create()
+        domain = replace(SMALL, nics=(DomainNic("00:50:56:aa:bb:01", "vms@20"),))
+        found = preflight(connection, domain, None, Path("/images"))
+        assert [Code.NETWORK_MISSING] * refused == codes(found)
+        assert all("'vms@20'" in error.message for error in found)
+    finally:
+        vms.destroy()
+        vms.undefine()
+
+
+@pytest.fixture
+def bridge() -> Iterator[str]:
+    subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], check=True)
+    try:
+        yield BRIDGE
+    finally:
+        subprocess.run(["ip", "link", "delete", BRIDGE], check=True)
+
+
+def test_a_bridge_is_told_from_other_interfaces(bridge: str, connection: Any) -> None:
+    expected = {f"bridge:{bridge}": 0, f"ovs:{bridge}": 1, "bridge:lo": 1, "ovs:lo": 0, "bridge:h2knone": 1}
+    found = {}
+    for target in expected:
+        domain = replace(SMALL, nics=(DomainNic("00:50:56:aa:bb:01", target),))
+        errors = preflight(connection, domain, None, Path("/images"))
+        assert {Code.NETWORK_MISSING} >= set(codes(errors))
+        found[target] = len(errors)
+    assert expected == found
+
+
+def test_everything_that_is_wrong_is_told_at_once(connection: Any, tmp_path: Path) -> None:
+    nics = (*USER, DomainNic("00:50:56:aa:bb:05", "vlan20"), DomainNic("00:50:56:aa:bb:06", "bridge:h2knone"))
+    with defined(connection, replace(SMALL, disks=disks(1))):
+        domain = replace(SMALL, job="other-job", guest=DEBIAN, nics=nics, cpus=700)
+        found = preflight(connection, domain, "none", tmp_path)
+    assert [
+        Code.DOMAIN_EXISTS,
+        Code.MAC_EXISTS,
+        Code.NETWORK_MISSING,
+        Code.NETWORK_MISSING,
+        Code.POOL_MISSING,
+        Code.DEFINE_FAILED,
+    ] == codes(found)
+
+
+def test_a_libvirt_that_goes_away_is_tried_again(tmp_path: Path) -> None:
+    with session(tmp_path) as uri:
+        connection = libvirt.open(uri)
+    with pytest.raises(MigrationError) as caught:
+        preflight(connection, SMALL, None, Path("/images"))
+    assert Code.LIBVIRT_UNAVAILABLE == caught.value.code
+    warning = refresh_pools(connection, Path("/images"), None)
+    assert warning is not None

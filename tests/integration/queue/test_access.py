@@ -1,0 +1,84 @@
+"""Exports of somebody else: the service lets itself in where it may, and gives nothing to others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+NOBODY = 65534
+# Claims an export, and shows the capabilities of a tool that is started then.
+CLAIM = """
+import subprocess, sys
+from pathlib import Path
+from hyper2kvmd.queue.access import forgo_capabilities
+from hyper2kvmd.queue.claim import claim_export
+claim_export(Path(sys.argv[1])).close()
+forgo_capabilities()
+subprocess.run(["grep", "CapEff", "/proc/self/status"])
+"""
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Iterator[Path]:
+    """A directory as hypersdk makes it, which root owns; the way to it is open to all."""
+    for parent in (tmp_path, *tmp_path.parents):
+        if not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    directory = tmp_path / "web01"
+    directory.mkdir()
+    directory.chmod(0o755)
+    yield directory
+
+
+def claim(export: Path, *, capable: bool) -> subprocess.CompletedProcess[str]:
+    """Claim an export as the user nobody, with CAP_FOWNER or without."""
+    capability = ("--inh-caps=+fowner", "--ambient-caps=+fowner") if capable else ("--bounding-set=-all",)
+    return subprocess.run(
+        [
+            *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *capability, "--"),
+            *(sys.executable, "-c", CLAIM, str(export)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+
+
+def acl(export: Path) -> list[str]:
+    done = subprocess.run(["getfacl", "-cnpE", export], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_the_service_lets_itself_into_an_export_of_somebody_else(export: Path) -> None:
+    done = claim(export, capable=True)
+    assert 0 == done.returncode, done.stderr
+    assert "CapEff:\t0000000000000000\n" == done.stdout
+    assert NOBODY == (export / ".hyper2kvmd.lock").stat().st_uid
+    assert ["user::rwx", f"user:{NOBODY}:rwx", "group::r-x", "mask::rwx", "other::r-x"] == acl(export)
+    again = acl(export)
+    assert 0 == claim(export, capable=True).returncode
+    assert again == acl(export)
+
+
+def test_without_the_capability_the_export_stays_as_it_is(export: Path) -> None:
+    done = claim(export, capable=False)
+    assert 1 == done.returncode
+    assert "PermissionError" in done.stderr
+    assert ["user::rwx", "group::r-x", "other::r-x"] == acl(export)
+    assert [] == os.listdir(export)
+
+
+def test_nobody_else_gets_more_than_they_had(export: Path) -> None:
+    # The mask keeps the group 4 and the user 5 from writing, though their entries would let them.
+    subprocess.run(["setfacl", "-m", "g:4:rwx,u:5:rwx,m::r-x", export], check=True)
+    assert 0 == claim(export, capable=True).returncode
+    expected = ["user::rwx", "user:5:r-x", f"user:{NOBODY}:rwx", "group::r-x", "group:4:r-x", "mask::rwx", "other::r-x"]
+    assert expected == acl(export)
