@@ -24,18 +24,35 @@ readable_kernel() {
     return 1
 }
 
-installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p')
-missing=()
-for purpose in "$@"; do
-    packages=$(wanted "$purpose")
-    [ -n "$packages" ] || { echo "$0: nothing is needed for '$purpose'; say run, test, package, container or bench" >&2; exit 2; }
-    for package in $packages; do
-        if [ "$package" = linux-image-amd64 ] && readable_kernel; then
-            continue
+# Of several names, the first that the release has; before apt has lists it knows none, and the last is as good as any.
+pick() {
+    local name
+    for name in ${1//|/ }; do
+        if [ "$name" = "$1" ] || apt-cache show "$name" >/dev/null 2>&1; then
+            break
         fi
-        grep -qxF "$package" <<<"$installed" || missing+=("$package")
     done
-done
+    echo "$name"
+}
+
+missing=()
+look() { # PURPOSE...: what they want and is not installed
+    local purpose packages package installed
+    installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p')
+    missing=()
+    for purpose in "$@"; do
+        packages=$(wanted "$purpose")
+        [ -n "$packages" ] || { echo "$0: nothing is needed for '$purpose'; say run, test, package, container or bench" >&2; exit 2; }
+        for package in $packages; do
+            if [ "$package" = linux-image-amd64 ] && readable_kernel; then
+                continue
+            fi
+            package=$(pick "$package")
+            grep -qxF "$package" <<<"$installed" || missing+=("$package")
+        done
+    done
+}
+look "$@"
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 as_root=()
@@ -54,9 +71,10 @@ unit=/etc/systemd/system/prometheus.service
 if [[ " ${missing[*]} " == *" prometheus "* && -d ${unit%/*} && ! -e $unit ]]; then
     "${as_root[@]}" ln -s /dev/null "$unit"
 fi
-echo "installing ${missing[*]}"
 # One unreachable source must not stop us if the others have what we need; the installation will tell.
 apt update || echo "apt-get update had trouble; trying to install all the same" >&2
+look "$@" # with the names that apt knows now
+echo "installing ${missing[*]}"
 if ! apt install -y --no-install-recommends "${missing[@]}"; then
     cat "$log" >&2
     echo "apt-get could not install: ${missing[*]}" >&2

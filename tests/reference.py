@@ -763,7 +763,11 @@ def write_man(directory: Path) -> None:
 
 
 def _tidied(page: str) -> str:
-    """What lowdown writes, as man(7) would have it."""
+    """What lowdown writes, as man(7) would have it, and the same whichever version wrote it."""
+    # So writes version 2.
+    page = re.sub(r"^(\.S[HS]) (.*)", r"\1\n\2", page, flags=re.MULTILINE)
+    page = re.sub(r"^\.TP \d+$", ".TP", page, flags=re.MULTILINE)
+    # So writes version 1.
     dance = r"\.if n \\\n\.sp -1v\n\.if t \\\n\.sp -0\.25v\n"
     page = re.sub(rf'^\.LP\n(.*)\n{dance}\.IP "" 5n\n', r".TP\n\1\n", page, flags=re.MULTILINE)
     page = re.sub(r"^(\.S[HS]\n.*\n)\.LP\n", r"\1", page, flags=re.MULTILINE)

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,8 +55,7 @@ def suite(request: pytest.FixtureRequest) -> str:
 def packages(suite: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Packages of this tree for a release, by version: the one that it has (""), and the next one.
 
-    Built on this machine if it has that release, else in a fresh system, without a network: only releases whose own
-    libraries are too old need one.
+    Built on this machine if it has that release, else in a fresh system, which has no network.
     """
     directory = tmp_path_factory.mktemp("package")
     trees = {"": ROOT, NEXT: as_version(NEXT, directory / "tree")}
@@ -67,7 +67,9 @@ def packages(suite: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         for version, tree in trees.items():
             inside = f"/root/tree-{version}"
             _copy_tree(tree, machine.root / inside.lstrip("/"))
-            path = machine.run(f"{inside}/packaging/debian/build.sh", inside, "/root/dist", timeout=300).strip()
+            offline = bring_wheels(machine, inside)
+            build = (f"{inside}/packaging/debian/build.sh", inside, "/root/dist", "/root/wheels")
+            path = machine.run("env", *offline, *build, timeout=300).strip()
             made[version] = Path(shutil.copy(machine.root / path.lstrip("/"), directory))
         return made
 
@@ -85,6 +87,20 @@ def build_package(kind: str, tree: Path, directory: Path) -> Path:
     assert 0 == done.returncode, done.stderr
     assert "" == done.stderr, "the build is quiet"
     return Path(done.stdout.strip())
+
+
+def bring_wheels(machine: Container, tree: str) -> tuple[str, ...]:
+    """Fetch what a release builds the package from because its own libraries are too old; how pip finds it in there."""
+    if machine.run("make", "-sn", "-C", tree, "-f", "packaging/debian/rules", "wheels"):
+        python = machine.run("/usr/bin/python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
+        command = (
+            *(sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check", "download", "--dest", str(WHEELS)),
+            *("--require-hashes", "--no-deps", "--requirement", str(ROOT / "packaging/requirements.lock")),
+            *("--only-binary", ":all:", "--python-version", python, "--platform", "manylinux_2_17_x86_64"),
+        )
+        run(*command)
+        shutil.copytree(WHEELS, machine.root / "root/wheels", dirs_exist_ok=True)
+    return "PIP_NO_INDEX=1", "PIP_FIND_LINKS=/root/wheels"
 
 
 def as_version(version: str, tree: Path) -> Path:

@@ -66,7 +66,9 @@ def test_the_version_is_the_programs(package: Path) -> None:
 
 def test_it_depends_on_or_recommends_all_that_a_host_needs_to_run_it(package: Path) -> None:
     lines = (ROOT / "packaging/debian-packages.txt").read_text().splitlines()
-    wanted = {line.split()[0] for line in lines if line.split()[1:2] == ["run"] and not line.startswith("#")}
+    wanted = {
+        re.split(r"[|\s]", line)[0] for line in lines if line.split()[1:2] == ["run"] and not line.startswith("#")
+    }
     assert {"qemu-utils", "python3-guestfs"} < wanted
     wanted.remove("python3-venv")  # which made the environment that the package brings
     assert set() == wanted - names(field(package, "Depends")) - names(field(package, "Recommends"))
@@ -87,9 +89,14 @@ def test_every_library_is_either_a_dependency_or_pinned(package: Path) -> None:
     assert set() == of_debian - names(field(package, "Depends"))
 
 
-def test_lintian_has_nothing_to_say(package: Path) -> None:
-    done = subprocess.run(["lintian", "--display-info", package], capture_output=True, text=True, check=False)
-    assert (0, "") == (done.returncode, done.stdout)
+def test_lintian_has_nothing_to_say(suite: str, package: Path) -> None:
+    # Newer versions no longer know a tag that we override for older ones.
+    command = ["lintian", "--display-info", "--fail-on", "none", "--suppress-tags", "alien-tag", str(package)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout.splitlines()
+    if suite != HOST:  # where units lie is a rule of each release's own
+        said = [line for line in said if not line.startswith("E: hyper2kvmd: aliased-location [lib/")]
+    assert (0, []) == (done.returncode, said)
 
 
 @pytest.mark.parametrize("suite", [HOST], indirect=True)

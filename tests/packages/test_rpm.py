@@ -1,6 +1,7 @@
 """The RPM package: what it says for EL and Fedora, and installed, upgraded and erased by rpm.
 
-There is no EL or Fedora to install it on: rpm does it on a fresh Debian whose apt has brought what the package needs.
+There is no EL or Fedora to install it on: rpm does it on a fresh Debian of the release that the package was built on,
+whose apt has brought what the package needs.
 That shows its files and scriptlets at work, and none of its dependencies.
 """
 
@@ -123,7 +124,7 @@ def before() -> set[str]:
 def machine(versions: dict[str, Path], before: set[str]) -> Iterator[Container]:
     """A fresh system, booted, with the package installed by rpm and the service enabled."""
     needed = f"rpm, {relations('Depends')}, {RECOMMENDED}, {relations('Build-Depends')}"
-    with booted(fresh_system("bookworm")) as machine:
+    with booted(fresh_system(HOST), unified=HOST == "trixie") as machine:
         machine.run(*APT, "satisfy", needed, timeout=400)
         before |= files(machine)
         print(install(machine, versions[""], "--install"))

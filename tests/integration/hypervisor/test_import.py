@@ -128,7 +128,7 @@ def test_firmware_that_the_host_does_not_have_is_named(connection: Any) -> None:
 
 
 def test_what_libvirt_would_refuse_is_said_in_its_words(connection: Any) -> None:
-    (found,) = preflight(connection, replace(SMALL, cpus=700), None, Path("/images"))
+    (found,) = preflight(connection, replace(SMALL, cpus=5000), None, Path("/images"))
     assert Code.DEFINE_FAILED == found.code
     assert "CPUs" in found.message
 
@@ -250,7 +250,7 @@ def test_a_bridge_is_told_from_other_interfaces(bridge: str, connection: Any) ->
 def test_everything_that_is_wrong_is_told_at_once(connection: Any, tmp_path: Path) -> None:
     nics = (*USER, DomainNic("00:50:56:aa:bb:05", "vlan20"), DomainNic("00:50:56:aa:bb:06", "bridge:h2knone"))
     with defined(connection, replace(SMALL, disks=disks(1))):
-        domain = replace(SMALL, job="other-job", guest=DEBIAN, nics=nics, cpus=700)
+        domain = replace(SMALL, job="other-job", guest=DEBIAN, nics=nics, cpus=5000)
         found = preflight(connection, domain, "none", tmp_path)
     assert [
         Code.DOMAIN_EXISTS,

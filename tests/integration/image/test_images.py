@@ -188,7 +188,7 @@ def test_vhd_of_a_maker_whose_geometry_is_too_small_keeps_its_end(raw: Path, exp
     path = make(export / "disk.vhd", "vhd-fixed", raw)
     data = bytearray(path.read_bytes())
     footer = data[-512:]
-    footer[28:32], footer[56:60] = b"vbox", struct.pack(">HBB", 70, 16, 63)
+    footer[28:32], footer[56:60] = b"vpc ", struct.pack(">HBB", 70, 16, 63)
     footer[64:68] = bytes(4)
     footer[64:68] = struct.pack(">I", ~sum(footer) & 0xFFFFFFFF)
     path.write_bytes(data[:-512] + footer)
