@@ -60,5 +60,4 @@ def session(directory: Path) -> Iterator[str]:
         yield f"qemu+unix:///session?socket={socket}"
     finally:
         process.send_signal(signal.SIGTERM)
-        # libvirt 11 that is told to end while it still starts may wait for half a minute, and then does it by force.
-        process.wait(timeout=60)
+        process.wait(120)
