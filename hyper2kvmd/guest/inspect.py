@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest import storage
-from hyper2kvmd.guest.change import printable
 from hyper2kvmd.guest.linux import kernels, menu
 from hyper2kvmd.guest.linux.devices import Device
 from hyper2kvmd.guest.linux.kernels import Kernel
 from hyper2kvmd.guest.linux.menu import Menu
 from hyper2kvmd.guest.session import Session, read_text
 from hyper2kvmd.guest.storage import KeyFor, device_of
+from hyper2kvmd.text import printable
 
 ESP = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
 BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted
+from hyper2kvmd.files import open_file
 from hyper2kvmd.image.header import examine
 from hyper2kvmd.image.header.reader import Header
 from hyper2kvmd.manifest import Disk
@@ -197,7 +198,7 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
             fd = inner
         # Looked at first because opening can have effects: a tape rewinds, a FIFO wakes its writer.
         _check_plain(os.stat(path.name, dir_fd=fd, follow_symlinks=False), full, field)
-        file = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+        file = open_file(path.name, dir_fd=fd)
     except FileNotFoundError:
         raise MigrationError(Code.DISK_MISSING, f"{full} does not exist", _FINISH_EXPORT, field=field) from None
     except PermissionError as error:

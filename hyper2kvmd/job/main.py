@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import random
 import socket
@@ -18,7 +17,7 @@ import structlog
 from hyper2kvmd import journal
 from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
-from hyper2kvmd.files import timestamp, write_durably
+from hyper2kvmd.files import explained, timestamp, trouble, write_durably
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import Job, finding_records, job_id
 from hyper2kvmd.job.events import Emitter
@@ -277,13 +276,10 @@ def _write_report(job: Job, manifest: Manifest | None, document: Report) -> None
 
 def _from_os(error: OSError) -> MigrationError:
     """An error of the operating system as one of ours."""
-    where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if trouble(error) == "full":
         return MigrationError(
-            Code.NO_SPACE, f"{where}{error.strerror}", "Free some space there; the job is tried again by itself."
+            Code.NO_SPACE, explained(error), "Free some space there; the job is tried again by itself."
         )
     return MigrationError(
-        Code.IO_ERROR,
-        f"{where}{error.strerror or error}",
-        "Check that the path exists, its permissions and its storage.",
+        Code.IO_ERROR, explained(error), "Check that the path exists, its permissions and its storage."
     )

@@ -15,12 +15,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from hyper2kvmd.text import show
+from hyper2kvmd.text import is_card_mac, mac_address, show
 
 VERSION = "1.0"
 CHECKSUM = re.compile(r"sha256:[0-9a-fA-F]{64}")
 IDENTIFIER = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 ENTRY_LIMIT = 64  # disks, network interfaces, and every list in `configuration`
 
 # What ends up in commands and in files of the guest is matched in full, so that it needs no escaping there.
@@ -103,8 +102,8 @@ def _checksum(text: str) -> str:
 def _mac(text: str) -> str | None:
     if not text:
         return None
-    mac = text.lower().replace("-", ":")
-    if not MAC.fullmatch(mac) or int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
+    mac = mac_address(text)
+    if mac is None or not is_card_mac(mac):
         raise refuse(
             f"{show(text)} is not the MAC address of a network interface",
             "Write six pairs of hexadecimal digits such as 00:50:56:aa:bb:01; the first is even.",

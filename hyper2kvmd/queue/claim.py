@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyper2kvmd.errors import MEANING, Code, MigrationError
-from hyper2kvmd.files import open_directory, timestamp, write_durably
+from hyper2kvmd.files import open_directory, open_file, remove_leftovers, timestamp, write_durably
 from hyper2kvmd.queue.access import let_in
 from hyper2kvmd.queue.names import CANCEL, LOCK, REPORT
 
@@ -154,7 +154,7 @@ def claim_export(directory: Path) -> Claim:
             },
         )
         os.fsync(fd)
-        _remove_leftovers(fd)
+        remove_leftovers(fd, REPORT)  # of attempts that died; the claim makes them ours
         return Claim(directory, fd, lock_fd, attempt, crashes, retries)
     except BaseException:
         os.close(lock_fd)
@@ -169,7 +169,7 @@ def _open_lock(dir_fd: int) -> int:
 def holder(directory: Path) -> dict[str, Any]:
     """What the lock file says about the last process that claimed the export; {} if nobody ever did."""
     try:
-        fd = os.open(directory / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_file(directory / LOCK)
     except OSError:
         return {}
     try:
@@ -196,17 +196,10 @@ def _unsafe_lock(directory: Path) -> MigrationError:
     )
 
 
-def _remove_leftovers(dir_fd: int) -> None:
-    """Remove the half-written reports of attempts that died; the claim makes them ours."""
-    for name in os.listdir(dir_fd):
-        if re.fullmatch(rf"\.{re.escape(REPORT)}\.\d+\.tmp", name):
-            os.unlink(name, dir_fd=dir_fd)
-
-
 def probe(dir_fd: int) -> tuple[bool, int, float]:
     """Whether the claim on an open export is held; else how many attempts in a row died, and when the last began."""
     try:
-        fd = os.open(LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)
+        fd = open_file(LOCK, dir_fd=dir_fd)
     except PermissionError:
         raise  # who may not look cannot know, and must not be told "free"
     except OSError:

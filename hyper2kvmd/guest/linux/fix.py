@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from hyper2kvmd.domain.machine import VIRTIO_BLK_DISKS
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.guest.change import Change, Command, Edit, Proof, encode, printable
+from hyper2kvmd.guest.change import Change, Command, Edit, Proof, encode
 from hyper2kvmd.guest.inspect import Inspection
 from hyper2kvmd.guest.linux import kernels, selinux
 from hyper2kvmd.guest.linux.devices import Names, changes_with_hardware
@@ -35,6 +35,7 @@ from hyper2kvmd.guest.session import Session, last_line, shell
 from hyper2kvmd.guest.storage import device_of
 from hyper2kvmd.manifest import Configuration
 from hyper2kvmd.run import tail
+from hyper2kvmd.text import printable
 
 # Fixers whose files are also copied into the initramfs, where the old ones must not stay.
 _COPIED = frozenset({"resume", "crypttab", "lvm", "network"})

@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 import yaml
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Edit, printable
+from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.fixers import Plan, View
 from hyper2kvmd.manifest.model import Interface
+from hyper2kvmd.text import mac_address, printable
 
 NETPLAN = "/etc/netplan/95-hyper2kvm.yaml"  # the last file, which netplan puts on top of the others
 CLOUD_INIT = "/etc/cloud/cloud.cfg.d/99-hyper2kvm-network.cfg"
@@ -23,7 +24,6 @@ WICKED_DNS = "/etc/sysconfig/network/config"
 RESOLV_CONF = "/etc/resolv.conf"
 _NETWORK_MANAGER = "/etc/systemd/system/multi-user.target.wants/NetworkManager.service"
 _NETWORKD = "/etc/systemd/system/multi-user.target.wants/systemd-networkd.service"
-_MAC = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}")
 
 # The keys of an ifcfg file that say how an interface gets its addresses; the others are kept.
 _IFCFG_KEYS = re.compile(
@@ -128,7 +128,7 @@ def defined_by_netplan(text: str) -> dict[str, str] | None:
             match = match if isinstance(match, dict) else {}
             name = (device.get("set-name") if isinstance(device, dict) else None) or match.get("name") or key
             mac = match.get("macaddress")
-            found[str(name)] = mac.lower() if isinstance(mac, str) and _MAC.fullmatch(mac) else ""
+            found[str(name)] = (isinstance(mac, str) and mac_address(mac)) or ""
     return found
 
 

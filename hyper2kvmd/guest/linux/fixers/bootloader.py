@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Edit, printable
+from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux import menu as boot_menu
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import Plan, View
 from hyper2kvmd.guest.linux.menu import INITRD_LINE, LINUX_LINE, Menu
+from hyper2kvmd.text import printable
 
 CONSOLES = ("console=tty0", "console=ttyS0,115200")
 GRUBENV_BYTES = 1024

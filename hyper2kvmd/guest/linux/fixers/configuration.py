@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from shlex import quote
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Command, Edit, printable
+from hyper2kvmd.guest.change import Command, Edit
 from hyper2kvmd.guest.linux.fixers import Plan, View, addresses
 from hyper2kvmd.manifest.model import Configuration, Services, User
+from hyper2kvmd.text import printable
 
 FIXER = "configuration"
 HOSTNAME = "/etc/hostname"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from hyper2kvmd.guest.change import Edit, printable
+from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.text import printable
 
 PATH = "/etc/crypttab"
 _LINE = re.compile(r"[ \t]*[^\s#]\S*[ \t]+(?P<spec>\S+)(?:[ \t]+(?P<key>\S+))?(?:[ \t]+(?P<options>\S+))?")

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Edit, printable
+from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import Plan, View
 from hyper2kvmd.guest.storage import BY_CONTENT, resolve
+from hyper2kvmd.text import printable
 
 PATH = "/etc/fstab"
 # Device, mount point and type, then perhaps options, with the white space between them kept apart.

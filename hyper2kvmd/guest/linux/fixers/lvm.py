@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Edit, printable
+from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.text import printable
 
 FIXER = "lvm"
 SYSTEM_DEVICES = "/etc/lvm/devices/system.devices"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from shlex import quote
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Command, Edit, printable
+from hyper2kvmd.guest.change import Command, Edit
 from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.text import printable
 
 FIXER = "vmware"
 TARBALL = "/usr/bin/vmware-uninstall-tools.pl"

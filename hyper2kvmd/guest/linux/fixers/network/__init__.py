@@ -16,11 +16,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Edit, printable
+from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.fixers import Plan, View
 from hyper2kvmd.guest.linux.fixers.network import ifcfg, ifupdown, keyfile, leases, netplan, udev
 from hyper2kvmd.guest.linux.fixers.network.bind import Binding, Naming, Nic, bind
 from hyper2kvmd.guest.linux.fixers.network.interface import Interface
+from hyper2kvmd.text import printable
 
 __all__ = ["Nic", "plan"]
 

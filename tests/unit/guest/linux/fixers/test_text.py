@@ -7,11 +7,12 @@ from collections.abc import Container, Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyper2kvmd.guest.change import Edit, decode, encode, printable
+from hyper2kvmd.guest.change import Edit, decode, encode
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import crypttab, fstab, resume
 from hyper2kvmd.guest.linux.fixers.initramfs import initramfs_tools as initramfs
 from hyper2kvmd.guest.linux.kernels import VIRTIO
+from hyper2kvmd.text import printable
 
 KNOWN = {"/dev/sda1": "UUID=efi", "/dev/sda2": "UUID=root", "/dev/sda3": "UUID=swap", "/dev/sdb1": "UUID=data"}
 

@@ -17,7 +17,8 @@ from hyper2kvmd.guest.linux.devices import Names
 from hyper2kvmd.guest.linux.fixers import Plan, View, network
 from hyper2kvmd.guest.linux.fixers.network import Nic, ifcfg, ifupdown, keyfile, leases, netplan, udev
 from hyper2kvmd.guest.linux.fixers.network.bind import Naming, bind
-from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card, mac_address
+from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card
+from hyper2kvmd.text import mac_address
 
 A, B, C = "00:50:56:aa:bb:01", "00:50:56:aa:bb:02", "00:50:56:aa:bb:03"
 SETUP_LINK = {"/lib/udev/rules.d/80-net-setup-link.rules": 'IMPORT{builtin}="net_setup_link"\n'}
