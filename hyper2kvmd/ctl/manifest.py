@@ -25,6 +25,7 @@ from hyper2kvmd.files import open_directory, write_durably
 from hyper2kvmd.image.source import check_unchanged, open_sources, sha256
 from hyper2kvmd.manifest import Manifest, document, parse, wire
 from hyper2kvmd.queue.claim import probe
+from hyper2kvmd.queue.export import beside
 from hyper2kvmd.queue.facts import read_manifest
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.run import Tools
@@ -236,16 +237,9 @@ class _File:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[_File]:
     """Raise ManifestError, or MigrationError if it is no file."""
-    try:
-        fd = open_directory(path.parent.resolve())
-    except OSError as error:
-        hint = "Name the manifest of an existing export."
-        raise MigrationError(Code.MANIFEST_UNREADABLE, f"{path.parent}: {error.strerror}", hint) from None
-    try:
-        _, data = read_manifest(fd, path.parent, (path.name,))
-        yield _File(path, fd, data, document.load(data, path.name), parse(data, path.name))
-    finally:
-        os.close(fd)
+    with beside(path) as export:
+        _, data = read_manifest(export.fd, path.parent, (path.name,))
+        yield _File(path, export.fd, data, document.load(data, path.name), parse(data, path.name))
 
 
 def _rehash(options: argparse.Namespace, config: Settings) -> int:

@@ -30,8 +30,9 @@ from hyper2kvmd.manifest.problems import place
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import BOOT_SCREEN, LOG, REPORT
 from hyper2kvmd.queue.state import State, state_of
-from hyper2kvmd.report.html import Results, checked, render
+from hyper2kvmd.report.html import checked, render
 from hyper2kvmd.report.model import ManifestRecord, Report
+from hyper2kvmd.report.results import Results
 from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import plain
 

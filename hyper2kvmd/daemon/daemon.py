@@ -26,6 +26,7 @@ from hyper2kvmd.daemon.watch import POLL_SECONDS, Scan, Scanner, Watch
 from hyper2kvmd.daemon.web import Web
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
+from hyper2kvmd.job.request import Request
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.notify import outbox
 from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
@@ -327,8 +328,8 @@ class Daemon:
             if export not in self.runners:
                 try:
                     died = self._setbacks[export].finding.message if export in self._setbacks else ""
-                    options = ["--if-ready", *(["--died", died] if died else [])]
-                    self.runners[export] = Runner(export, self.settings, options)
+                    request = Request(if_ready=True, died=died)
+                    self.runners[export] = Runner(export, self.settings, request)
                     self._slots[export] = min({*range(len(self._slots) + 1)} - {*self._slots.values()})
                 except (OSError, MigrationError) as error:
                     self._set_back(export, f"no runner can be started: {error}", "See what the host is short of.")

@@ -100,10 +100,6 @@ class Proof:
     ok: bool
     evidence: str
 
-    def as_json(self) -> dict[str, str | bool]:
-        """The proof as it stands in the report."""
-        return dataclasses.asdict(self)
-
 
 def decode(data: bytes) -> str:
     """A guest's file as text from which `encode` makes the very same bytes, whatever they were."""

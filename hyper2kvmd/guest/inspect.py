@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from hyper2kvmd.domain.model import GuestSystem
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest import storage
 from hyper2kvmd.guest.linux import kernels, menu
@@ -55,11 +55,9 @@ class Inspection:
     serial_console: bool
     warnings: tuple[Finding, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """The inspection as it stands in the report (warnings are reported elsewhere)."""
-        shape = dataclasses.asdict(dataclasses.replace(self, menu=None))
-        del shape["warnings"], shape["menu"]
-        return shape
+    def system(self, kernel: str | None) -> GuestSystem:
+        """The operating system as a domain knows it, starting this kernel."""
+        return GuestSystem(self.os_type, self.distro, self.version, kernel, self.product_name)
 
 
 def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint: str = "unknown") -> Inspection:

@@ -7,13 +7,16 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from hyper2kvmd import accel
 from hyper2kvmd.domain import hardware
 from hyper2kvmd.domain.hardware import Card, Hardware
+from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, domain_uuid, generated_mac
 from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
 from hyper2kvmd.files import existing_parent
+from hyper2kvmd.guest.session import check_host
 from hyper2kvmd.hypervisor.connection import connect, virt_type
 from hyper2kvmd.hypervisor.preflight import preflight, uuid_taken
 from hyper2kvmd.image import qemu_img
@@ -73,6 +76,12 @@ class Plan:
     cards: tuple[Card, ...]
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The files of the export that the disks are read from."""
+        files = (file.name for disk in self.disks for file in (disk.source.file, disk.source.data))
+        return tuple(dict.fromkeys(files))
+
+    @property
     def looks_inside(self) -> bool:
         """Whether the guest is opened at all; it cannot be fixed without having been inspected."""
         return self.inspect or self.fix
@@ -89,16 +98,16 @@ def make_plan(
     settings, stages = job.settings, manifest.stages
     format = stages.convert.format or manifest.output.format or settings.output.format
     compress = settings.output.compress if stages.convert.compress is None else stages.convert.compress
-    convert = job.wants("convert", stages.convert.enabled)
-    dry_run = job.dry_run or manifest.options.dry_run
-    inspect, fix = job.wants("inspect", stages.inspect.enabled), job.wants("fix", stages.fix.enabled)
-    check = job.wants("validate", stages.validate_.enabled)
+    convert = job.request.wants("convert", stages.convert.enabled)
+    dry_run = job.request.dry_run or manifest.options.dry_run
+    inspect, fix = job.request.wants("inspect", stages.inspect.enabled), job.request.wants("fix", stages.fix.enabled)
+    check = job.request.wants("validate", stages.validate_.enabled)
     boot = check and convert and (settings.validate_.test_boot or bool(stages.validate_.test_boot))
-    defines = job.wants("import", settings.libvirt.import_)
+    defines = job.request.wants("import", settings.libvirt.import_)
     sources, directory = _sources(job, manifest, noted, stack), settings.output_dir
     with noted:
         directory = _output_dir(job, manifest)
-    was, warnings = hardware.read(job.claim.fd, manifest)
+    was, warnings = hardware.read(job.export.fd, manifest)
     for finding in warnings:
         job.warn(finding)
     _check_checksums(job, manifest, noted)
@@ -111,7 +120,7 @@ def make_plan(
             acceleration = _accel(job)
     if inspect or fix:
         with noted:
-            _check_appliance()
+            check_host()
     uuid = domain_uuid(
         *(part or "" for part in (manifest.provider, manifest.datacenter, manifest.vm_id)), manifest.vm_name
     )
@@ -153,8 +162,7 @@ def make_plan(
 
 def _sources(job: Job, manifest: Manifest, noted: Noted, stack: contextlib.ExitStack) -> tuple[Source, ...]:
     """The open disks, without those that cannot be used."""
-    sources = open_sources(job.claim.fd, job.claim.directory, manifest.disks, stack, noted)
-    job.sources = tuple(dict.fromkeys(file.name for source in sources for file in (source.file, source.data)))
+    sources = open_sources(job.export.fd, job.export.directory, manifest.disks, stack, noted)
     for source in sources:
         for finding in source.warnings:
             job.warn(finding)
@@ -183,7 +191,7 @@ def _planned(job: Job, manifest: Manifest, source: Source, directory: Path, form
         # One name cannot serve several disks.
         stem, suffix = os.path.splitext(wish)
         name = wish if len(manifest.disks) == 1 else f"{stem}-{source.disk.id}{suffix}"
-    attempt = job.claim.attempt
+    attempt = job.attempt
     return PlannedDisk(
         source,
         overlay=job.work_dir / f"overlay-{source.disk.id}.{attempt}.qcow2",
@@ -197,7 +205,7 @@ def _output_dir(job: Job, manifest: Manifest) -> Path:
     settings = job.settings
     wish = manifest.stages.convert.output_dir or manifest.output.directory
     # The vSphere exporter always names the export itself, wherever it was when it was written: no wish.
-    exports = {job.claim.directory, *(Path(disk.path).parent for disk in manifest.disks if disk.path.startswith("/"))}
+    exports = {job.export.directory, *(Path(disk.path).parent for disk in manifest.disks if disk.path.startswith("/"))}
     if wish is None or _same(wish, exports):
         return settings.output_dir
     if _same(wish, {settings.output_dir, *settings.output.allowed_dirs}):
@@ -221,18 +229,12 @@ def _accel(job: Job) -> str:
     return found.name
 
 
-def _check_appliance() -> None:
-    # Imported here: a job that does not look inside needs none of it.
-    from hyper2kvmd.guest.session import check_host
-
-    check_host()
-
-
 def _domain(
     job: Job, manifest: Manifest, was: Hardware, disks: Sequence[PlannedDisk], format: str, uuid: str
 ) -> Domain:
     """The domain as far as it is known before the disks are looked into."""
     libvirt = job.settings.libvirt
+    firmware: Literal["bios", "uefi"] = "uefi" if was.firmware == "uefi" else "bios"
     return Domain(
         name=manifest.slug,
         uuid=was.uuid or uuid,
@@ -241,10 +243,11 @@ def _domain(
         cpus=was.cpus,
         cores_per_socket=was.cores_per_socket,
         memory_mib=was.memory_mib,
-        firmware="uefi" if was.firmware == "uefi" else "bios",
+        firmware=firmware,
         secure_boot=was.secure_boot,
         tpm=was.tpm,
         virt_type="qemu",
+        machine=machine_for(None, firmware, len(disks), virtio=True),
         guest=None,
         disks=tuple(DomainDisk(disk.final, format, disk.id, False) for disk in disks),
         nics=tuple(
@@ -259,7 +262,7 @@ def _domain(
             "provider": manifest.provider or "",
             "vm_id": manifest.vm_id or "",
             "vm_name": manifest.vm_name,
-            "export": job.claim.directory.name,
+            "export": job.export.directory.name,
         },
         tags=manifest.tags,
     )

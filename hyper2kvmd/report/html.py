@@ -12,11 +12,11 @@ from importlib import resources
 from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined
-from pydantic import BaseModel, ConfigDict, Field
 
 from hyper2kvmd.domain.hardware import Hardware
 from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.report.model import Report, StageRecord, Status
+from hyper2kvmd.report.results import Results
 from hyper2kvmd.text import escaped, exact_duration, size
 
 LOG_LINES = 200
@@ -37,73 +37,6 @@ _UNFINISHED: dict[Status, str] = {
     "rejected": "The export was not accepted. Nothing of it was migrated.",
     "cancelled": "The migration was cancelled.",
 }
-
-
-class _Seen(BaseModel):
-    """What the page shows of a stage's results; the report itself leaves their shape open."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _Kernel(_Seen):
-    version: str
-    initrd: str | None = None
-    chosen_by_bootloader: bool = False
-
-
-class _Inspect(_Seen):
-    os_type: str = ""
-    product_name: str
-    arch: str = ""
-    hostname: str = ""
-    kernel_version: str | None
-    kernels: tuple[_Kernel, ...] = ()
-    initramfs: str = ""
-    bootloader: str = ""
-    firmware: str
-    firmware_evidence: str = ""
-    mounts: dict[str, str] = {}
-    locked: tuple[str, ...] = ()
-
-
-class _Proof(_Seen):
-    subject: str
-    claim: str
-    ok: bool
-    evidence: str
-
-
-class _Fix(_Seen):
-    drivers_injected: tuple[str, ...] = ()
-    proofs: tuple[_Proof, ...] = ()
-    compatible: bool = False
-    fstab: dict[str, str] = {}
-
-
-class _Checked(_Seen):
-    checked: bool = False
-    compared: bool = False
-
-
-class _Validate(_Seen):
-    disks: dict[str, _Checked] = {}
-
-
-class _Boot(_Seen):
-    outcome: str
-    reason: str
-    seconds: float = Field(strict=True)
-    serial_log: str | None = None
-    screenshot: str | None = None
-
-
-class Results(_Seen):
-    """The results of the stages that the page shows; None for a stage that put nothing on the record."""
-
-    inspect: _Inspect | None = None
-    fix: _Fix | None = None
-    validate_: _Validate | None = Field(default=None, alias="validate")
-    boot: _Boot | None = None
 
 
 @dataclass(frozen=True)
@@ -301,8 +234,10 @@ def _machine(report: Report, results: Results, source: tuple[Manifest, Hardware]
         after = {"Name": domain.name, "Platform": f"libvirt, {domain.uri}", "UUID": domain.uuid}
         if source is not None:
             after |= {"CPUs": "unchanged", "Memory": "unchanged"}
-        compatible = fix is not None and fix.compatible
-        after["Devices"] = "SATA disks, Intel network cards" if compatible else "virtio disks and network cards"
+        after["Devices"] = "virtio disks and network cards"
+        if fix is not None and fix.compatible:
+            bus = "IDE" if fix.machine is not None and fix.machine.disks == "ide" else "SATA"
+            after["Devices"] = f"{bus} disks, Intel network cards"
     if inspect:
         after |= {
             "Firmware": firmware.get(inspect.firmware, inspect.firmware),

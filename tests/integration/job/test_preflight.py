@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainNic, domain_uuid
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.hypervisor.connection import connect
@@ -42,6 +43,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         theirs = Domain(
             name="web01", uuid=domain_uuid("theirs"), title="web01", description="", cpus=1, cores_per_socket=None,
             memory_mib=64, firmware="bios", secure_boot=False, tpm=False, virt_type="qemu", guest=None, disks=(),
+            machine=machine_for(None, "bios", 0, virtio=True),
             nics=(DomainNic(MAC, "user"),), job="another-job", source={}, tags={},
         )  # fmt: skip
         with connect(uri) as connection:

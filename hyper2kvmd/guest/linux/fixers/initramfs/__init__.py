@@ -65,7 +65,8 @@ def plan(view: View, images: Sequence[Image], bus: Bus) -> Plan:
     """Ask for the drivers that an image lacks, so that every later build puts them in as well."""
     if not any(image.lacks(bus) for image in images):
         return Plan()
-    drivers = [driver for driver in (*bus.needed, *bus.wanted) if any(driver in image.depends for image in images)]
+    asked = dict.fromkeys(driver for image in images for driver in (*image.needs(bus), *bus.wanted))
+    drivers = [driver for driver in asked if any(driver in image.depends for image in images)]
     return BUILDERS[view.inspection.initramfs].plan(view, drivers)
 
 

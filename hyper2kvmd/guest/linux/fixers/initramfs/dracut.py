@@ -42,7 +42,7 @@ def commands(view: View, images: Sequence[Image], bus: Bus) -> Mapping[str, str]
 
 def _own(image: Image, bus: Bus) -> list[str]:
     """The arguments for one image."""
-    drivers = [driver for driver in (*bus.needed, *bus.wanted) if driver in image.depends]
+    drivers = [driver for driver in (*image.needs(bus), *bus.wanted) if driver in image.depends]
     modules = sorted({*(image.modules or ()), *drivers} & {*image.depends})
     words = ["--drivers", " ".join(modules)] if image.modules else ["--add-drivers", " ".join(drivers)]
     # dracut leaves it out of an image for any hardware, and a guest whose kernel command line does not name the

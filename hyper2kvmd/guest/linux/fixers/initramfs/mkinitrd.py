@@ -43,7 +43,7 @@ def commands(view: View, images: Sequence[Image], bus: Bus) -> Mapping[str, str]
     device = f"/dev/disk/by-uuid/{root.uuid}" if root and root.uuid else view.inspection.root
     found = {}
     for image in images:
-        drivers = [driver for driver in (*bus.needed, *bus.wanted) if driver in image.depends]
+        drivers = [driver for driver in (*image.needs(bus), *bus.wanted) if driver in image.depends]
         kernel, initrd = image.kernel, image.kernel.initrd or ""
         if suse:
             modules = " ".join(sorted({*(image.modules or ()), *drivers} & {*image.depends}))

@@ -140,8 +140,8 @@ def test_module_list_gets_the_drivers_that_it_does_not_name() -> None:
 
 @given(st.text(max_size=200))
 def test_module_list_is_stable_after_one_change(text: str) -> None:
-    once = initramfs.with_block(text, VIRTIO.needed)
-    assert initramfs.with_block(once, VIRTIO.needed) == once
+    once = initramfs.with_block(text, VIRTIO.ways[0])
+    assert initramfs.with_block(once, VIRTIO.ways[0]) == once
     assert once.startswith(text) or initramfs.BEGIN in text
 
 
