@@ -28,10 +28,12 @@ venv: .venv/.stamp ## make .venv and install the project into it
 	@touch $@
 
 .PHONY: lint
-lint: venv ## ruff and mypy
+lint: venv ## ruff, mypy, and the layers of imports
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --quiet --check . || { echo "Not formatted: run .venv/bin/ruff format ." >&2; exit 1; }
 	@.venv/bin/mypy --no-error-summary
+	@out=$$(.venv/bin/lint-imports --no-cache 2>&1) || { echo "$$out" >&2; exit 1; }
+	@$(PYTHON) -m tests.circles
 
 # One line for a tier that passes (and what it skipped); everything pytest said for one that fails.
 # What follows a comma: how many files are run side by side. Much is waited for, and an emulated guest keeps one core busy.
