@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyper2kvmd.errors import Noted
+from hyper2kvmd.errors import Collected
 from hyper2kvmd.image.source import check_unchanged, open_sources, verify_checksum
 from hyper2kvmd.manifest import Disk, Manifest, parse
 from hyper2kvmd.queue import facts
@@ -40,19 +40,19 @@ class ArtifactManifest:
         `on_progress` gets a disk's id and the ratio done, from 0 to 1; set `cancel` to have it end with Cancelled.
         Raise MigrationError for the disks that are wrong, with all of them as its problems; OSError.
         """
-        digests, noted = {}, Noted()
+        digests, problems = {}, Collected()
         with contextlib.ExitStack() as stack:
             export = stack.enter_context(beside(self.path))
-            for source in open_sources(export.fd, export.directory, self.manifest.disks, stack, noted):
+            for source in open_sources(export.fd, export.directory, self.manifest.disks, stack, problems):
                 id = source.disk.id
                 if source.disk.sha256 is None:
                     continue
-                with noted:
+                with problems:
                     digests[id] = verify_checksum(
                         source, cancel or threading.Event(), functools.partial(on_progress, id)
                     )
                     check_unchanged(source)
-        noted.check()
+        problems.check()
         return digests
 
     def get_boot_disk(self) -> Disk:

@@ -13,7 +13,7 @@ from rich.console import Console
 from hyper2kvmd import journal
 from hyper2kvmd.ctl.manifest import bars
 from hyper2kvmd.ctl.output import print_json
-from hyper2kvmd.errors import Finding, Noted
+from hyper2kvmd.errors import Collected, Finding
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.image.source import verify_checksum
 from hyper2kvmd.job import reserve
@@ -42,11 +42,11 @@ def validate(options: argparse.Namespace, config: Settings) -> int:
     warnings: list[Finding] = []
     path: Path = options.manifest
     manifest: Manifest | None = None
-    noted = Noted()
+    problems = Collected()
     journal.configure("error")  # what is to be said is printed below
-    with contextlib.ExitStack() as stack, noted:
-        manifest = _check(path, config, noted, warnings, stack, checksums=options.strict)
-    errors = noted.findings()
+    with contextlib.ExitStack() as stack, problems:
+        manifest = _check(path, config, problems, warnings, stack, checksums=options.strict)
+    errors = problems.findings()
     status = EXIT_FAILED if errors else EXIT_DONE
     if options.json:
         print_json(
@@ -74,7 +74,13 @@ def validate(options: argparse.Namespace, config: Settings) -> int:
 
 
 def _check(
-    path: Path, config: Settings, noted: Noted, warnings: list[Finding], stack: contextlib.ExitStack, *, checksums: bool
+    path: Path,
+    config: Settings,
+    problems: Collected,
+    warnings: list[Finding],
+    stack: contextlib.ExitStack,
+    *,
+    checksums: bool,
 ) -> Manifest:
     """Make the plan of the job, as a runner would, without a claim. Raise MigrationError for a bad manifest."""
     export = stack.enter_context(beside(path))
@@ -83,14 +89,14 @@ def _check(
     # Nothing is locked, so nothing may be written: whoever may read an export may check it.
     job = Job(job_id(export.directory, manifest.sha256), export, 0, Request(), config, Tools(), Emitter(None))
     report = read_report(export.directory) or {}
-    published = report.get("disks", ()) if report.get("job") == job.id else ()
-    ours = [Path(disk["target"]) for disk in published if disk["target"]]
-    plan = make_plan(job, manifest, noted, stack, ours)
-    with noted:
-        reserve.check(job, needs(job, plan, lambda disk: disk.final in ours), memory_mb(job, plan, fixed=False))
+    disks = report.get("disks", ()) if report.get("job") == job.id else ()
+    published = [Path(disk["target"]) for disk in disks if disk["target"]]
+    plan = make_plan(job, manifest, problems, stack, published)
+    with problems:
+        reserve.check(job, needs(job, plan, lambda disk: disk.final in published), memory_mb(job, plan, fixed=False))
     with bars() as tell:
         for disk in plan.disks if checksums else ():
-            with noted:
+            with problems:
                 verify_checksum(disk.source, job.tools.cancel, partial(tell, disk.id))
     warnings += job.record.warnings
     return manifest

@@ -23,7 +23,7 @@ import structlog
 from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk
 from hyper2kvmd.domain.xml import to_xml
-from hyper2kvmd.errors import Cancelled, MigrationError, Noted, Outcome
+from hyper2kvmd.errors import Cancelled, Collected, MigrationError, Outcome
 from hyper2kvmd.hypervisor.connection import connect, libvirt_version
 from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.image import qemu_img
@@ -52,22 +52,22 @@ def migrate(job: Job, claim: Claim, manifest: Manifest) -> tuple[str, ...]:
     """
     with contextlib.ExitStack() as stack:
         with job.stage("plan"):
-            noted = Noted()
+            problems = Collected()
             steps = Steps(job)
             resumed = steps.to_publish()
             items, record = resumed or ((), Record())
-            plan = make_plan(job, manifest, noted, stack, ours=[Path(item.final) for item in items])
-            with noted:
+            plan = make_plan(job, manifest, problems, stack, published=[Path(item.final) for item in items])
+            with problems:
                 for hook in hooks.found(job.settings.hooks, "pre-import") if plan.import_ else ():
                     hooks.check(hook)
-            if not noted.errors:
+            if not problems.errors:
                 plan = plan if resumed else steps.adopt(plan)
                 steps.clean(plan)
             if not resumed:
-                with noted:
-                    memory = memory_mb(job, plan, fixed=not noted.errors and steps.fixed(plan) is not None)
+                with problems:
+                    memory = memory_mb(job, plan, fixed=not problems.errors and steps.fixed(plan) is not None)
                     reserve.reserve(job, needs(job, plan, steps.converted), memory, stack)
-            noted.check()
+            problems.check()
         if resumed:
             job.record.take_over(record)
         else:

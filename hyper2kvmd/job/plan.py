@@ -14,7 +14,7 @@ from hyper2kvmd.domain import hardware
 from hyper2kvmd.domain.hardware import Card, Hardware
 from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, domain_uuid, generated_mac
-from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
+from hyper2kvmd.errors import Code, Collected, Finding, MigrationError
 from hyper2kvmd.files import existing_parent
 from hyper2kvmd.guest.session import check_host
 from hyper2kvmd.hypervisor.connection import connect, virt_type
@@ -88,11 +88,11 @@ class Plan:
 
 
 def make_plan(
-    job: Job, manifest: Manifest, noted: Noted, stack: contextlib.ExitStack, ours: Iterable[Path] = ()
+    job: Job, manifest: Manifest, problems: Collected, stack: contextlib.ExitStack, published: Iterable[Path] = ()
 ) -> Plan:
-    """Decide everything, and check what can be checked at once; all that is wrong is put into `noted`.
+    """Decide everything, and check what can be checked at once; all that is wrong is put into `problems`.
 
-    The sources are open until `stack` is closed. `ours` are outputs that an earlier attempt of this job has published.
+    The sources are open until `stack` is closed. `published` are outputs of an earlier attempt of this job.
     The plan is of use only if nothing is wrong. Raise OSError.
     """
     settings, stages = job.settings, manifest.stages
@@ -104,32 +104,32 @@ def make_plan(
     check = job.request.wants("validate", stages.validate_.enabled)
     boot = check and convert and (settings.validate_.test_boot or bool(stages.validate_.test_boot))
     defines = job.request.wants("import", settings.libvirt.import_)
-    sources, directory = _sources(job, manifest, noted, stack), settings.output_dir
-    with noted:
+    sources, directory = _sources(job, manifest, problems, stack), settings.output_dir
+    with problems:
         directory = _output_dir(job, manifest)
     was, warnings = hardware.read(job.export.fd, manifest)
     for finding in warnings:
         job.warn(finding)
-    _check_checksums(job, manifest, noted)
+    _check_checksums(job, manifest, problems)
     order = [*was.disks]
     disks = [_planned(job, manifest, source, directory, format) for source in sources]
     disks.sort(key=lambda disk: order.index(disk.id))
     acceleration = "tcg"
     if inspect or fix or boot or defines:
-        with noted:
+        with problems:
             acceleration = _accel(job)
     if inspect or fix:
-        with noted:
+        with problems:
             check_host()
     uuid = domain_uuid(
         *(part or "" for part in (manifest.provider, manifest.datacenter, manifest.vm_id)), manifest.vm_name
     )
     domain = _domain(job, manifest, was, disks, format, uuid)
     if convert:
-        _check_outputs(disks, directory, set(ours), noted)
+        _check_outputs(disks, directory, set(published), problems)
     if convert and (defines or boot):
-        with noted:
-            domain = _check_target(job, domain, uuid, acceleration, directory, noted, defines=defines)
+        with problems:
+            domain = _check_target(job, domain, uuid, acceleration, directory, problems, defines=defines)
     plan = Plan(
         manifest=manifest,
         hardware=was,
@@ -160,18 +160,18 @@ def make_plan(
     return plan
 
 
-def _sources(job: Job, manifest: Manifest, noted: Noted, stack: contextlib.ExitStack) -> tuple[Source, ...]:
+def _sources(job: Job, manifest: Manifest, problems: Collected, stack: contextlib.ExitStack) -> tuple[Source, ...]:
     """The open disks, without those that cannot be used."""
-    sources = open_sources(job.export.fd, job.export.directory, manifest.disks, stack, noted)
+    sources = open_sources(job.export.fd, job.export.directory, manifest.disks, stack, problems)
     for source in sources:
         for finding in source.warnings:
             job.warn(finding)
-        with noted:
+        with problems:
             qemu_img.check_source(job.tools, source)
     return sources
 
 
-def _check_checksums(job: Job, manifest: Manifest, noted: Noted) -> None:
+def _check_checksums(job: Job, manifest: Manifest, problems: Collected) -> None:
     """Check that each disk has a checksum, if the settings want that."""
     if not job.settings.validate_.require_checksums:
         return
@@ -182,7 +182,9 @@ def _check_checksums(job: Job, manifest: Manifest, noted: Noted) -> None:
                 " run `hyper2kvmctl manifest rehash` on the manifest, and `hyper2kvmctl retry`."
             )
             message = f"disk {disk.id} has no checksum, which validate.require_checksums demands"
-            noted.errors.append(MigrationError(Code.CHECKSUM_MISSING, message, hint, field=f"disks[{index}].checksum"))
+            problems.errors.append(
+                MigrationError(Code.CHECKSUM_MISSING, message, hint, field=f"disks[{index}].checksum")
+            )
 
 
 def _planned(job: Job, manifest: Manifest, source: Source, directory: Path, format: str) -> PlannedDisk:
@@ -269,7 +271,7 @@ def _domain(
 
 
 def _check_target(
-    job: Job, domain: Domain, uuid: str, acceleration: str, directory: Path, noted: Noted, *, defines: bool
+    job: Job, domain: Domain, uuid: str, acceleration: str, directory: Path, problems: Collected, *, defines: bool
 ) -> Domain:
     """Ask libvirt for all that would keep it from defining the domain; return the domain with a UUID that is free.
 
@@ -289,14 +291,14 @@ def _check_target(
                 )
             )
             domain = replace(domain, uuid=uuid)
-        noted.errors += preflight(connection, domain, settings.pool, directory)
+        problems.errors += preflight(connection, domain, settings.pool, directory)
     return domain
 
 
-def _check_outputs(disks: Iterable[PlannedDisk], directory: Path, ours: set[Path], noted: Noted) -> None:
+def _check_outputs(disks: Iterable[PlannedDisk], directory: Path, published: set[Path], problems: Collected) -> None:
     """Check that the outputs can be written and nobody's file is in their place."""
     if not os.access(directory, os.W_OK | os.X_OK):
-        with noted:
+        with problems:
             raise MigrationError(
                 Code.OUTPUT_DENIED,
                 f"{directory} is not a directory that this service can write to",
@@ -304,8 +306,8 @@ def _check_outputs(disks: Iterable[PlannedDisk], directory: Path, ours: set[Path
                 field="output_dir",
             )
     for disk in disks:
-        if disk.final not in ours and os.path.lexists(disk.final):
-            noted.errors.append(output_exists(disk.final))
+        if disk.final not in published and os.path.lexists(disk.final):
+            problems.errors.append(output_exists(disk.final))
 
 
 def needs(job: Job, plan: Plan, done: Callable[[PlannedDisk], bool]) -> list[reserve.Need]:

@@ -1,6 +1,7 @@
 """What a manifest file may hold, key by key, in either dialect; also the source of its JSON schema.
 
-It is long because it is that one document: whoever looks for a key finds it here, and nowhere else. Each description completes the sentence "it must be ...": it is what a person reads who got the value wrong.
+It is long because it is that one document: whoever looks for a key finds it here, and nowhere else. Each description
+completes the sentence "it must be ...": it is what a person reads who got the value wrong.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def test_the_page_of_the_library_has_all_that_is_offered() -> None:
 
 def test_the_map_of_the_source_names_what_is_there_and_all_of_it() -> None:
     page = (ROOT / "docs/source.md").read_text()
-    named = {path for path in re.findall(r"`((?:hyper2kvmd|tests|packaging|docs)/[^`]*)`", page)}
+    named = set(re.findall(r"`((?:hyper2kvmd|tests|packaging|docs)/[^`]*)`", page))
     assert [] == [path for path in named if not (ROOT / path).exists()]
     package = ROOT / "hyper2kvmd"
     rooms = {f"hyper2kvmd/{path.name}{'/' * path.is_dir()}" for path in package.iterdir() if path.name[:2] != "__"}

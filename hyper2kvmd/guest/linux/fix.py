@@ -18,7 +18,7 @@ from hyper2kvmd.guest.inspect import Inspection
 from hyper2kvmd.guest.linux import kernels, selinux
 from hyper2kvmd.guest.linux.devices import Names, changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import (
-    Plan,
+    FixPlan,
     View,
     bootloader,
     configuration,
@@ -220,7 +220,7 @@ def _bus_warnings(machine: Machine, bus: Bus, able: Sequence[Image], images: Seq
     return tuple(found)
 
 
-def _plans(view: View, choice: Choice, options: FixOptions) -> list[Plan]:
+def _plans(view: View, choice: Choice, options: FixOptions) -> list[FixPlan]:
     """What every fixer that is wanted wants to do."""
     plans = [lvm.plan(view), network.plan(view, options.nics)]
     if options.fstab != "noop":
@@ -284,7 +284,7 @@ def _to_rebuild(choice: Choice, edits: Sequence[Edit], options: FixOptions) -> t
     )
 
 
-def _apply(g: Any, plans: Sequence[Plan], options: FixOptions) -> list[Change]:
+def _apply(g: Any, plans: Sequence[FixPlan], options: FixOptions) -> list[Change]:
     """Do what was planned. An existing file keeps its inode, and so its owner, mode and labels."""
     edits = [edit for plan in plans for edit in plan.edits]
     if len({edit.path for edit in edits}) < len(edits):

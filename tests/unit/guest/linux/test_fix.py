@@ -12,7 +12,7 @@ from hyper2kvmd.guest.inspect import Inspection
 from hyper2kvmd.guest.linux import kernels
 from hyper2kvmd.guest.linux.fix import FixOptions, choose_machine
 from hyper2kvmd.guest.linux.kernels import Image, Kernel
-from hyper2kvmd.guest.linux.menu import Entry, Menu
+from hyper2kvmd.guest.linux.menu import Menu, MenuEntry
 
 VIRTIO = ("virtio", "virtio_ring", "virtio_pci", "virtio_blk")
 
@@ -25,7 +25,7 @@ def image(version: str, *drivers: str, entry: int = 0, builtin: tuple[str, ...] 
 
 def inspection(*images: Image, disks: int = 1, default: int = 0) -> Inspection:
     """A guest with BIOS whose menu has these kernels."""
-    entries = tuple(Entry(one.kernel.path, (), one.kernel.version, one.kernel.version) for one in images)
+    entries = tuple(MenuEntry(one.kernel.path, (), one.kernel.version, one.kernel.version) for one in images)
     return Inspection(
         os_type="linux", distro="rhel", version="5.11", product_name="RHEL", arch="x86_64", hostname="a",
         package_format="rpm", root="/dev/sda1", mounts={"/": "/dev/sda1"},

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hyper2kvmd.guest.inspect import Inspection
 from hyper2kvmd.guest.linux import menu
 from hyper2kvmd.guest.linux.devices import Device, Names
-from hyper2kvmd.guest.linux.fixers import Plan, View, bootloader
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, bootloader
 from hyper2kvmd.guest.linux.menu import Menu
 
 KNOWN = {"/dev/sda1": "UUID=efi", "/dev/sda2": "UUID=root", "/dev/sda3": "UUID=swap"}
@@ -912,7 +912,7 @@ class Guest:
         return [path for path in self.files if fnmatch.fnmatchcase(path, pattern)]
 
 
-def planned(guest: Guest, *, default: int | None = None) -> Plan:
+def planned(guest: Guest, *, default: int | None = None) -> FixPlan:
     root = Device("/dev/sda2", "ext4", uuid="root-uuid", part_uuid="root-part")
     names = Names(("/dev/sda",), {"/dev/sda2": root})
     inspection = SimpleNamespace(menu=read(guest.files), root="/dev/sda2")
