@@ -19,9 +19,8 @@ from hyper2kvmd.manifest import wire
 from hyper2kvmd.manifest.model import Configuration, Disk, Manifest, Part
 from hyper2kvmd.manifest.problems import ManifestError, invalid
 from hyper2kvmd.manifest.reader import parse
+from hyper2kvmd.manifest.wire import Format
 from hyper2kvmd.text import show
-
-Format = Literal["vmdk", "qcow2", "raw", "vhd", "vhdx", "vdi"]
 
 SUFFIXES: dict[str, Format] = {
     ".vmdk": "vmdk",

@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 from hyper2kvmd.text import is_card_mac, mac_address, show
 
 VERSION = "1.0"
+Format = Literal["vmdk", "qcow2", "raw", "vhd", "vhdx", "vdi"]  # what a disk of an export can be
 CHECKSUM = re.compile(r"sha256:[0-9a-fA-F]{64}")
 IDENTIFIER = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 ENTRY_LIMIT = 64  # disks, network interfaces, and every list in `configuration`
@@ -294,9 +295,7 @@ class Disk(Table):
     """A disk file."""
 
     id: Identifier = Field(description="an identifier such as disk-0")
-    source_format: Literal["vmdk", "qcow2", "raw", "vhd", "vhdx", "vdi"] = Field(
-        description="one of vmdk, qcow2, raw, vhd, vhdx, vdi"
-    )
+    source_format: Format = Field(description=f"one of {', '.join(get_args(Format))}")
     bytes: int = Field(ge=1, description="the size of the file in bytes, at least 1")
     local_path: Annotated[str, AfterValidator(_path), AfterValidator(_printable)] = Field(
         description="the path of the disk file"
