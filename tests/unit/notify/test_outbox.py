@@ -14,6 +14,7 @@ import pytest
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.files import timestamp
 from hyper2kvmd.notify import hooks, outbox, webhook
+from hyper2kvmd.notify.message import Ended, ended
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.load import load_settings
 from hyper2kvmd.settings.model import Hooks, Settings, Webhook, url_problem
@@ -41,8 +42,8 @@ def report(**changes: Any) -> dict[str, Any]:
     }
 
 
-def message(**changes: Any) -> outbox.Ended:
-    found = outbox.ended(PATH, report(**changes))
+def message(**changes: Any) -> Ended:
+    found = ended(PATH, report(**changes))
     assert found is not None
     return found
 
@@ -138,8 +139,8 @@ def test_no_vm_can_call_everybody_in_a_chat() -> None:
     ids=str,
 )
 def test_what_is_not_at_its_end_or_no_report_of_ours_has_no_message(changes: dict[str, Any]) -> None:
-    assert outbox.ended(PATH, report()) is not None
-    assert outbox.ended(PATH, report(**changes)) is None
+    assert ended(PATH, report()) is not None
+    assert ended(PATH, report(**changes)) is None
 
 
 def test_a_report_of_a_later_version_is_told_with_all_that_it_has() -> None:
