@@ -1,4 +1,7 @@
-"""Logging: structured events to journald in its native protocol, or to the terminal."""
+"""Logging: structured events to journald in its native protocol, or to the terminal.
+
+The protocol is spoken by hand, as python-systemd drops events without a word where there is no journal.
+"""
 
 from __future__ import annotations
 
