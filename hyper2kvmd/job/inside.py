@@ -16,6 +16,7 @@ from hyper2kvmd.guest.inspect import Inspection, inspect
 from hyper2kvmd.guest.keys import passphrase
 from hyper2kvmd.guest.linux.fix import FixOptions, fix
 from hyper2kvmd.guest.linux.fixers.network import Nic
+from hyper2kvmd.guest.linux.kernels import bus_of
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.job.context import Job
@@ -88,6 +89,7 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
 
 
 def key_for(job: Job, plan: Plan) -> Callable[[str], str | None]:
+    """A function from the UUID of a LUKS container to its passphrase, None if the settings have none."""
     return partial(passphrase, job.settings.fix.luks_keys, plan.manifest.vm_name)
 
 
@@ -114,14 +116,15 @@ def _tolerated(job: Job, plan: Plan, error: MigrationError) -> bool:
         job.warn(Finding(error.code, error.message, "FIX is off, so the disks were converted as they are."))
         return True
     if job.settings.fix.allow_unsupported and error.code in (Code.OS_UNKNOWN, Code.OS_UNSUPPORTED):
-        job.warn(Finding(error.code, f"{error.message}; converted as it is, with SATA and e1000e", error.hint))
         found = job.record.results.inspect
         machine = machine_for(
-            found.system if found else None,
+            found.guest if found else None,
             found.firmware if found else plan.domain.firmware,
             len(plan.disks),
             virtio=False,
         )
+        hardware = f"{bus_of(machine, len(plan.disks)).name} and {machine.cards}"
+        job.warn(Finding(error.code, f"{error.message}; converted as it is, with {hardware}", error.hint))
         job.record.results.fix = Fixed(drivers_injected=(), boot_updated=False, proofs=(), machine=machine)
         return True
     return False

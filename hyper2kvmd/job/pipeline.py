@@ -231,7 +231,7 @@ def _as_found(job: Job, plan: Plan, disks: Sequence[PlannedDisk]) -> Domain:
     """The plan's domain, with what the disks say of it."""
     inspected, fixed = job.record.results.inspect, job.record.results.fix
     firmware = inspected.firmware if inspected else plan.domain.firmware
-    guest = inspected.system if inspected else None
+    guest = inspected.guest if inspected else None
     return replace(
         plan.domain,
         firmware=firmware,

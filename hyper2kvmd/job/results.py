@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from hyper2kvmd.domain.model import GuestSystem, Machine
 from hyper2kvmd.guest.change import Proof
-from hyper2kvmd.guest.inspect import Inspection
-from hyper2kvmd.guest.linux.devices import Device
-from hyper2kvmd.guest.linux.kernels import Kernel
+from hyper2kvmd.guest.inspect import Found, Inspection
 
 
 class Result(BaseModel):
@@ -23,45 +22,28 @@ class Result(BaseModel):
         return self.model_dump(mode="json")
 
 
-class Inspected(Result):
-    """What INSPECT found: guest.inspect.Inspection, in the words of the report.
+@dataclass(frozen=True, kw_only=True)
+class Inspected(Found):
+    """What INSPECT found. boot_disk: the id of the one that it boots from. kernel_version: of the first on the menu."""
 
-    boot_disk: the id of the disk that it boots from. kernel_version: of the first kernel on the boot menu.
-    """
-
-    os_type: str
-    distro: str
-    version: str
-    product_name: str
-    arch: str
-    hostname: str
-    package_format: str
-    root: str
-    mounts: dict[str, str]
-    kernels: tuple[Kernel, ...]
-    initramfs: str
-    bootloader: str
-    firmware: Literal["bios", "uefi"]
-    firmware_evidence: str
-    esp: str | None
     boot_disk: str
-    disks: tuple[str, ...]
-    filesystems: tuple[Device, ...]
-    locked: tuple[str, ...]
-    serial_console: bool
     kernel_version: str | None
 
     @classmethod
     def of(cls, inspection: Inspection, boot_disk: str) -> Inspected:
         """The inspection, with the id of the boot disk in place of its number."""
         kernels = sorted(inspection.kernels, key=lambda kernel: not kernel.chosen_by_bootloader)
-        version = kernels[0].version if kernels else None
-        return cls(**{**vars(inspection), "boot_disk": boot_disk, "kernel_version": version})
+        found = {field.name: getattr(inspection, field.name) for field in fields(Found)}
+        return cls(**found, boot_disk=boot_disk, kernel_version=kernels[0].version if kernels else None)
 
     @property
-    def system(self) -> GuestSystem:
+    def guest(self) -> GuestSystem:
         """The operating system as a domain knows it."""
-        return GuestSystem(self.os_type, self.distro, self.version, self.kernel_version, self.product_name)
+        return self.system(self.kernel_version)
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as it stands in the report."""
+        return asdict(self)
 
 
 class Fixed(Result):
