@@ -13,32 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadFileScheduling
 
 from hyper2kvmd import accel
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
+from tests import order
+from tests.order import pytest_collection_modifyitems, pytest_configure, pytest_xdist_make_scheduler
+
+__all__ = ["pytest_collection_modifyitems", "pytest_configure", "pytest_xdist_make_scheduler"]  # hooks of pytest
 
 MakeExport = Callable[..., Path]
 Ctl = Callable[..., subprocess.CompletedProcess[str]]
-
-
-# Two guests that boot at once on two cores without KVM run into their own time limits.
-BOOT_GUESTS = {f"tests/e2e/test_{name}.py" for name in ("import", "migration")}
-
-
-class OneGuestAtATime(LoadFileScheduling):  # type: ignore[misc]  # which has no types
-    """Runs files side by side, in the order of their names, but those that boot guests one after the other."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file: str = super()._split_scope(nodeid)
-        return "guests" if file in BOOT_GUESTS else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneGuestAtATime:
-    """Its own markers for groups have no effect with pytest 9.2."""
-    return OneGuestAtATime(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -185,4 +170,5 @@ def report_of(export: Path) -> dict[str, Any]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Golden files are rewritten on request, and then looked at."""
+    order.pytest_addoption(parser)
     parser.addoption("--regenerate", action="store_true", help="rewrite the golden files")

@@ -66,7 +66,7 @@ def attribute(parent: ET.Element, tag: str, key: str) -> str | None:
 
 
 @pytest.fixture(
-    scope="module", params=(pytest.param("debian12-three-disks", marks=pytest.mark.long), "debian12-uefi-three-disks")
+    scope="module", params=(pytest.param("debian12-three-disks", marks=pytest.mark.rest), "debian12-uefi-three-disks")
 )
 def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Imported:
     guest = GUESTS[request.param]

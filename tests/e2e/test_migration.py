@@ -84,7 +84,7 @@ def bios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Migrated]:
     yield migrate(tmp_path_factory.mktemp("bios"), "debian12-bios", "seed", "web01")
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_the_guest_does_not_boot_on_virtio_before() -> None:
     result = boot([build("debian12-bios")], "raw", "virtio", timeout=240)
     assert "failed" == result.outcome, result.serial_log[-3000:]
@@ -155,7 +155,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_a_fixer_that_leaves_out_virtio_makes_the_job_fail_and_publishes_nothing(
     scratch: Settings, tmp_path: Path
 ) -> None:

@@ -15,17 +15,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import ROOT
+from tests import ROOT, cache
 from tests.conftest import disk_entry, write_manifest
 from tests.e2e.container import Container, booted
 from tests.e2e.test_systemd import CONFIG, SETTINGS, hand_over, main_pid, processes, show
-from tests.guests.build import cached
 from tests.guests.rootfs import run
 
 Drop = Callable[[str], str]
 
-CACHE = ROOT / ".cache/packages"
-WHEELS = ROOT / ".cache/wheels"
 LIBRARIES = "/usr/lib/hyper2kvmd"
 NEXT = "99.0"  # the version that comes after this one
 SUITES = ("bookworm", "trixie")
@@ -80,7 +77,7 @@ def package(packages: dict[str, Path]) -> Path:
 
 def build_package(kind: str, tree: Path, directory: Path) -> Path:
     """Build the package of a tree into a directory, as `make deb` ("debian") and `make rpm` ("rpm") do."""
-    command = [tree / f"packaging/{kind}/build.sh", tree, directory, WHEELS]
+    command = [tree / f"packaging/{kind}/build.sh", tree, directory, cache.directory("wheels")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert 0 == done.returncode, done.stderr
     assert "" == done.stderr, "the build is quiet"
@@ -137,7 +134,7 @@ def fresh_system(suite: str) -> Path:
         *("--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=force-unsafe-io"),
         *(f'--customize-hook=APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" {download}', suite),
     )
-    return cached(suite, digest, lambda into: run(*command, into), CACHE)
+    return cache.cached("systems", suite, digest, lambda into: run(*command, into))
 
 
 # What the tests of both kinds of packages do ---------------------------------------------------------------

@@ -130,7 +130,7 @@ def red_hat(version: str, *, entry: int, name: str = "", rescue: bool = False) -
     return Kernel(version, f"/boot/vmlinuz-{name}", f"/boot/initramfs-{name}.img", True, entry, rescue)
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_rhel7_is_mended_for_both_kernels_and_its_rescue_image_is_left_alone(mend: Mend) -> None:
     new, old = "3.10.0-1160.119.1.el7.x86_64", "3.10.0-1160.el7.x86_64"
     rules = "/etc/udev/rules.d/70-persistent-net.rules"
@@ -234,7 +234,7 @@ def test_rhel8_keeps_its_kernel_options_in_grubenv_on_the_esp(mend: Mend) -> Non
     assert [f"MACAddress={FIRST}"] == guest.lines(link, "MACAddress")
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_rhel8_is_left_alone_once_it_is_mended(mend: Mend) -> None:
     assert () == mend("rhel8", FixOptions(nics=ONE_CARD.nics, remove_vmware_tools=True), again=True).again
 
@@ -264,7 +264,7 @@ def test_rhel9_on_lvm_loses_the_list_of_devices_and_nothing_else_is_edited(mend:
     assert {(version, "virtio_pci"), (version, "virtio_blk")} <= {*proved(guest.result)}
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_rhel10_by_uuid_needs_drivers_and_the_name_of_its_card_only(mend: Mend) -> None:
     version = "6.12.0-55.9.1.el10_0.x86_64"
     link = "/etc/systemd/network/10-hyper2kvm-ens33.link"
@@ -288,7 +288,7 @@ def test_dracut_that_leaves_a_driver_out_is_found_out(mend: Mend) -> None:
 RHEL6 = ("2.6.32-754.35.1.el6.x86_64", "2.6.32-754.el6.x86_64")
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_rhel6_gets_no_options_that_its_dracut_does_not_know(mend: Mend) -> None:
     rules = "/etc/udev/rules.d/70-persistent-net.rules"
     guest = mend("rhel6", TWO_CARDS, again=True)
@@ -320,7 +320,7 @@ def test_rhel6_gets_no_options_that_its_dracut_does_not_know(mend: Mend) -> None
     assert () == guest.again
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_guest_whose_kernels_have_no_virtio_is_proved_for_sata(mend: Mend) -> None:
     guest = mend("rhel6-without-virtio", TWO_CARDS)
     assert guest.result.compatible
@@ -329,7 +329,7 @@ def test_guest_whose_kernels_have_no_virtio_is_proved_for_sata(mend: Mend) -> No
     assert "no_virtio" in [warning.code for warning in guest.result.warnings]
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_rhel5_is_told_the_drivers_at_each_build(mend: Mend) -> None:
     version = "2.6.18-398.el5"
     guest = mend("rhel5", reads=("/etc/sysconfig/kernel",))
@@ -413,7 +413,7 @@ def test_sles11_is_built_with_its_own_mkinitrd_and_keeps_its_menu(mend: Mend) ->
     assert () == guest.again
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_amazon_linux_with_virtio_built_in_is_not_written_to(mend: Mend) -> None:
     version = "5.10.177-158.645.amzn2.x86_64"
     guest = mend("amazon2")
@@ -428,7 +428,7 @@ def test_amazon_linux_with_virtio_built_in_is_not_written_to(mend: Mend) -> None
     } == proved(guest.result)
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_photon_names_its_kernel_in_a_file_beside_it(mend: Mend) -> None:
     version = "5.10.152-4.ph4"
     guest = mend("photon")
