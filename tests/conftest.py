@@ -17,10 +17,20 @@ import pytest
 from hyper2kvmd import accel
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
-from tests import order
-from tests.order import pytest_collection_modifyitems, pytest_configure, pytest_xdist_make_scheduler
+from tests import appliance, order
+from tests.order import (
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_makereport,
+    pytest_xdist_make_scheduler,
+)
 
-__all__ = ["pytest_collection_modifyitems", "pytest_configure", "pytest_xdist_make_scheduler"]  # hooks of pytest
+__all__ = [  # hooks of pytest
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_runtest_makereport",
+    "pytest_xdist_make_scheduler",
+]
 
 MakeExport = Callable[..., Path]
 Ctl = Callable[..., subprocess.CompletedProcess[str]]
@@ -34,10 +44,15 @@ def accelerator() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def known_accelerator(request: pytest.FixtureRequest) -> None:
-    """Jobs of tests that emulate anyway do not try again. What a job does that finds it out has tests of its own."""
-    more_than_units = any("unit" not in item.path.parts for item in request.session.items)
-    if more_than_units and "tcg" == request.getfixturevalue("accelerator"):
+    """Jobs of tests that emulate anyway do not try again. What a job does that finds it out has tests of its own.
+
+    And no appliance is made, since one is there.
+    """
+    if all("unit" in item.path.parts for item in request.session.items):
+        return
+    if "tcg" == request.getfixturevalue("accelerator"):
         os.environ["LIBGUESTFS_BACKEND_SETTINGS"] = "force_tcg"
+    os.environ["LIBGUESTFS_PATH"] = str(appliance.fixed())
 
 
 @pytest.fixture
@@ -51,7 +66,7 @@ def scratch(tmp_path: Path) -> Settings:
             "output_dir": tmp_path / "images",
             "work_dir": tmp_path / "work",
             "settle_seconds": 0,
-            "scan_interval_seconds": 1,
+            "scan_interval_seconds": 0.3,
             "libvirt": {"import": False},
             "metrics": {"listen": ""},
         }

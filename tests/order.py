@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 # Where the time goes --------------------------------------------------------------------------------------
 
 
+_burnt = 0.0  # of a processor's seconds, when the last report was made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note in a report what its phase took of a processor, which is the same when others want it, too.
+
+    That of a child counts when it has ended: of what outlives a test, at the end of its module.
+    """
+    global _burnt  # noqa: PLW0603
+    report = yield
+    now = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    report.burnt = now - _burnt  # type: ignore[attr-defined]  # passed on by xdist as everything is
+    _burnt = now
+    return report
+
+
 class Times:
     """Adds up the seconds of every file, and keeps them with how the session went."""
 
@@ -86,12 +104,14 @@ class Times:
         self.name = name
         self.began = time.monotonic()
         self.seconds: dict[str, float] = defaultdict(float)
+        self.burnt: dict[str, float] = defaultdict(float)
         self.tests: dict[str, int] = defaultdict(int)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of set-up, call and tear-down."""
         file = report.nodeid.partition("::")[0]
         self.seconds[file] += report.duration
+        self.burnt[file] += getattr(report, "burnt", 0)
         self.tests[tier(file)] += report.when == "call"
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -103,6 +123,7 @@ class Times:
             "ended": ended,
             "tests": self.tests,
             "seconds": {file: round(seconds, 1) for file, seconds in sorted(self.seconds.items())},
+            "burnt": {file: round(seconds, 1) for file, seconds in sorted(self.burnt.items())},
         }
         (LOGS / f"{self.name}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -126,6 +147,7 @@ def summary(sessions: Iterable[dict[str, Any]]) -> str:
     """A line for each tier, and at the end one as pytest's for all sessions together."""
     tests: dict[str, int] = defaultdict(int)
     seconds: dict[str, float] = defaultdict(float)
+    burnt: dict[str, float] = defaultdict(float)
     ended: dict[str, int] = defaultdict(int)
     wall = 0.0
     for session in sessions:
@@ -134,9 +156,13 @@ def summary(sessions: Iterable[dict[str, Any]]) -> str:
             tests[name] += count
         for file, taken in session["seconds"].items():
             seconds[tier(file)] += taken
+            burnt[tier(file)] += session["burnt"][file]
         for kind, count in session["ended"].items():
             ended[kind] += count
-    lines = [f"{name:12} {tests[name]:5} tests, {taken:5.0f} s of processes" for name, taken in seconds.items()]
+    lines = [
+        f"{name:12} {tests[name]:5} tests, {taken:5.0f} s, of which {burnt[name]:5.0f} s of a processor"
+        for name, taken in seconds.items()
+    ]
     counts = ", ".join(f"{ended[kind]} {kind}" for kind in KINDS if ended[kind])
     return "\n".join([*lines, f"{counts} in {wall:.0f} s"])
 
