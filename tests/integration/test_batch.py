@@ -200,7 +200,9 @@ class Terminal:
         config.write_text(scratch.model_dump_json(by_alias=True))
         self._fd, child = pty.openpty()
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 120, 0, 0))
-        command = [sys.executable, "-m", "hyper2kvmd.ctl", "batch", str(scratch.exports_dir), *options]
+        # SIGINT as at a terminal: to what is started in the background, pytest too, a shell leaves that it is ignored.
+        program = ["env", "--default-signal=INT", sys.executable, "-m", "hyper2kvmd.ctl"]
+        command = [*program, "batch", str(scratch.exports_dir), *options]
         self.process = subprocess.Popen(
             [*command, "--config", str(config)],
             stdin=child,

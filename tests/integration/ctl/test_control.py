@@ -17,7 +17,7 @@ from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
 from hyper2kvmd.queue.state import state_of
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, MakeExport, report_of, run_job
-from tests.integration.daemon.test_daemon import daemon, wait_until
+from tests.integration.daemon.test_daemon import change, daemon, free_port, look_again, wait_until
 from tests.integration.job.test_kill import check_finished_once, is_alive, start
 
 SLOW = '[ "$1" = convert ] && echo $$ > {pids} && exec sleep 120\nexec /usr/bin/qemu-img "$@"\n'
@@ -184,18 +184,18 @@ def test_drain_finishes_what_runs_and_starts_nothing_until_resume(
 ) -> None:
     gate = tmp_path / "gate"
     fake("qemu-img", f'[ "$1" = convert ] && touch {gate}.there && while [ ! -e {gate} ]; do sleep 0.1; done\n' + GOOD)
-    settings = Settings.model_validate({**scratch.model_dump(by_alias=True), "workers": 1})
+    port = free_port()
     first = make_export("a")
-    with daemon(settings):
+    with daemon(change(scratch, workers=1, metrics={"listen": f"127.0.0.1:{port}"})):
         wait_until((tmp_path / "gate.there").exists, 60)
         second = make_export("b")
         assert 0 == ctl("drain", "--no-wait").returncode
-        time.sleep(2)
+        look_again(port)
         gate.touch()
         done = ctl("drain")
         assert "drained" in done.stdout
         assert "succeeded" == report_of(first)["status"]
-        time.sleep(3)
+        look_again(port)
         assert not (second / REPORT).exists()
         assert 0 == ctl("resume").returncode
         wait_until((second / REPORT).exists, 60)

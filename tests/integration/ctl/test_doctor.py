@@ -67,11 +67,20 @@ Doctor = Callable[..., Report]
 
 @pytest.fixture
 def doctor(scratch: Settings, tmp_path: Path) -> Doctor:
-    """Runs the named checks on `scratch`. setup: what root does before, in a mount namespace of the doctor's own."""
+    """Runs the named checks on `scratch`, with the appliance that libguestfs makes by itself.
+
+    setup: what root does before, in a mount namespace of the doctor's own. program: what Python runs.
+    """
     config = tmp_path / "doctor.json"
     config.write_text(scratch.model_dump_json(by_alias=True))
 
-    def run(*checks: str, setup: str = "", by: tuple[str, ...] = (), **settings: Any) -> Report:
+    def run(
+        *checks: str,
+        setup: str = "",
+        by: tuple[str, ...] = (),
+        program: tuple[str, ...] = ("-m", "hyper2kvmd.ctl"),
+        **settings: Any,
+    ) -> Report:
         before = by
         if setup:
             apart = ("unshare", "--user", "--map-root-user", "--mount", "--")
@@ -81,8 +90,7 @@ def doctor(scratch: Settings, tmp_path: Path) -> Doctor:
             [
                 *before,
                 sys.executable,
-                "-m",
-                "hyper2kvmd.ctl",
+                *program,
                 "doctor",
                 *checks,
                 "--json",
@@ -94,6 +102,7 @@ def doctor(scratch: Settings, tmp_path: Path) -> Doctor:
             check=False,
             stdin=subprocess.DEVNULL,
             timeout=200,
+            env={name: value for name, value in os.environ.items() if name != "LIBGUESTFS_PATH"},
         )
         assert done.stdout, done.stderr
         return Report(done.returncode, json.loads(done.stdout))
@@ -454,13 +463,23 @@ def test_a_missing_tpm_emulator_is_a_warning(doctor: Doctor, libvirtd: tuple[str
     assert "Install the packages swtpm" in report.only()[1]
 
 
+# hyper2kvmctl that waits for an answer for seconds only.
+IMPATIENT = """
+import sys
+from hyper2kvmd.hypervisor import connection
+connection.ANSWER_SECONDS = 3.0
+from hyper2kvmd.ctl import main
+sys.exit(main())
+"""
+
+
 @as_root
 def test_libvirt_that_hangs_is_a_failure_within_seconds(doctor: Doctor, libvirtd: tuple[str, Path]) -> None:
     uri, daemon = libvirtd
     pid = int((daemon / "pid").read_text())
     os.kill(pid, signal.SIGSTOP)
     try:
-        report = doctor("libvirt", **about(uri))
+        report = doctor("libvirt", program=("-c", IMPATIENT), **about(uri))
     finally:
         os.kill(pid, signal.SIGCONT)
     assert (1, [("libvirt", "failed", "libvirt_unavailable")]) == (report.status, report.faults())
