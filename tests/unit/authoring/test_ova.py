@@ -57,10 +57,10 @@ def refused(data: bytes, directory: Path) -> MigrationError:
     archive = directory / "web.ova"
     archive.write_bytes(data)
     (directory / "out").mkdir()
-    started, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(MigrationError) as caught:
         unpack(archive, directory / "out/web")
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 64 << 10  # KiB
     assert [] == list((directory / "out").iterdir())
     assert ["out", "web.ova"] == sorted(path.name for path in directory.iterdir())

@@ -726,10 +726,10 @@ def nested(depth: int) -> bytes:
     ],
 )
 def test_hostile_document_is_refused(data: bytes, name: str, code: Code, message: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     error = failure(data, name)
     assert (error.code, message in error.message) == (code, True), error
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
 
 
 @pytest.mark.parametrize("value", [False, None])
@@ -740,20 +740,20 @@ def test_secure_boot_of_the_go_library_is_only_known_if_it_is_on(value: bool | N
 
 @pytest.mark.parametrize("name", ["m.json", "m.yaml"])
 def test_one_enormous_key_is_refused_soon(name: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     error = failure(json.dumps(changed("pipeline.fix", {"x" * 900_000: 1})).encode(), name)
     assert len(str(error)) < 1000
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
 
 
 @pytest.mark.parametrize("name", ["m.json", "m.yaml"])
 def test_a_megabyte_of_problems_is_refused_soon(name: str) -> None:
     content = changed("pipeline.fix", {f"key{n}": 1 for n in range(60_000)})
     content["disks"][0] |= {f"key{n}": 1 for n in range(10_000)}
-    started = time.monotonic()
+    started = time.process_time()
     error = failure(json.dumps(content).encode(), name)
     assert len(error.problems) == 100
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["", "..", "a/b", "raw"])

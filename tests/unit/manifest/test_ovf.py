@@ -378,16 +378,16 @@ def test_deeply_nested_descriptor_is_refused_without_harm() -> None:
 def test_billion_laughs_are_refused_soon() -> None:
     entities = "".join(f"<!ENTITY e{n} '{f'&e{n - 1};' * 10 if n else 'lol'}'>" for n in range(10))
     data = f"<?xml version='1.0'?><!DOCTYPE lolz [{entities}]><Envelope>&e9;</Envelope>".encode()
-    started = time.monotonic()
+    started = time.process_time()
     assert "it has a DTD" in problem(data)
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
 
 
 def test_largest_descriptor_is_read_soon() -> None:
     devices = item(17, InstanceID=1, Parent=1, HostResource="x")
-    started = time.monotonic()
+    started = time.process_time()
     assert len(system(devices * ((ovf.SIZE_LIMIT - 200) // len(devices))).disks) > 5000
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
 
 
 def _replaced(number: int, text: str) -> bytes:
