@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
+# The tests start a thousand processes of ours, each of which would compile the program anew.
+unexport PYTHONDONTWRITEBYTECODE
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hyper2kvmd-tests
 
 .PHONY: help
