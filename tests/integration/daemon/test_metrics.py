@@ -325,7 +325,9 @@ def certificate(directory: Path, name: str, signer: str | None = None) -> None:
     """Make NAME.pem and NAME.key: an authority, or what `signer` signs for 127.0.0.1."""
     run = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     run += ["-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem"]
-    if signer is not None:
+    if signer is None:
+        run += ["-addext", "keyUsage=critical,keyCertSign"]
+    else:
         run += ["-CA", f"{signer}.pem", "-CAkey", f"{signer}.key", "-addext", "basicConstraints=critical,CA:FALSE"]
         run += ["-addext", "subjectAltName=IP:127.0.0.1"]
     subprocess.run(run, cwd=directory, check=True, capture_output=True)
