@@ -15,6 +15,7 @@ from hyper2kvmd import __version__
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
 from hyper2kvmd.job.events import CHOICES, Emitter
+from hyper2kvmd.job.request import Request
 from hyper2kvmd.options import add_settings_options
 from hyper2kvmd.queue.access import forgo_capabilities
 from hyper2kvmd.queue.claim import Busy, claim_export, unwritable
@@ -113,17 +114,14 @@ def _run_job(options: argparse.Namespace) -> int:
         if config is None:
             claim.interrupted()
             return EXIT_CONFIG
-        return run_job(
-            claim,
-            config,
-            tools,
-            events,
-            only=only,
+        request = Request(
+            stages=only,
             vm_name=options.name,
             dry_run=options.dry_run,
             if_ready=options.if_ready,
             died=options.died,
         )
+        return run_job(claim, config, tools, events, request)
     finally:
         claim.close()
 

@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from hyper2kvmd.authoring.artifact import ArtifactManifest
 from hyper2kvmd.authoring.builder import ManifestBuilder
 from hyper2kvmd.daemon.progress import Progress, Stage
-from hyper2kvmd.daemon.runner import Runner, wishes
+from hyper2kvmd.daemon.runner import Runner
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.job.events import CHOICES, Event
+from hyper2kvmd.job.request import Request
 from hyper2kvmd.manifest import (
     Configuration,
     Disk,
@@ -125,10 +126,10 @@ class MigrationPipeline:
         self.settings = load_settings() if settings is None else settings
         if path != self.export:
             self.settings = self.settings.model_copy(update={"manifest_names": (path.name,)})
-        stages = None if stages is None else tuple(stages)
-        if unknown := set(stages or ()) - set(CHOICES):
+        chosen = None if stages is None else frozenset(stages)
+        if unknown := (chosen or frozenset()) - {*CHOICES}:
             raise ValueError(f"{', '.join(sorted(unknown))}: no such stage; choose from {', '.join(CHOICES)}")
-        self._options = wishes(stages=stages, dry_run=dry_run, vm_name=vm_name)
+        self._request = Request(stages=chosen, dry_run=dry_run, vm_name=vm_name)
         self._on_event = on_event
 
     def run(self) -> Report:
@@ -139,7 +140,7 @@ class MigrationPipeline:
         if not self.export.is_dir():
             hint = "Name the manifest of an existing export."
             raise MigrationError(Code.MANIFEST_UNREADABLE, f"{self.export}: no such directory", hint)
-        runner = Runner(self.export, self.settings, self._options)
+        runner = Runner(self.export, self.settings, self._request)
         try:
             status = runner.follow(lambda event: self._on_event(event, runner.progress))
         except KeyboardInterrupt:

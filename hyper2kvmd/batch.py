@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import Field
 
-from hyper2kvmd.daemon.runner import Runner, stop_all, wishes
+from hyper2kvmd.daemon.runner import Runner, stop_all
 from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.job.request import Request
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.state import FINAL, State, state_of
 from hyper2kvmd.settings.model import Network, Section, Settings
@@ -21,7 +22,7 @@ from hyper2kvmd.settings.model import Network, Section, Settings
 POLL_SECONDS = 0.2
 
 
-class Wishes(Section):
+class VmOptions(Section):
     """What is wanted for one VM beyond the settings. Those with a higher priority are migrated first."""
 
     priority: int = Field(default=0, description="VMs with a higher number are migrated first")
@@ -45,14 +46,14 @@ class Wishes(Section):
         return settings if self.output_dir is None else settings.writing_to(self.output_dir)
 
 
-class Plan(Section):
-    """A plan file: the wishes for each VM, by the name of its export's directory."""
+class BatchPlan(Section):
+    """A plan file: the options of each VM, by the name of its export's directory."""
 
-    vms: dict[str, Wishes] = Field(default_factory=dict)
+    vms: dict[str, VmOptions] = Field(default_factory=dict)
 
 
 @dataclass
-class Entry:
+class BatchEntry:
     """One export of the batch.
 
     `report` is that of its last attempt here, which began at `began` and took `seconds`; `tries` counts these attempts.
@@ -60,7 +61,7 @@ class Entry:
     """
 
     export: Path
-    wishes: Wishes
+    options: VmOptions
     state: State
     reason: Finding | None = None
     runner: Runner | None = None
@@ -76,29 +77,29 @@ class Entry:
         return self.runner is None and tries and self.state in (State.QUEUED, State.WAITING, State.RETRYING)
 
 
-def entries(settings: Settings, plan: Plan, *, dry_run: bool) -> list[Entry]:
+def entries(settings: Settings, plan: BatchPlan, *, dry_run: bool) -> list[BatchEntry]:
     """The exports in the order in which they will be migrated, with the states that they are in. Raise OSError."""
     found = []
     for export in facts.exports(settings)[0]:
-        wanted = plan.vms.get(export.name, Wishes())
+        wanted = plan.vms.get(export.name, VmOptions())
         if wanted.skip:
             continue
-        entry = Entry(export, wanted, State.QUEUED)
+        entry = BatchEntry(export, wanted, State.QUEUED)
         _look(entry, settings)
         if dry_run and entry.state in FINAL - {State.SUCCEEDED}:
             entry.state, entry.reason = State.QUEUED, None  # what was decided before is looked at again
         found.append(entry)
-    return sorted(found, key=lambda entry: (-entry.wishes.priority, entry.export.name))
+    return sorted(found, key=lambda entry: (-entry.options.priority, entry.export.name))
 
 
 def run(
-    batch: Sequence[Entry],
+    batch: Sequence[BatchEntry],
     settings: Settings,
     *,
     workers: int,
-    stages: tuple[str, ...] | None,
+    stages: frozenset[str] | None,
     dry_run: bool,
-    changed: Callable[[Entry | None], None],
+    changed: Callable[[BatchEntry | None], None],
 ) -> None:
     """Migrate the entries, `workers` at a time, until each has ended or has been tried `retry.max_attempts` times.
 
@@ -114,7 +115,7 @@ def run(
                 if entry.state == State.WAITING and entry.due <= time.time():
                     _look(entry, settings)  # it may be being written to still
                 if entry.waits(settings) and entry.due <= time.time():
-                    _start(entry, settings, wishes(stages=stages, dry_run=dry_run, vm_name=entry.wishes.name))
+                    _start(entry, settings, Request(stages, entry.options.name, dry_run))
                     running += [entry] if entry.runner is not None else []
                     changed(entry)
             select.select([entry.runner.events_fd for entry in running if entry.runner], [], [], POLL_SECONDS)
@@ -130,25 +131,25 @@ def run(
         stop_all(entry.runner for entry in batch if entry.runner is not None)
 
 
-def _look(entry: Entry, settings: Settings) -> None:
+def _look(entry: BatchEntry, settings: Settings) -> None:
     look = facts.look(entry.export, settings)
     entry.state, entry.reason = state_of(look, settings, time.time())
     entry.due = look.settled_since + settings.settle_seconds if entry.state == State.WAITING else 0.0
 
 
-def _start(entry: Entry, settings: Settings, options: list[str]) -> None:
+def _start(entry: BatchEntry, settings: Settings, request: Request) -> None:
     entry.tries += 1
     entry.began = time.monotonic()
     try:
         # What it has to say comes as events, and is in its log; here it would only disturb the table.
-        entry.runner = Runner(entry.export, entry.wishes.settings(settings), options, stderr=subprocess.DEVNULL)
+        entry.runner = Runner(entry.export, entry.options.settings(settings), request, stderr=subprocess.DEVNULL)
     except (OSError, MigrationError) as error:
         _set_back(entry, settings, Finding(Code.IO_ERROR, f"no runner can be started: {error}", "See what is missing."))
     else:
         entry.state, entry.reason = State.RUNNING, None
 
 
-def _ended(entry: Entry, settings: Settings) -> None:
+def _ended(entry: BatchEntry, settings: Settings) -> None:
     """Take down how a runner ended."""
     runner = entry.runner
     assert runner is not None
@@ -173,7 +174,7 @@ def _ended(entry: Entry, settings: Settings) -> None:
         _set_back(entry, settings, died if finished is None else _finding(finished))
 
 
-def _set_back(entry: Entry, settings: Settings, reason: Finding | None) -> None:
+def _set_back(entry: BatchEntry, settings: Settings, reason: Finding | None) -> None:
     """Have an entry tried again later."""
     entry.state, entry.reason = State.RETRYING, reason
     entry.due = time.time() + settings.retry.delay(entry.tries)

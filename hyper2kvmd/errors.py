@@ -190,7 +190,7 @@ class MigrationError(Exception):
         return str(self.finding())
 
 
-class Noted:
+class Collected:
     """Keeps the errors of several checks, so that all of them can be told at once: `with noted: check()`."""
 
     def __init__(self) -> None:

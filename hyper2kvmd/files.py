@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 
 def write_durably(dir_fd: int, name: str, data: bytes, attempt: int) -> None:
@@ -14,7 +17,7 @@ def write_durably(dir_fd: int, name: str, data: bytes, attempt: int) -> None:
     Raise OSError; then the old one is still there.
     """
     temporary = f".{name}.{attempt}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=dir_fd)
+    fd = create_file(temporary, 0o644, dir_fd=dir_fd)
     try:
         try:
             os.fchmod(fd, 0o644)  # whatever the umask: reports are for reading
@@ -32,6 +35,23 @@ def write_durably(dir_fd: int, name: str, data: bytes, attempt: int) -> None:
     os.fsync(dir_fd)
 
 
+def remove_leftovers(dir_fd: int, name: str) -> None:
+    """Remove what write_durably() of dead processes left of a file that nobody else may be writing. Raise OSError."""
+    for leftover in os.listdir(dir_fd):
+        if re.fullmatch(rf"\.{re.escape(name)}\.\d+\.tmp", leftover):
+            os.unlink(leftover, dir_fd=dir_fd)
+
+
+def open_file(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> int:
+    """A descriptor for reading. Follows no link in the last part, and waits for no writer of a FIFO. Raise OSError."""
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+
+
+def create_file(path: str | os.PathLike[str], mode: int, *, dir_fd: int | None = None) -> int:
+    """A descriptor for writing to a file that did not exist. Raise OSError, also for a link of that name."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+
+
 def timestamp(seconds: float) -> str:
     """Seconds since the epoch as RFC 3339 in UTC, with milliseconds."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -40,6 +60,15 @@ def timestamp(seconds: float) -> str:
 def open_directory(directory: Path) -> int:
     """A descriptor of an export's directory. Raise OSError, also for a symbolic link."""
     return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Have the names in a directory on stable storage. Raise OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def fsync_file(path: Path) -> None:
@@ -54,3 +83,40 @@ def fsync_file(path: Path) -> None:
 def existing_parent(directory: Path) -> Path:
     """The directory, or what it will be made in: the first job makes it."""
     return next(path for path in (directory, *directory.parents) if path.is_dir())
+
+
+Trouble = Literal["denied", "read-only", "missing", "full", "other"]
+
+# What to do about each kind of trouble, for whoever looks after the service.
+REMEDIES: dict[Trouble, str] = {
+    "denied": "give the service's user access, for example with setfacl",
+    "read-only": "mount the file system writable (`mount -o remount,rw`)",
+    "missing": "create or mount it",
+    "full": "free some space there",
+    "other": "look at the file system that it is on, and at `journalctl -k`",
+}
+_TROUBLES: dict[int, Trouble] = {
+    errno.EACCES: "denied",
+    errno.EPERM: "denied",
+    errno.EROFS: "read-only",
+    errno.ENOENT: "missing",
+    errno.ENOTDIR: "missing",
+    errno.ENOSPC: "full",
+    errno.EDQUOT: "full",
+}
+
+
+def trouble(error: OSError) -> Trouble:
+    """What an error of the operating system is about, as REMEDIES and the exit statuses of commands know it."""
+    return _TROUBLES.get(error.errno or 0, "other")
+
+
+def explained(error: OSError, where: Path | None = None) -> str:
+    """An error of the operating system in words: the path, if there is one, and the reason.
+
+    where: the directory that a relative name in the error belongs to.
+    """
+    path = where
+    if isinstance(error.filename, str):  # it can be the number of a descriptor
+        path = (where or Path()) / error.filename
+    return f"{f'{path}: ' if path else ''}{error.strerror or error}"

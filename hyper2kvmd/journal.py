@@ -1,4 +1,7 @@
-"""Logging: structured events to journald in its native protocol, or to the terminal."""
+"""Logging: structured events to journald in its native protocol, or to the terminal.
+
+The protocol is spoken by hand, as python-systemd drops events without a word where there is no journal.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from typing import Any, TextIO
 import structlog
 
 from hyper2kvmd.messages import CATALOG
+from hyper2kvmd.text import escaped
 
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 # A datagram has a limit of about 200 KiB; what is longer is cut, not lost.
@@ -149,17 +153,13 @@ class Journald:
 def _text(message: str, event: dict[str, Any]) -> str:
     """What `journalctl` shows: a line with the message and its values, and below it, indented, what a tool said."""
     values = " ".join(f"{key}={_one_line(value)}" for key, value in event.items() if key not in _BELOW)
-    text = f"{_printable(message)}: {values}" if values else _printable(message)
+    text = f"{escaped(message[:VALUE_LIMIT])}: {values}" if values else escaped(message[:VALUE_LIMIT])
     below = (line for key in _BELOW for line in str(event.get(key, ""))[:VALUE_LIMIT].splitlines())
     # Indented and without what moves a cursor: no line of them can pass for a record of its own.
-    return "\n".join([text, *(f"    {_printable(line)}" for line in below)])
+    return "\n".join([text, *(f"    {escaped(line[:VALUE_LIMIT])}" for line in below)])
 
 
 _BELOW = ("exception", "tail")
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() or char == "\t" else ascii(char)[1:-1] for char in text[:VALUE_LIMIT])
 
 
 def _field_name(key: str) -> str:

@@ -1,4 +1,7 @@
-"""How much memory can be had: the host's, or what the tightest control group leaves of it."""
+"""How much memory can be had: the host's, or what the tightest control group leaves of it.
+
+By hand, as psutil knows nothing of control groups.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogEntry:
     """An entry of the catalog. id: never to be changed, as people search for it.
 
     The text names no values: systemd replaces @FIELD@ only for names without digits. The record itself has them.
@@ -42,96 +42,98 @@ class Entry:
     text: str
 
 
-CATALOG: dict[Kind, Entry] = {
-    Kind.WATCHING: Entry(
+CATALOG: dict[Kind, CatalogEntry] = {
+    Kind.WATCHING: CatalogEntry(
         "bb38c31122444e5abd9883584a0f0198",
         "The daemon watches its directory",
         "Every export that is complete there is migrated, at most `workers` at a time.",
     ),
-    Kind.STOPPED: Entry(
+    Kind.STOPPED: CatalogEntry(
         "34d37092ba6e418eaa44e760c97d0387",
         "The daemon has stopped",
         "Nothing of the jobs that ran is lost: the next start goes on behind the last finished step of each.",
     ),
-    Kind.RETIRING: Entry(
+    Kind.RETIRING: CatalogEntry(
         "9b6fd51baf4c4a4d8bbe623b88be29c0",
         "The daemon ends when its jobs are over",
         "A package was upgraded, or somebody sent SIGQUIT. No job is started until systemd has started it anew.",
     ),
-    Kind.RELOADED: Entry(
+    Kind.RELOADED: CatalogEntry(
         "fd6b401a761d4d07959773e289446a77",
         "The settings were read again",
         "Jobs that start from now on have the new settings; those that run keep theirs.",
     ),
-    Kind.CONFIG_BAD: Entry(
+    Kind.CONFIG_BAD: CatalogEntry(
         "9139fd2946f742acb3a22eb47377f4bb",
         "The new settings are bad",
         "The old ones stay in force. `hyper2kvmd check-config` checks the file, `systemctl reload hyper2kvmd` takes it"
         " into use.",
     ),
-    Kind.EXPORTS_UNREADABLE: Entry(
+    Kind.EXPORTS_UNREADABLE: CatalogEntry(
         "b90b6bf115d14d2090ab82b7522ca629",
         "The exports directory cannot be read",
         "No job is started until it can be: mount or create it, mend its file server, or change `exports_dir`.",
     ),
-    Kind.RUNNER_DIED: Entry(
+    Kind.RUNNER_DIED: CatalogEntry(
         "75eb3b97efe449628bd2c308cf5651c3",
         "The process of a job died",
         "The job is started again after a delay, and goes on behind its last finished step. If it dies again and again,"
         " look for what kills it: `journalctl -k`, the memory of the host.",
     ),
-    Kind.CLAIMED: Entry(
+    Kind.CLAIMED: CatalogEntry(
         "1e58c28676bf4a3899bffcf0be9974e5",
         "A job began",
         "`journalctl H2K_JOB_ID=` with its job_id has all its records.",
     ),
-    Kind.STAGE_STARTED: Entry("8a46b0f21c264ecea328241ecbc9a0de", "A stage of a job began", "Nothing is to be done."),
-    Kind.STAGE_ENDED: Entry(
+    Kind.STAGE_STARTED: CatalogEntry(
+        "8a46b0f21c264ecea328241ecbc9a0de", "A stage of a job began", "Nothing is to be done."
+    ),
+    Kind.STAGE_ENDED: CatalogEntry(
         "57d2a990ba76463b9b48ced01f872b70",
         "A stage of a job ended",
         "Nothing is to be done: what became of the job is said when it ends.",
     ),
-    Kind.WARNING: Entry(
+    Kind.WARNING: CatalogEntry(
         "9058696d11e24127a122d396a156adc5",
         "Something to know about a migration",
         "It goes on. The hint says what can be done; the report has it, too.",
     ),
-    Kind.BOOT_TEST: Entry(
+    Kind.BOOT_TEST: CatalogEntry(
         "3c15a25fedd845e6a09fb7cfb4779e86",
         "The migrated guest was booted on a copy",
         "What it said is in boot-test.log beside the report, its screen in boot-test.png.",
     ),
-    Kind.INTERRUPTED: Entry(
+    Kind.INTERRUPTED: CatalogEntry(
         "84c3ce6205d9431f86c37c0cbedabdee",
         "A job was stopped from outside",
         "Nothing is lost: the next attempt goes on behind its last finished step.",
     ),
-    Kind.SUCCEEDED: Entry(
+    Kind.SUCCEEDED: CatalogEntry(
         "cee09f281aee4269a4f37d0b4bbec06c",
         "A VM was migrated",
         "`hyper2kvmctl show` with its name has all there is to know, `hyper2kvmctl report` has it as a page.",
     ),
-    Kind.FAILED: Entry(
+    Kind.FAILED: CatalogEntry(
         "2b6c304342494060a78504526f33aa1c",
         "A migration failed",
         "Trying again would end the same way. Do what the hint says, then `hyper2kvmctl retry`.",
     ),
-    Kind.BLOCKED: Entry(
+    Kind.BLOCKED: CatalogEntry(
         "f094bdb02dea440aae207c9da6225f50",
         "A migration waits for a person",
         "Do what the hint says, then `hyper2kvmctl retry`.",
     ),
-    Kind.RETRYING: Entry(
+    Kind.RETRYING: CatalogEntry(
         "f6d953be97e54910a3fcb4a85344573a",
         "A migration is tried again later",
         "The cause may pass by itself. If it does not, do what the hint says.",
     ),
-    Kind.REJECTED: Entry(
+    Kind.REJECTED: CatalogEntry(
         "87bf586d78794d298d16bdab48957362",
         "An export was rejected",
         "It is not an Artifact Manifest, or it names what it must not. The hint says what to do.",
     ),
-    Kind.CANCELLED: Entry(
+    Kind.CANCELLED: CatalogEntry(
         "1c02881efe0a43d599a552a1ce8a7416",
         "A migration was cancelled",
         "Nothing of it is left but its report. `hyper2kvmctl retry` starts it again.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -46,3 +47,42 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Text from a guest, made safe for terminals and logs: one line, no control characters, bounded."""
+    kept = "".join(char if char.isprintable() or char == "\t" else "�" for char in text[: limit + 1])
+    return kept if len(kept) <= limit else kept[: limit - 1] + "…"
+
+
+def mac_address(text: str) -> str | None:
+    """The MAC address in lower case with colons; None if the text is not one. `-` and Cisco's dots are read, too."""
+    text = text.strip().lower().replace("-", ":")
+    if re.fullmatch(r"[0-9a-f]{4}(?:\.[0-9a-f]{4}){2}", text):
+        digits = text.replace(".", "")
+        text = ":".join(digits[at : at + 2] for at in range(0, 12, 2))
+    return text if re.fullmatch(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}", text) else None
+
+
+def is_card_mac(mac: str) -> bool:
+    """Whether a MAC address, as mac_address() writes it, can be that of one network card."""
+    return not int(mac[:2], 16) & 1 and mac != "00:00:00:00:00:00"
+
+
+def exact_duration(seconds: float | None) -> str:
+    """Seconds for people: 34 ms, 20.3 s, 1 min 42 s, 3 h 07 min; empty for what is not known."""
+    if seconds is None or seconds < 0:
+        return ""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def escaped(text: str, keep: str = "\t") -> str:
+    """Text with each character that could harm a terminal or a log written as an escape, but for those in `keep`."""
+    return "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text)

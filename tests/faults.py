@@ -413,7 +413,8 @@ def invariants(here: Site, patience: float = 20) -> None:
 
 def _leftovers(here: Site, works: set[str]) -> list[str]:
     """What is in the work directory beside `works`, and the processes that still run."""
-    names = {path.name for path in listing(here.settings.work_dir)} - {outbox.STATE, outbox.LOCK} - works
+    ours = {outbox.STATE, f"{outbox.STATE}-journal", outbox.LOCK}
+    names = {path.name for path in listing(here.settings.work_dir)} - ours - works
     left = [f"left in the work directory: {names}"] if names else []
     orphans = references(here)
     return [*left, f"processes are left over: {orphans}"] if orphans else left

@@ -538,7 +538,7 @@ A migration by hand, without a domain:
 
 def plan_file() -> str:
     """The section on the file that --plan names."""
-    wishes = batch.Wishes.model_json_schema()
+    wishes = batch.VmOptions.model_json_schema()
     rows = (item(f"vms.NAME.{name}", key["description"], value_kind(key)) for name, key in wishes["properties"].items())
     return f"""\
 ## The plan of a batch

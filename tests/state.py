@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -129,6 +130,15 @@ def _status(name: str) -> str | None:
     return None
 
 
+def _notified(query: str) -> bool:
+    """Whether a query finds something in the database of what was told."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{WORK}/notified.sqlite?mode=ro", uri=True)) as db:
+            return db.execute(query).fetchone() is not None
+    except sqlite3.OperationalError:  # not made yet
+        return False
+
+
 def _leave() -> None:
     """Fill ROOT with what the daemon leaves, in every state."""
     for directory in (EXPORTS, IMAGES, WORK, ROOT / "hooks.d/post-job", ROOT / "bin"):
@@ -155,10 +165,10 @@ def _leave() -> None:
         _export(name)
         _run("hyper2kvmd.ctl", command, name)
     daemon = subprocess.Popen([sys.executable, "-m", "hyper2kvmd", "run", "--config", str(SETTINGS)])
-    _wait("the daemon notes what is to be told", (WORK / "notified.jsonl").exists)
+    _wait("the daemon notes what is to be told", lambda: _notified("SELECT since FROM history"))
     _DEAF.touch()
     _export("failed", disk={"checksum": f"sha256:{'0' * 64}"})
-    _wait("it was tried to tell of failed", lambda: '"attempts": 1' in (WORK / "notified.jsonl").read_text())
+    _wait("it was tried to tell of failed", lambda: _notified("SELECT * FROM todo WHERE attempts = 1"))
     _wait("the hook has ended", lambda: "hook exited 1" in (EXPORTS / "failed/.hyper2kvmd.log").read_text())
     _DEAF.unlink()
     _export("succeeded")

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyper2kvmd.errors import Code, MigrationError, Noted
-from hyper2kvmd.files import open_directory
+from hyper2kvmd.errors import Collected
 from hyper2kvmd.image.source import check_unchanged, open_sources, verify_checksum
 from hyper2kvmd.manifest import Disk, Manifest, parse
 from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.export import beside
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,8 @@ class ArtifactManifest:
     def load(cls, path: str | os.PathLike[str]) -> ArtifactManifest:
         """Read a manifest. Raise ManifestError, with all that is wrong with it, or MigrationError if it is no file."""
         file = Path(path)
-        try:
-            fd = open_directory(file.parent.resolve())
-        except OSError as error:
-            hint = "Name the manifest of an existing export."
-            raise MigrationError(Code.MANIFEST_UNREADABLE, f"{file.parent}: {error.strerror}", hint) from None
-        try:
-            _, data = facts.read_manifest(fd, file.parent, (file.name,))
-        finally:
-            os.close(fd)
+        with beside(file) as export:
+            _, data = facts.read_manifest(export.fd, file.parent, (file.name,))
         return cls(file, parse(data, file.name))
 
     def verify_checksums(
@@ -47,21 +40,19 @@ class ArtifactManifest:
         `on_progress` gets a disk's id and the ratio done, from 0 to 1; set `cancel` to have it end with Cancelled.
         Raise MigrationError for the disks that are wrong, with all of them as its problems; OSError.
         """
-        digests, noted = {}, Noted()
-        directory = self.path.parent.resolve()
+        digests, problems = {}, Collected()
         with contextlib.ExitStack() as stack:
-            fd = open_directory(directory)
-            stack.callback(os.close, fd)
-            for source in open_sources(fd, directory, self.manifest.disks, stack, noted):
+            export = stack.enter_context(beside(self.path))
+            for source in open_sources(export.fd, export.directory, self.manifest.disks, stack, problems):
                 id = source.disk.id
                 if source.disk.sha256 is None:
                     continue
-                with noted:
+                with problems:
                     digests[id] = verify_checksum(
                         source, cancel or threading.Event(), functools.partial(on_progress, id)
                     )
                     check_unchanged(source)
-        noted.check()
+        problems.check()
         return digests
 
     def get_boot_disk(self) -> Disk:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hyper2kvmd.authoring.rewrite import Dialect, dump, upgrade
-from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
+from hyper2kvmd.errors import Code, Collected, Finding, MigrationError
 from hyper2kvmd.files import open_directory, write_durably
 from hyper2kvmd.image.header import examine
 from hyper2kvmd.image.source import OpenDisk, Source, check_unchanged, open_disk, open_sources, sha256
@@ -19,9 +19,8 @@ from hyper2kvmd.manifest import wire
 from hyper2kvmd.manifest.model import Configuration, Disk, Manifest, Part
 from hyper2kvmd.manifest.problems import ManifestError, invalid
 from hyper2kvmd.manifest.reader import parse
+from hyper2kvmd.manifest.wire import Format
 from hyper2kvmd.text import show
-
-Format = Literal["vmdk", "qcow2", "raw", "vhd", "vhdx", "vdi"]
 
 SUFFIXES: dict[str, Format] = {
     ".vmdk": "vmdk",
@@ -347,9 +346,9 @@ def opened(directory: Path, path: str, id: str, format: Format | None = None) ->
             kind="unknown",
             label=None,
         )
-        noted = Noted()
-        sources = open_sources(fd, directory, [disk], stack, noted)
-        noted.check()
+        problems = Collected()
+        sources = open_sources(fd, directory, [disk], stack, problems)
+        problems.check()
         yield sources[0]
 
 

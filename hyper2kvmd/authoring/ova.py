@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.files import create_file, fsync_directory
 from hyper2kvmd.text import plain, show
 
 MEMBER_LIMIT = 1000
@@ -80,9 +81,9 @@ def unpacked(archive: Path, target: Path, on_progress: Callable[[float], None]) 
     try:
         yield _unpack(archive, temporary, on_progress)
         try:
-            _fsync(temporary)
+            fsync_directory(temporary)
             temporary.rename(target)
-            _fsync(target.parent)
+            fsync_directory(target.parent)
         except OSError as error:
             raise _failed(target, error) from None
     finally:
@@ -180,8 +181,7 @@ def _store(
 ) -> dict[str, str]:
     """Write the next `size` bytes of the archive into a new file, and return their digests."""
     digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o644), "wb") as file:
+    with open(create_file(path, 0o644), "wb") as file:
         left = size
         while left:
             data = archive.read(min(left, BLOCK))
@@ -345,14 +345,6 @@ def _open(path: Path) -> BinaryIO:
         os.close(fd)
         raise OSError(errno.EINVAL, "not a plain file", str(path))
     return open(fd, "rb")
-
-
-def _fsync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _no_room(path: Path, directory: Path, room: int, what: str) -> MigrationError:

@@ -33,7 +33,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Change:
+class Rewritten:
     """A field of a document that gets another value; None: it was not there."""
 
     field: str
@@ -65,32 +65,32 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def rehash(document: Document, measured: Sequence[Measured]) -> tuple[Document, tuple[Change, ...]]:
+def rehash(document: Document, measured: Sequence[Measured]) -> tuple[Document, tuple[Rewritten, ...]]:
     """Give every disk its checksum, and its size where that is wrong; `measured` has one entry for each disk."""
-    document, changes = copy.deepcopy(document), list[Change]()
+    document, changes = copy.deepcopy(document), list[Rewritten]()
     for index, (disk, now) in enumerate(zip(document["disks"], measured, strict=True)):
         checksum = f"sha256:{now.sha256}"
         if (disk.get("checksum") or "").lower() != checksum:
-            changes.append(Change(f"disks[{index}].checksum", disk.get("checksum"), checksum))
+            changes.append(Rewritten(f"disks[{index}].checksum", disk.get("checksum"), checksum))
             disk["checksum"] = checksum
         if now.bytes is not None:
-            changes.append(Change(f"disks[{index}].bytes", disk["bytes"], now.bytes))
+            changes.append(Rewritten(f"disks[{index}].bytes", disk["bytes"], now.bytes))
             disk["bytes"] = now.bytes
     return document, tuple(changes)
 
 
-def relocate(document: Document, old: str, new: str) -> tuple[Document, tuple[Change, ...]]:
+def relocate(document: Document, old: str, new: str) -> tuple[Document, tuple[Rewritten, ...]]:
     """Put the directory `new` in the place of `old` where the paths of disks start with it.
 
     An output directory in which such a disk was lies in the export, and moves with it.
     """
-    document, changes = copy.deepcopy(document), list[Change]()
+    document, changes = copy.deepcopy(document), list[Rewritten]()
     left, went = PurePosixPath(old), PurePosixPath(new)
 
     def move(table: Document, key: str, field: str) -> None:
         path = PurePosixPath(table[key])
         if path.is_relative_to(left):
-            changes.append(Change(field, table[key], str(went / path.relative_to(left))))
+            changes.append(Rewritten(field, table[key], str(went / path.relative_to(left))))
             table[key] = changes[-1].new
 
     parents = {PurePosixPath(disk["local_path"]).parent for disk in document["disks"]}

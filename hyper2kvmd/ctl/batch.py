@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hyper2kvmd import batch
-from hyper2kvmd.batch import Entry, Plan
+from hyper2kvmd.batch import BatchEntry, BatchPlan
 from hyper2kvmd.ctl.listing import STYLE
 from hyper2kvmd.ctl.migrate import add_migration_options, settings_wanted, stages_wanted
 from hyper2kvmd.ctl.output import print_json
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace, config: Settings) -> int:
     """Migrate what is to be migrated; the exit status is 1 if something failed, 75 if something is not over yet."""
     config = settings_wanted(options, config).model_copy(update={"exports_dir": options.directory.resolve()})
     try:
-        plan = Plan() if options.plan is None else load_file(Plan, options.plan)
+        plan = BatchPlan() if options.plan is None else load_file(BatchPlan, options.plan)
         entries = batch.entries(config, plan, dry_run=options.dry_run)
         _refuse_unknown(plan, options, {entry.export.name for entry in entries})
     except SettingsError as error:
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, config: Settings) -> int:
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
 
-            def changed(entry: Entry | None) -> None:
+            def changed(entry: BatchEntry | None) -> None:
                 if redrawn:
                     live.update(_table(entries, time.monotonic(), max(console.height - 4, 3)), refresh=True)
                 elif entry is not None:
@@ -93,15 +93,15 @@ def run(options: argparse.Namespace, config: Settings) -> int:
     return _status(entries)
 
 
-def _refuse_unknown(plan: Plan, options: argparse.Namespace, names: set[str]) -> None:
-    for name, wishes in plan.vms.items():
-        if name not in names and not wishes.skip:
+def _refuse_unknown(plan: BatchPlan, options: argparse.Namespace, names: set[str]) -> None:
+    for name, wanted in plan.vms.items():
+        if name not in names and not wanted.skip:
             close = nearest(name, names)
             meant = f"; did you mean {close}?" if close else "; take it out, or name the directory of an export"
             raise SettingsError(f"{options.plan}: vms.{name}: no such export in {options.directory}{meant}")
 
 
-def _status(entries: list[Entry]) -> int:
+def _status(entries: list[BatchEntry]) -> int:
     states = {entry.state for entry in entries}
     if states <= {State.SUCCEEDED}:
         return EXIT_DONE
@@ -109,7 +109,7 @@ def _status(entries: list[Entry]) -> int:
     return EXIT_TEMPORARY if states <= passing else EXIT_FAILED
 
 
-def _as_json(entry: Entry) -> dict[str, Any]:
+def _as_json(entry: BatchEntry) -> dict[str, Any]:
     return {
         "export": str(entry.export),
         "state": entry.state,
@@ -120,14 +120,14 @@ def _as_json(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: BatchEntry) -> str:
     """What is said of an entry that starts or ends where there is no terminal."""
     took = f" after {duration(entry.seconds)}" if entry.runner is None else ""
     why = f": {entry.reason.message}" if entry.reason else ""
     return f"{entry.export.name}: {entry.state}{took}{why}"
 
 
-def _table(entries: list[Entry], now: float, rows: int) -> Table:
+def _table(entries: list[BatchEntry], now: float, rows: int) -> Table:
     """Where each one is; what moves and what needs somebody first, if there are more than `rows`."""
     table = Table(box=None, pad_edge=False, expand=True)
     for heading in ("VM", "STATE", "STAGE", "", "RATE", "LEFT", "TIME"):
@@ -148,7 +148,7 @@ def _table(entries: list[Entry], now: float, rows: int) -> Table:
     return table
 
 
-def _progress(entry: Entry, now: float) -> tuple[Text, ProgressBar | Text, str, str, str]:
+def _progress(entry: BatchEntry, now: float) -> tuple[Text, ProgressBar | Text, str, str, str]:
     """The cells of one that runs: stages, a bar of the one that counts, its rate, the time left, the time so far."""
     if entry.runner is None:
         reason = entry.reason.message if entry.reason else ""
@@ -166,7 +166,7 @@ def _progress(entry: Entry, now: float) -> tuple[Text, ProgressBar | Text, str, 
     )
 
 
-def _summary(console: Console, entries: list[Entry]) -> None:
+def _summary(console: Console, entries: list[BatchEntry]) -> None:
     """What became of each, what to do about those that did not succeed, and how many there are of each."""
     table = Table(box=None, pad_edge=False)
     for heading in ("VM", "STATE", "TIME", "RESULT"):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from typing import Any
 
 from hyper2kvmd.ctl.listing import find, state_now
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE
+from hyper2kvmd.files import open_file
 from hyper2kvmd.job.context import job_id
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import LOG
 from hyper2kvmd.queue.state import FINAL
 from hyper2kvmd.run import become
 from hyper2kvmd.settings.model import Settings
+from hyper2kvmd.text import printable
 
 POLL_SECONDS = 0.2
 
@@ -52,7 +53,7 @@ def logs(options: argparse.Namespace, config: Settings) -> int:
             print(f"hyper2kvmctl: journalctl: {error.strerror}; {remedy}", file=sys.stderr)
             return EXIT_UNAVAILABLE
     try:
-        fd = os.open(export / LOG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_file(export / LOG)
     except FileNotFoundError:
         print(f"hyper2kvmctl: {export}: nothing was logged yet", file=sys.stderr)
         return EXIT_NOT_FOUND
@@ -60,7 +61,7 @@ def logs(options: argparse.Namespace, config: Settings) -> int:
         while True:
             for line in file:
                 # The file lies where others may write: nothing in it moves the cursor of whoever reads it.
-                text = "".join(char if char.isprintable() or char == "\t" else "�" for char in line.rstrip("\n"))
+                text = printable(line.rstrip("\n"), len(line))
                 print(json.dumps(text) if options.json else text, flush=options.follow)
             if not options.follow or state_now(export, config) in FINAL:
                 return EXIT_DONE

@@ -19,12 +19,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from hyper2kvmd.authoring import create, ova, rewrite
 from hyper2kvmd.ctl.output import print_json
-from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
+from hyper2kvmd.errors import Code, Collected, Finding, MigrationError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_NOT_FOUND, EXIT_USAGE
 from hyper2kvmd.files import open_directory, write_durably
 from hyper2kvmd.image.source import check_unchanged, open_sources, sha256
 from hyper2kvmd.manifest import Manifest, document, parse, wire
 from hyper2kvmd.queue.claim import probe
+from hyper2kvmd.queue.export import beside
 from hyper2kvmd.queue.facts import read_manifest
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.run import Tools
@@ -236,16 +237,9 @@ class _File:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[_File]:
     """Raise ManifestError, or MigrationError if it is no file."""
-    try:
-        fd = open_directory(path.parent.resolve())
-    except OSError as error:
-        hint = "Name the manifest of an existing export."
-        raise MigrationError(Code.MANIFEST_UNREADABLE, f"{path.parent}: {error.strerror}", hint) from None
-    try:
-        _, data = read_manifest(fd, path.parent, (path.name,))
-        yield _File(path, fd, data, document.load(data, path.name), parse(data, path.name))
-    finally:
-        os.close(fd)
+    with beside(path) as export:
+        _, data = read_manifest(export.fd, path.parent, (path.name,))
+        yield _File(path, export.fd, data, document.load(data, path.name), parse(data, path.name))
 
 
 def _rehash(options: argparse.Namespace, config: Settings) -> int:
@@ -259,7 +253,7 @@ def _rehash(options: argparse.Namespace, config: Settings) -> int:
 
 def _measure(file: _File) -> list[rewrite.Measured]:
     """Look at every disk of the manifest. Raise MigrationError with all that is wrong, or OSError."""
-    measured, noted = list[rewrite.Measured](), Noted()
+    measured, noted = list[rewrite.Measured](), Collected()
     # With a checksum, a wrong size is no error but a warning: here both are to be corrected.
     disks = [disk.model_copy(update={"sha256": disk.sha256 or "0" * 64}) for disk in file.manifest.disks]
     with contextlib.ExitStack() as stack, bars() as tell:
@@ -299,7 +293,7 @@ def _replace(
     options: argparse.Namespace,
     file: _File,
     changed: rewrite.Document,
-    changes: Sequence[rewrite.Change],
+    changes: Sequence[rewrite.Rewritten],
     warnings: Sequence[Finding],
 ) -> int:
     """Show the changes, ask, and write them; the old file is kept beside the new one."""

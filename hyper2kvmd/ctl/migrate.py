@@ -16,6 +16,7 @@ from hyper2kvmd.daemon.progress import Progress as JobProgress
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.job.events import CHOICES, Event
 from hyper2kvmd.report.model import Report
+from hyper2kvmd.report.results import Results
 from hyper2kvmd.settings.model import Settings
 
 
@@ -48,10 +49,10 @@ def _stages(text: str) -> tuple[str, ...]:
     return stages
 
 
-def stages_wanted(options: argparse.Namespace) -> tuple[str, ...] | None:
+def stages_wanted(options: argparse.Namespace) -> frozenset[str] | None:
     """The stages that a person wants; None: those that the manifest enables."""
-    stages: tuple[str, ...] | None = options.stages
-    return tuple(stage for stage in stages or CHOICES if stage != "fix") if options.skip_fix else stages
+    stages = None if options.stages is None else frozenset(options.stages)
+    return (stages or frozenset(CHOICES)) - {"fix"} if options.skip_fix else stages
 
 
 def settings_wanted(options: argparse.Namespace, config: Settings) -> Settings:
@@ -146,25 +147,24 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
             console.print(error["tail"], markup=False, highlight=False)
     if document["next_attempt_at"]:
         line("next", f"tried again at {document['next_attempt_at']}")
-    inspect = document["results"].get("inspect")
-    if inspect:
-        kernel = f", kernel {inspect['kernel_version']}" if inspect["kernel_version"] else ""
-        line("guest", f"{inspect['product_name']}{kernel}, {inspect['firmware']}")
-    fixed = document["results"].get("fix", {})
+    results = Results.model_validate(document["results"])
+    if (inspect := results.inspect) is not None:
+        kernel = f", kernel {inspect.kernel_version}" if inspect.kernel_version else ""
+        line("guest", f"{inspect.product_name}{kernel}, {inspect.firmware}")
     for change in document["changes"]:
         line("change", f"{change['path']}: {change['summary']} ({change['fixer']})")
         # Who only looks wants to see it all; afterwards it is in the report.
         for part in (change["command"], change["diff"], change["evidence"]) if document["dry_run"] else ():
             for text in (part or "").splitlines():
                 line("", text)
-    for proof in fixed.get("proofs", []):
-        line("proof", f"{proof['subject']}: {proof['claim']}")
+    for proof in results.fix.proofs if results.fix else ():
+        line("proof", f"{proof.subject}: {proof.claim}")
         if document["dry_run"]:
-            line("", proof["evidence"])
-    for when, text in fixed.get("fstab", {}).items():
+            line("", proof.evidence)
+    for when, text in results.fix.fstab.items() if results.fix else ():
         line(f"fstab {when}"[:10], text)
-    if boot := document["results"].get("boot"):
-        line("boot test", f"{boot['outcome']} after {boot['seconds']:.0f} s: {boot['reason']}")
+    if (boot := results.boot) is not None:
+        line("boot test", f"{boot.outcome} after {boot.seconds:.0f} s: {boot.reason}")
     for disk in document["disks"]:
         if disk["target"]:
             line("disk", f"{disk['id']}: {disk['target']} ({disk['virtual_size'] / 2**30:.1f} GiB)")

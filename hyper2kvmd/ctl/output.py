@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from hyper2kvmd.exits import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION
+from hyper2kvmd.files import REMEDIES, explained, trouble
 
-# What to do about an error of the operating system, and the exit status that it has.
-_DENIED = (EXIT_PERMISSION, "run as root, as the user of the service, or as a member of its group")
-_NOT_THERE = (EXIT_NOT_FOUND, "check the path, here or in the settings")
-_FULL = (EXIT_FAILED, "free some space there")
+# The exit status for each kind of trouble with files, and what to do for the person at the keyboard.
+_STATUS = {"denied": EXIT_PERMISSION, "read-only": EXIT_PERMISSION, "missing": EXIT_NOT_FOUND}
 _REMEDIES = {
-    errno.EACCES: _DENIED,
-    errno.EPERM: _DENIED,
-    errno.EROFS: (EXIT_PERMISSION, "mount the file system writable"),
-    errno.ENOENT: _NOT_THERE,
-    errno.ENOTDIR: _NOT_THERE,
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: _FULL,
+    **REMEDIES,
+    "denied": "run as root, as the user of the service, or as a member of its group",
+    "missing": "check the path, here or in the settings",
 }
-_OTHER = (EXIT_FAILED, "look at the file system that it is on, and at `journalctl -k`")
 
 
 def refused(error: OSError, where: Path | None = None) -> tuple[int, str]:
@@ -31,11 +24,8 @@ def refused(error: OSError, where: Path | None = None) -> tuple[int, str]:
 
     where: the directory that a relative name in the error belongs to.
     """
-    status, remedy = _REMEDIES.get(error.errno or 0, _OTHER)
-    path = where
-    if isinstance(error.filename, str):  # it can be the number of a descriptor
-        path = (where or Path()) / error.filename
-    return status, f"{f'{path}: ' if path else ''}{error.strerror or error}; {remedy}"
+    kind = trouble(error)
+    return _STATUS.get(kind, EXIT_FAILED), f"{explained(error, where)}; {_REMEDIES[kind]}"
 
 
 def refuse(status: int, message: str) -> int:

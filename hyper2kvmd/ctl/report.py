@@ -24,14 +24,15 @@ from hyper2kvmd.domain import hardware
 from hyper2kvmd.domain.hardware import Hardware
 from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
-from hyper2kvmd.files import open_directory
+from hyper2kvmd.files import open_directory, open_file
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.manifest.problems import place
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import BOOT_SCREEN, LOG, REPORT
 from hyper2kvmd.queue.state import State, state_of
-from hyper2kvmd.report.html import Results, checked, render
+from hyper2kvmd.report.html import checked, render
 from hyper2kvmd.report.model import ManifestRecord, Report
+from hyper2kvmd.report.results import Results
 from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import plain
 
@@ -116,7 +117,7 @@ def _page(export: Path, document: dict[str, Any], shown: Report, results: Result
 def _beside(dir_fd: int, name: str, limit: int) -> bytes:
     """The last bytes of a plain file in the export; empty for what is none, or is not to be read."""
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+        fd = open_file(name, dir_fd=dir_fd)
     except OSError:
         return b""
     with open(fd, "rb") as file:

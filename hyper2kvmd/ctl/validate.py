@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,16 @@ from rich.console import Console
 from hyper2kvmd import journal
 from hyper2kvmd.ctl.manifest import bars
 from hyper2kvmd.ctl.output import print_json
-from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
+from hyper2kvmd.errors import Collected, Finding
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED
-from hyper2kvmd.files import open_directory
 from hyper2kvmd.image.source import verify_checksum
 from hyper2kvmd.job import reserve
 from hyper2kvmd.job.context import Job, job_id
 from hyper2kvmd.job.events import Emitter
 from hyper2kvmd.job.plan import make_plan, memory_mb, needs
+from hyper2kvmd.job.request import Request
 from hyper2kvmd.manifest import Manifest, parse
-from hyper2kvmd.queue.claim import Claim
+from hyper2kvmd.queue.export import beside
 from hyper2kvmd.queue.facts import read_manifest, read_report
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
@@ -43,11 +42,11 @@ def validate(options: argparse.Namespace, config: Settings) -> int:
     warnings: list[Finding] = []
     path: Path = options.manifest
     manifest: Manifest | None = None
-    noted = Noted()
+    problems = Collected()
     journal.configure("error")  # what is to be said is printed below
-    with contextlib.ExitStack() as stack, noted:
-        manifest = _check(path, config, noted, warnings, stack, checksums=options.strict)
-    errors = noted.findings()
+    with contextlib.ExitStack() as stack, problems:
+        manifest = _check(path, config, problems, warnings, stack, checksums=options.strict)
+    errors = problems.findings()
     status = EXIT_FAILED if errors else EXIT_DONE
     if options.json:
         print_json(
@@ -75,30 +74,29 @@ def validate(options: argparse.Namespace, config: Settings) -> int:
 
 
 def _check(
-    path: Path, config: Settings, noted: Noted, warnings: list[Finding], stack: contextlib.ExitStack, *, checksums: bool
+    path: Path,
+    config: Settings,
+    problems: Collected,
+    warnings: list[Finding],
+    stack: contextlib.ExitStack,
+    *,
+    checksums: bool,
 ) -> Manifest:
     """Make the plan of the job, as a runner would, without a claim. Raise MigrationError for a bad manifest."""
-    export = path.parent.resolve()
-    try:
-        fd = open_directory(export)
-    except OSError as error:
-        hint = "Name the manifest of an existing export."
-        raise MigrationError(Code.MANIFEST_UNREADABLE, f"{path.parent}: {error.strerror}", hint) from None
-    stack.callback(os.close, fd)
-    manifest = parse(read_manifest(fd, path.parent, (path.name,))[1], path.name, config.pipeline)
+    export = stack.enter_context(beside(path))
+    manifest = parse(read_manifest(export.fd, path.parent, (path.name,))[1], path.name, config.pipeline)
     warnings += manifest.warnings
     # Nothing is locked, so nothing may be written: whoever may read an export may check it.
-    claim = Claim(export, fd, lock_fd=-1, attempt=0, crashes=0, retries=0)
-    job = Job(job_id(export, manifest.sha256), claim, config, Tools(), Emitter(None))
-    report = read_report(export) or {}
-    published = report.get("disks", ()) if report.get("job") == job.id else ()
-    ours = [Path(disk["target"]) for disk in published if disk["target"]]
-    plan = make_plan(job, manifest, noted, stack, ours)
-    with noted:
-        reserve.check(job, needs(job, plan, lambda disk: disk.final in ours), memory_mb(job, plan, fixed=False))
+    job = Job(job_id(export.directory, manifest.sha256), export, 0, Request(), config, Tools(), Emitter(None))
+    report = read_report(export.directory) or {}
+    disks = report.get("disks", ()) if report.get("job") == job.id else ()
+    published = [Path(disk["target"]) for disk in disks if disk["target"]]
+    plan = make_plan(job, manifest, problems, stack, published)
+    with problems:
+        reserve.check(job, needs(job, plan, lambda disk: disk.final in published), memory_mb(job, plan, fixed=False))
     with bars() as tell:
         for disk in plan.disks if checksums else ():
-            with noted:
+            with problems:
                 verify_checksum(disk.source, job.tools.cancel, partial(tell, disk.id))
     warnings += job.record.warnings
     return manifest

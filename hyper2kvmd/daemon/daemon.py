@@ -26,6 +26,7 @@ from hyper2kvmd.daemon.watch import POLL_SECONDS, Scan, Scanner, Watch
 from hyper2kvmd.daemon.web import Web
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
+from hyper2kvmd.job.request import Request
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.notify import outbox
 from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
@@ -57,7 +58,7 @@ class Setback:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Row:
     """An export as of the last scan. `since`: when it could have been started, or came into its state."""
 
     state: State
@@ -74,7 +75,7 @@ class Daemon:
         self.metrics = metrics
         self.runners: dict[Path, Runner] = {}
         self._slots: dict[Path, int] = {}  # of the runners: from 0, less than `workers` when they start
-        self.table: dict[Path, Seen] = {}
+        self.table: dict[Path, Row] = {}
         # The one thing that is not on disk, because it is about exports that we cannot write to.
         self._setbacks: dict[Path, Setback] = {}
         self.draining = False  # everywhere, as a person has said
@@ -273,7 +274,7 @@ class Daemon:
             if reason != self._unreadable.get(export):
                 log.error("cannot read an export", directory=str(export), reason=reason)
         self._unreadable = found.unreadable
-        table: dict[Path, Seen] = {}
+        table: dict[Path, Row] = {}
         for export, look in found.looks.items():
             look = replace(look, settled_since=self._settled_since(export, look, now))
             state, finding = state_of(look, self.settings, now)
@@ -289,7 +290,7 @@ class Daemon:
                 log.debug("state", export=export.name, state=str(state), **details)
                 if state in FINAL:
                     self._notify.due = 0.0
-            table[export] = Seen(state, finding, look, self._since(before, state, look, now))
+            table[export] = Row(state, finding, look, self._since(before, state, look, now))
         self.table = table
         self._setbacks = {export: setback for export, setback in self._setbacks.items() if export in table}
         self._settling = {export: times for export, times in self._settling.items() if export in table}
@@ -306,7 +307,7 @@ class Daemon:
             self._settling[export] = (look.settled_since, then)
         return now - (time.monotonic() - then)
 
-    def _since(self, before: Seen | None, state: State, look: Facts, now: float) -> float:
+    def _since(self, before: Row | None, state: State, look: Facts, now: float) -> float:
         """When an export could have been started, or when it was first seen in the state that it is in."""
         if before is not None and before.state == state:
             return before.since
@@ -327,8 +328,8 @@ class Daemon:
             if export not in self.runners:
                 try:
                     died = self._setbacks[export].finding.message if export in self._setbacks else ""
-                    options = ["--if-ready", *(["--died", died] if died else [])]
-                    self.runners[export] = Runner(export, self.settings, options)
+                    request = Request(if_ready=True, died=died)
+                    self.runners[export] = Runner(export, self.settings, request)
                     self._slots[export] = min({*range(len(self._slots) + 1)} - {*self._slots.values()})
                 except (OSError, MigrationError) as error:
                     self._set_back(export, f"no runner can be started: {error}", "See what the host is short of.")

@@ -16,17 +16,19 @@ from hyper2kvmd import run
 from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.job.events import Decoder, Event
+from hyper2kvmd.job.request import Request
 from hyper2kvmd.settings.model import Settings
 
 # A job ends its tools within seconds, but storage that hangs can hold it up.
 STOP_SECONDS = 30.0
+_AS_THE_MANIFEST_SAYS = Request()
 
 
 class Runner:
     """A `hyper2kvmd run-job` process. It dies with the thread that started it."""
 
     def __init__(
-        self, export: Path, settings: Settings, options: Sequence[str] = (), *, stderr: int | None = None
+        self, export: Path, settings: Settings, request: Request = _AS_THE_MANIFEST_SAYS, *, stderr: int | None = None
     ) -> None:
         self.export = export
         self.progress = Progress(export.name)
@@ -36,7 +38,7 @@ class Runner:
         try:
             self._process = spawn(
                 settings,
-                *("hyper2kvmd", "run-job", str(export), "--events-fd", str(write_fd), *options),
+                *("hyper2kvmd", "run-job", str(export), "--events-fd", str(write_fd), *request.options()),
                 pass_fds=(write_fd,),
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -94,15 +96,6 @@ def stop_all(runners: Iterable[Runner]) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     for runner in runners:
         runner.close(max(deadline - time.monotonic(), 0))
-
-
-def wishes(*, stages: Iterable[str] | None, dry_run: bool, vm_name: str | None) -> list[str]:
-    """The options of `hyper2kvmd run-job` for what a person wants; None: as the manifest says."""
-    return [
-        *(["--dry-run"] if dry_run else []),
-        *(["--stages", ",".join(stages)] if stages is not None else []),
-        *(["--name", vm_name] if vm_name is not None else []),
-    ]
 
 
 def spawn(

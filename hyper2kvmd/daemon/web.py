@@ -1,4 +1,7 @@
-"""The HTTP server of metrics and health: few pages, GET only, and clients that cannot hold up anybody."""
+"""The HTTP server of metrics and health: few pages, GET only, and clients that cannot hold up anybody.
+
+Not prometheus_client's own, which puts no limits on clients, and never reads a new certificate.
+"""
 
 from __future__ import annotations
 

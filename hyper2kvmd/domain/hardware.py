@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 from urllib.parse import unquote
 
 from hyper2kvmd.errors import Finding
+from hyper2kvmd.files import open_file
 from hyper2kvmd.manifest import Manifest, ovf
 from hyper2kvmd.text import show
 
@@ -82,7 +83,7 @@ def _descriptor(dir_fd: int, vm_name: str) -> ovf.Ovf | None:
         return None
     try:
         # In this directory, and nowhere else, whatever the name leads to.
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+        fd = open_file(name, dir_fd=dir_fd)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ovf.unreadable(name, "it is not a plain file")

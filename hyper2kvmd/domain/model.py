@@ -58,6 +58,37 @@ class GuestSystem:
     product: str = ""
 
 
+DiskBus = Literal["virtio", "scsi", "sata", "ide"]
+IDE_DISKS = 4  # that a machine has room for
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Virtual hardware, in libvirt's words.
+
+    type: q35 has ICH9 with PCI Express, pc the older PIIX for guests that know no other. disks: the bus of the disks;
+    scsi is that of virtio-scsi controllers. cards: the model of the network cards.
+    """
+
+    type: Literal["q35", "pc"]
+    disks: DiskBus
+    cards: Literal["virtio", "e1000", "e1000e"]
+
+    @property
+    def virtio(self) -> bool:
+        """Whether the guest gets virtio devices."""
+        return self.cards == "virtio"
+
+    def bus(self, index: int) -> DiskBus:
+        """The bus of one disk, counted from 0 in boot order."""
+        # Windows XP has no driver for SATA; what does not fit on IDE can at least be given one.
+        return "sata" if self.disks == "ide" and index >= IDE_DISKS else self.disks
+
+    def buses(self, count: int) -> frozenset[DiskBus]:
+        """The buses of so many disks."""
+        return frozenset(map(self.bus, range(count)))
+
+
 @dataclass(frozen=True)
 class Domain:
     """What the domain is made of.
@@ -78,13 +109,13 @@ class Domain:
     secure_boot: bool
     tpm: bool
     virt_type: str
+    machine: Machine
     guest: GuestSystem | None
     disks: tuple[DomainDisk, ...]
     nics: tuple[DomainNic, ...]
     job: str
     source: dict[str, str]
     tags: dict[str, str]
-    compatible: bool = False
     nvram: Path | None = None
 
 

@@ -1,4 +1,7 @@
-"""The name that libosinfo, and so virt-manager, has for a guest's operating system."""
+"""The name that libosinfo, and so virt-manager, has for a guest's operating system.
+
+By hand, as libguestfs has only libosinfo's short names, which take its database, on every host, to become ids.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable
 
-from hyper2kvmd.domain.machine import disk_bus, machine_type
 from hyper2kvmd.domain.model import Domain, DomainNic, attachment
 from hyper2kvmd.domain.osinfo import osinfo_id
 
@@ -25,7 +24,6 @@ ET.register_namespace("libosinfo", OSINFO_NAMESPACE)
 
 def to_xml(domain: Domain) -> str:
     """The domain as libvirt XML. Raise ValueError if a NIC's target is none."""
-    machine = machine_type(domain.guest)
     windows = domain.guest is not None and domain.guest.type == "windows"
     # Enlightenments are KVM's; emulation has none.
     hyperv = windows and domain.virt_type == "kvm"
@@ -39,19 +37,18 @@ def to_xml(domain: Domain) -> str:
     _metadata(root, domain)
     _text(root, "memory", str(domain.memory_mib), unit="MiB")
     _text(root, "vcpu", str(domain.cpus))
-    threaded = bool(domain.disks) and not domain.compatible
+    threaded = bool(domain.disks) and domain.machine.virtio
     if threaded:
         _text(root, "iothreads", "1")
-    _firmware(root, domain, machine)
+    _firmware(root, domain)
     _features(root, secure_boot=domain.firmware == "uefi" and domain.secure_boot, hyperv=hyperv)
     _cpu(root, domain)
     _clock(root, windows=windows, hyperv=hyperv)
 
     devices = ET.SubElement(root, "devices")
-    _disks(devices, domain, machine)
-    nic_model = "virtio" if not domain.compatible else "e1000e" if machine == "q35" else "e1000"
+    _disks(devices, domain)
     for nic in domain.nics:
-        _nic(devices, nic, nic_model)
+        _nic(devices, nic, domain.machine.cards)
     serial = ET.SubElement(devices, "serial", type="pty")
     ET.SubElement(serial, "target", port="0")
     console = ET.SubElement(devices, "console", type="pty")
@@ -63,7 +60,7 @@ def to_xml(domain: Domain) -> str:
     # Every guest and both firmwares can draw on VGA; virtio needs a driver that old guests do not have.
     ET.SubElement(ET.SubElement(devices, "video"), "model", type="vga")
     if domain.tpm:
-        tpm = ET.SubElement(devices, "tpm", model="tpm-crb" if machine == "q35" else "tpm-tis")
+        tpm = ET.SubElement(devices, "tpm", model="tpm-crb" if domain.machine.type == "q35" else "tpm-tis")
         ET.SubElement(tpm, "backend", type="emulator", version="2.0")
     rng = ET.SubElement(devices, "rng", model="virtio")
     _text(rng, "backend", "/dev/urandom", model="random")
@@ -90,11 +87,11 @@ def _metadata(root: ET.Element, domain: Domain) -> None:
         ET.SubElement(osinfo, f"{{{OSINFO_NAMESPACE}}}os", id=id)
 
 
-def _firmware(root: ET.Element, domain: Domain, machine: str) -> None:
+def _firmware(root: ET.Element, domain: Domain) -> None:
     """libvirt chooses loader and NVRAM by what is asked of them: naming a loader as well is an error."""
     uefi = domain.firmware == "uefi"
     system = ET.SubElement(root, "os", {"firmware": "efi"} if uefi else {})
-    _text(system, "type", "hvm", arch="x86_64", machine=machine)
+    _text(system, "type", "hvm", arch="x86_64", machine=domain.machine.type)
     if uefi:
         firmware = ET.SubElement(system, "firmware")
         secure = "yes" if domain.secure_boot else "no"
@@ -139,8 +136,8 @@ def _clock(root: ET.Element, *, windows: bool, hyperv: bool) -> None:
         ET.SubElement(clock, "timer", name="hypervclock", present="yes")
 
 
-def _disks(devices: ET.Element, domain: Domain, machine: str) -> None:
-    buses = [disk_bus(domain, machine, index) for index in range(len(domain.disks))]
+def _disks(devices: ET.Element, domain: Domain) -> None:
+    buses = [domain.machine.bus(index) for index in range(len(domain.disks))]
     for index in range(-(-buses.count("scsi") // SCSI_TARGETS)):
         controller = ET.SubElement(devices, "controller", type="scsi", index=str(index), model="virtio-scsi")
         ET.SubElement(controller, "driver", iothread="1")

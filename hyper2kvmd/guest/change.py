@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 
+from hyper2kvmd.text import printable
+
 DIFF_BYTES = 8192
 
 
@@ -97,16 +99,6 @@ class Proof:
     claim: str
     ok: bool
     evidence: str
-
-    def as_json(self) -> dict[str, str | bool]:
-        """The proof as it stands in the report."""
-        return dataclasses.asdict(self)
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """Text from a guest, made safe for terminals and logs: one line, no control characters, bounded."""
-    kept = "".join(char if char.isprintable() or char == "\t" else "�" for char in text[: limit + 1])
-    return kept if len(kept) <= limit else kept[: limit - 1] + "…"
 
 
 def decode(data: bytes) -> str:

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from hyper2kvmd.domain.model import GuestSystem
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest import storage
-from hyper2kvmd.guest.change import printable
 from hyper2kvmd.guest.linux import kernels, menu
 from hyper2kvmd.guest.linux.devices import Device
 from hyper2kvmd.guest.linux.kernels import Kernel
 from hyper2kvmd.guest.linux.menu import Menu
 from hyper2kvmd.guest.session import Session, read_text
 from hyper2kvmd.guest.storage import KeyFor, device_of
+from hyper2kvmd.text import printable
 
 ESP = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
 BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What was found on the disks. Strings from the guest are printable and short.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What was found on the disks, as the report has it. Strings from the guest are printable and short.
 
     serial_console: whether a kernel on the menu writes to a serial port.
     `mounts` maps mount points to what is mounted there now, `disks` are the appliance's names in the order given,
-    `boot_disk` is an index into them, `locked` are the encrypted devices that nobody had a key for.
+    `locked` are the encrypted devices that nobody had a key for.
     """
 
     os_type: str
@@ -47,19 +47,23 @@ class Inspection:
     firmware: Literal["bios", "uefi"]
     firmware_evidence: str
     esp: str | None
-    boot_disk: int
     disks: tuple[str, ...]
     filesystems: tuple[Device, ...]
     locked: tuple[str, ...]
-    menu: Menu | None
     serial_console: bool
-    warnings: tuple[Finding, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """The inspection as it stands in the report (warnings are reported elsewhere)."""
-        shape = dataclasses.asdict(dataclasses.replace(self, menu=None))
-        del shape["warnings"], shape["menu"]
-        return shape
+    def system(self, kernel: str | None) -> GuestSystem:
+        """The operating system as a domain knows it, starting this kernel."""
+        return GuestSystem(self.os_type, self.distro, self.version, kernel, self.product_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection(Found):
+    """What FIX needs besides. `boot_disk` is an index into `disks`."""
+
+    boot_disk: int
+    menu: Menu | None
+    warnings: tuple[Finding, ...]
 
 
 def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint: str = "unknown") -> Inspection:

@@ -15,9 +15,10 @@ from typing import Any
 
 from hyper2kvmd.accel import KERNELS, kernels
 from hyper2kvmd.errors import Cancelled, Code, MigrationError
-from hyper2kvmd.guest.change import decode, printable
+from hyper2kvmd.guest.change import decode
 from hyper2kvmd.memory import available
 from hyper2kvmd.run import TAIL_LINES, Tools, qemu, tail
+from hyper2kvmd.text import printable
 
 CANCEL_POLL_SECONDS = 0.2
 LOG_LINES = 200

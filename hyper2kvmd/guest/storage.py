@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.guest.change import printable
 from hyper2kvmd.guest.linux.devices import Device, Names
 from hyper2kvmd.guest.session import read_text
+from hyper2kvmd.text import printable
 
 FSTAB = "/etc/fstab"
 CRYPTTAB = "/etc/crypttab"

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,6 @@ from hyper2kvmd.domain.xml import job_of, to_xml
 from hyper2kvmd.errors import Cancelled, MigrationError
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.hypervisor.png import png
-from hyper2kvmd.job.context import Job
 
 log = structlog.get_logger()
 
@@ -104,10 +103,19 @@ def thrown_away(domain: Domain, overlays: Sequence[Path], nvram: Path, memory_mb
     )
 
 
-def run(job: Job, connection: Any, domain: Domain, seconds: float) -> Verdict:
+def run(
+    connection: Any,
+    uri: str,
+    domain: Domain,
+    seconds: float,
+    *,
+    cancel: threading.Event,
+    moved: Callable[[], None],
+) -> Verdict:
     """Start `domain`, from thrown_away(), for at most `seconds`, and end it when it has said how it does.
 
-    It dies with the connection, and so with this process. Raise Cancelled.
+    uri: that of the connection, with which the domain dies, and so with this process. moved: called whenever the guest
+    says something. Raise Cancelled when `cancel` is set.
     """
     began = time.monotonic()
     console = bytearray()
@@ -116,8 +124,8 @@ def run(job: Job, connection: Any, domain: Domain, seconds: float) -> Verdict:
         return Verdict(outcome, reason, round(time.monotonic() - began, 1), readable(console), screen)
 
     try:
-        with _running(connection, job.settings.libvirt.uri, domain, console) as guest:
-            outcome, reason = _watched(job, guest, console, began + seconds)
+        with _running(connection, uri, domain, console) as guest:
+            outcome, reason = _watched(guest, console, began + seconds, cancel, moved)
             return verdict(outcome, reason, _screen(connection, guest))
     except libvirt.libvirtError as error:
         # It says nothing about the guest: libvirt cannot read the disks, or went away.
@@ -171,15 +179,16 @@ def _listen(uri: str, uuid: str, console: bytearray, listening: threading.Event)
 
 
 def _watched(
-    job: Job, guest: Any, console: bytearray, deadline: float
+    guest: Any, console: bytearray, deadline: float, cancel: threading.Event, moved: Callable[[], None]
 ) -> tuple[Literal["passed", "failed", "inconclusive"], str]:
     """Wait until the guest has said how it does."""
     seen, ask_at = 0, 0.0
     while time.monotonic() < deadline:
-        if job.tools.cancel.wait(POLL_SECONDS):
+        if cancel.wait(POLL_SECONDS):
             raise Cancelled
         if len(console) != seen:
-            seen, job.moved_at = len(console), time.monotonic()
+            seen = len(console)
+            moved()
             if found := judge(readable(console)):
                 return found
         if not guest.isActive():

@@ -1,4 +1,7 @@
-"""QEMU's screenshots as PNG."""
+"""QEMU's screenshots as PNG.
+
+By hand, as zlib does the work: pypng would save ten lines, and be one more dependency of every package.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.files import fsync_directory
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -30,11 +31,7 @@ def publish(temporary: Path, final: Path) -> None:
             field="output_dir",
         ) from None
     temporary.unlink()
-    fd = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    fsync_directory(final.parent)
 
 
 def output_exists(path: Path) -> MigrationError:

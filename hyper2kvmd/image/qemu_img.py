@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.files import create_file
 from hyper2kvmd.image.publish import output_exists
 from hyper2kvmd.image.source import Source
 from hyper2kvmd.run import Done, Tools
@@ -111,7 +112,7 @@ def convert(
     """
     try:
         # Ours and nobody else's: qemu-img would follow a link that somebody put there.
-        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        os.close(create_file(target, 0o600))
     except FileExistsError:
         raise output_exists(target) from None
     try:

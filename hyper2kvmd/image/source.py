@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted
+from hyper2kvmd.errors import Cancelled, Code, Collected, Finding, MigrationError
+from hyper2kvmd.files import open_file
 from hyper2kvmd.image.header import examine
 from hyper2kvmd.image.header.reader import Header
 from hyper2kvmd.manifest import Disk
@@ -100,11 +101,11 @@ def _node(driver: str, path: str) -> dict[str, Any]:
 
 
 def open_sources(
-    export_fd: int, export_dir: Path, disks: Sequence[Disk], stack: contextlib.ExitStack, noted: Noted
+    export_fd: int, export_dir: Path, disks: Sequence[Disk], stack: contextlib.ExitStack, problems: Collected
 ) -> tuple[Source, ...]:
     """Open and examine the disks of a manifest; `stack` closes them. Those that cannot be used are left out.
 
-    `export_fd` is the export's directory, `export_dir` its path as in the manifest. `noted` gets, with
+    `export_fd` is the export's directory, `export_dir` its path as in the manifest. `problems` gets, with
     the disk's field in the manifest: disk_missing, disk_size, export_unsafe, or those of header.examine().
     """
     sources = []
@@ -125,7 +126,7 @@ def open_sources(
         except MigrationError as error:
             wrong = "source_format" if error.code == Code.FORMAT_MISMATCH else "local_path"
             error.field = error.field or f"{field}.{wrong}"
-            noted.errors.append(error)
+            problems.errors.append(error)
             continue
         sources.append(source)
     return tuple(sources)
@@ -197,7 +198,7 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
             fd = inner
         # Looked at first because opening can have effects: a tape rewinds, a FIFO wakes its writer.
         _check_plain(os.stat(path.name, dir_fd=fd, follow_symlinks=False), full, field)
-        file = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+        file = open_file(path.name, dir_fd=fd)
     except FileNotFoundError:
         raise MigrationError(Code.DISK_MISSING, f"{full} does not exist", _FINISH_EXPORT, field=field) from None
     except PermissionError as error:

@@ -19,8 +19,10 @@ import structlog
 from hyper2kvmd.errors import Cancelled, Finding, MigrationError
 from hyper2kvmd.files import timestamp
 from hyper2kvmd.job.events import Emitter
+from hyper2kvmd.job.request import Request
+from hyper2kvmd.job.results import Results
 from hyper2kvmd.messages import Kind
-from hyper2kvmd.queue.claim import Claim
+from hyper2kvmd.queue.export import Export
 from hyper2kvmd.report.model import ChangeRecord, DiskRecord, DomainRecord, FindingRecord, StageRecord
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
@@ -38,7 +40,7 @@ class Record:
 
     warnings: list[Finding] = field(default_factory=list)
     stages: list[StageRecord] = field(default_factory=list)
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: Results = field(default_factory=Results)
     disks: list[DiskRecord] = field(default_factory=list)
     changes: list[ChangeRecord] = field(default_factory=list)
     domain: DomainRecord | None = None
@@ -49,51 +51,55 @@ class Record:
         """The record as plain data, for the journal of the job."""
         models = {name: [item.model_dump() for item in getattr(self, name)] for name in ("stages", "disks", "changes")}
         warnings = [finding.as_json() for finding in self.warnings]
-        return {"warnings": warnings, "results": self.results, "tools": self.tools, **models}
+        return {"warnings": warnings, "results": self.results.as_json(), "tools": self.tools, **models}
 
-    def restore(self, content: dict[str, Any]) -> None:
-        """Take over what an earlier attempt put on the record; what this one did so far comes last."""
-        self.warnings[:0] = [Finding(**finding) for finding in content["warnings"]]
-        self.stages[:0] = [StageRecord(**stage) for stage in content["stages"]]
-        self.results = {**content["results"], **self.results}
-        self.disks = [DiskRecord(**disk) for disk in content["disks"]]
-        self.changes = [ChangeRecord(**change) for change in content["changes"]]
-        self.tools = {**content["tools"], **self.tools}
+    @classmethod
+    def load(cls, content: dict[str, Any]) -> Record:
+        """A record from what dump() made of it. Raise ValueError, KeyError or TypeError for what is none."""
+        return cls(
+            warnings=[Finding(**finding) for finding in content["warnings"]],
+            stages=[StageRecord(**stage) for stage in content["stages"]],
+            results=Results.model_validate(content["results"]),
+            disks=[DiskRecord(**disk) for disk in content["disks"]],
+            changes=[ChangeRecord(**change) for change in content["changes"]],
+            tools={**content["tools"]},
+        )
+
+    def take_over(self, earlier: Record) -> None:
+        """Take over what an earlier attempt put on its record; what this one did so far comes last."""
+        self.warnings[:0] = earlier.warnings
+        self.stages[:0] = earlier.stages
+        self.results.fill(earlier.results)
+        self.disks = earlier.disks
+        self.changes = earlier.changes
+        self.tools = {**earlier.tools, **self.tools}
 
 
 @dataclass
 class Job:
     """One job. `id` names its work directory and everything temporary, and is the same for every attempt.
 
-    `only` limits the stages to these; `vm_name` is the VM's name if it is not the manifest's; `by_daemon` is whether no
-    person started it; `dry_run` leaves everything as it was. `running` has the stages that are under
-    way with their beginning, `moved_at` is when something last moved, both by the monotonic clock; `verdict` is why
-    the job was stopped, if it was. `sources` are the files of the export that the disks are read from.
+    `attempt` is the number of this one, which every temporary name carries; 0 if nothing is to be written. `running`
+    has the stages that are under way with their beginning, `moved_at` is when something last moved, both by the
+    monotonic clock; `verdict` is why the job was stopped, if it was.
     """
 
     id: str
-    claim: Claim
+    export: Export
+    attempt: int
+    request: Request
     settings: Settings
     tools: Tools
     events: Emitter
-    record: Record = field(default_factory=Record)
-    only: frozenset[str] | None = None
-    vm_name: str | None = None
-    by_daemon: bool = False
-    dry_run: bool = False
-    running: dict[str, float] = field(default_factory=dict)
-    moved_at: float = field(default_factory=time.monotonic)
-    verdict: MigrationError | None = None
-    sources: tuple[str, ...] = ()
+    record: Record = field(default_factory=Record, init=False)
+    running: dict[str, float] = field(default_factory=dict, init=False)
+    moved_at: float = field(default_factory=time.monotonic, init=False)
+    verdict: MigrationError | None = field(default=None, init=False)
 
     @property
     def work_dir(self) -> Path:
         """Where overlays and the journal of this job are; a dry run does not touch those of the real one."""
-        return self.settings.work_dir / (f"{self.id}.dry-run" if self.dry_run else self.id)
-
-    def wants(self, stage: str, enabled: bool) -> bool:
-        """Whether a stage is to run, by the manifest (`enabled`) and the command line."""
-        return enabled and (self.only is None or stage in self.only)
+        return self.settings.work_dir / (f"{self.id}.dry-run" if self.request.dry_run else self.id)
 
     def warn(self, finding: Finding) -> None:
         """Put a warning on the record."""
@@ -132,6 +138,10 @@ class Job:
             )
             self.events.emit("stage", stage=name, status=status, seconds=seconds)
             log.info("stage ended", kind=Kind.STAGE_ENDED, stage=name, status=status, seconds=seconds)
+
+    def moved(self) -> None:
+        """Something got further, other than by progress()."""
+        self.moved_at = time.monotonic()
 
     def progress(self, stage: str, item: str, total: int) -> Callable[[float], None]:
         """A function that takes the ratio done of one item of `total` bytes, and tells about it now and then."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import random
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import structlog
 from hyper2kvmd import journal
 from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
-from hyper2kvmd.files import timestamp, write_durably
+from hyper2kvmd.files import explained, timestamp, trouble, write_durably
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import Job, finding_records, job_id
 from hyper2kvmd.job.events import Emitter
 from hyper2kvmd.job.pipeline import migrate
+from hyper2kvmd.job.request import Request
 from hyper2kvmd.job.supervise import overseen
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.messages import Kind
@@ -49,76 +50,62 @@ EXIT_OF = {
 }
 
 
-def run_job(
-    claim: Claim,
-    settings: Settings,
-    tools: Tools,
-    events: Emitter,
-    *,
-    only: frozenset[str] | None,
-    vm_name: str | None,
-    dry_run: bool,
-    if_ready: bool,
-    died: str,
-) -> int:
-    """Migrate an export that was claimed and return the exit status. Whatever happens to it, its report is written.
-
-    only: the stages to run, if not all. vm_name: what to call the VM, if not as the manifest does. died: how the last
-    runner died, if whoever started it knows. if_ready: do nothing unless the export is queued, as the daemon saw it; a
-    person's word goes at any time.
-    """
+def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, request: Request) -> int:
+    """Migrate an export that was claimed and return the exit status. Whatever happens to it, its report is written."""
+    export = claim.export
     began = time.time()
     # What the daemon saw may be over since: only what is found under the claim counts.
-    look = replace(facts.look(claim.directory, settings), held=False)
+    look = replace(facts.look(export.directory, settings), held=False)
     state, finding = state_of(look, settings, began)
-    if if_ready and state in (State.INCOMPLETE, State.WAITING):
+    if request.if_ready and state in (State.INCOMPLETE, State.WAITING):
         claim.interrupted()  # written to since it was seen
         events.emit("finished", status="nothing")
         return EXIT_TEMPORARY
-    request = requests.pending(claim.fd)
-    given_up = request == "cancel" and state not in (State.SUCCEEDED, State.FAILED, State.REJECTED)
-    if state in FINAL and not dry_run and not given_up:
+    wanted = requests.pending(export.fd)
+    given_up = wanted == "cancel" and state not in (State.SUCCEEDED, State.FAILED, State.REJECTED)
+    if state in FINAL and not request.dry_run and not given_up:
         claim.interrupted()
         claim.fulfil(CANCEL)  # which came too late
         # What a runner that died right after its report could not remove any more.
-        work_dir = settings.work_dir / job_id(claim.directory, look.manifest_sha256 or "")
+        work_dir = settings.work_dir / job_id(export.directory, look.manifest_sha256 or "")
         if state == State.SUCCEEDED or not steps.unfinished(work_dir):
             steps.abandon(work_dir)
         found = {} if finding is None else finding.as_json()
         events.emit("finished", status="nothing", **found)
-        print(f"{claim.directory}: {state} already" + (f": {finding}" if finding else ""), file=sys.stderr)
+        print(f"{export.directory}: {state} already" + (f": {finding}" if finding else ""), file=sys.stderr)
         return EXIT_DONE if state == State.SUCCEEDED else EXIT_BUSY
-    job = Job(job_id(claim.directory, look.manifest_sha256 or ""), claim, settings, tools, events, only=only)
-    job.dry_run = dry_run
-    job.vm_name, job.by_daemon = vm_name, if_ready
+    id = job_id(export.directory, look.manifest_sha256 or "")
+    job = Job(id, export, claim.attempt, request, settings, tools, events)
     structlog.contextvars.bind_contextvars(job_id=job.id, attempt=claim.attempt)
-    journal.also_to(claim.fd, LOG)
+    journal.also_to(export.fd, LOG)
     _be_nice(settings, tools)
     manifest: Manifest | None = None
     error: MigrationError | None = None
+    sources: tuple[str, ...] = ()
     try:
-        events.emit("claimed", job=job.id, vm=claim.directory.name, attempt=claim.attempt)
-        log.info("claimed", kind=Kind.CLAIMED, export=str(claim.directory))
-        if request is not None and not dry_run:
-            job.verdict = request_error(request)
+        events.emit("claimed", job=job.id, vm=export.directory.name, attempt=claim.attempt)
+        log.info("claimed", kind=Kind.CLAIMED, export=str(export.directory))
+        if wanted is not None and not request.dry_run:
+            job.verdict = request_error(wanted)
             raise Cancelled
         if claim.crashes >= settings.retry.max_attempts:
             raise MigrationError(
                 Code.RUNNER_CRASHED,
-                f"the runner died {claim.crashes} times in a row" + (f", at last {died}" if died else ""),
+                f"the runner died {claim.crashes} times in a row"
+                + (f", at last {request.died}" if request.died else ""),
                 "Look for the reason in the journal (out of memory? a crash of a library?); then `hyper2kvmctl retry`.",
             )
-        name, data = facts.read_manifest(claim.fd, claim.directory, settings.manifest_names)
-        manifest = parse(data, name, settings.pipeline, vm_name)
+        name, data = facts.read_manifest(export.fd, export.directory, settings.manifest_names)
+        manifest = parse(data, name, settings.pipeline, request.vm_name)
         if manifest.sha256 != look.manifest_sha256:  # replaced just now; the next look begins anew
             raise Cancelled
         structlog.contextvars.bind_contextvars(vm=manifest.vm_name)
         events.emit("manifest", vm=manifest.vm_name, tags=manifest.tags)
         with overseen(job):
-            migrate(job, manifest)
+            sources = migrate(job, claim, manifest)
     except Cancelled:
         if job.verdict is not None and job.verdict.code != Code.HELD:
-            return _conclude(job, manifest, look, began, job.verdict)
+            return _conclude(job, claim, manifest, look, began, job.verdict, sources)
         claim.interrupted()
         stopped = job.verdict or MigrationError(Code.INTERRUPTED, "the job was stopped", "Start it again; it goes on.")
         events.emit("finished", status="interrupted", **stopped.finding().as_json())
@@ -135,7 +122,7 @@ def run_job(
             f"{type(problem).__name__}: {problem}",
             "This is a defect in hyper2kvmd; please report it with the trace from the journal.",
         )
-    return _conclude(job, manifest, look, began, error)
+    return _conclude(job, claim, manifest, look, began, error, sources)
 
 
 def _be_nice(settings: Settings, tools: Tools) -> None:
@@ -148,16 +135,24 @@ def _be_nice(settings: Settings, tools: Tools) -> None:
         tools.run("ionice", "-c", number, *level, "-p", str(os.getpid()), accept=range(256))
 
 
-def _conclude(job: Job, manifest: Manifest | None, look: Facts, began: float, error: MigrationError | None) -> int:
+def _conclude(
+    job: Job,
+    claim: Claim,
+    manifest: Manifest | None,
+    look: Facts,
+    began: float,
+    error: MigrationError | None,
+    sources: tuple[str, ...],
+) -> int:
     """Write the report and say how the job ended."""
-    claim, settings = job.claim, job.settings
+    settings, request = job.settings, job.request
     outcome = _outcome(error, claim.retries + 1, settings)
     now = time.time()
     due = (
         now + settings.retry.delay(claim.retries + 1) * random.uniform(1, JITTER) if outcome == Outcome.RETRY else None
     )
     problems = finding_records(error.problems if error else ())
-    dry_run = job.dry_run or (manifest is not None and manifest.options.dry_run)
+    dry_run = request.dry_run or (manifest is not None and manifest.options.dry_run)
     document = Report(
         status=outcome,
         dry_run=dry_run,
@@ -178,27 +173,27 @@ def _conclude(job: Job, manifest: Manifest | None, look: Facts, began: float, er
         ),
         warnings=finding_records([*(manifest.warnings if manifest else ()), *job.record.warnings]),
         stages=tuple(job.record.stages),
-        results=job.record.results,
+        results=job.record.results.as_json(),
         disks=tuple(job.record.disks),
         changes=tuple(job.record.changes),
         domain=job.record.domain,
         tags=manifest.tags if manifest else {},
         tools=job.record.tools,
-        host=_host(by_daemon=job.by_daemon),
+        host=_host(by_daemon=request.if_ready),
         overrides={
             **settings.pipeline.model_dump(by_alias=True, exclude_none=True),
-            **({} if job.vm_name is None else {"vm_name": job.vm_name}),
+            **({} if request.vm_name is None else {"vm_name": request.vm_name}),
         },
     )
-    if job.dry_run or (job.only is not None and "convert" not in job.only):
+    if request.dry_run or (request.stages is not None and "convert" not in request.stages):
         claim.interrupted()  # asked for on the command line: the export stays as it was, to be migrated
     elif error is None or error.code != Code.CLAIM_LOST:
         try:
-            _write_report(job, manifest, document)
+            _write_report(claim, manifest, document)
         except (OSError, MigrationError) as problem:
             # No report, so the job is not over: the next attempt finds in the work directory what is done. The claim
             # can be lost here, too; then it is somebody else's job by now.
-            lost = problem if isinstance(problem, MigrationError) else unwritable(claim.directory, problem)
+            lost = problem if isinstance(problem, MigrationError) else unwritable(job.export.directory, problem)
             job.events.emit("finished", status="unreported", **lost.finding().as_json())
             print(lost, file=sys.stderr)
             return EXIT_TEMPORARY
@@ -209,7 +204,7 @@ def _conclude(job: Job, manifest: Manifest | None, look: Facts, began: float, er
     elif error is None or (outcome != Outcome.RETRY and not steps.unfinished(job.work_dir)):
         steps.abandon(job.work_dir)
     if error is None and settings.cleanup_source:
-        _remove_sources(job)
+        _remove_sources(job, sources)
     finished: dict[str, Any] = {"status": str(outcome), "seconds": document.seconds}
     if error is not None:
         finished["code"] = str(error.code)
@@ -243,13 +238,13 @@ def _host(*, by_daemon: bool) -> HostRecord:
     )
 
 
-def _remove_sources(job: Job) -> None:
+def _remove_sources(job: Job, sources: Iterable[str]) -> None:
     """Delete the exported disks, now that the report says that they are published as something else."""
     if not all(disk.target for disk in job.record.disks):
         return  # nothing was converted
-    for name in job.sources:
+    for name in sources:
         try:
-            os.unlink(name, dir_fd=job.claim.fd)
+            os.unlink(name, dir_fd=job.export.fd)
             log.info("source removed", file=name)
         except OSError as error:
             log.warning("source cannot be removed", file=name, reason=error.strerror)
@@ -263,27 +258,24 @@ def _outcome(error: MigrationError | None, tries: int, settings: Settings) -> st
     return str(error.outcome)
 
 
-def _write_report(job: Job, manifest: Manifest | None, document: Report) -> None:
+def _write_report(claim: Claim, manifest: Manifest | None, document: Report) -> None:
     """Write the report, and the copy that the manifest asks for."""
     if manifest is not None and manifest.options.report_path:
         name = manifest.options.report_path
-        there = facts.read_report(job.claim.directory, name)
+        there = facts.read_report(claim.export.directory, name)
         if name.startswith(".") or (there is not None and "schema_version" not in there):
             log.warning("no extra copy of the report: the manifest gives it the name of another file", name=name)
         elif name != REPORT:
-            write_durably(job.claim.fd, name, document.to_bytes(), document.attempts)
-    job.claim.finish(document)
+            write_durably(claim.export.fd, name, document.to_bytes(), document.attempts)
+    claim.finish(document)
 
 
 def _from_os(error: OSError) -> MigrationError:
     """An error of the operating system as one of ours."""
-    where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if trouble(error) == "full":
         return MigrationError(
-            Code.NO_SPACE, f"{where}{error.strerror}", "Free some space there; the job is tried again by itself."
+            Code.NO_SPACE, explained(error), "Free some space there; the job is tried again by itself."
         )
     return MigrationError(
-        Code.IO_ERROR,
-        f"{where}{error.strerror or error}",
-        "Check that the path exists, its permissions and its storage.",
+        Code.IO_ERROR, explained(error), "Check that the path exists, its permissions and its storage."
     )

@@ -11,71 +11,65 @@ its slowest branch, not as long as all of them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hyper2kvmd.domain.model import Domain, DomainDisk, GuestSystem
+from hyper2kvmd.domain.machine import machine_for
+from hyper2kvmd.domain.model import Domain, DomainDisk
 from hyper2kvmd.domain.xml import to_xml
-from hyper2kvmd.errors import Cancelled, Code, Finding, MigrationError, Noted, Outcome
-from hyper2kvmd.files import write_durably
-from hyper2kvmd.hypervisor import boottest
+from hyper2kvmd.errors import Cancelled, Collected, MigrationError, Outcome
 from hyper2kvmd.hypervisor.connection import connect, libvirt_version
 from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.image.publish import publish
 from hyper2kvmd.image.source import check_unchanged, verify_checksum
 from hyper2kvmd.job import reserve
-from hyper2kvmd.job.context import Job
-from hyper2kvmd.job.plan import Plan, PlannedDisk, appliance_mb, make_plan, memory_mb, needs
+from hyper2kvmd.job.boot import boot_copy
+from hyper2kvmd.job.context import Job, Record
+from hyper2kvmd.job.inside import look_inside
+from hyper2kvmd.job.plan import Plan, PlannedDisk, make_plan, memory_mb, needs
+from hyper2kvmd.job.results import Checked, Converted, Imported, Validated
 from hyper2kvmd.job.steps import Item, Steps
 from hyper2kvmd.manifest import Manifest
-from hyper2kvmd.messages import Kind
 from hyper2kvmd.notify import hooks
-from hyper2kvmd.queue.names import BOOT_LOG, BOOT_SCREEN
-from hyper2kvmd.report.model import ChangeRecord, DiskRecord, DomainRecord
-from hyper2kvmd.run import tail
-
-if TYPE_CHECKING:
-    from hyper2kvmd.guest.inspect import Inspection
-    from hyper2kvmd.guest.linux.fix import FixOptions
+from hyper2kvmd.queue.claim import Claim
+from hyper2kvmd.report.model import DiskRecord, DomainRecord
 
 log = structlog.get_logger()
 
-BOOT_HINT = "See boot-test.log and boot-test.png beside the report; with validate.boot_failure: warn the job goes on."
 
-
-def migrate(job: Job, manifest: Manifest) -> None:
-    """Migrate one export. What was done is on `job.record`, also when it fails.
+def migrate(job: Job, claim: Claim, manifest: Manifest) -> tuple[str, ...]:
+    """Migrate one export, and return the names of its files that were read. What was done is on `job.record`.
 
     Raise MigrationError, OSError or Cancelled; then nothing is published that was not complete, and what is
     published is found again by the next attempt.
     """
     with contextlib.ExitStack() as stack:
         with job.stage("plan"):
-            noted = Noted()
+            problems = Collected()
             steps = Steps(job)
             resumed = steps.to_publish()
-            items, record = resumed or ((), {})
-            plan = make_plan(job, manifest, noted, stack, ours=[Path(item.final) for item in items])
-            with noted:
+            items, record = resumed or ((), Record())
+            plan = make_plan(job, manifest, problems, stack, published=[Path(item.final) for item in items])
+            with problems:
                 for hook in hooks.found(job.settings.hooks, "pre-import") if plan.import_ else ():
                     hooks.check(hook)
-            if not noted.errors:
+            if not problems.errors:
                 plan = plan if resumed else steps.adopt(plan)
                 steps.clean(plan)
             if not resumed:
-                with noted:
-                    memory = memory_mb(job, plan, fixed=not noted.errors and steps.fixed(plan) is not None)
+                with problems:
+                    memory = memory_mb(job, plan, fixed=not problems.errors and steps.fixed(plan) is not None)
                     reserve.reserve(job, needs(job, plan, steps.converted), memory, stack)
-            noted.check()
+            problems.check()
         if resumed:
-            job.record.restore(record)
+            job.record.take_over(record)
         else:
             goes_on = False
             try:
@@ -83,8 +77,9 @@ def migrate(job: Job, manifest: Manifest) -> None:
                 if plan.convert:
                     _commit(job, plan, steps)
                     _validate(job, plan)
-                    _boot(job, plan)
-                    items = steps.note_finished(plan, job.record.dump())
+                    disks = _boot_order(job, plan)
+                    boot_copy(job, plan, disks, _as_found(job, plan, disks))
+                    items = steps.note_finished(plan, copy.deepcopy(job.record))
             except (Cancelled, OSError, MigrationError) as error:
                 # The next attempt can use what is done, if the job was stopped or failed for a passing cause.
                 goes_on = not isinstance(error, MigrationError) or error.outcome == Outcome.RETRY
@@ -97,16 +92,17 @@ def migrate(job: Job, manifest: Manifest) -> None:
     if not plan.convert:
         for stage in ("validate", "import"):
             job.skip(stage)
-        return
+        return plan.sources
     with job.stage("publish"):
-        _publish(job, items)
+        _publish(claim, items)
         _describe_targets(job, plan, {item.disk: Path(item.final) for item in items})
     if plan.import_:
-        _hook(job, plan)
+        _hook(job, claim, plan)
         with job.stage("import"):
-            _import(job, plan)
+            _import(job, claim, plan)
     else:
         job.skip("import")
+    return plan.sources
 
 
 def _branches(job: Job, plan: Plan, steps: Steps) -> None:
@@ -119,7 +115,7 @@ def _branches(job: Job, plan: Plan, steps: Steps) -> None:
     else:
         job.skip("verify")
     if plan.looks_inside:
-        branches.append(partial(_guest, job, plan, steps))
+        branches.append(partial(look_inside, job, plan, steps))
     else:
         job.skip("inspect")
         job.skip("fix")
@@ -128,7 +124,8 @@ def _branches(job: Job, plan: Plan, steps: Steps) -> None:
     else:
         job.skip("convert")
     job.together(*branches)
-    boot = job.record.results.get("inspect", {}).get("boot_disk") or plan.boot_disk
+    inspected = job.record.results.inspect
+    boot = inspected.boot_disk if inspected else plan.boot_disk
     job.record.disks = [
         DiskRecord(
             id=disk.id,
@@ -155,141 +152,6 @@ def _verify(job: Job, plan: Plan, steps: Steps, digests: dict[str, str]) -> None
     left = [disk for disk in plan.disks if disk.source.disk.sha256 is not None and disk.id not in digests]
     with job.stage("verify", sum(disk.source.size for disk in left)):
         job.together(*(partial(verify, disk) for disk in left))
-
-
-def _guest(job: Job, plan: Plan, steps: Steps) -> None:
-    """Look into the guest, and mend it, on overlays that can be thrown away; or take what an earlier attempt did."""
-    if record := steps.fixed(plan):
-        job.record.restore(record)
-        return
-    _inspect_and_fix(job, plan)
-    done = job.record.dump()
-    done["stages"] = [stage for stage in done["stages"] if stage["name"] in ("inspect", "fix")]
-    steps.note_fixed(plan, done)
-
-
-def _inspect_and_fix(job: Job, plan: Plan) -> None:
-    # Imported here: a job that does not look inside needs none of it.
-    from hyper2kvmd.guest.inspect import inspect
-    from hyper2kvmd.guest.linux.fix import fix
-    from hyper2kvmd.guest.session import open_guest
-
-    manifest = plan.manifest
-    with contextlib.ExitStack() as stack:
-        with job.stage("inspect"):
-            for disk in plan.disks:
-                qemu_img.create_overlay(job.tools, disk.overlay, disk.source)
-            session = stack.enter_context(
-                open_guest(
-                    [(disk.overlay, "qcow2") for disk in plan.disks],
-                    accel=plan.accel,
-                    memory_mb=appliance_mb(job),
-                    tools=job.tools,
-                )
-            )
-            version = session.version()
-            job.record.tools["libguestfs"] = f"{version['major']}.{version['minor']}.{version['release']}"
-            try:
-                inspection = inspect(session, _key_for(job, plan), plan.hardware.firmware)
-            except MigrationError as error:
-                if not _tolerated(job, plan, error):
-                    raise
-                return
-            _inspected(job, plan, inspection)
-        if not plan.fix:
-            job.skip("fix")
-            return
-        with job.stage("fix"):
-            try:
-                result = fix(session, inspection, _fix_options(job, plan))
-            except MigrationError as error:
-                if not _tolerated(job, plan, error):
-                    raise
-                return
-            for finding in result.warnings:
-                job.warn(finding)
-            job.record.changes = [ChangeRecord(**change.as_json()) for change in result.changes]
-            job.record.results["fix"] = {
-                "drivers_injected": list(result.drivers_injected),
-                "boot_updated": result.boot_updated,
-                "proofs": [proof.as_json() for proof in result.proofs],
-                "compatible": result.compatible,
-            }
-            if manifest.stages.fix.print_fstab:
-                before, after = result.fstab
-                job.record.results["fix"]["fstab"] = {"before": before, "after": after}
-                log.info("fstab of the guest", before=before, after=after)
-            stack.close()  # what the appliance could not write is an error of this stage
-
-
-def _key_for(job: Job, plan: Plan) -> Callable[[str], str | None]:
-    from hyper2kvmd.guest.keys import passphrase
-
-    return partial(passphrase, job.settings.fix.luks_keys, plan.manifest.vm_name)
-
-
-def _fix_options(job: Job, plan: Plan) -> FixOptions:
-    """What FIX is to do: what the guest needs, and what the manifest asks for."""
-    from hyper2kvmd.guest.linux.fix import FixOptions
-    from hyper2kvmd.guest.linux.fixers.network import Nic
-
-    wanted = plan.manifest.stages.fix
-    return FixOptions(
-        fstab=wanted.fstab_mode if wanted.fstab else "noop",
-        bootloader=wanted.bootloader,
-        drivers=wanted.drivers,
-        initramfs=wanted.initramfs,
-        serial_console=job.settings.fix.serial_console,
-        remove_vmware_tools=wanted.remove_vmware_tools,
-        backup_dir=f"/root/.hyper2kvmd-backup/{job.id}" if wanted.backup else "",
-        nics=tuple(Nic(card.mac, card.pci_slot) for card in plan.cards),
-        configuration=plan.manifest.configuration,
-    )
-
-
-def _tolerated(job: Job, plan: Plan, error: MigrationError) -> bool:
-    """Whether a guest that cannot be looked into, or cannot be fixed, is converted all the same."""
-    if not plan.fix and error.code in (Code.OS_UNKNOWN, Code.GUEST_ENCRYPTED, Code.GUEST_DIRTY):
-        # Who turned FIX off says that the guest is ready as it is.
-        job.warn(Finding(error.code, error.message, "FIX is off, so the disks were converted as they are."))
-        return True
-    if job.settings.fix.allow_unsupported and error.code in (Code.OS_UNKNOWN, Code.OS_UNSUPPORTED):
-        job.warn(Finding(error.code, f"{error.message}; converted as it is, with SATA and e1000e", error.hint))
-        job.record.results["fix"] = {"drivers_injected": [], "boot_updated": False, "proofs": [], "compatible": True}
-        return True
-    return False
-
-
-def _inspected(job: Job, plan: Plan, inspection: Inspection) -> None:
-    """Put on the record what was found, and where the manifest says otherwise."""
-    for finding in inspection.warnings:
-        job.warn(finding)
-    firmware = plan.hardware.firmware
-    if firmware not in ("unknown", inspection.firmware):
-        job.warn(
-            Finding(
-                "firmware_differs",
-                f"the VM had firmware {firmware}, the disks are made for {inspection.firmware}",
-                f"The domain gets {inspection.firmware}.",
-                "vm.firmware",
-            )
-        )
-    boot = plan.disks[inspection.boot_disk]
-    if plan.boot_disk != boot.id:
-        job.warn(
-            Finding(
-                "boot_disk_differs",
-                f"the guest boots from {boot.id}, not from {plan.boot_disk} as the export has it",
-                f"The domain boots from {boot.id}.",
-                "disks",
-            )
-        )
-    kernels = sorted(inspection.kernels, key=lambda kernel: not kernel.chosen_by_bootloader)
-    job.record.results["inspect"] = {
-        **inspection.as_json(),
-        "boot_disk": boot.id,
-        "kernel_version": kernels[0].version if kernels else None,
-    }
 
 
 def _convert(job: Job, plan: Plan, steps: Steps) -> None:
@@ -321,7 +183,7 @@ def _commit(job: Job, plan: Plan, steps: Steps) -> None:
 def _validate(job: Job, plan: Plan) -> None:
     """Check what is about to be published, and that the source is still what was read."""
     with job.stage("validate"):
-        valid: dict[str, Any] = {}
+        checked: dict[str, Checked] = {}
         for disk in plan.disks:
             if plan.check:
                 qemu_img.check_target(job.tools, disk.partial, plan.format, disk.source.virtual_size)
@@ -329,26 +191,24 @@ def _validate(job: Job, plan: Plan) -> None:
                 against = disk.overlay if plan.fix else None
                 qemu_img.compare(job.tools, disk.source, against, disk.partial, plan.format)
             check_unchanged(disk.source)
-            valid[disk.id] = {"checked": plan.check, "compared": plan.compare}
+            checked[disk.id] = Checked(checked=plan.check, compared=plan.compare)
         looked = plan.check or plan.compare
-        job.record.results["validate"] = {"all_valid": True if looked else None, "disks": valid}
+        job.record.results.validate_ = Validated(all_valid=True if looked else None, disks=checked)
 
 
-def _publish(job: Job, items: Sequence[Item]) -> None:
+def _publish(claim: Claim, items: Sequence[Item]) -> None:
     """Give every finished disk its name. One that has it already, from an earlier attempt, keeps it."""
     for item in items:
-        job.claim.check()
+        claim.check()
         if item.file.is_at(item.file.path):
             publish(Path(item.file.path), Path(item.final))
 
 
 def _describe_targets(job: Job, plan: Plan, finals: dict[str, Path]) -> None:
     """Put the published files on the record."""
-    job.record.results["convert"] = {
-        "disks": {disk: str(path) for disk, path in finals.items()},
-        "format": plan.format,
-        "compressed": plan.compress,
-    }
+    job.record.results.convert = Converted(
+        disks={disk: str(path) for disk, path in finals.items()}, format=plan.format, compressed=plan.compress
+    )
     job.record.disks = [
         disk.model_copy(
             update={
@@ -361,73 +221,6 @@ def _describe_targets(job: Job, plan: Plan, finals: dict[str, Path]) -> None:
     ]
 
 
-def _boot(job: Job, plan: Plan) -> None:
-    """Boot what is about to be published, on overlays that are thrown away, if that is wished for."""
-    if not plan.boot:
-        job.skip("boot")
-        return
-    with job.stage("boot"), contextlib.ExitStack() as stack:
-        disks = _boot_order(job, plan)
-        # Beside the disks, where libvirt's QEMU may read and write; under names that the next attempt removes.
-        overlays = [disk.partial.with_suffix(".boot.partial") for disk in disks]
-        nvram = disks[0].partial.with_suffix(".nvram.partial")
-        for path in (*overlays, nvram):
-            stack.callback(path.unlink, missing_ok=True)
-        for disk, overlay in zip(disks, overlays, strict=True):
-            qemu_img.create_throw_away(job.tools, overlay, disk.partial, plan.format)
-        _add_console(job, plan, dict(zip((disk.id for disk in disks), overlays, strict=True)))
-        seconds = job.settings.validate_.boot_seconds * (1 if plan.accel == "kvm" else boottest.TCG_FACTOR)
-        with connect(job.settings.libvirt.uri) as connection:
-            domain = _as_found(job, plan, disks)
-            tested = boottest.thrown_away(domain, overlays, nvram, job.settings.validate_.boot_memory_mb)
-            verdict = boottest.run(job, connection, tested, seconds)
-        _keep(job, verdict)
-        if verdict.outcome == "passed":
-            return
-        message = f"the boot test {verdict.outcome}: {verdict.reason}"
-        if verdict.outcome == "failed" and job.settings.validate_.boot_failure == "fail":
-            raise MigrationError(
-                Code.BOOT_FAILED, message, BOOT_HINT, field="validate.test_boot", tail=tail(verdict.console)
-            )
-        job.warn(Finding(f"boot_{verdict.outcome}", message, BOOT_HINT, "validate.test_boot"))
-
-
-def _add_console(job: Job, plan: Plan, overlays: dict[str, Path]) -> None:
-    """Have a Linux guest write to its serial port, in the test alone; most write to nothing but their screen."""
-    from hyper2kvmd.guest.inspect import inspect
-    from hyper2kvmd.guest.linux.fix import add_serial_console
-    from hyper2kvmd.guest.session import open_guest
-
-    found = job.record.results.get("inspect", {})
-    if found.get("os_type") != "linux" or found["serial_console"]:
-        return
-    disks = [(overlays[disk.id], "qcow2") for disk in plan.disks]
-    try:
-        with open_guest(disks, accel=plan.accel, memory_mb=appliance_mb(job), tools=job.tools) as session:
-            add_serial_console(session, inspect(session, _key_for(job, plan), found["firmware"]))
-    except MigrationError as error:
-        log.warning("the boot test cannot have the guest write to its serial port", reason=error.message)
-
-
-def _keep(job: Job, verdict: boottest.Verdict) -> None:
-    """Put the verdict on the record, and what was seen beside the report."""
-    kept: dict[str, str | None] = {"serial_log": None, "screenshot": None}
-    for key, name, data in (
-        ("serial_log", BOOT_LOG, verdict.console.encode()),
-        ("screenshot", BOOT_SCREEN, verdict.screen),
-    ):
-        if data:
-            write_durably(job.claim.fd, name, data, job.claim.attempt)
-            kept[key] = name
-    job.record.results["boot"] = {
-        "outcome": verdict.outcome,
-        "reason": verdict.reason,
-        "seconds": verdict.seconds,
-        **kept,
-    }
-    log.info("boot test", kind=Kind.BOOT_TEST, outcome=verdict.outcome, reason=verdict.reason, seconds=verdict.seconds)
-
-
 def _boot_order(job: Job, plan: Plan) -> list[PlannedDisk]:
     """The disks as the domain has them: the one that it boots from, then the others in the VM's order."""
     boots = {disk.id for disk in job.record.disks if disk.boot}
@@ -436,24 +229,20 @@ def _boot_order(job: Job, plan: Plan) -> list[PlannedDisk]:
 
 def _as_found(job: Job, plan: Plan, disks: Sequence[PlannedDisk]) -> Domain:
     """The plan's domain, with what the disks say of it."""
-    inspected = job.record.results.get("inspect", {})
-    firmware = inspected.get("firmware", plan.domain.firmware)
-    guest = None
-    if inspected:
-        guest = GuestSystem(
-            *(inspected[key] for key in ("os_type", "distro", "version", "kernel_version", "product_name"))
-        )
+    inspected, fixed = job.record.results.inspect, job.record.results.fix
+    firmware = inspected.firmware if inspected else plan.domain.firmware
+    guest = inspected.guest if inspected else None
     return replace(
         plan.domain,
         firmware=firmware,
         secure_boot=plan.domain.secure_boot and firmware == "uefi",
         guest=guest,
         disks=tuple(DomainDisk(disk.final, plan.format, disk.id, False) for disk in disks),
-        compatible=job.record.results.get("fix", {}).get("compatible", False),
+        machine=fixed.machine if fixed else machine_for(guest, firmware, len(disks), virtio=True),
     )
 
 
-def _hook(job: Job, plan: Plan) -> None:
+def _hook(job: Job, claim: Claim, plan: Plan) -> None:
     """Run the hooks that may have a say before the domain is defined, if there are any."""
     found = hooks.found(job.settings.hooks, "pre-import")
     if not found:
@@ -466,21 +255,21 @@ def _hook(job: Job, plan: Plan) -> None:
             "status": status,
             "job": job.id,
             "vm_name": name,
-            "attempts": job.claim.attempt,
+            "attempts": job.attempt,
             **job.record.dump(),
             "domain": {"name": plan.domain.name, "uuid": plan.domain.uuid, "uri": job.settings.libvirt.uri},
             "tags": plan.manifest.tags,
         }
-        environment = hooks.variables(job.claim.directory, name, status, job.id)
+        environment = hooks.variables(job.export.directory, name, status, job.id)
         for hook in found:
-            job.claim.check()
+            claim.check()
             hooks.run(job.tools, hook, json.dumps(document).encode(), environment, job.settings.hooks.timeout_seconds)
 
 
-def _import(job: Job, plan: Plan) -> None:
+def _import(job: Job, claim: Claim, plan: Plan) -> None:
     """Define the domain."""
     libvirt = job.settings.libvirt
-    job.claim.check()
+    claim.check()
     with connect(libvirt.uri) as connection:
         job.record.tools["libvirt"] = libvirt_version(connection)
         domain = _as_found(job, plan, _boot_order(job, plan))
@@ -498,4 +287,4 @@ def _import(job: Job, plan: Plan) -> None:
             if warning := refresh_pools(connection, directory, libvirt.pool):
                 job.warn(warning)
     job.record.domain = DomainRecord(name=domain.name, uuid=domain.uuid, uri=libvirt.uri)
-    job.record.results["import"] = {"domain": domain.name, "uuid": domain.uuid}
+    job.record.results.import_ = Imported(domain=domain.name, uuid=domain.uuid, machine=domain.machine)

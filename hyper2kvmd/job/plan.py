@@ -7,13 +7,16 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from hyper2kvmd import accel
 from hyper2kvmd.domain import hardware
 from hyper2kvmd.domain.hardware import Card, Hardware
+from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, domain_uuid, generated_mac
-from hyper2kvmd.errors import Code, Finding, MigrationError, Noted
+from hyper2kvmd.errors import Code, Collected, Finding, MigrationError
 from hyper2kvmd.files import existing_parent
+from hyper2kvmd.guest.session import check_host
 from hyper2kvmd.hypervisor.connection import connect, virt_type
 from hyper2kvmd.hypervisor.preflight import preflight, uuid_taken
 from hyper2kvmd.image import qemu_img
@@ -73,54 +76,60 @@ class Plan:
     cards: tuple[Card, ...]
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The files of the export that the disks are read from."""
+        files = (file.name for disk in self.disks for file in (disk.source.file, disk.source.data))
+        return tuple(dict.fromkeys(files))
+
+    @property
     def looks_inside(self) -> bool:
         """Whether the guest is opened at all; it cannot be fixed without having been inspected."""
         return self.inspect or self.fix
 
 
 def make_plan(
-    job: Job, manifest: Manifest, noted: Noted, stack: contextlib.ExitStack, ours: Iterable[Path] = ()
+    job: Job, manifest: Manifest, problems: Collected, stack: contextlib.ExitStack, published: Iterable[Path] = ()
 ) -> Plan:
-    """Decide everything, and check what can be checked at once; all that is wrong is put into `noted`.
+    """Decide everything, and check what can be checked at once; all that is wrong is put into `problems`.
 
-    The sources are open until `stack` is closed. `ours` are outputs that an earlier attempt of this job has published.
+    The sources are open until `stack` is closed. `published` are outputs of an earlier attempt of this job.
     The plan is of use only if nothing is wrong. Raise OSError.
     """
     settings, stages = job.settings, manifest.stages
     format = stages.convert.format or manifest.output.format or settings.output.format
     compress = settings.output.compress if stages.convert.compress is None else stages.convert.compress
-    convert = job.wants("convert", stages.convert.enabled)
-    dry_run = job.dry_run or manifest.options.dry_run
-    inspect, fix = job.wants("inspect", stages.inspect.enabled), job.wants("fix", stages.fix.enabled)
-    check = job.wants("validate", stages.validate_.enabled)
+    convert = job.request.wants("convert", stages.convert.enabled)
+    dry_run = job.request.dry_run or manifest.options.dry_run
+    inspect, fix = job.request.wants("inspect", stages.inspect.enabled), job.request.wants("fix", stages.fix.enabled)
+    check = job.request.wants("validate", stages.validate_.enabled)
     boot = check and convert and (settings.validate_.test_boot or bool(stages.validate_.test_boot))
-    defines = job.wants("import", settings.libvirt.import_)
-    sources, directory = _sources(job, manifest, noted, stack), settings.output_dir
-    with noted:
+    defines = job.request.wants("import", settings.libvirt.import_)
+    sources, directory = _sources(job, manifest, problems, stack), settings.output_dir
+    with problems:
         directory = _output_dir(job, manifest)
-    was, warnings = hardware.read(job.claim.fd, manifest)
+    was, warnings = hardware.read(job.export.fd, manifest)
     for finding in warnings:
         job.warn(finding)
-    _check_checksums(job, manifest, noted)
+    _check_checksums(job, manifest, problems)
     order = [*was.disks]
     disks = [_planned(job, manifest, source, directory, format) for source in sources]
     disks.sort(key=lambda disk: order.index(disk.id))
     acceleration = "tcg"
     if inspect or fix or boot or defines:
-        with noted:
+        with problems:
             acceleration = _accel(job)
     if inspect or fix:
-        with noted:
-            _check_appliance()
+        with problems:
+            check_host()
     uuid = domain_uuid(
         *(part or "" for part in (manifest.provider, manifest.datacenter, manifest.vm_id)), manifest.vm_name
     )
     domain = _domain(job, manifest, was, disks, format, uuid)
     if convert:
-        _check_outputs(disks, directory, set(ours), noted)
+        _check_outputs(disks, directory, set(published), problems)
     if convert and (defines or boot):
-        with noted:
-            domain = _check_target(job, domain, uuid, acceleration, directory, noted, defines=defines)
+        with problems:
+            domain = _check_target(job, domain, uuid, acceleration, directory, problems, defines=defines)
     plan = Plan(
         manifest=manifest,
         hardware=was,
@@ -151,19 +160,18 @@ def make_plan(
     return plan
 
 
-def _sources(job: Job, manifest: Manifest, noted: Noted, stack: contextlib.ExitStack) -> tuple[Source, ...]:
+def _sources(job: Job, manifest: Manifest, problems: Collected, stack: contextlib.ExitStack) -> tuple[Source, ...]:
     """The open disks, without those that cannot be used."""
-    sources = open_sources(job.claim.fd, job.claim.directory, manifest.disks, stack, noted)
-    job.sources = tuple(dict.fromkeys(file.name for source in sources for file in (source.file, source.data)))
+    sources = open_sources(job.export.fd, job.export.directory, manifest.disks, stack, problems)
     for source in sources:
         for finding in source.warnings:
             job.warn(finding)
-        with noted:
+        with problems:
             qemu_img.check_source(job.tools, source)
     return sources
 
 
-def _check_checksums(job: Job, manifest: Manifest, noted: Noted) -> None:
+def _check_checksums(job: Job, manifest: Manifest, problems: Collected) -> None:
     """Check that each disk has a checksum, if the settings want that."""
     if not job.settings.validate_.require_checksums:
         return
@@ -174,7 +182,9 @@ def _check_checksums(job: Job, manifest: Manifest, noted: Noted) -> None:
                 " run `hyper2kvmctl manifest rehash` on the manifest, and `hyper2kvmctl retry`."
             )
             message = f"disk {disk.id} has no checksum, which validate.require_checksums demands"
-            noted.errors.append(MigrationError(Code.CHECKSUM_MISSING, message, hint, field=f"disks[{index}].checksum"))
+            problems.errors.append(
+                MigrationError(Code.CHECKSUM_MISSING, message, hint, field=f"disks[{index}].checksum")
+            )
 
 
 def _planned(job: Job, manifest: Manifest, source: Source, directory: Path, format: str) -> PlannedDisk:
@@ -183,7 +193,7 @@ def _planned(job: Job, manifest: Manifest, source: Source, directory: Path, form
         # One name cannot serve several disks.
         stem, suffix = os.path.splitext(wish)
         name = wish if len(manifest.disks) == 1 else f"{stem}-{source.disk.id}{suffix}"
-    attempt = job.claim.attempt
+    attempt = job.attempt
     return PlannedDisk(
         source,
         overlay=job.work_dir / f"overlay-{source.disk.id}.{attempt}.qcow2",
@@ -197,7 +207,7 @@ def _output_dir(job: Job, manifest: Manifest) -> Path:
     settings = job.settings
     wish = manifest.stages.convert.output_dir or manifest.output.directory
     # The vSphere exporter always names the export itself, wherever it was when it was written: no wish.
-    exports = {job.claim.directory, *(Path(disk.path).parent for disk in manifest.disks if disk.path.startswith("/"))}
+    exports = {job.export.directory, *(Path(disk.path).parent for disk in manifest.disks if disk.path.startswith("/"))}
     if wish is None or _same(wish, exports):
         return settings.output_dir
     if _same(wish, {settings.output_dir, *settings.output.allowed_dirs}):
@@ -221,18 +231,12 @@ def _accel(job: Job) -> str:
     return found.name
 
 
-def _check_appliance() -> None:
-    # Imported here: a job that does not look inside needs none of it.
-    from hyper2kvmd.guest.session import check_host
-
-    check_host()
-
-
 def _domain(
     job: Job, manifest: Manifest, was: Hardware, disks: Sequence[PlannedDisk], format: str, uuid: str
 ) -> Domain:
     """The domain as far as it is known before the disks are looked into."""
     libvirt = job.settings.libvirt
+    firmware: Literal["bios", "uefi"] = "uefi" if was.firmware == "uefi" else "bios"
     return Domain(
         name=manifest.slug,
         uuid=was.uuid or uuid,
@@ -241,10 +245,11 @@ def _domain(
         cpus=was.cpus,
         cores_per_socket=was.cores_per_socket,
         memory_mib=was.memory_mib,
-        firmware="uefi" if was.firmware == "uefi" else "bios",
+        firmware=firmware,
         secure_boot=was.secure_boot,
         tpm=was.tpm,
         virt_type="qemu",
+        machine=machine_for(None, firmware, len(disks), virtio=True),
         guest=None,
         disks=tuple(DomainDisk(disk.final, format, disk.id, False) for disk in disks),
         nics=tuple(
@@ -259,14 +264,14 @@ def _domain(
             "provider": manifest.provider or "",
             "vm_id": manifest.vm_id or "",
             "vm_name": manifest.vm_name,
-            "export": job.claim.directory.name,
+            "export": job.export.directory.name,
         },
         tags=manifest.tags,
     )
 
 
 def _check_target(
-    job: Job, domain: Domain, uuid: str, acceleration: str, directory: Path, noted: Noted, *, defines: bool
+    job: Job, domain: Domain, uuid: str, acceleration: str, directory: Path, problems: Collected, *, defines: bool
 ) -> Domain:
     """Ask libvirt for all that would keep it from defining the domain; return the domain with a UUID that is free.
 
@@ -286,14 +291,14 @@ def _check_target(
                 )
             )
             domain = replace(domain, uuid=uuid)
-        noted.errors += preflight(connection, domain, settings.pool, directory)
+        problems.errors += preflight(connection, domain, settings.pool, directory)
     return domain
 
 
-def _check_outputs(disks: Iterable[PlannedDisk], directory: Path, ours: set[Path], noted: Noted) -> None:
+def _check_outputs(disks: Iterable[PlannedDisk], directory: Path, published: set[Path], problems: Collected) -> None:
     """Check that the outputs can be written and nobody's file is in their place."""
     if not os.access(directory, os.W_OK | os.X_OK):
-        with noted:
+        with problems:
             raise MigrationError(
                 Code.OUTPUT_DENIED,
                 f"{directory} is not a directory that this service can write to",
@@ -301,8 +306,8 @@ def _check_outputs(disks: Iterable[PlannedDisk], directory: Path, ours: set[Path
                 field="output_dir",
             )
     for disk in disks:
-        if disk.final not in ours and os.path.lexists(disk.final):
-            noted.errors.append(output_exists(disk.final))
+        if disk.final not in published and os.path.lexists(disk.final):
+            problems.errors.append(output_exists(disk.final))
 
 
 def needs(job: Job, plan: Plan, done: Callable[[PlannedDisk], bool]) -> list[reserve.Need]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd.errors import Code, MigrationError, Noted
+from hyper2kvmd.errors import Code, Collected, MigrationError
 from hyper2kvmd.job.context import Job
 from hyper2kvmd.memory import available, resident_mb
 
@@ -55,19 +55,19 @@ def check(job: Job, needs: Sequence[Need], memory_mb: int) -> None:
 
     Raise MigrationError (no_space, no_memory), with all that is missing as its problems.
     """
-    noted = Noted()
+    problems = Collected()
     others = _others(job)
     for device in dict.fromkeys(_device(need.directory) for need in needs):
         if device is None:
             continue  # a directory that is not there is an error of its own
         ours = [need for need in needs if _device(need.directory) == device]
         reserved = sum(other.left() for _, taken, _ in others for other in taken if _device(other.directory) == device)
-        with noted:
+        with problems:
             _check_space(ours, reserved)
     if memory_mb:
-        with noted:
+        with problems:
             _check_memory(memory_mb, sum(max(0, memory - resident_mb(pid)) for pid, _, memory in others))
-    noted.check()
+    problems.check()
 
 
 def _check_space(needs: Sequence[Need], reserved: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from hyper2kvmd.files import fsync_file, write_durably
 from hyper2kvmd.job import reserve
-from hyper2kvmd.job.context import Job
+from hyper2kvmd.job.context import Job, Record
 from hyper2kvmd.job.plan import Plan, PlannedDisk
 
 JOURNAL = "journal.json"
@@ -85,10 +85,17 @@ class _Journal:
     verified: dict[str, str] | None = None  # checksums by disk
     converted: dict[str, File] | None = None
     overlays: dict[str, File] | None = None  # with the fix on them
-    guest: dict[str, Any] | None = None  # the record of INSPECT and FIX
+    guest: Record | None = None  # of INSPECT and FIX
     boot: str = ""  # in which boot of the host the commit began; "" before
     items: tuple[Item, ...] = ()
-    record: dict[str, Any] | None = None  # the whole record, once there is something to publish
+    record: Record | None = None  # the whole one, once there is something to publish
+
+    def to_bytes(self) -> bytes:
+        """What read() takes."""
+        records = {"guest": self.guest, "record": self.record}
+        plain = asdict(replace(self, guest=None, record=None))
+        plain.update({name: None if record is None else record.dump() for name, record in records.items()})
+        return json.dumps(plain).encode()
 
 
 class Steps:
@@ -101,7 +108,7 @@ class Steps:
 
     # What an earlier attempt did ---------------------------------------------------------------------------
 
-    def to_publish(self) -> tuple[tuple[Item, ...], dict[str, Any]] | None:
+    def to_publish(self) -> tuple[tuple[Item, ...], Record] | None:
         """The disks that an earlier attempt was about to publish and its record, if every file is still there."""
         journal = self._journal
         if journal.items and journal.record is not None and all(item.is_there for item in journal.items):
@@ -146,7 +153,7 @@ class Steps:
         """Whether a disk is converted."""
         return disk.id in (self._journal.converted or {})
 
-    def fixed(self, plan: Plan) -> dict[str, Any] | None:
+    def fixed(self, plan: Plan) -> Record | None:
         """The record of INSPECT and FIX if both are done, and the overlays are there."""
         overlays = self._journal.overlays or {}
         return self._journal.guest if all(disk.id in overlays for disk in plan.disks) else None
@@ -166,7 +173,7 @@ class Steps:
             self._journal.converted = {**(self._journal.converted or {}), disk.id: file}
             self._write()
 
-    def note_fixed(self, plan: Plan, record: dict[str, Any]) -> None:
+    def note_fixed(self, plan: Plan, record: Record) -> None:
         """The guest is inspected and fixed, and that is on the overlays."""
         overlays = {disk.id: File.of(disk.overlay) for disk in plan.disks}
         with self._mutex:
@@ -179,7 +186,7 @@ class Steps:
             self._journal.boot = _boot_id()
             self._write()
 
-    def note_finished(self, plan: Plan, record: dict[str, Any]) -> tuple[Item, ...]:
+    def note_finished(self, plan: Plan, record: Record) -> tuple[Item, ...]:
         """The disks are finished and only have to get their names."""
         items = tuple(Item(disk.id, File.of(disk.partial), str(disk.final)) for disk in plan.disks)
         with self._mutex:
@@ -208,7 +215,7 @@ class Steps:
         self._job.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(self._job.work_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            write_durably(fd, JOURNAL, json.dumps(asdict(self._journal)).encode(), self._job.claim.attempt)
+            write_durably(fd, JOURNAL, self._journal.to_bytes(), self._job.attempt)
         finally:
             os.close(fd)
 
@@ -253,6 +260,8 @@ def _read(work_dir: Path) -> _Journal:
         content = json.loads((work_dir / JOURNAL).read_bytes())
         for name in ("converted", "overlays"):
             content[name] = {disk: File(**file) for disk, file in (content[name] or {}).items()}
+        for name in ("guest", "record"):
+            content[name] = None if content[name] is None else Record.load(content[name])
         content["items"] = tuple(Item(i["disk"], File(**i["file"]), i["final"]) for i in content["items"])
         return _Journal(**content)
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -53,7 +53,7 @@ def overseen(job: Job) -> Iterator[None]:
 
 def verdict(job: Job, now: float) -> MigrationError | None:
     """Why the job must stop, if it must: held, cancelled or timed_out. `now` is the monotonic clock."""
-    request = requests.pending(job.claim.fd)
+    request = requests.pending(job.export.fd)
     if request is not None:
         return request_error(request)
     limits = job.settings.limits

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, SecretStr
 
 from hyper2kvmd.errors import Finding
+from hyper2kvmd.manifest.wire import Format
 
 SLUG_LENGTH = 64
 
@@ -34,11 +35,12 @@ class VMSpec(Part):
 class Disk(Part):
     """A disk of the export. `path` is as written by the exporter, not checked in any way.
 
-    `bytes` is the size of the file or the capacity, whichever the exporter chose; `sha256` is in hexadecimal.
+    `format` is vmdk, qcow2, raw, vhd, vhdx or vdi. `bytes` is the size of the file or the capacity, whichever the
+    exporter chose; `sha256` is in hexadecimal.
     """
 
     id: str
-    format: Literal["vmdk", "qcow2", "raw", "vhd", "vhdx", "vdi"]
+    format: Format
     bytes: int
     path: str
     sha256: str | None

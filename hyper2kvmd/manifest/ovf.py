@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.manifest import wire
 from hyper2kvmd.manifest.problems import PROBLEM_LIMIT
-from hyper2kvmd.text import plain, show
+from hyper2kvmd.text import is_card_mac, mac_address, plain, show
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -33,7 +33,6 @@ _CONTROLLERS = {"5": "ide", "6": "scsi", "20": "sata"}
 # and therefore that of virt-v2v and Forklift.
 _KINDS = ("scsi", "sata", "nvme", "ide")
 
-_MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 _UUID = re.compile(r"(?!0{32}|f{32})[0-9a-f]{32}")  # SMBIOS has all zeros and all ones for "none"
 # DSP0004's "byte * 2^20" without its spaces, and the words that writers used before it.
 _UNITS = re.compile(r"(?P<word>[a-z]{1,9})(?P<factors>(?:\*[0-9]{1,4}(?:\^[0-9]{1,2})?){0,4})")
@@ -309,8 +308,8 @@ def _nic(item: Element, warn: _Warn) -> OvfNic:
 
 
 def _mac(text: str, warn: _Warn) -> str | None:
-    mac = text.lower().replace("-", ":")
-    if not _MAC.fullmatch(mac) or int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
+    mac = mac_address(text)
+    if mac is None or not is_card_mac(mac):
         warn("the MAC address of a network adapter", show(text), "Write it into the manifest's nics.", "nics")
         return None
     return mac

@@ -1,6 +1,7 @@
 """What a manifest file may hold, key by key, in either dialect; also the source of its JSON schema.
 
-Each description completes the sentence "it must be ...": it is what a person reads who got the value wrong.
+It is long because it is that one document: whoever looks for a key finds it here, and nowhere else. Each description
+completes the sentence "it must be ...": it is what a person reads who got the value wrong.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from hyper2kvmd.text import show
+from hyper2kvmd.text import is_card_mac, mac_address, show
 
 VERSION = "1.0"
+Format = Literal["vmdk", "qcow2", "raw", "vhd", "vhdx", "vdi"]  # what a disk of an export can be
 CHECKSUM = re.compile(r"sha256:[0-9a-fA-F]{64}")
 IDENTIFIER = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 ENTRY_LIMIT = 64  # disks, network interfaces, and every list in `configuration`
 
 # What ends up in commands and in files of the guest is matched in full, so that it needs no escaping there.
@@ -103,8 +104,8 @@ def _checksum(text: str) -> str:
 def _mac(text: str) -> str | None:
     if not text:
         return None
-    mac = text.lower().replace("-", ":")
-    if not MAC.fullmatch(mac) or int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
+    mac = mac_address(text)
+    if mac is None or not is_card_mac(mac):
         raise refuse(
             f"{show(text)} is not the MAC address of a network interface",
             "Write six pairs of hexadecimal digits such as 00:50:56:aa:bb:01; the first is even.",
@@ -294,9 +295,7 @@ class Disk(Table):
     """A disk file."""
 
     id: Identifier = Field(description="an identifier such as disk-0")
-    source_format: Literal["vmdk", "qcow2", "raw", "vhd", "vhdx", "vdi"] = Field(
-        description="one of vmdk, qcow2, raw, vhd, vhdx, vdi"
-    )
+    source_format: Format = Field(description=f"one of {', '.join(get_args(Format))}")
     bytes: int = Field(ge=1, description="the size of the file in bytes, at least 1")
     local_path: Annotated[str, AfterValidator(_path), AfterValidator(_printable)] = Field(
         description="the path of the disk file"

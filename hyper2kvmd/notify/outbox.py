@@ -1,39 +1,41 @@
-"""What is over and was not told yet: the reports beside the manifests are the messages, a file says which were told.
+"""What is over and was not told yet: the reports beside the manifests are the messages, a database knows what was told.
 
-That file, in work_dir, is written before and after each attempt, so a crash can have something told twice, never not.
-A message is known by its id, the same whenever it is told.
+It lies in work_dir, on a local disk, and is written before and after each attempt, so a crash can have something told
+twice, never not. A message is known by its id, the same whenever it is told.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
 import socket
+import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import structlog
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from hyper2kvmd import journal
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.files import open_directory, write_durably
+from hyper2kvmd.files import existing_parent, open_directory
 from hyper2kvmd.notify import hooks, webhook
+from hyper2kvmd.notify.message import Ended, ended
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import LOG
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
-from hyper2kvmd.text import duration, plain
+from hyper2kvmd.text import plain
 
 log = structlog.get_logger()
 
-STATE = "notified.jsonl"
+STATE = "notified.sqlite"
 LOCK = "notified.lock"
 WEBHOOK, HOOK = "webhook", "post-job/"  # what a message is told to: the webhook, or a hook by its name
 HOOK_ATTEMPTS = 2
@@ -43,149 +45,36 @@ STRIKES = 3  # a receiver that fails so many times in a row is left alone until 
 SHORTEST_DELAY = 1.0
 _REPORTS = re.compile(r"migration-report(\.\d+)?\.json")  # those that `retry` moved away included
 
-Text = Annotated[str, Field(max_length=1 << 16)]
-
-
-# What is told --------------------------------------------------------------------------------------------------
-
-
-class _Part(BaseModel):
-    """What is read of a report, which may be one of a later version, or anything."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _Error(_Part):
-    code: Text
-    message: Text
-    hint: Text
-    stage: Text | None = None
-
-
-class _Host(_Part):
-    name: Text
-
-
-class _Report(_Part):
-    status: Literal["succeeded", "failed", "blocked", "rejected", "cancelled"]
-    dry_run: Literal[False] = False
-    job: Text
-    vm_name: Text | None = None
-    attempts: int = Field(ge=0, lt=1 << 53)
-    finished_at: AwareDatetime
-    seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
-    warnings: tuple[Any, ...] = ()
-    error: _Error | None = None
-    host: _Host
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A job that is over. `at` is when, in seconds since the epoch; `report` is the whole report, as it was read."""
-
-    id: str
-    path: Path
-    vm: str
-    job: str
-    host: str
-    status: str
-    summary: str
-    at: float
-    report: dict[str, Any]
-
-    def message(self) -> bytes:
-        """The message for the webhook, as docs/notify.md has it."""
-        shape = {
-            "id": self.id,
-            "event": self.status,
-            "vm": self.vm,
-            "job": self.job,
-            "host": self.host,
-            "status": self.status,
-            "summary": self.summary,
-            "text": _for_chat(self.summary),
-            "report_path": str(self.path),
-            "report": self.report,
-        }
-        return json.dumps(shape).encode()
-
-
-def ended(path: Path, report: dict[str, Any]) -> Ended | None:
-    """What the report at `path` has to tell; None for one that is not at its end, a dry run, or no report of ours."""
-    try:
-        found = _Report.model_validate(report)
-        at = found.finished_at.timestamp()
-        json.dumps(report, allow_nan=False)
-    except (ValidationError, ValueError, OverflowError, RecursionError):
-        return None
-    vm = found.vm_name or path.parent.name
-    return Ended(
-        id=f"{found.job}/{found.attempts}/{report['finished_at']}",
-        path=path,
-        vm=vm,
-        job=found.job,
-        host=found.host.name,
-        status=found.status,
-        summary=_summary(found, vm),
-        at=at,
-        report=report,
-    )
-
-
-def _summary(report: _Report, vm: str) -> str:
-    """One line for people: how it ended, why, and what to do. No text from outside can make a second one."""
-    line = f"{plain(vm)}: {report.status}"
-    if report.error is None:
-        count = len(report.warnings)
-        warnings = f", {count} warning{'s'[: count != 1]}" if count else ""
-        return f"{line} after {duration(report.seconds)}{warnings}"
-    error = report.error
-    where = f" in {plain(error.stage)}" if error.stage else ""
-    hint = f"; {plain(error.hint, 500)}" if error.hint else ""
-    return f"{line}{where}: {plain(error.code)}: {plain(error.message, 500)}{hint}"
-
-
-def _for_chat(summary: str) -> str:
-    """The summary for Slack and its like, where a VM called @all, or <!channel>, would call everybody."""
-    for character, harmless in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("@", "@\u200b")):
-        summary = summary.replace(character, harmless)
-    return summary
-
 
 # What was told -------------------------------------------------------------------------------------------------
 
-
-@dataclass
-class Due:
-    """One thing that is still to be done: how many attempts there were, and when the next one is due (epoch)."""
-
-    attempts: int = 0
-    at: float = 0.0
-
-
-@dataclass
-class Entry:
-    """One report file that was seen. `file` tells it apart from every other in its export.
-
-    `id` is that of its message, "" if it has none. `todo` is whom it is still to be told. `gone_at` is since when the
-    file is not there any more.
-    """
-
-    export: str
-    file: str
-    id: str = ""
-    at: float = 0.0
-    gone_at: float | None = None
-    todo: dict[str, Due] = field(default_factory=dict)
-
-
-@dataclass
-class State:
-    """What the state file holds. What ended before `since` counts as told. `given_up` counts what was never told."""
-
-    since: float
-    given_up: int = 0
-    entries: list[Entry] = field(default_factory=list)
+_SCHEMA = (
+    # One row. What ended before `since` counts as told; `given_up` counts what was never told.
+    "CREATE TABLE history (since REAL NOT NULL, given_up INTEGER NOT NULL DEFAULT 0)",
+    # The report files that were seen. `file` tells one apart from every other in its export; `id` is that of its
+    # message, NULL if it has none; `gone_at` is since when it is not there any more.
+    """CREATE TABLE reports (number INTEGER PRIMARY KEY, export TEXT NOT NULL, file TEXT NOT NULL, id TEXT UNIQUE,
+        ended_at REAL, gone_at REAL, UNIQUE (export, file))""",
+    # What is still to be told to whom: how many attempts there were, and when the next one is due.
+    """CREATE TABLE todo (report INTEGER NOT NULL, channel TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+        due REAL NOT NULL DEFAULT 0, PRIMARY KEY (report, channel))""",
+)  # times are in seconds since the epoch
+_STANDING = """SELECT (SELECT min(due) FROM todo JOIN reports ON report = number WHERE gone_at IS NULL),
+    (SELECT count(*) FROM todo), given_up FROM history"""
+_DUE = """SELECT number, id, channel, attempts, due FROM todo JOIN reports ON report = number
+    WHERE channel GLOB ? AND due <= ? ORDER BY due, ended_at, id, channel"""
+_FORGOTTEN = """SELECT id, count(*), group_concat(channel, ', ') FROM todo JOIN reports ON report = number
+    WHERE gone_at <= ? GROUP BY number"""
+_INSERT = "INSERT INTO reports (export, file, id, ended_at) VALUES (?, ?, ?, ?) RETURNING number"
+_KEEP = "UPDATE todo SET attempts = ?, due = ? WHERE report = ? AND channel = ?"
+_POSTPONE = "UPDATE todo SET due = max(due, ?) WHERE report = ?"
+_ERRNO = {
+    sqlite3.SQLITE_BUSY: errno.EAGAIN,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_READONLY: errno.EACCES,
+}
 
 
 @dataclass(frozen=True)
@@ -201,71 +90,83 @@ class Standing:
 
 
 def standing(settings: Settings) -> Standing:
-    """How it stands, from the first line of the state file: cheap enough for every tick. Never raises."""
+    """How it stands; cheap enough for every tick. Writes nothing, and never raises."""
     try:
-        with (settings.work_dir / STATE).open("rb") as file:
-            return Standing(**json.loads(file.readline(4096))["standing"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return Standing()
+        with contextlib.closing(_open(settings, "ro")) as db:
+            return Standing(*db.execute(_STANDING).fetchone())
+    except (sqlite3.Error, OSError, TypeError) as error:
+        # A run was killed while it wrote: the next one puts the database right, and is due.
+        half = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK
+        return Standing(due=time.time() if half else None)
 
 
 def begin(settings: Settings) -> None:
     """Have what ends from now on be told. Does nothing if that was so already. Raise OSError."""
-    with contextlib.suppress(BlockingIOError), _locked(settings) as dir_fd:
-        if not (settings.work_dir / STATE).exists():
-            _write(dir_fd, State(time.time()))
+    # A damaged one is the next run's to complain about.
+    with contextlib.suppress(BlockingIOError, MigrationError), _locked(settings):
+        pass
 
 
 @contextlib.contextmanager
-def _locked(settings: Settings) -> Iterator[int]:
-    """Hold the lock by which one process tells at a time; yield work_dir. Raise BlockingIOError, OSError."""
-    settings.work_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        dir_fd = os.open(settings.work_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(os.close, dir_fd)
-        fd = os.open(LOCK, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=dir_fd)
-        stack.callback(os.close, fd)
-        if os.fstat(fd).st_uid == os.geteuid():
-            os.fchmod(fd, 0o644)  # whatever the umask: root and the service take turns
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield dir_fd
+def _touching(settings: Settings) -> Iterator[None]:
+    """Have the rights of work_dir's owner: SQLite follows links and old journals, and root must not follow theirs.
 
-
-def _read(settings: Settings) -> State | None:
-    """The state; None before the first run. Raise OSError, or MigrationError (io_error) for a file that is damaged."""
-    path = settings.work_dir / STATE
+    Raise OSError, or MigrationError (io_error) for a database that is damaged.
+    """
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(existing_parent(settings.work_dir).stat().st_uid)
     try:
-        with path.open("rb") as file:
-            head = json.loads(file.readline())
-            state = State(head["since"], head["standing"]["given_up"])
-            for line in file:
-                shape = json.loads(line)
-                todo = {channel: Due(**due) for channel, due in shape.pop("todo").items()}
-                state.entries.append(Entry(**shape, todo=todo))
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        yield
+    except sqlite3.DatabaseError as error:
+        if number := _ERRNO.get(getattr(error, "sqlite_errorcode", 0) & 0xFF):
+            raise OSError(number, os.strerror(number), STATE) from error
         raise MigrationError(
             Code.IO_ERROR,
-            f"{path} is damaged, so nobody knows what was told",
+            f"{settings.work_dir / STATE} is damaged, so nobody knows what was told",
             "Restore it, or remove it: then all that has ended by now counts as told.",
         ) from None
-    return state
+    finally:
+        if root:
+            os.seteuid(0)
 
 
-def _write(dir_fd: int, state: State) -> None:
-    waiting = [due.at for entry in state.entries if entry.gone_at is None for due in entry.todo.values()]
-    pending = sum(len(entry.todo) for entry in state.entries)
-    head = {"since": state.since, "standing": asdict(Standing(min(waiting, default=None), pending, state.given_up))}
-    lines = (json.dumps(shape) for shape in (head, *map(_shape, state.entries)))
-    with contextlib.suppress(FileNotFoundError):  # of one that was killed; the lock makes it ours
-        os.unlink(f".{STATE}.0.tmp", dir_fd=dir_fd)
-    write_durably(dir_fd, STATE, "\n".join(lines).encode() + b"\n", 0)
+def _open(settings: Settings, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
+    return sqlite3.connect(f"{(settings.work_dir / STATE).absolute().as_uri()}?mode={mode}", uri=True)
 
 
-def _shape(entry: Entry) -> dict[str, Any]:
-    # By hand, as asdict() takes a third of a second for ten thousand of them.
-    return {**vars(entry), "todo": {channel: vars(due) for channel, due in entry.todo.items()}}
+def _prepare(db: sqlite3.Connection) -> None:
+    """Check that the database is whole, and make its tables if it has none."""
+    if db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+        raise sqlite3.DatabaseError
+    if db.execute("SELECT * FROM sqlite_schema").fetchone():
+        return
+    with db:
+        db.execute("BEGIN")
+        for table in _SCHEMA:
+            db.execute(table)
+        db.execute("INSERT INTO history (since) VALUES (?)", (time.time(),))
+
+
+@contextlib.contextmanager
+def _locked(settings: Settings) -> Iterator[sqlite3.Connection]:
+    """Hold the lock by which one process tells at a time. Raise BlockingIOError, and like _touching()."""
+    settings.work_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with _touching(settings):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            for name in (STATE, LOCK):
+                fd = os.open(f"{settings.work_dir}/{name}", flags, 0o644)
+                stack.callback(os.close, fd)
+                if os.fstat(fd).st_uid == os.geteuid():
+                    os.fchmod(fd, 0o644)  # whatever the umask; SQLite's journal gets the same
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            db = stack.enter_context(contextlib.closing(_open(settings, "rw")))
+            # What is committed stays so: FULL, the default, leaves the journal's removal to chance. Not WAL: nobody
+            # could look without writing.
+            db.execute("PRAGMA synchronous = EXTRA")
+            _prepare(db)
+        yield db
 
 
 # Looking -------------------------------------------------------------------------------------------------------
@@ -275,9 +176,12 @@ def _shape(entry: Entry) -> dict[str, Any]:
 class Telling:
     """One message that is due at one receiver. `channel` is WEBHOOK, or HOOK with the name of a hook."""
 
-    entry: Entry
-    channel: str
     path: Path
+    report: int
+    id: str
+    channel: str
+    attempts: int
+    due: float
 
 
 def _channels(settings: Settings) -> dict[str, Path | None]:
@@ -286,11 +190,14 @@ def _channels(settings: Settings) -> dict[str, Path | None]:
     return {**found, WEBHOOK: None} if settings.notify.webhook.is_set else found
 
 
-def _look(settings: Settings, state: State, channels: dict[str, Path | None], now: float) -> dict[int, Path]:
-    """Bring the state up to what is in the exports now; the paths of the reports, by id() of their entries."""
-    by_file = {(entry.export, entry.file): entry for entry in state.entries}
-    by_id = {entry.id: entry for entry in state.entries if entry.id}
+def _look(settings: Settings, db: sqlite3.Connection, channels: dict[str, Path | None]) -> dict[int, Path]:
+    """Bring the database up to what is in the exports now; the paths of the reports, by their numbers."""
+    with _touching(settings):
+        (since,) = db.execute("SELECT since FROM history").fetchone()
+        seen = db.execute("SELECT number, export, file, gone_at FROM reports").fetchall()
+    known = {(export, file): number for number, export, file, _ in seen}
     paths: dict[int, Path] = {}
+    new = []
     unreadable = set()
     for export in facts.exports(settings)[0]:
         try:
@@ -301,37 +208,35 @@ def _look(settings: Settings, state: State, channels: dict[str, Path | None], no
             unreadable.add(export.name)  # so nobody can say that a report is gone
             continue
         for path, file in files:
-            entry = by_file.get((export.name, file))
-            if entry is None:
-                entry = _new(settings, state.since, channels, path, file)
-                if entry is None:
-                    continue
-                if entry.id in by_id:  # copied or restored: another file, the same message
-                    known = by_id[entry.id]
-                    known.export, known.file = entry.export, entry.file
-                    entry = known
-                else:
-                    state.entries.append(entry)
-                    by_id.update({entry.id: entry} if entry.id else {})
-            paths[id(entry)] = path
-    keep = []
-    oldest = now - settings.retention.work_days * 86400
-    for entry in state.entries:
-        if id(entry) in paths:
-            entry.gone_at = None
-        elif entry.export in unreadable:
-            _postpone(settings, entry)
-        else:
-            # Not at once: an exports directory that is not mounted is empty, and comes back.
-            entry.gone_at = now if entry.gone_at is None else entry.gone_at
+            if number := known.get((export.name, file)):
+                paths[number] = path
+            elif found := _new(settings, since, channels, path):
+                new.append((path, file, *found))
+    now = time.time()
+    with _touching(settings), db:
+        for path, file, id, ended_at, todo in new:
+            row = db.execute("SELECT number FROM reports WHERE id = ?", (id,)).fetchone()
+            if row:  # copied or restored: another file, the same message
+                db.execute("UPDATE reports SET export = ?, file = ? WHERE number = ?", (path.parent.name, file, *row))
+            else:
+                row = db.execute(_INSERT, (path.parent.name, file, id, ended_at)).fetchone()
+                db.executemany("INSERT INTO todo (report, channel) VALUES (?, ?)", [(*row, to) for to in todo])
+            paths[row[0]] = path
+        for number, export, _, gone_at in seen:
+            there = number in paths
+            if not there and export in unreadable:
+                db.execute(_POSTPONE, (now + _delay(settings, 1), number))
+            elif there != (gone_at is None):
+                # Not forgotten at once: an exports directory that is not mounted is empty, and comes back.
+                db.execute("UPDATE reports SET gone_at = ? WHERE number = ?", (None if there else now, number))
         # Of what was taken away meanwhile, nothing more is told.
-        entry.todo = {channel: due for channel, due in entry.todo.items() if channel in channels}
-        if entry.gone_at is None or (entry.id and entry.gone_at > oldest):
-            keep.append(entry)
-        elif entry.todo:
-            state.given_up += len(entry.todo)
-            log.warning("given up: the report is gone", message_id=entry.id, channels=", ".join(entry.todo))
-    state.entries = keep
+        db.execute(f"DELETE FROM todo WHERE channel NOT IN ({', '.join('?' * len(channels))})", [*channels])
+        oldest = now - settings.retention.work_days * 86400
+        for id, count, names in db.execute(_FORGOTTEN, (oldest,)).fetchall():
+            db.execute("UPDATE history SET given_up = given_up + ?", (count,))
+            log.warning("given up: the report is gone", message_id=id, channels=names)
+        db.execute("DELETE FROM reports WHERE gone_at <= ? OR (id IS NULL AND gone_at IS NOT NULL)", (oldest,))
+        db.execute("DELETE FROM todo WHERE report NOT IN (SELECT number FROM reports)")
     return paths
 
 
@@ -347,44 +252,44 @@ def _files(export: Path) -> list[tuple[Path, str]]:
     return [(path, key) for _, path, key in sorted(found)]
 
 
-def _new(settings: Settings, since: float, channels: dict[str, Path | None], path: Path, file: str) -> Entry | None:
-    """An entry for a report that was never seen; None if it cannot be read now."""
+def _new(
+    settings: Settings, since: float, channels: dict[str, Path | None], path: Path
+) -> tuple[str | None, float | None, list[str]] | None:
+    """The id and time of the message of a report that was never seen, and whom to tell it; None if it is unreadable."""
     try:
         report = facts.read_report(path.parent, path.name)
     except OSError:
         return None
     if not report:
         return None
-    entry = Entry(path.parent.name, file)
     message = ended(path, report)
     if message is None:
-        return entry
-    entry.id, entry.at = message.id, message.at
+        return None, None, []
     # Each host tells of its own jobs, so that two on one directory do not tell everything twice.
-    if message.at >= since and message.host == socket.gethostname():
-        told = message.status in settings.notify.webhook.events
-        entry.todo = {channel: Due() for channel in channels if channel != WEBHOOK or told}
-    return entry
+    if message.at < since or message.host != socket.gethostname():
+        return message.id, message.at, []
+    told = message.status in settings.notify.webhook.events
+    return message.id, message.at, [channel for channel in channels if channel != WEBHOOK or told]
 
 
-def _due(state: State, paths: dict[int, Path], prefix: str, now: float) -> list[Telling]:
+def _due(settings: Settings, db: sqlite3.Connection, paths: dict[int, Path], prefix: str, now: float) -> list[Telling]:
     """What is due, in the order in which it became so; hooks of one job in the order of their names."""
-    found = [
-        Telling(entry, channel, paths[id(entry)])
-        for entry in state.entries
-        if id(entry) in paths
-        for channel, due in entry.todo.items()
-        if channel.startswith(prefix) and due.at <= now
-    ]
-    return sorted(found, key=lambda one: (one.entry.todo[one.channel].at, one.entry.at, one.entry.id, one.channel))
+    with _touching(settings):
+        found = db.execute(_DUE, (f"{prefix}*", now)).fetchall()
+    return [Telling(paths[number], number, *values) for number, *values in found if number in paths]
 
 
 def untold(settings: Settings) -> list[tuple[str, str]]:
     """What a run would tell now: the id of each message, and its receiver. Changes nothing. Raise like `tell`."""
     now = time.time()
-    state = _read(settings) or State(now)
-    paths = _look(settings, state, _channels(settings), now)
-    return [(one.entry.id, one.channel) for prefix in (HOOK, WEBHOOK) for one in _due(state, paths, prefix, now)]
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        with _touching(settings):
+            if (settings.work_dir / STATE).exists():
+                with contextlib.closing(_open(settings, "rw")) as file:
+                    file.backup(db)
+            _prepare(db)
+        paths = _look(settings, db, _channels(settings))
+        return [(one.id, one.channel) for prefix in (HOOK, WEBHOOK) for one in _due(settings, db, paths, prefix, now)]
 
 
 # Telling -------------------------------------------------------------------------------------------------------
@@ -406,79 +311,67 @@ def tell(settings: Settings, tools: Tools) -> Result:
     known what is to be told to whom. What a receiver does wrong is logged, and tried again later.
     """
     now = time.time()
-    with _locked(settings) as dir_fd:
+    with _locked(settings) as db:
         channels = _channels(settings)
-        state = _read(settings) or State(now)
-        paths = _look(settings, state, channels, now)
-
-        def save() -> None:
-            _write(dir_fd, state)
-
-        save()
+        paths = _look(settings, db, channels)
         told = failed = 0
         for prefix in (HOOK, WEBHOOK):
-            deadline, strikes = time.monotonic() + PHASE_SECONDS, 0
-            waiting = _due(state, paths, prefix, now)
-            for number, one in enumerate(waiting):
+            deadline, strikes, postponed = time.monotonic() + PHASE_SECONDS, 0, []
+            for one in _due(settings, db, paths, prefix, now):
                 if time.monotonic() > deadline:
                     break
-                if prefix == WEBHOOK and strikes == STRIKES:
-                    for other in waiting[number:]:
-                        _postpone(settings, other.entry)
-                    save()
-                    break
-                message = _reread(one)
+                message = None if prefix == WEBHOOK and strikes == STRIKES else _reread(one)
                 if message is None:
-                    _postpone(settings, one.entry)
+                    postponed.append(one.report)  # which is no attempt
                     continue
-                good = _attempt(settings, tools, state, one, message, channels[one.channel], save)
+                good = _attempt(settings, tools, db, one, message, channels[one.channel])
                 told, failed = told + good, failed + (not good)
                 strikes = 0 if good else strikes + 1
+            later = time.time() + _delay(settings, 1)
+            with _touching(settings), db:
+                db.executemany(_POSTPONE, [(later, report) for report in postponed])
     return Result(told, failed, standing(settings))
 
 
 def _attempt(
-    settings: Settings,
-    tools: Tools,
-    state: State,
-    one: Telling,
-    message: Ended,
-    hook: Path | None,
-    save: Callable[[], None],
+    settings: Settings, tools: Tools, db: sqlite3.Connection, one: Telling, message: Ended, hook: Path | None
 ) -> bool:
     """Tell one message to one receiver, the webhook if `hook` is None; whether it took it."""
     limit = HOOK_ATTEMPTS if hook else settings.notify.webhook.max_attempts
-    before = one.entry.todo.pop(one.channel)
-    attempt, delay = before.attempts + 1, _delay(settings, before.attempts + 1)
+    attempt, delay = one.attempts + 1, _delay(settings, one.attempts + 1)
+
+    def keep(attempts: int, due: float) -> None:
+        with _touching(settings), db:
+            db.execute(_KEEP, (attempts, due, one.report, one.channel))
+
+    def write_off(given_up: bool) -> None:
+        with _touching(settings), db:
+            db.execute("DELETE FROM todo WHERE report = ? AND channel = ?", (one.report, one.channel))
+            db.execute("UPDATE history SET given_up = given_up + ?", (given_up,))
+
     with structlog.contextvars.bound_contextvars(job_id=message.job, vm=message.vm):
         words = {"message_id": message.id, "receiver": one.channel}
         try:
             if attempt > limit:
                 raise MigrationError(Code.RUNNER_CRASHED, "every attempt was killed", "See the journal of that time.")
-            # First, so that one that kills us every time is given up, too.
-            one.entry.todo[one.channel] = Due(attempt, time.time() + delay)
-            save()
+            keep(attempt, time.time() + delay)  # first, so that one that kills us every time is given up, too
             if hook is None:
                 webhook.post(settings.notify.webhook, message.message())
             else:
                 _run(settings, tools, hook, message)
         except KeyboardInterrupt:
-            one.entry.todo[one.channel] = before  # stopped on purpose: it does not count
-            save()
+            keep(one.attempts, one.due)  # stopped on purpose: it does not count
             raise
         except (webhook.Undelivered, MigrationError, OSError) as error:
             reason, hint = (str(error), "") if isinstance(error, OSError) else (error.message, error.hint)
             if attempt < limit:
-                one.entry.todo[one.channel] = Due(attempt, time.time() + delay)
+                keep(attempt, time.time() + delay)
                 log.warning("not told", reason=reason, hint=hint, **words, next_attempt_in_seconds=round(delay))
             else:
-                one.entry.todo.pop(one.channel, None)
-                state.given_up += 1
+                write_off(given_up=True)
                 log.warning("not told, and given up", reason=reason, hint=hint, **words)
-            save()
             return False
-        del one.entry.todo[one.channel]
-        save()
+        write_off(given_up=False)
         log.info("told", **words)
         return True
 
@@ -490,13 +383,7 @@ def _reread(one: Telling) -> Ended | None:
     except OSError:
         return None
     message = ended(one.path, report) if report else None
-    return message if message is not None and message.id == one.entry.id else None
-
-
-def _postpone(settings: Settings, entry: Entry) -> None:
-    """Have nothing of an entry told for a while. That is no attempt."""
-    for due in entry.todo.values():
-        due.at = max(due.at, time.time() + _delay(settings, 1))
+    return message if message is not None and message.id == one.id else None
 
 
 def _delay(settings: Settings, attempt: int) -> float:

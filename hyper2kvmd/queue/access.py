@@ -15,6 +15,7 @@ def let_in(dir_fd: int) -> None:
     hypersdk makes its directories with mode 0755, which a default ACL of their parent cannot widen. It takes
     CAP_FOWNER, which the service has. Raise PermissionError without it, or where the file system has no such lists.
     The format is that of linux/posix_acl_xattr.h: a version, and entries in the order of their tags.
+    By hand, as it is no shorter with pylibacl, of which PyPI has no wheels, and EL no package outside of EPEL.
     """
     mode = os.fstat(dir_fd).st_mode
     try:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyper2kvmd.errors import MEANING, Code, MigrationError
-from hyper2kvmd.files import open_directory, timestamp, write_durably
+from hyper2kvmd.files import open_directory, open_file, remove_leftovers, timestamp, write_durably
 from hyper2kvmd.queue.access import let_in
+from hyper2kvmd.queue.export import Export
 from hyper2kvmd.queue.names import CANCEL, LOCK, REPORT
 
 if TYPE_CHECKING:
@@ -38,9 +39,8 @@ class Claim:
     a row died, `retries` how many in a row ended for a passing cause; one that was stopped on purpose is neither.
     """
 
-    def __init__(self, directory: Path, fd: int, lock_fd: int, attempt: int, crashes: int, retries: int) -> None:
-        self.directory = directory
-        self.fd = fd
+    def __init__(self, export: Export, lock_fd: int, attempt: int, crashes: int, retries: int) -> None:
+        self.export = export
         self.lock_fd = lock_fd
         self.attempt = attempt
         self.crashes = crashes
@@ -50,7 +50,7 @@ class Claim:
         """Raise MigrationError (claim_lost) unless the claim is still ours. Comes before what cannot be undone."""
         try:
             os.fsync(self.lock_fd)  # on NFS this is what notices a lock that the server has given away
-            ours, named = os.fstat(self.lock_fd), os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False)
+            ours, named = os.fstat(self.lock_fd), os.stat(LOCK, dir_fd=self.export.fd, follow_symlinks=False)
             attempt = _read_lock(self.lock_fd).get("attempt")
         except OSError as error:
             raise self._lost(str(error)) from None
@@ -62,14 +62,14 @@ class Claim:
     def _lost(self, why: str) -> MigrationError:
         return MigrationError(
             Code.CLAIM_LOST,
-            f"the claim on {self.directory} (attempt {self.attempt}) was lost: {why}",
+            f"the claim on {self.export.directory} (attempt {self.attempt}) was lost: {why}",
             f"Nothing was published. Never remove or edit {LOCK}; check the shared file system's lock service.",
         )
 
     def finish(self, report: Report) -> None:
         """Write the report durably: it is complete under its name, or it is not there. Then the job is over."""
         self.check()
-        write_durably(self.fd, REPORT, report.to_bytes(), self.attempt)
+        write_durably(self.export.fd, REPORT, report.to_bytes(), self.attempt)
         waits = report.error is not None and MEANING[Code(report.error.code)].patient
         self._end("reported", self.retries + (not waits) if report.status == "retrying" else 0)
 
@@ -79,18 +79,18 @@ class Claim:
         Raise OSError.
         """
         self.check()
-        taken = set(os.listdir(self.fd))
+        taken = set(os.listdir(self.export.fd))
         if REPORT in taken:
             name = next(name for n in itertools.count(1) if (name := f"migration-report.{n}.json") not in taken)
-            os.rename(REPORT, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            os.rename(REPORT, name, src_dir_fd=self.export.fd, dst_dir_fd=self.export.fd)
         self.fulfil(CANCEL)
-        os.fsync(self.fd)
+        os.fsync(self.export.fd)
         self._end("retried", 0)
 
     def fulfil(self, name: str) -> None:
         """Take a wish away that is fulfilled."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=self.fd)
+            os.unlink(name, dir_fd=self.export.fd)
 
     def interrupted(self) -> None:
         """Note that the job was stopped on purpose, so that this attempt does not count as a crash."""
@@ -102,7 +102,7 @@ class Claim:
     def close(self) -> None:
         """Give the export up."""
         os.close(self.lock_fd)
-        os.close(self.fd)
+        os.close(self.export.fd)
 
 
 def claim_export(directory: Path) -> Claim:
@@ -154,8 +154,8 @@ def claim_export(directory: Path) -> Claim:
             },
         )
         os.fsync(fd)
-        _remove_leftovers(fd)
-        return Claim(directory, fd, lock_fd, attempt, crashes, retries)
+        remove_leftovers(fd, REPORT)  # of attempts that died; the claim makes them ours
+        return Claim(Export(directory, fd), lock_fd, attempt, crashes, retries)
     except BaseException:
         os.close(lock_fd)
         os.close(fd)
@@ -169,7 +169,7 @@ def _open_lock(dir_fd: int) -> int:
 def holder(directory: Path) -> dict[str, Any]:
     """What the lock file says about the last process that claimed the export; {} if nobody ever did."""
     try:
-        fd = os.open(directory / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_file(directory / LOCK)
     except OSError:
         return {}
     try:
@@ -196,17 +196,10 @@ def _unsafe_lock(directory: Path) -> MigrationError:
     )
 
 
-def _remove_leftovers(dir_fd: int) -> None:
-    """Remove the half-written reports of attempts that died; the claim makes them ours."""
-    for name in os.listdir(dir_fd):
-        if re.fullmatch(rf"\.{re.escape(REPORT)}\.\d+\.tmp", name):
-            os.unlink(name, dir_fd=dir_fd)
-
-
 def probe(dir_fd: int) -> tuple[bool, int, float]:
     """Whether the claim on an open export is held; else how many attempts in a row died, and when the last began."""
     try:
-        fd = os.open(LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)
+        fd = open_file(LOCK, dir_fd=dir_fd)
     except PermissionError:
         raise  # who may not look cannot know, and must not be told "free"
     except OSError:

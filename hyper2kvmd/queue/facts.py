@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.files import open_directory
+from hyper2kvmd.files import open_directory, open_file
 from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
 from hyper2kvmd.queue.claim import probe
 from hyper2kvmd.queue.names import REPORT
@@ -100,7 +100,7 @@ def _read_manifest(
     """Name, bytes, problem and modification time of the first manifest that is there."""
     for name in names:
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+            fd = open_file(name, dir_fd=dir_fd)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -170,7 +170,7 @@ def _look_disks(dir_fd: int, paths: tuple[str, ...], newest: float) -> tuple[tup
 def _read_report(dir_fd: int, name: str = REPORT) -> dict[str, Any] | None:
     """The report as plain data; {} for a file that is not a report, which still means that nothing must be done."""
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+        fd = open_file(name, dir_fd=dir_fd)
     except FileNotFoundError:
         return None
     except OSError:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from hyper2kvmd.files import open_directory, timestamp
+from hyper2kvmd.files import create_file, open_directory, timestamp
 from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD
 from hyper2kvmd.settings.model import Settings
 
@@ -37,8 +37,7 @@ def ask(directory: Path, name: str) -> None:
     fd = open_directory(directory)
     try:
         with contextlib.suppress(FileExistsError):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            file = os.open(name, flags, 0o640, dir_fd=fd)
+            file = create_file(name, 0o640, dir_fd=fd)
             try:
                 os.write(file, f"asked for at {timestamp(time.time())} on {socket.gethostname()}\n".encode())
             finally:

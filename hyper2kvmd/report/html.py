@@ -12,12 +12,12 @@ from importlib import resources
 from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined
-from pydantic import BaseModel, ConfigDict, Field
 
 from hyper2kvmd.domain.hardware import Hardware
 from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.report.model import Report, StageRecord, Status
-from hyper2kvmd.text import plain, size
+from hyper2kvmd.report.results import Results
+from hyper2kvmd.text import escaped, exact_duration, size
 
 LOG_LINES = 200
 LOG_LINE_LENGTH = 2000
@@ -37,73 +37,6 @@ _UNFINISHED: dict[Status, str] = {
     "rejected": "The export was not accepted. Nothing of it was migrated.",
     "cancelled": "The migration was cancelled.",
 }
-
-
-class _Seen(BaseModel):
-    """What the page shows of a stage's results; the report itself leaves their shape open."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _Kernel(_Seen):
-    version: str
-    initrd: str | None = None
-    chosen_by_bootloader: bool = False
-
-
-class _Inspect(_Seen):
-    os_type: str = ""
-    product_name: str
-    arch: str = ""
-    hostname: str = ""
-    kernel_version: str | None
-    kernels: tuple[_Kernel, ...] = ()
-    initramfs: str = ""
-    bootloader: str = ""
-    firmware: str
-    firmware_evidence: str = ""
-    mounts: dict[str, str] = {}
-    locked: tuple[str, ...] = ()
-
-
-class _Proof(_Seen):
-    subject: str
-    claim: str
-    ok: bool
-    evidence: str
-
-
-class _Fix(_Seen):
-    drivers_injected: tuple[str, ...] = ()
-    proofs: tuple[_Proof, ...] = ()
-    compatible: bool = False
-    fstab: dict[str, str] = {}
-
-
-class _Checked(_Seen):
-    checked: bool = False
-    compared: bool = False
-
-
-class _Validate(_Seen):
-    disks: dict[str, _Checked] = {}
-
-
-class _Boot(_Seen):
-    outcome: str
-    reason: str
-    seconds: float = Field(strict=True)
-    serial_log: str | None = None
-    screenshot: str | None = None
-
-
-class Results(_Seen):
-    """The results of the stages that the page shows; None for a stage that put nothing on the record."""
-
-    inspect: _Inspect | None = None
-    fix: _Fix | None = None
-    validate_: _Validate | None = Field(default=None, alias="validate")
-    boot: _Boot | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +82,7 @@ def render(
     """
     report, results = checked(document)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(size=size, duration=duration, moment=moment, diff_lines=diff_lines)
+    environment.filters.update(size=size, duration=exact_duration, moment=moment, diff_lines=diff_lines)
     template = environment.from_string(resources.files(__package__).joinpath("page.html.j2").read_text("utf-8"))
     bars, ticks = timeline(report)
     return template.render(
@@ -164,7 +97,7 @@ def render(
         bars=bars,
         ticks=ticks,
         overrides=list(_flat(report.overrides)),
-        log=[_printable(line[:LOG_LINE_LENGTH]) for line in log.rstrip("\n").split("\n")[-LOG_LINES:] if line],
+        log=[escaped(line[:LOG_LINE_LENGTH], "\n\t") for line in log.rstrip("\n").split("\n")[-LOG_LINES:] if line],
         screen=_picture(screen),
     )
 
@@ -175,7 +108,7 @@ def _harmless(value: Any, depth: int = 0) -> Any:
     Numbers that no report of ours has (infinite, or more bytes than a file can have) are taken out.
     """
     if isinstance(value, str):
-        return _printable(value)
+        return escaped(value, "\n\t")
     if isinstance(value, int | float):
         return value if -_NUMBER_LIMIT < value < _NUMBER_LIMIT else None
     if depth == _DEPTH_LIMIT:
@@ -185,27 +118,6 @@ def _harmless(value: Any, depth: int = 0) -> Any:
     if isinstance(value, list):
         return [_harmless(item, depth + 1) for item in value]
     return value
-
-
-def _printable(text: str) -> str:
-    """Text with what is not printable written as escapes; lines and tabs stay."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() or char in "\n\t" else plain(char) for char in text)
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds for people: 34 ms, 20.3 s, 1 min 42 s, 3 h 07 min; empty for what is not known."""
-    if seconds is None or seconds < 0:
-        return ""
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def moment(timestamp: str) -> str:
@@ -239,10 +151,10 @@ def timeline(report: Report) -> tuple[list[Bar], list[tuple[float, str]]]:
         if offset is not None and offset < -_CLOCK_SECONDS:
             began = "earlier attempt"
         elif offset is not None and stage.seconds is not None:
-            began = f"+{duration(max(offset, 0))}"
+            began = f"+{exact_duration(max(offset, 0))}"
             if total > 0:
                 left, width = (round(max(part, 0) / total * 100, 3) for part in (offset, stage.seconds))
-        bars.append(Bar(stage.name, stage.status, began, duration(stage.seconds), left, width))
+        bars.append(Bar(stage.name, stage.status, began, exact_duration(stage.seconds), left, width))
     if all(bar.left is None for bar in bars):
         return bars, []
     step = next((step for step in _STEPS if total / step <= 6), total / 4)
@@ -281,7 +193,7 @@ def checks(report: Report, results: Results) -> list[Check]:
         found.append(Check(proof.subject, proof.claim, "ok" if proof.ok else "failed", said, proof.evidence))
     if boot := results.boot:
         words: dict[str, Literal["ok", "failed", "none"]] = {"passed": "ok", "failed": "failed"}
-        evidence = f"{boot.reason}, after {duration(boot.seconds)}"
+        evidence = f"{boot.reason}, after {exact_duration(boot.seconds)}"
         found.append(Check("boot test", "the guest comes up", words.get(boot.outcome, "none"), boot.outcome, evidence))
     return found
 
@@ -322,21 +234,28 @@ def _machine(report: Report, results: Results, source: tuple[Manifest, Hardware]
         after = {"Name": domain.name, "Platform": f"libvirt, {domain.uri}", "UUID": domain.uuid}
         if source is not None:
             after |= {"CPUs": "unchanged", "Memory": "unchanged"}
-        compatible = fix is not None and fix.compatible
-        after["Devices"] = "SATA disks, Intel network cards" if compatible else "virtio disks and network cards"
+        after["Devices"] = "virtio disks and network cards"
+        if fix is not None and fix.compatible:
+            bus = "IDE" if fix.machine is not None and fix.machine.disks == "ide" else "SATA"
+            after["Devices"] = f"{bus} disks, Intel network cards"
     if inspect:
         after |= {
             "Firmware": firmware.get(inspect.firmware, inspect.firmware),
             "Operating system": inspect.product_name,
         }
-    rows = [(label, _printable(before.get(label, "")), after.get(label, "")) for label in {**before, **after}]
+    rows = [(label, escaped(before.get(label, ""), "\n\t"), after.get(label, "")) for label in {**before, **after}]
     return [row for row in rows if row[1] or row[2]]
 
 
 def _cards(hardware: Hardware) -> list[tuple[str, str, str, str]]:
     """The network cards: (MAC, network, model, slot), as far as they are known."""
     return [
-        (card.mac or "", _printable(card.network or ""), _printable(card.model or ""), str(card.pci_slot or ""))
+        (
+            card.mac or "",
+            escaped(card.network or "", "\n\t"),
+            escaped(card.model or "", "\n\t"),
+            str(card.pci_slot or ""),
+        )
         for card in hardware.cards
     ]
 

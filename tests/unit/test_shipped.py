@@ -125,3 +125,21 @@ def test_readme_shows_every_guest_of_the_matrix_as_it_is() -> None:
 
 def test_the_page_of_the_library_has_all_that_is_offered() -> None:
     assert sorted(api.__all__) == sorted(name for names in reference.LIBRARY.values() for name in names)
+
+
+def test_the_map_of_the_source_names_what_is_there_and_all_of_it() -> None:
+    page = (ROOT / "docs/source.md").read_text()
+    named = set(re.findall(r"`((?:hyper2kvmd|tests|packaging|docs)/[^`]*)`", page))
+    assert [] == [path for path in named if not (ROOT / path).exists()]
+    package = ROOT / "hyper2kvmd"
+    rooms = {f"hyper2kvmd/{path.name}{'/' * path.is_dir()}" for path in package.iterdir() if path.name[:2] != "__"}
+    assert rooms <= named
+
+
+def test_the_package_has_few_entries_beside_its_rooms() -> None:
+    assert 14 >= len([path for path in (ROOT / "hyper2kvmd").iterdir() if path.is_file()])
+
+
+def test_a_long_file_says_why_it_is_long() -> None:
+    long = [path for path in (ROOT / "hyper2kvmd").rglob("*.py") if path.read_text().count("\n") > 500]
+    assert [] == [path for path in long if "It is long because" not in path.read_text().split('"""')[1]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -27,15 +26,9 @@ from hyper2kvmd.ctl.doctor.service import check_metrics, check_service
 from hyper2kvmd.ctl.output import print_json
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
+from hyper2kvmd.files import REMEDIES, explained, trouble
 from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.settings.model import Settings
-
-_HINTS = {
-    errno.ENOENT: "Create or mount it, or change the setting.",
-    errno.EACCES: "Give the service's user access, for example with setfacl, or change the setting.",
-    errno.EROFS: "Mount the file system writable (`mount -o remount,rw`), or change the setting.",
-    errno.ENOSPC: "Free some space there, or change the setting.",
-}
 
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
@@ -75,9 +68,9 @@ def _examine(name: str, host: Host) -> list[dict[str, Any]]:
         with diagnosis:
             detail = CHECKS[name](host, diagnosis)
     except OSError as error:
-        hint = _HINTS.get(error.errno or 0, "Check that the path exists and its permissions, and `journalctl -k`.")
-        where = f"{error.filename}: " if error.filename else ""
-        diagnosis.errors.append(MigrationError(Code.IO_ERROR, f"{where}{error.strerror or error}", hint))
+        remedy = REMEDIES[trouble(error)]
+        hint = f"{remedy[0].upper()}{remedy[1:]}, or change the setting."
+        diagnosis.errors.append(MigrationError(Code.IO_ERROR, explained(error), hint))
     found = [("failed", finding) for finding in diagnosis.findings()]
     found += [("warning", finding) for finding in diagnosis.warnings]
     rows: list[dict[str, Any]] = []

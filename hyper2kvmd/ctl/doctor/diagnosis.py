@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyper2kvmd.errors import Finding, Noted
+from hyper2kvmd.errors import Collected, Finding
 from hyper2kvmd.settings.model import Settings
 
 ANSWER_SECONDS = 10.0
@@ -21,7 +21,7 @@ class Host:
     unit: dict[str, str]
 
 
-class Diagnosis(Noted):
+class Diagnosis(Collected):
     """What a check found wrong: `errors` keep jobs from being done, `warnings` do not, or not all of them."""
 
     def __init__(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import libvirt
 
 from hyper2kvmd.ctl.doctor.diagnosis import Diagnosis, Host, output_dirs
+from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, generated_mac
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Code, MigrationError
@@ -91,6 +92,7 @@ def _trial(settings: Settings, kind: str) -> Domain:
         secure_boot=False,
         tpm=False,
         virt_type=kind,
+        machine=machine_for(None, "bios", 1, virtio=True),
         guest=None,
         disks=(DomainDisk(settings.output_dir / f"{name}.qcow2", "qcow2", "disk-0", False),),
         nics=(),

@@ -1,4 +1,7 @@
-"""Reads an initramfs on the host, down to the names of its files, without trusting any program of the guest."""
+"""Reads an initramfs on the host, down to the names of its files, without trusting any program of the guest.
+
+By hand, as an initramfs is several archives in a row, and libarchive stops behind the first.
+"""
 
 from __future__ import annotations
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hyper2kvmd.domain.machine import VIRTIO_BLK_DISKS
+from hyper2kvmd.domain.machine import machine_for
+from hyper2kvmd.domain.model import Machine
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.guest.change import Change, Command, Edit, Proof, encode, printable
+from hyper2kvmd.guest.change import Change, Command, Edit, Proof, encode
 from hyper2kvmd.guest.inspect import Inspection
 from hyper2kvmd.guest.linux import kernels, selinux
 from hyper2kvmd.guest.linux.devices import Names, changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import (
-    Plan,
+    FixPlan,
     View,
     bootloader,
     configuration,
@@ -30,11 +31,12 @@ from hyper2kvmd.guest.linux.fixers import (
     resume,
     vmware,
 )
-from hyper2kvmd.guest.linux.kernels import SATA, VIRTIO, VIRTIO_SCSI, Bus, Image
+from hyper2kvmd.guest.linux.kernels import Bus, Image, bus_of
 from hyper2kvmd.guest.session import Session, last_line, shell
 from hyper2kvmd.guest.storage import device_of
 from hyper2kvmd.manifest import Configuration
 from hyper2kvmd.run import tail
+from hyper2kvmd.text import printable
 
 # Fixers whose files are also copied into the initramfs, where the old ones must not stay.
 _COPIED = frozenset({"resume", "crypttab", "lvm", "network"})
@@ -63,14 +65,14 @@ class FixOptions:
 class FixResult:
     """What was changed, and what was proved of the result.
 
-    compatible: the guest has no virtio, and was proved for SATA disks. fstab: its text before and after.
+    machine: what the guest was proved for. fstab: its text before and after.
     """
 
     changes: tuple[Change, ...]
     proofs: tuple[Proof, ...]
     drivers_injected: tuple[str, ...]
     boot_updated: bool
-    compatible: bool
+    machine: Machine
     fstab: tuple[str, str]
     warnings: tuple[Finding, ...]
 
@@ -88,7 +90,7 @@ def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixRes
     with tempfile.TemporaryDirectory(prefix="initramfs-", dir=session.disks[0].parent) as scratch:
         on_menu = [kernel for kernel in inspection.kernels if kernel.chosen_by_bootloader]
         before = kernels.look(g, on_menu, tools, Path(scratch))
-        choice = choose_bus(inspection, before, options)
+        choice = choose_machine(inspection, before, options)
         plans = _plans(view, choice, options)
         warnings += [*choice.warnings, *(finding for plan in plans for finding in plan.warnings)]
         stale = _to_rebuild(choice, [edit for plan in plans for edit in plan.edits], options)
@@ -118,7 +120,7 @@ def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixRes
         proofs=proofs,
         drivers_injected=_injected(able, after, choice.bus),
         boot_updated=any(change.fixer in ("bootloader", "efi", "initramfs") for change in changes),
-        compatible=choice.bus is SATA,
+        machine=choice.machine,
         fstab=(fstab_before, fstab_after),
         warnings=tuple(warnings),
     )
@@ -126,19 +128,20 @@ def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixRes
 
 @dataclass(frozen=True)
 class Choice:
-    """How the disks will be attached, which kernels find their root there, and the entry to start from now on.
+    """The machine, which kernels find their root on its bus, and the entry to start from now on.
 
     default: an index into the boot menu's entries, None to leave it as it is.
     """
 
+    machine: Machine
     bus: Bus
     able: tuple[Image, ...]
     default: int | None
     warnings: tuple[Finding, ...]
 
 
-def choose_bus(inspection: Inspection, images: Sequence[Image], options: FixOptions) -> Choice:
-    """Virtio if a kernel that starts has it or can get it, else SATA.
+def choose_machine(inspection: Inspection, images: Sequence[Image], options: FixOptions) -> Choice:
+    """The machine of the kernel that starts: with virtio if it has the drivers or can get them, else without.
 
     A menu whose default has no virtio starts another of its kernels from now on, if one has.
     Raise MigrationError: os_unsupported, fix_unproved.
@@ -147,28 +150,41 @@ def choose_bus(inspection: Inspection, images: Sequence[Image], options: FixOpti
         raise _unsupported(inspection)
     rebuilt = options.drivers and options.initramfs and inspection.initramfs in initramfs.BUILDERS
     starts = _default(inspection, images)
-    for bus in (VIRTIO if len(inspection.disks) <= VIRTIO_BLK_DISKS else VIRTIO_SCSI, SATA):
-        able = tuple(image for image in images if image.can(bus, rebuilt=rebuilt))
-        new = next((image for image in able if not image.kernel.rescue), None)
-        if new is None:
-            continue
-        if starts is None or starts in able:
-            return Choice(bus, able, None, _bus_warnings(bus, able, images))
-        if options.bootloader:
+    others = [image for image in images if image is not starts and not image.kernel.rescue]
+    for virtio in (True, False):
+        for image in (*([starts] if starts else []), *(others if starts is None or options.bootloader else [])):
+            machine, bus = _machine(inspection, image, virtio=virtio)
+            able = tuple(one for one in images if one.can(bus, rebuilt=rebuilt))
+            if image not in able or all(one.kernel.rescue for one in able):
+                continue
+            warnings = _bus_warnings(machine, bus, able, images)
+            if starts is None or image is starts:
+                return Choice(machine, bus, able, None, warnings)
             warning = Finding(
                 "default_kernel",
                 f"the boot menu started {starts.kernel.version}, which has no drivers for {bus.name} disks; "
-                f"it starts {new.kernel.version} now",
+                f"it starts {image.kernel.version} now",
                 "Choose another default in the guest once its kernels are updated.",
             )
-            return Choice(bus, able, new.kernel.entry, (warning, *_bus_warnings(bus, able, images)))
+            return Choice(machine, bus, able, image.kernel.entry, (warning, *warnings))
     if inspection.initramfs not in initramfs.BUILDERS:
         raise _unsupported(inspection)
     missing = (
-        f"{image.kernel.version} lacks {', '.join(driver for driver in VIRTIO.needed if not image.has(driver))}"
+        f"{image.kernel.version} lacks {_lacking(image, _machine(inspection, image, virtio=True)[1])}"
         for image in images
     )
     raise _unproved("; ".join(missing), inspection, options)
+
+
+def _machine(inspection: Inspection, image: Image, *, virtio: bool) -> tuple[Machine, Bus]:
+    """The machine of a guest that starts this kernel, and what that needs."""
+    disks = len(inspection.disks)
+    machine = machine_for(inspection.system(image.kernel.version), inspection.firmware, disks, virtio=virtio)
+    return machine, bus_of(machine, disks)
+
+
+def _lacking(image: Image, bus: Bus) -> str:
+    return ", ".join(driver for driver in image.needs(bus) if not image.has(driver))
 
 
 def _default(inspection: Inspection, images: Sequence[Image]) -> Image | None:
@@ -181,30 +197,30 @@ def _default(inspection: Inspection, images: Sequence[Image]) -> Image | None:
     return next((image for image in images if image.kernel.entry == first), None)
 
 
-def _bus_warnings(bus: Bus, able: Sequence[Image], images: Sequence[Image]) -> tuple[Finding, ...]:
+def _bus_warnings(machine: Machine, bus: Bus, able: Sequence[Image], images: Sequence[Image]) -> tuple[Finding, ...]:
     found = [
         Finding(
             "kernel_unable",
             f"the kernel {image.kernel.version} on the boot menu does not find its root on {bus.name} disks: it lacks "
-            + ", ".join(driver for driver in bus.needed if not image.has(driver)),
+            + _lacking(image, bus),
             "Do not choose it; remove it from the guest, or install one that has the drivers.",
         )
         for image in images
         if image not in able
     ]
-    if bus is SATA:
+    if not machine.virtio:
         found.append(
             Finding(
                 "no_virtio",
-                "no kernel that the guest starts has virtio drivers, or may be given them: the domain gets SATA disks "
-                "and an e1000e network card, which are slower",
+                f"no kernel that the guest starts has virtio drivers, or may be given them: the domain gets {bus.name} "
+                f"disks and an {machine.cards} network card, which are slower",
                 "Install a kernel with virtio_blk and virtio_net on VMware, and export again.",
             )
         )
     return tuple(found)
 
 
-def _plans(view: View, choice: Choice, options: FixOptions) -> list[Plan]:
+def _plans(view: View, choice: Choice, options: FixOptions) -> list[FixPlan]:
     """What every fixer that is wanted wants to do."""
     plans = [lvm.plan(view), network.plan(view, options.nics)]
     if options.fstab != "noop":
@@ -268,7 +284,7 @@ def _to_rebuild(choice: Choice, edits: Sequence[Edit], options: FixOptions) -> t
     )
 
 
-def _apply(g: Any, plans: Sequence[Plan], options: FixOptions) -> list[Change]:
+def _apply(g: Any, plans: Sequence[FixPlan], options: FixOptions) -> list[Change]:
     """Do what was planned. An existing file keeps its inode, and so its owner, mode and labels."""
     edits = [edit for plan in plans for edit in plan.edits]
     if len({edit.path for edit in edits}) < len(edits):
@@ -346,7 +362,7 @@ def _close(g: Any, inspection: Inspection, *, changed: bool) -> None:
 
 
 def _injected(before: Sequence[Image], after: Sequence[Image], bus: Bus) -> tuple[str, ...]:
-    drivers = (*bus.needed, *bus.wanted)
+    drivers = dict.fromkeys(driver for image in after for driver in (*image.needs(bus), *bus.wanted))
     return tuple(
         d for d in drivers if any(new.has(d) and not old.has(d) for old, new in zip(before, after, strict=True))
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hyper2kvmd.domain.model import DiskBus, Machine
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.guest.change import Proof, decode
 from hyper2kvmd.guest.linux import cpio
@@ -25,26 +26,48 @@ _CONFIG = {
     "virtio_scsi": "SCSI_VIRTIO",
     "virtio_net": "VIRTIO_NET",
     "ahci": "SATA_AHCI",
+    "ata_piix": "ATA_PIIX",
+    "piix": "BLK_DEV_PIIX",
+    "ide_disk": "BLK_DEV_IDEDISK",
     "sd_mod": "BLK_DEV_SD",
+    "e1000": "E1000",
     "e1000e": "E1000E",
 }
 
 
 @dataclass(frozen=True)
 class Bus:
-    """How the new machine's disks are attached. Without the `needed` drivers the root is not found.
+    """The drivers for the disks of a machine, and for its cards.
 
-    The `wanted` ones are for cards, for disks added later, and for guests that mount their root over the network.
+    ways: sets of drivers of which any one is enough to find the root; the first is the better one. The `wanted` ones
+    are for cards, for disks added later, and for guests that mount their root over the network.
     """
 
     name: str
-    needed: tuple[str, ...]
+    ways: tuple[tuple[str, ...], ...]
     wanted: tuple[str, ...]
 
 
-VIRTIO = Bus("virtio", ("virtio_pci", "virtio_blk"), ("virtio_scsi", "virtio_net"))
-VIRTIO_SCSI = Bus("virtio-scsi", ("virtio_pci", "virtio_scsi", "sd_mod"), ("virtio_blk", "virtio_net"))
-SATA = Bus("SATA", ("ahci", "sd_mod"), ("e1000e",))
+VIRTIO = Bus("virtio", (("virtio_pci", "virtio_blk"),), ("virtio_scsi", "virtio_net"))
+VIRTIO_SCSI = Bus("virtio-scsi", (("virtio_pci", "virtio_scsi", "sd_mod"),), ("virtio_blk", "virtio_net"))
+SATA = Bus("SATA", (("ahci", "sd_mod"),), ("e1000e",))
+# libata's driver, and that of the older IDE layer, which many kernels for the older chipset have built in.
+IDE = Bus("IDE", (("ata_piix", "sd_mod"), ("piix", "ide_disk")), ("e1000",))
+_BUSES: dict[DiskBus, Bus] = {"virtio": VIRTIO, "scsi": VIRTIO_SCSI, "sata": SATA, "ide": IDE}
+
+
+def bus_of(machine: Machine, disks: int) -> Bus:
+    """What a guest needs for so many disks of a machine."""
+    bus = _BUSES[machine.disks]
+    others = [_BUSES[other] for other in sorted(machine.buses(disks) - {machine.disks})]
+    if not others:
+        return bus
+    more = [driver for other in others for driver in other.ways[0]]
+    return Bus(
+        " and ".join(one.name for one in (bus, *others)),
+        tuple(tuple(dict.fromkeys((*way, *more))) for way in bus.ways),
+        bus.wanted,
+    )
 
 
 @dataclass(frozen=True)
@@ -82,14 +105,23 @@ class Image:
             return False
         return {driver, *self.depends[driver]} - self.builtin <= self.modules
 
+    def needs(self, bus: Bus) -> tuple[str, ...]:
+        """The drivers by which this kernel finds its root on `bus`: those it has, else those it could have."""
+        for there in (self.has, lambda driver: self.has(driver) or driver in self.depends):
+            for way in bus.ways:
+                if all(map(there, way)):
+                    return way
+        return bus.ways[0]
+
     def lacks(self, bus: Bus) -> tuple[str, ...]:
         """The drivers that this kernel could have in its initramfs and does not."""
-        return tuple(driver for driver in (*bus.needed, *bus.wanted) if driver in self.depends and not self.has(driver))
+        drivers = (*self.needs(bus), *bus.wanted)
+        return tuple(driver for driver in drivers if driver in self.depends and not self.has(driver))
 
     def can(self, bus: Bus, *, rebuilt: bool) -> bool:
         """Whether this kernel finds its root on `bus`: as it is, or once its initramfs is `rebuilt`."""
         possible = rebuilt and self.kernel.initrd is not None and not self.kernel.rescue
-        return all(self.has(driver) or (possible and driver in self.depends) for driver in bus.needed)
+        return all(self.has(driver) or (possible and driver in self.depends) for driver in self.needs(bus))
 
 
 def find(g: Any, menu: Menu | None, esp: str | None) -> tuple[Kernel, ...]:
@@ -205,7 +237,7 @@ def prove(before: Sequence[Image], after: Sequence[Image], bus: Bus) -> tuple[Pr
     return tuple(
         proof
         for old, new in zip(before, after, strict=True)
-        for proof in (*(_prove(new, driver) for driver in bus.needed), *_prove_programs(old, new))
+        for proof in (*(_prove(new, driver) for driver in new.needs(bus)), *_prove_programs(old, new))
     )
 
 

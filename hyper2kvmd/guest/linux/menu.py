@@ -46,7 +46,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Entry:
+class MenuEntry:
     """A line on the menu. `kernel` and `initrds` are paths as the menu has them, without GRUB's device.
 
     `name` is what makes the entry the default: GRUB's path of ids, titles or numbers (`1>0`), the stem of a BLS file, a
@@ -65,7 +65,7 @@ class Menu:
 
     loader: Literal["grub2", "grub-legacy", "systemd-boot", "extlinux"]
     files: tuple[File, ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[MenuEntry, ...]
     default: int | None
 
 
@@ -88,7 +88,7 @@ def read(read: Read, glob: Glob) -> Menu | None:
 
 def _grub2(read: Read, glob: Glob) -> Menu | None:
     files: list[File] = []
-    menus: list[tuple[list[Entry], int | None]] = []
+    menus: list[tuple[list[MenuEntry], int | None]] = []
     for path in ("/boot/grub2/grub.cfg", "/boot/grub/grub.cfg", *sorted(glob("/boot/efi/EFI/*/grub.cfg"))):
         text = read(path)
         # A second name of the same file is not a second menu.
@@ -126,7 +126,7 @@ class _Node:
     children: list[_Node] = field(default_factory=list)
 
 
-def _grub_entries(text: str, environment: Mapping[str, str], bls: Sequence[File]) -> tuple[list[Entry], int | None]:
+def _grub_entries(text: str, environment: Mapping[str, str], bls: Sequence[File]) -> tuple[list[MenuEntry], int | None]:
     """The entries of a grub.cfg, and the index of the default. bls: what the command `blscfg` brings in."""
     variables = dict(environment)
     top = _Node()
@@ -171,7 +171,7 @@ def _grub_entries(text: str, environment: Mapping[str, str], bls: Sequence[File]
                     else:
                         default = value
     walked = list(_walk(top.children))
-    entries = [Entry(node.kernel, tuple(node.initrds), node.title, name) for name, node in walked]
+    entries = [MenuEntry(node.kernel, tuple(node.initrds), node.title, name) for name, node in walked]
     start = _start(top.children, once or default)
     return entries, next((number for number, (_, node) in enumerate(walked) if node is start), None)
 
@@ -254,13 +254,13 @@ def _bls_files(read: Read, glob: Glob, roots: Iterable[str]) -> list[File]:
     return [File(path, "bls", text) for path in paths if (text := read(path)) is not None]
 
 
-def _bls_entries(files: Iterable[File], variables: Mapping[str, str]) -> list[Entry]:
+def _bls_entries(files: Iterable[File], variables: Mapping[str, str]) -> list[MenuEntry]:
     entries = []
     for file in files:
         fields = _bls_fields(file.text)
         if kernel := _path(fields.get("linux", ""), variables):
             initrds = (_path(word, variables) for word in fields.get("initrd", "").split())
-            entries.append(Entry(kernel, tuple(filter(None, initrds)), fields.get("title", ""), _stem(file.path)))
+            entries.append(MenuEntry(kernel, tuple(filter(None, initrds)), fields.get("title", ""), _stem(file.path)))
     return entries
 
 
@@ -327,7 +327,7 @@ def _extlinux(read: Read, glob: Glob) -> Menu | None:
             inside = re.findall(r"(?<!\S)initrd=(\S+)", values.get("append", ""))
             initrds = ",".join([*inside, *values.get("initrd", "").split()]).split(",")
             title = values.get("title", values["label"])
-            entries.append(Entry(values["kernel"], tuple(filter(None, initrds)), title, values["label"]))
+            entries.append(MenuEntry(values["kernel"], tuple(filter(None, initrds)), title, values["label"]))
     default = next((defaults[place] for place in ("ontimeout", "menu", "default") if place in defaults), None)
     named = (n for n, entry in enumerate(entries) if entry.name == default)
     return Menu("extlinux", files, tuple(entries), next(named, None if default else 0))
@@ -355,7 +355,7 @@ def _legacy(read: Read, glob: Glob) -> Menu | None:
             case "default":
                 default = value
     entries = [
-        Entry(node.kernel, tuple(node.initrds), node.title, str(number))
+        MenuEntry(node.kernel, tuple(node.initrds), node.title, str(number))
         for number, node in enumerate(nodes)
         if node.kernel
     ]

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from shlex import quote
 
-from hyper2kvmd.guest.change import Change, printable
+from hyper2kvmd.guest.change import Change
 from hyper2kvmd.guest.linux.fixers import View
+from hyper2kvmd.text import printable
 
 CONFIG = "/etc/selinux/config"
 AUTORELABEL = "/.autorelabel"

@@ -14,14 +14,14 @@ from typing import Any
 import libvirt
 import pytest
 
-from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic
+from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, Machine
 from hyper2kvmd.domain.xml import job_of, to_xml
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.hypervisor.connection import connect, virt_type
 from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.hypervisor.preflight import BRIDGE_VLANS, preflight
 from tests.libvirtd import session
-from tests.unit.domain.test_domain import DEBIAN, PLAIN, RHEL5, VARIANTS, WINDOWS_2022, disks
+from tests.unit.domain.test_domain import DEBIAN, PLAIN, RHEL5, VARIANTS, WINDOWS_2022, decided, disks
 
 pytestmark = pytest.mark.timeout(300)
 USER = (DomainNic("00:50:56:aa:bb:01", "user"),)
@@ -74,6 +74,7 @@ def images(directory: Path, count: int) -> tuple[DomainDisk, ...]:
 
 
 SMALL = replace(PLAIN, virt_type="qemu", memory_mib=128, nics=USER)
+OLDER = Machine("pc", "virtio", "virtio")
 TEN_NICS = tuple(DomainNic(f"00:50:56:aa:bb:{n:02}", "user") for n in range(10))
 STARTED = {
     "20 disks and 10 NICs": (replace(SMALL, nics=TEN_NICS), 20),
@@ -81,8 +82,8 @@ STARTED = {
     "20 disks and 10 NICs on pc": (replace(SMALL, nics=TEN_NICS, guest=RHEL5), 20),
     "22 disks on pc": (replace(SMALL, guest=RHEL5), 22),
     "30 disks": (SMALL, 30),
-    "8 disks on SATA": (replace(SMALL, compatible=True), 8),
-    "5 disks on IDE and SATA": (replace(SMALL, compatible=True, guest=RHEL5), 5),
+    "8 disks on SATA": (SMALL, 8),
+    "5 disks on IDE and SATA": (replace(SMALL, guest=RHEL5), 5),
     "Windows": (replace(SMALL, guest=WINDOWS_2022, cpus=4, cores_per_socket=2), 1),
 }
 
@@ -90,7 +91,7 @@ STARTED = {
 @pytest.mark.parametrize("name", STARTED)
 def test_there_are_slots_for_all_devices_of(name: str, connection: Any, tmp_path: Path) -> None:
     domain, count = STARTED[name]
-    domain = replace(domain, disks=images(tmp_path, count))
+    domain = decided(replace(domain, disks=images(tmp_path, count)), virtio="SATA" not in name)
     with defined(connection, domain, start=True) as found:
         assert found.isActive()
         xml = ET.fromstring(found.XMLDesc(0))
@@ -119,8 +120,8 @@ def codes(errors: list[MigrationError]) -> list[Code]:
 
 
 def test_firmware_that_the_host_does_not_have_is_named(connection: Any) -> None:
-    # No OVMF does Secure Boot on the chipset of so old a guest.
-    domain = replace(SMALL, firmware="uefi", secure_boot=True, guest=RHEL5)
+    # No OVMF does Secure Boot on the older chipset.
+    domain = replace(SMALL, firmware="uefi", secure_boot=True, machine=OLDER)
     (found,) = preflight(connection, domain, None, Path("/images"))
     assert Code.FIRMWARE_MISSING == found.code
     assert "UEFI firmware with Secure Boot and its keys" in found.message
@@ -145,7 +146,7 @@ def test_a_tpm_needs_a_program_that_emulates_it(tmp_path: Path, monkeypatch: pyt
     with session(tmp_path) as uri, connect(uri) as connection:
         (found,) = preflight(connection, replace(SMALL, tpm=True), None, Path("/images"))
         # With no firmware either, both are told.
-        both = replace(SMALL, tpm=True, firmware="uefi", secure_boot=True, guest=RHEL5)
+        both = replace(SMALL, tpm=True, firmware="uefi", secure_boot=True, machine=OLDER)
         assert [Code.FIRMWARE_MISSING, Code.TOOL_MISSING] == codes(preflight(connection, both, None, Path("/images")))
     assert Code.TOOL_MISSING == found.code
     assert "swtpm" in found.hint

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pytest
 
-from hyper2kvmd.errors import Cancelled, Code, MigrationError, Noted
+from hyper2kvmd.errors import Cancelled, Code, Collected, MigrationError
 from hyper2kvmd.files import fsync_file
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.image.header import DRIVERS
@@ -103,7 +103,7 @@ def opened(export: Path, *disks: Disk) -> Iterator[tuple[Source, ...]]:
     fd = os.open(export, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.ExitStack() as stack:
-            noted = Noted()
+            noted = Collected()
             sources = open_sources(fd, export, disks, stack, noted)
             noted.check()
             yield sources

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainNic, domain_uuid
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.hypervisor.connection import connect
@@ -42,6 +43,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         theirs = Domain(
             name="web01", uuid=domain_uuid("theirs"), title="web01", description="", cpus=1, cores_per_socket=None,
             memory_mib=64, firmware="bios", secure_boot=False, tpm=False, virt_type="qemu", guest=None, disks=(),
+            machine=machine_for(None, "bios", 0, virtio=True),
             nics=(DomainNic(MAC, "user"),), job="another-job", source={}, tags={},
         )  # fmt: skip
         with connect(uri) as connection:
@@ -146,6 +148,16 @@ def test_an_export_without_a_fault_is_valid_before_and_after_its_migration(
     assert (0, 0) == (before.returncode, after.returncode), before.stdout + after.stdout
 
 
+# hyper2kvmd that waits for an answer for seconds only.
+IMPATIENT = """
+import sys
+from hyper2kvmd.__main__ import main
+from hyper2kvmd.hypervisor import connection
+connection.ANSWER_SECONDS = 3.0
+sys.exit(main())
+"""
+
+
 def test_a_libvirt_that_hangs_is_waited_for_and_named(scratch: Settings, uri: str, tmp_path: Path) -> None:
     socket = Path(uri.rpartition("socket=")[2])
     daemon = int((socket.parent / "pid").read_text())
@@ -158,9 +170,9 @@ def test_a_libvirt_that_hangs_is_waited_for_and_named(scratch: Settings, uri: st
     write_manifest(export, [disk_entry(disk)])
     os.kill(daemon, signal.SIGSTOP)
     try:
-        run_job(export, Settings.model_validate(shape), timeout=90)
+        run_job(export, Settings.model_validate(shape), timeout=90, program=("-c", IMPATIENT))
     finally:
         os.kill(daemon, signal.SIGCONT)
     document = report_of(export)
     assert ("retrying", "libvirt_unavailable") == (document["status"], document["error"]["code"])
-    assert "no answer within 30 s" in document["error"]["message"]
+    assert "no answer within 3 s" in document["error"]["message"]

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyper2kvmd.authoring.rewrite import Change, Dialect, Measured, dump, rehash, relocate, upgrade
+from hyper2kvmd.authoring.rewrite import Dialect, Measured, Rewritten, dump, rehash, relocate, upgrade
 from hyper2kvmd.manifest import Manifest, ManifestError, document, parse
 from tests import DATA
 
@@ -83,8 +83,8 @@ def test_rehash_changes_what_is_wrong_and_nothing_else() -> None:
     after, changes = rehash(before, [Measured("1" * 64, None), Measured(old.removeprefix("sha256:"), 77)])
     assert kept == before
     assert (
-        Change("disks[0].checksum", old, "sha256:" + "1" * 64),
-        Change("disks[1].bytes", 1073741824, 77),
+        Rewritten("disks[0].checksum", old, "sha256:" + "1" * 64),
+        Rewritten("disks[1].bytes", 1073741824, 77),
     ) == changes
     kept["disks"][0]["checksum"] = "sha256:" + "1" * 64
     kept["disks"][1]["bytes"] = 77
@@ -95,7 +95,7 @@ def test_rehash_gives_a_checksum_to_a_disk_that_has_none() -> None:
     before = load("go-everything.json")
     first = before["disks"][0]["checksum"].removeprefix("sha256:")
     after, changes = rehash(before, [Measured(first, None), Measured("2" * 64, None)])
-    assert (Change("disks[1].checksum", None, "sha256:" + "2" * 64),) == changes
+    assert (Rewritten("disks[1].checksum", None, "sha256:" + "2" * 64),) == changes
     assert ("2" * 64) == read(after).disks[1].sha256
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import (
     Attachment,
     Domain,
@@ -56,6 +57,7 @@ PLAIN = Domain(
     secure_boot=False,
     tpm=False,
     virt_type="kvm",
+    machine=machine_for(DEBIAN, "bios", 1, virtio=True),
     guest=DEBIAN,
     disks=disks(1),
     nics=(DomainNic("00:50:56:aa:bb:01", "default"),),
@@ -63,6 +65,14 @@ PLAIN = Domain(
     source={"provider": "vsphere", "vm_id": "vm-4711", "vm_name": "web-01", "export": "web-01"},
     tags={},
 )
+
+
+def decided(domain: Domain, *, virtio: bool = True) -> Domain:
+    """The domain with the machine for what it is."""
+    machine = machine_for(domain.guest, domain.firmware, len(domain.disks), virtio=virtio)
+    return replace(domain, machine=machine)
+
+
 VARIANTS = {
     "bios": PLAIN,
     "uefi": replace(PLAIN, firmware="uefi"),
@@ -70,11 +80,11 @@ VARIANTS = {
     "tpm": replace(PLAIN, firmware="uefi", secure_boot=True, tpm=True, guest=WINDOWS_2022, virt_type="qemu"),
     "tcg": replace(PLAIN, virt_type="qemu"),
     "not-inspected": replace(PLAIN, guest=None),
-    "compatible": replace(PLAIN, compatible=True, guest=None),
-    "compatible-8-disks": replace(PLAIN, compatible=True, guest=None, disks=disks(8)),
-    "20-disks": replace(PLAIN, disks=disks(20)),
-    "21-disks": replace(PLAIN, disks=disks(21)),
-    "28-disks": replace(PLAIN, disks=disks(28)),
+    "compatible": decided(replace(PLAIN, guest=None), virtio=False),
+    "compatible-8-disks": decided(replace(PLAIN, guest=None, disks=disks(8)), virtio=False),
+    "20-disks": decided(replace(PLAIN, disks=disks(20))),
+    "21-disks": decided(replace(PLAIN, disks=disks(21))),
+    "28-disks": decided(replace(PLAIN, disks=disks(28))),
     "networks": replace(
         PLAIN,
         nics=(
@@ -85,8 +95,8 @@ VARIANTS = {
         ),
     ),
     "windows-2022": replace(PLAIN, firmware="uefi", cpus=8, cores_per_socket=8, guest=WINDOWS_2022),
-    "windows-xp": replace(PLAIN, guest=WINDOWS_XP, compatible=True, disks=disks(5)),
-    "rhel-5": replace(PLAIN, guest=RHEL5, disks=disks(22)),
+    "windows-xp": decided(replace(PLAIN, guest=WINDOWS_XP, disks=disks(5)), virtio=False),
+    "rhel-5": decided(replace(PLAIN, guest=RHEL5, disks=disks(22))),
     "topology": replace(PLAIN, cpus=8, cores_per_socket=4),
     "annotation": replace(
         PLAIN,
@@ -184,7 +194,7 @@ def test_a_target_that_is_none_is_refused_with_all_that_could_be_meant(target: s
     ],
 )
 def test_the_older_chipset_is_for_guests_that_know_no_other(guest: GuestSystem | None, machine: str) -> None:
-    assert machine == parsed(replace(PLAIN, guest=guest)).findall("os/type")[0].get("machine")
+    assert machine == parsed(decided(replace(PLAIN, guest=guest))).findall("os/type")[0].get("machine")
 
 
 def parsed(domain: Domain) -> ET.Element:
@@ -212,12 +222,10 @@ def test_serials_are_short_and_stay_different() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 20, 21, 300])
-@pytest.mark.parametrize("compatible", [False, True])
+@pytest.mark.parametrize("virtio", [False, True])
 @pytest.mark.parametrize("guest", [DEBIAN, RHEL5], ids=["q35", "pc"])
-def test_every_disk_has_a_name_an_order_and_a_place_of_its_own(
-    count: int, compatible: bool, guest: GuestSystem
-) -> None:
-    domain = replace(PLAIN, disks=disks(count), compatible=compatible, guest=guest)
+def test_every_disk_has_a_name_an_order_and_a_place_of_its_own(count: int, virtio: bool, guest: GuestSystem) -> None:
+    domain = decided(replace(PLAIN, disks=disks(count), guest=guest), virtio=virtio)
     found = parsed(domain).findall("devices/disk")
     names = [str(target.get("dev")) for disk in found for target in disk.findall("target")]
     places = [tuple(sorted(place.attrib.items())) for disk in found for place in disk.findall("address")]
@@ -229,7 +237,7 @@ def test_every_disk_has_a_name_an_order_and_a_place_of_its_own(
 
 
 def test_scsi_disks_are_spread_over_as_many_controllers_as_hold_them() -> None:
-    domain = replace(PLAIN, disks=disks(300))
+    domain = decided(replace(PLAIN, disks=disks(300)))
     assert ["0", "1"] == attributes(domain, "devices/controller", "index")
     assert {"0": 256, "1": 44} == Counter(attributes(domain, "devices/disk/address", "controller"))
     assert "255" == max(attributes(domain, "devices/disk/address", "target"), key=lambda target: int(target or 0))

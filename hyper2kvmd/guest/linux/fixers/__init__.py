@@ -26,7 +26,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FixPlan:
     """What a fixer wants to do."""
 
     edits: tuple[Edit, ...] = ()

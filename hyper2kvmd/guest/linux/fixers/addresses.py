@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 import yaml
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Edit, printable
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.change import Edit
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.manifest.model import Interface
+from hyper2kvmd.text import mac_address, printable
 
 NETPLAN = "/etc/netplan/95-hyper2kvm.yaml"  # the last file, which netplan puts on top of the others
 CLOUD_INIT = "/etc/cloud/cloud.cfg.d/99-hyper2kvm-network.cfg"
@@ -23,7 +24,6 @@ WICKED_DNS = "/etc/sysconfig/network/config"
 RESOLV_CONF = "/etc/resolv.conf"
 _NETWORK_MANAGER = "/etc/systemd/system/multi-user.target.wants/NetworkManager.service"
 _NETWORKD = "/etc/systemd/system/multi-user.target.wants/systemd-networkd.service"
-_MAC = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}")
 
 # The keys of an ifcfg file that say how an interface gets its addresses; the others are kept.
 _IFCFG_KEYS = re.compile(
@@ -35,10 +35,10 @@ _WICKED_KEYS = re.compile(r"BOOTPROTO|STARTMODE|(?:IPADDR|PREFIXLEN|NETMASK|BROA
 _STANZA = re.compile(r"[ \t]*(?:iface|auto|allow-\S+|mapping|source\S*|no-auto-down|no-scripts|template|rename)[ \t]")
 
 
-def plan(view: View, interfaces: Sequence[Interface]) -> Plan:
+def plan(view: View, interfaces: Sequence[Interface]) -> FixPlan:
     """Configure each interface where the guest does it now, or else with what the guest has for it."""
     if not interfaces:
-        return Plan()
+        return FixPlan()
     if netplan := sorted(view.g.glob_expand("/etc/netplan/*.yaml")):
         written = _netplan(view, interfaces, [path for path in netplan if path != NETPLAN])
     else:
@@ -52,7 +52,7 @@ def plan(view: View, interfaces: Sequence[Interface]) -> Plan:
     return _joined([written, _cloud_init(view)]) if written.edits else written
 
 
-def _one(view: View, interface: Interface) -> Plan:
+def _one(view: View, interface: Interface) -> FixPlan:
     name = interface.name
     if (text := view.read(IFCFG + name)) is not None:
         return _edit(IFCFG + name, text, rewrite_settings(text, ifcfg(interface), _IFCFG_KEYS), name)
@@ -66,26 +66,26 @@ def _one(view: View, interface: Interface) -> Plan:
         return _edit(path, view.read(path), networkd(interface), name)
     message = f"nothing that configures the network of this guest is known here, so {name} is left as it is"
     hint = "Configure the interface in the guest, on VMware or after the migration."
-    return Plan(warnings=(Finding("network_unknown", message, hint, "configuration.network"),))
+    return FixPlan(warnings=(Finding("network_unknown", message, hint, "configuration.network"),))
 
 
-def _joined(plans: Sequence[Plan]) -> Plan:
-    return Plan(
+def _joined(plans: Sequence[FixPlan]) -> FixPlan:
+    return FixPlan(
         edits=tuple(edit for plan in plans for edit in plan.edits),
         warnings=tuple(finding for plan in plans for finding in plan.warnings),
     )
 
 
-def _edit(path: str, before: str | None, after: str | None, name: str, *, mode: int = 0o644) -> Plan:
+def _edit(path: str, before: str | None, after: str | None, name: str, *, mode: int = 0o644) -> FixPlan:
     if before == after:
-        return Plan()
-    return Plan((Edit("configuration", path, before, after, f"the manifest's addresses of {name}", mode=mode),))
+        return FixPlan()
+    return FixPlan((Edit("configuration", path, before, after, f"the manifest's addresses of {name}", mode=mode),))
 
 
 # netplan --------------------------------------------------------------------------------------------------
 
 
-def _netplan(view: View, interfaces: Sequence[Interface], others: Sequence[str]) -> Plan:
+def _netplan(view: View, interfaces: Sequence[Interface], others: Sequence[str]) -> FixPlan:
     """One file for all interfaces; files that say something else about them go, as netplan adds up what they say."""
     wanted = {interface.name: interface for interface in interfaces}
     edits: list[Edit] = []
@@ -98,7 +98,7 @@ def _netplan(view: View, interfaces: Sequence[Interface], others: Sequence[str])
             what = "cannot be read" if defined is None else f"configures {', '.join(ours)} together with others"
             message = f"{printable(path)} {what}, so the manifest's addresses are not written"
             hint = "Give that file one interface only, or leave configuration.network out and edit it in the guest."
-            return Plan(warnings=(Finding("network_shared", message, hint, "configuration.network"),))
+            return FixPlan(warnings=(Finding("network_shared", message, hint, "configuration.network"),))
         if ours:
             matches |= {name: mac for name in ours if (mac := defined[name])}
             edits.append(Edit("configuration", path, text, None, f"replaced by {NETPLAN}"))
@@ -106,7 +106,7 @@ def _netplan(view: View, interfaces: Sequence[Interface], others: Sequence[str])
     # What we wrote before stays the place to learn the addresses of the hardware from.
     matches |= {name: mac for name, mac in (defined_by_netplan(before or "") or {}).items() if mac and name in wanted}
     after = netplan_file(interfaces, matches)
-    return _joined([Plan(tuple(edits)), _edit(NETPLAN, before, after, ", ".join(wanted), mode=0o600)])
+    return _joined([FixPlan(tuple(edits)), _edit(NETPLAN, before, after, ", ".join(wanted), mode=0o600)])
 
 
 def defined_by_netplan(text: str) -> dict[str, str] | None:
@@ -128,7 +128,7 @@ def defined_by_netplan(text: str) -> dict[str, str] | None:
             match = match if isinstance(match, dict) else {}
             name = (device.get("set-name") if isinstance(device, dict) else None) or match.get("name") or key
             mac = match.get("macaddress")
-            found[str(name)] = mac.lower() if isinstance(mac, str) and _MAC.fullmatch(mac) else ""
+            found[str(name)] = (isinstance(mac, str) and mac_address(mac)) or ""
     return found
 
 
@@ -156,14 +156,14 @@ def netplan_file(interfaces: Sequence[Interface], macs: Mapping[str, str]) -> st
     return "\n".join(lines) + "\n"
 
 
-def _cloud_init(view: View) -> Plan:
+def _cloud_init(view: View) -> FixPlan:
     """cloud-init would write its own idea of the network again when it sees a new machine."""
     if not view.g.is_file("/etc/cloud/cloud.cfg", followsymlinks=True):
-        return Plan()
+        return FixPlan()
     before, after = view.read(CLOUD_INIT), "network: {config: disabled}\n"
     if before == after:
-        return Plan()
-    return Plan((Edit("configuration", CLOUD_INIT, before, after, "cloud-init leaves the network alone"),))
+        return FixPlan()
+    return FixPlan((Edit("configuration", CLOUD_INIT, before, after, "cloud-init leaves the network alone"),))
 
 
 # NetworkManager and systemd-networkd ----------------------------------------------------------------------
@@ -224,7 +224,7 @@ def ifcfg(interface: Interface) -> dict[str, str]:
     return settings
 
 
-def _wicked(view: View, interface: Interface, text: str) -> Plan:
+def _wicked(view: View, interface: Interface, text: str) -> FixPlan:
     name = interface.name
     addresses = {f"IPADDR{f'_{number}' if number else ''}": value for number, value in enumerate(interface.addresses)}
     settings = {"BOOTPROTO": "dhcp" if interface.dhcp else "static", "STARTMODE": "auto", **addresses}
@@ -237,11 +237,11 @@ def _wicked(view: View, interface: Interface, text: str) -> Plan:
     return _joined(plans)
 
 
-def _wicked_dns(view: View, interfaces: Sequence[Interface]) -> Plan:
+def _wicked_dns(view: View, interfaces: Sequence[Interface]) -> FixPlan:
     """SUSE keeps the name servers of all interfaces in one file."""
     text = view.read(WICKED_DNS)
     if text is None:
-        return Plan()
+        return FixPlan()
     servers = dict.fromkeys(server for interface in interfaces for server in interface.dns)
     domains = dict.fromkeys(domain for interface in interfaces for domain in interface.search)
     for key, words in (("NETCONFIG_DNS_STATIC_SERVERS", servers), ("NETCONFIG_DNS_STATIC_SEARCHLIST", domains)):
@@ -283,7 +283,7 @@ def _is_for_ifupdown(view: View, name: str, texts: Mapping[str, str]) -> bool:
     return IFUPDOWN in texts and not (view.g.is_symlink(_NETWORK_MANAGER) or view.g.is_symlink(_NETWORKD))
 
 
-def _ifupdown(view: View, interfaces: Sequence[Interface], texts: Mapping[str, str]) -> Plan:
+def _ifupdown(view: View, interfaces: Sequence[Interface], texts: Mapping[str, str]) -> FixPlan:
     """The first file that has an interface gets its new stanzas, the others lose theirs."""
     new = dict(texts)
     for interface in interfaces:

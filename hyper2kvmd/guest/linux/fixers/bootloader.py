@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Edit, printable
+from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux import menu as boot_menu
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.menu import INITRD_LINE, LINUX_LINE, Menu
+from hyper2kvmd.text import printable
 
 CONSOLES = ("console=tty0", "console=ttyS0,115200")
 GRUBENV_BYTES = 1024
@@ -100,7 +101,7 @@ class Rewritten:
     unresolved: tuple[str, ...]
 
 
-def plan(view: View, *, console: bool = False, default: int | None = None) -> Plan:
+def plan(view: View, *, console: bool = False, default: int | None = None) -> FixPlan:
     """Edit the menu for the next boot, and what the next update of the menu is made from.
 
     console: have every kernel write to the first serial port as well. default: the index of the menu's entry that
@@ -133,7 +134,7 @@ def plan(view: View, *, console: bool = False, default: int | None = None) -> Pl
         if device_map is not None and any(changes_with_hardware(word) for word in device_map.split()):
             # GRUB reads it only when grub-install or update-grub runs, and then it must be right or absent.
             edits.append(Edit("bootloader", path, device_map, None, "GRUB finds the disks by itself"))
-    return Plan(tuple(edits), warnings=tuple(warnings))
+    return FixPlan(tuple(edits), warnings=tuple(warnings))
 
 
 def _unresolved(path: str, word: str) -> Finding:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from shlex import quote
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Command, Edit, printable
-from hyper2kvmd.guest.linux.fixers import Plan, View, addresses
+from hyper2kvmd.guest.change import Command, Edit
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses
 from hyper2kvmd.manifest.model import Configuration, Services, User
+from hyper2kvmd.text import printable
 
 FIXER = "configuration"
 HOSTNAME = "/etc/hostname"
@@ -21,7 +22,7 @@ UNITS = "/etc/systemd/system"
 _HOME = re.compile(r"/[!-~]{0,200}")  # what a path is that libguestfs and a shell can be given
 
 
-def plan(view: View, configuration: Configuration) -> Plan:
+def plan(view: View, configuration: Configuration) -> FixPlan:
     """Plan what is asked for and is not so yet."""
     plans = [
         _hostname(view, configuration),
@@ -29,7 +30,7 @@ def plan(view: View, configuration: Configuration) -> Plan:
         _services(view, configuration.services),
         addresses.plan(view, configuration.interfaces),
     ]
-    return Plan(
+    return FixPlan(
         edits=tuple(edit for plan in plans for edit in plan.edits),
         commands=tuple(command for plan in plans for command in plan.commands),
         warnings=tuple(finding for plan in plans for finding in plan.warnings),
@@ -39,7 +40,7 @@ def plan(view: View, configuration: Configuration) -> Plan:
 # The name -------------------------------------------------------------------------------------------------
 
 
-def _hostname(view: View, configuration: Configuration) -> Plan:
+def _hostname(view: View, configuration: Configuration) -> FixPlan:
     new, edits = configuration.hostname, []
     if new is not None:
         text = view.read(HOSTNAME)
@@ -55,7 +56,7 @@ def _hostname(view: View, configuration: Configuration) -> Plan:
     after = add_hosts(after, configuration.hosts)
     if after:
         edits.append(_edit(HOSTS, text, after, "the host names of the manifest"))
-    return Plan(tuple(edit for edit in edits if edit is not None))
+    return FixPlan(tuple(edit for edit in edits if edit is not None))
 
 
 def _edit(path: str, before: str | None, after: str, summary: str, *, mode: int = 0o644) -> Edit | None:
@@ -163,9 +164,9 @@ def read_accounts(passwd: str, shadow: str, group: str) -> Accounts:
     return Accounts(users, frozenset(row[0] for row in rows))
 
 
-def _users(view: View, configuration: Configuration) -> Plan:
+def _users(view: View, configuration: Configuration) -> FixPlan:
     if not configuration.users and not configuration.disable_users:
-        return Plan()
+        return FixPlan()
     accounts = read_accounts(*(view.read(path) or "" for path in ("/etc/passwd", "/etc/shadow", "/etc/group")))
     edits: list[Edit] = []
     commands: list[Command] = []
@@ -193,7 +194,7 @@ def _users(view: View, configuration: Configuration) -> Plan:
             # A lock alone would still let in whoever has a key.
             command = f"usermod --lock --expiredate 1 {quote(name)}"
             commands.append(Command(FIXER, "/etc/shadow", command, f"the user {name} is disabled"))
-    return Plan(tuple(edits), commands=tuple(commands), warnings=tuple(warnings))
+    return FixPlan(tuple(edits), commands=tuple(commands), warnings=tuple(warnings))
 
 
 def make_user(user: User, accounts: Accounts) -> tuple[Command, ...]:
@@ -306,14 +307,14 @@ def _ssh_keys(view: View, user: User, home: str, *, is_new: bool, warnings: list
 # Services -------------------------------------------------------------------------------------------------
 
 
-def _services(view: View, services: Services) -> Plan:
+def _services(view: View, services: Services) -> FixPlan:
     wanted = [(verb, unit) for verb in ("enable", "disable", "mask") for unit in getattr(services, verb)]
     if not wanted:
-        return Plan()
+        return FixPlan()
     if not any(view.g.is_file(path, followsymlinks=True) for path in ("/usr/bin/systemctl", "/bin/systemctl")):
         message = f"the guest has no systemd, so {', '.join(unit for _, unit in wanted)} are left as they are"
         hint = "Configure them in the guest."
-        return Plan(warnings=(_warning("services_unsupported", message, hint, "services"),))
+        return FixPlan(warnings=(_warning("services_unsupported", message, hint, "services"),))
     commands: list[Command] = []
     warnings: list[Finding] = []
     for verb, unit in wanted:
@@ -331,7 +332,7 @@ def _services(view: View, services: Services) -> Plan:
             warnings.append(_warning("service_kept", message, "List it under disable instead.", "services.mask"))
         elif change:
             commands.append(change)
-    return Plan(commands=tuple(commands), warnings=tuple(warnings))
+    return FixPlan(commands=tuple(commands), warnings=tuple(warnings))
 
 
 def change_unit(verb: str, unit: str, state: str) -> Command | Finding | None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from hyper2kvmd.guest.change import Edit, printable
+from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
+from hyper2kvmd.text import printable
 
 PATH = "/etc/crypttab"
 _LINE = re.compile(r"[ \t]*[^\s#]\S*[ \t]+(?P<spec>\S+)(?:[ \t]+(?P<key>\S+))?(?:[ \t]+(?P<options>\S+))?")
 
 
-def plan(view: View) -> Plan:
+def plan(view: View) -> FixPlan:
     """Replace what changes with the hardware."""
     text = view.read(PATH)
     if text is None:
-        return Plan()
+        return FixPlan()
     new, replaced = rewrite(text, lambda spec, fresh: view.names.stable(spec, by_partition=fresh))
     if new == text:
-        return Plan()
-    return Plan((Edit("crypttab", PATH, text, new, f"UUIDs instead of {', '.join(map(printable, replaced))}"),))
+        return FixPlan()
+    return FixPlan((Edit("crypttab", PATH, text, new, f"UUIDs instead of {', '.join(map(printable, replaced))}"),))
 
 
 def rewrite(text: str, stable: Callable[[str, bool], str | None]) -> tuple[str, list[str]]:

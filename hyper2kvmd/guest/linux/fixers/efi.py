@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Copy, Proof
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
 
 # The suffix of EFI programs, by architecture.
 _ARCH = {"x86_64": "x64", "i386": "ia32", "aarch64": "aa64"}
 
 
-def plan(view: View) -> Plan:
+def plan(view: View) -> FixPlan:
     """Copy the distribution's boot loader to the fallback path if nothing is there.
 
     VMware's firmware remembers the boot entry that the installer made; that memory does not come with the export.
     """
     if view.inspection.firmware != "uefi":
-        return Plan()
+        return FixPlan()
     esp = _mount_point(view)
     if esp is None or view.g.is_file(_fallback(view, esp)):
-        return Plan()
+        return FixPlan()
     suffix = _suffix(view)
     directories = [
         name
@@ -32,8 +32,8 @@ def plan(view: View) -> Plan:
     for directory in directories:
         source = f"{esp}/EFI/{directory}"
         if copies := _copies(source, f"{esp}/EFI/BOOT", suffix, view.g.ls(source)):
-            return Plan(copies=copies)
-    return Plan(
+            return FixPlan(copies=copies)
+    return FixPlan(
         warnings=(
             Finding(
                 "no_fallback_loader",

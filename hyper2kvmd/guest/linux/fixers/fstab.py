@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Edit, printable
+from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.storage import BY_CONTENT, resolve
+from hyper2kvmd.text import printable
 
 PATH = "/etc/fstab"
 # Device, mount point and type, then perhaps options, with the white space between them kept apart.
@@ -28,14 +29,14 @@ class Rewritten:
     unresolved: tuple[tuple[str, str], ...]  # device name, mount point
 
 
-def plan(view: View, *, by_path_only: bool = False) -> Plan:
+def plan(view: View, *, by_path_only: bool = False) -> FixPlan:
     """Replace what changes with the hardware; what cannot be resolved must not stop the boot (`nofail`).
 
     by_path_only: look at /dev/disk/by-path names alone.
     """
     text = view.read(PATH)
     if text is None:
-        return Plan()
+        return FixPlan()
     devices = view.inspection.filesystems
     root = view.names.devices.get(view.inspection.root)
 
@@ -62,11 +63,11 @@ def plan(view: View, *, by_path_only: bool = False) -> Plan:
         for device, where in new.unresolved
     )
     if new.text == text:
-        return Plan(warnings=warnings)
+        return FixPlan(warnings=warnings)
     summary = (
         "UUIDs instead of " + ", ".join(map(printable, new.replaced)) if new.replaced else "nofail for missing disks"
     )
-    return Plan((Edit("fstab", PATH, text, new.text, summary),), warnings=warnings)
+    return FixPlan((Edit("fstab", PATH, text, new.text, summary),), warnings=warnings)
 
 
 def rewrite(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Edit, printable
+from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
+from hyper2kvmd.text import printable
 
 FIXER = "lvm"
 SYSTEM_DEVICES = "/etc/lvm/devices/system.devices"
@@ -21,7 +22,7 @@ _FILTER = re.compile(
 _PATTERN = re.compile(r"\"([^\"\n]*)\"|'([^'\n]*)'")
 
 
-def plan(view: View) -> Plan:
+def plan(view: View) -> FixPlan:
     """Remove what LVM makes anew; warn of filters, which are the administrator's."""
     edits = []
     text = view.read(SYSTEM_DEVICES)
@@ -44,7 +45,7 @@ def plan(view: View) -> Plan:
         for path in CONFIGS
         for key, value in hiding_filters(view.read(path) or "")
     ]
-    return Plan(tuple(edits), warnings=tuple(warnings))
+    return FixPlan(tuple(edits), warnings=tuple(warnings))
 
 
 def changing_ids(text: str) -> list[str]:

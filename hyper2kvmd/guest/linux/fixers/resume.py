@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
 
 CONFIG = "/etc/initramfs-tools/initramfs.conf"
 _LINE = re.compile(r"[ \t]*(?:export[ \t]+)?RESUME=[\"']?(?P<spec>/dev/[^\s\"']+)")
 
 
-def plan(view: View) -> Plan:
+def plan(view: View) -> FixPlan:
     """Replace what changes with the hardware; with a wrong name the guest waits half a minute at every boot."""
     edits = []
     for path in (CONFIG, *sorted(view.g.glob_expand("/etc/initramfs-tools/conf.d/*"))):
         text = view.read(path)
         if text is not None and (new := rewrite(text, view.names.stable)) != text:
             edits.append(Edit("resume", path, text, new, "the device to resume from by UUID"))
-    return Plan(tuple(edits))
+    return FixPlan(tuple(edits))
 
 
 def rewrite(text: str, stable: Callable[[str], str | None]) -> str:

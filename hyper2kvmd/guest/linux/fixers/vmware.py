@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from shlex import quote
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Command, Edit, printable
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.change import Command, Edit
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
+from hyper2kvmd.text import printable
 
 FIXER = "vmware"
 TARBALL = "/usr/bin/vmware-uninstall-tools.pl"
@@ -59,7 +60,7 @@ _MANAGERS = {
 }
 
 
-def plan(view: View) -> Plan:
+def plan(view: View) -> FixPlan:
     """Remove what nothing else depends on, and switch off the rest. A guest without the tools is left alone."""
     edits = _upstart(view)
     disable = disable_command(_to_mask(view), _to_disable(view), _init_scripts(view), _rc_program(view))
@@ -77,11 +78,11 @@ def plan(view: View) -> Plan:
             command = f"{manager.remove} {names} || {{ echo 'not removed, but switched off:'; {disable or 'true'}; }}"
             summary = f"{', '.join(packages)} removed, or switched off if that fails"
             removal = Command(FIXER, manager.database, command, summary)
-            return Plan(edits, commands=(removal,), warnings=tuple(warnings))
+            return FixPlan(edits, commands=(removal,), warnings=tuple(warnings))
         message = f"{', '.join(packages)} cannot be removed alone ({reason}), and is switched off instead"
         warnings.append(_kept(message, "Nothing needs to be done: what is switched off does not start."))
     commands = (Command(FIXER, _ADMIN_UNITS, disable, "VMware's tools do not start any more"),) if disable else ()
-    return Plan(edits, commands=commands, warnings=tuple(warnings))
+    return FixPlan(edits, commands=commands, warnings=tuple(warnings))
 
 
 def _kept(message: str, hint: str) -> Finding:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest.change import Change
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.fixers.initramfs import dracut, initramfs_tools, mkinitrd
 from hyper2kvmd.guest.linux.kernels import Bus, Image
 from hyper2kvmd.guest.session import last_line, shell
@@ -28,7 +28,7 @@ class Builder:
     commands: for each image, the shell command that builds it in place.
     """
 
-    plan: Callable[[View, Sequence[str]], Plan]
+    plan: Callable[[View, Sequence[str]], FixPlan]
     commands: Callable[[View, Sequence[Image], Bus], Mapping[str, str]]
     prepare: Callable[[View, Sequence[Image]], Callable[[], None]]
     remedy: str
@@ -61,11 +61,12 @@ def _nothing() -> None:
     """Nothing to take away."""
 
 
-def plan(view: View, images: Sequence[Image], bus: Bus) -> Plan:
+def plan(view: View, images: Sequence[Image], bus: Bus) -> FixPlan:
     """Ask for the drivers that an image lacks, so that every later build puts them in as well."""
     if not any(image.lacks(bus) for image in images):
-        return Plan()
-    drivers = [driver for driver in (*bus.needed, *bus.wanted) if any(driver in image.depends for image in images)]
+        return FixPlan()
+    asked = dict.fromkeys(driver for image in images for driver in (*image.needs(bus), *bus.wanted))
+    drivers = [driver for driver in asked if any(driver in image.depends for image in images)]
     return BUILDERS[view.inspection.initramfs].plan(view, drivers)
 
 

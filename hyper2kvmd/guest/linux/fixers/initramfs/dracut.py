@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.kernels import Bus, Image
 
 # The number makes it one of the last that are read, and so the administrator can still come after it.
@@ -15,14 +15,14 @@ CRYPTTAB = "/etc/crypttab"
 LINKS = "/etc/systemd/network/*.link"
 
 
-def plan(view: View, drivers: Sequence[str]) -> Plan:
+def plan(view: View, drivers: Sequence[str]) -> FixPlan:
     """A drop-in that adds the drivers to every image, also where dracut builds for the hardware it sees."""
     text = view.read(CONFIG)
     # The spaces inside the quotes are needed: dracut puts the pieces from all files together as they are.
     new = f'# Written by hyper2kvmd: the drivers of virtual devices.\nadd_drivers+=" {" ".join(drivers)} "\n'
     if new == text:
-        return Plan()
-    return Plan((Edit("initramfs", CONFIG, text, new, f"every initramfs gets {', '.join(drivers)}"),))
+        return FixPlan()
+    return FixPlan((Edit("initramfs", CONFIG, text, new, f"every initramfs gets {', '.join(drivers)}"),))
 
 
 def commands(view: View, images: Sequence[Image], bus: Bus) -> Mapping[str, str]:
@@ -42,7 +42,7 @@ def commands(view: View, images: Sequence[Image], bus: Bus) -> Mapping[str, str]
 
 def _own(image: Image, bus: Bus) -> list[str]:
     """The arguments for one image."""
-    drivers = [driver for driver in (*bus.needed, *bus.wanted) if driver in image.depends]
+    drivers = [driver for driver in (*image.needs(bus), *bus.wanted) if driver in image.depends]
     modules = sorted({*(image.modules or ()), *drivers} & {*image.depends})
     words = ["--drivers", " ".join(modules)] if image.modules else ["--add-drivers", " ".join(drivers)]
     # dracut leaves it out of an image for any hardware, and a guest whose kernel command line does not name the

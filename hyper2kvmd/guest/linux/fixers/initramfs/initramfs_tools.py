@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.kernels import Bus, Image
 
 # In /etc, where an administrator looks, and not as a file in /usr/share/initramfs-tools/modules.d, which is the
@@ -20,13 +20,13 @@ _CONF = "/etc/initramfs-tools/conf.d/zz-hyper2kvmd"
 _HOOK = "/etc/initramfs-tools/hooks/zz-hyper2kvmd"
 
 
-def plan(view: View, drivers: Sequence[str]) -> Plan:
+def plan(view: View, drivers: Sequence[str]) -> FixPlan:
     """Name the drivers in the list of modules."""
     text = view.read(MODULES)
     new = with_block(text or "", drivers)
     if new == text:
-        return Plan()
-    return Plan((Edit("initramfs", MODULES, text, new, f"every initramfs gets {', '.join(drivers)}"),))
+        return FixPlan()
+    return FixPlan((Edit("initramfs", MODULES, text, new, f"every initramfs gets {', '.join(drivers)}"),))
 
 
 def with_block(text: str, drivers: Iterable[str]) -> str:

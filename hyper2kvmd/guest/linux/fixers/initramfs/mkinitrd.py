@@ -7,19 +7,19 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.kernels import Bus, Image
 
 SUSE = "/etc/sysconfig/kernel"
 _MODULES = re.compile(r"^(?P<lead>[ \t]*INITRD_MODULES=)(?P<quote>[\"']?)(?P<words>[^\"'\n]*)(?P=quote)", re.MULTILINE)
 
 
-def plan(view: View, drivers: Sequence[str]) -> Plan:
+def plan(view: View, drivers: Sequence[str]) -> FixPlan:
     """SUSE's list of modules. RHEL's has none that could be edited safely: each build is told."""
     text = view.read(SUSE)
     if text is None or (new := with_modules(text, drivers)) == text:
-        return Plan()
-    return Plan((Edit("initramfs", SUSE, text, new, f"every initramfs gets {', '.join(drivers)}"),))
+        return FixPlan()
+    return FixPlan((Edit("initramfs", SUSE, text, new, f"every initramfs gets {', '.join(drivers)}"),))
 
 
 def with_modules(text: str, drivers: Sequence[str]) -> str:
@@ -43,7 +43,7 @@ def commands(view: View, images: Sequence[Image], bus: Bus) -> Mapping[str, str]
     device = f"/dev/disk/by-uuid/{root.uuid}" if root and root.uuid else view.inspection.root
     found = {}
     for image in images:
-        drivers = [driver for driver in (*bus.needed, *bus.wanted) if driver in image.depends]
+        drivers = [driver for driver in (*image.needs(bus), *bus.wanted) if driver in image.depends]
         kernel, initrd = image.kernel, image.kernel.initrd or ""
         if suse:
             modules = " ".join(sorted({*(image.modules or ()), *drivers} & {*image.depends}))

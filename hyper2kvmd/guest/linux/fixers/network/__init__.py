@@ -16,11 +16,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Edit, printable
-from hyper2kvmd.guest.linux.fixers import Plan, View
+from hyper2kvmd.guest.change import Edit
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.fixers.network import ifcfg, ifupdown, keyfile, leases, netplan, udev
 from hyper2kvmd.guest.linux.fixers.network.bind import Binding, Naming, Nic, bind
 from hyper2kvmd.guest.linux.fixers.network.interface import Interface
+from hyper2kvmd.text import printable
 
 __all__ = ["Nic", "plan"]
 
@@ -35,21 +36,21 @@ _KERNEL_NAMES = re.compile(r"^[^#\n]*\bnet\.ifnames=0\b", re.MULTILINE)
 _RULES_DIRECTORIES = ("/etc/udev/rules.d", "/usr/lib/udev/rules.d", "/lib/udev/rules.d")
 
 
-def plan(view: View, nics: Sequence[Nic]) -> Plan:
+def plan(view: View, nics: Sequence[Nic]) -> FixPlan:
     """Bind the names that the guest does not pin itself. `nics` are the domain's, in the order of VMware's adapters."""
     if view.inspection.os_type != "linux":
-        return Plan()
+        return FixPlan()
     warnings: list[Finding] = []
     found = [*_ifupdown(view), *_netplan(view, warnings), *_keyfiles(view), *_ifcfg(view)]
     interfaces = list(dict.fromkeys(found))
     if len(interfaces) > INTERFACE_LIMIT:
-        return Plan(warnings=(*warnings, _too_many(interfaces)))
+        return FixPlan(warnings=(*warnings, _too_many(interfaces)))
     if not nics:
-        return Plan(warnings=(*warnings, *_no_nics(interfaces)))
+        return FixPlan(warnings=(*warnings, *_no_nics(interfaces)))
     naming = _naming(view)
     bound = bind(interfaces, nics, _pins(view), _leases(view), naming)
     edits = link_edits(bound.bindings, view.read) if naming.links else rule_edits(bound.bindings, view.read)
-    return Plan(edits, warnings=(*warnings, *bound.warnings))
+    return FixPlan(edits, warnings=(*warnings, *bound.warnings))
 
 
 def link_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -> tuple[Edit, ...]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import printable
 from hyper2kvmd.guest.linux.fixers.network.interface import Interface
 from hyper2kvmd.guest.linux.fixers.network.udev import Pin
+from hyper2kvmd.text import printable
 
 _KERNEL_NAME = re.compile(r"eth(?P<number>\d{1,3})")
 _MAC_NAME = re.compile(r"enx(?P<digits>[0-9a-f]{12})")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card, mac_address
+from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card
+from hyper2kvmd.text import mac_address
 
 _ASSIGNMENT = re.compile(r"[ \t]*(?:export[ \t]+)?(?P<key>[A-Z][A-Z0-9_]*)=(?P<value>\"[^\"]*\"|'[^']*'|[^\s#;]*)")
 # What the network scripts and wicked pass over themselves.

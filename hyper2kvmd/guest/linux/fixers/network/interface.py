@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 # What the kernel takes as a name, and udev as a word, without what makes it an alias (eth0:1) or a VLAN (eth0.100).
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_-]{0,14})(?:[.:][A-Za-z0-9_:-]{1,15})?")
 # Devices that software makes, and cards that VMware does not have. Names of one's own choice must not be among them.
@@ -35,15 +34,6 @@ class Interface:
     def is_glob(self) -> bool:
         """Whether the name stands for many."""
         return bool(_GLOB.search(self.name))
-
-
-def mac_address(text: str) -> str | None:
-    """The MAC address in lower case with colons; None if the text is not one. `-` and Cisco's dots are read, too."""
-    text = text.strip().lower().replace("-", ":")
-    if re.fullmatch(r"[0-9a-f]{4}(?:\.[0-9a-f]{4}){2}", text):
-        digits = text.replace(".", "")
-        text = ":".join(digits[at : at + 2] for at in range(0, 12, 2))
-    return text if _MAC.fullmatch(text) else None
 
 
 def card(word: str) -> str:

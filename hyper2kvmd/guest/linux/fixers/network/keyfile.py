@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card, card_or_glob, mac_address
+from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card, card_or_glob
 from hyper2kvmd.guest.linux.fixers.network.udev import Pin
+from hyper2kvmd.text import mac_address
 
 _ETHERNET = ("ethernet", "802-3-ethernet")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from hyper2kvmd.guest.linux.fixers.network.interface import card, mac_address
+from hyper2kvmd.guest.linux.fixers.network.interface import card
+from hyper2kvmd.text import mac_address
 
 _BLOCK = re.compile(r"^lease \{\n(?P<body>[^{}]*)\}", re.MULTILINE)
 _INTERFACE = re.compile(r"^[ \t]{0,9}interface \"(?P<name>[^\"\n]{1,15})\";", re.MULTILINE)

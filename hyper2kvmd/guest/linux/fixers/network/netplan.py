@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card, card_or_glob, mac_address
+from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card, card_or_glob
+from hyper2kvmd.text import mac_address
 
 SIZE_LIMIT = 1 << 16
 DEPTH_LIMIT = 30

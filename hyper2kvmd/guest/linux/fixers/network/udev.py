@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hyper2kvmd.guest.linux.fixers.network.interface import card, mac_address
+from hyper2kvmd.guest.linux.fixers.network.interface import card
+from hyper2kvmd.text import mac_address
 
 RULES = "/etc/udev/rules.d/70-persistent-net.rules"
 _TOKEN = re.compile(

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.devices import Device, Names
-from hyper2kvmd.guest.linux.fixers import Plan, View, addresses, configuration, lvm
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses, configuration, lvm
 from hyper2kvmd.guest.linux.selinux import policy_of, relabel, topmost
 from hyper2kvmd.manifest.model import Configuration, Interface, Services, User
 
@@ -88,7 +88,7 @@ def view(guest: Guest, *, hostname: str = "shop", package_format: str = "deb", *
     return View(guest, inspection, Names((), {}))
 
 
-def applied(guest: Guest, plan: Plan) -> Guest:
+def applied(guest: Guest, plan: FixPlan) -> Guest:
     """The guest after the edits of a plan."""
     files = dict(guest.files)
     for edit in plan.edits:
@@ -100,7 +100,7 @@ def applied(guest: Guest, plan: Plan) -> Guest:
     return Guest(files, links=guest.links, says=guest.says)
 
 
-def planned(guest: Guest, wanted: Configuration) -> Plan:
+def planned(guest: Guest, wanted: Configuration) -> FixPlan:
     """The plan; once its edits are made there is nothing left to edit."""
     plan = configuration.plan(view(guest), wanted)
     assert () == configuration.plan(view(applied(guest, plan)), wanted).edits
@@ -175,7 +175,7 @@ GROUP = "root:x:0:\nsudo:x:27:\nadm:x:4:bob,ann\nann:x:1000:\n"
 ACCOUNTS = {"/etc/passwd": PASSWD, "/etc/shadow": SHADOW, "/etc/group": GROUP, "/home/ann/.profile": ""}
 
 
-def commands(plan: Plan) -> list[str]:
+def commands(plan: FixPlan) -> list[str]:
     return [command.command for command in plan.commands]
 
 
@@ -208,7 +208,7 @@ def test_no_hash_of_a_password_is_shown() -> None:
 
 def test_a_user_who_is_there_is_changed_only_where_something_differs() -> None:
     same = User(name="ann", comment="Ann,,,", shell="/bin/sh", groups=("adm", "ann"), password_hash=SecretStr(HASH))
-    assert Plan() == planned(Guest(ACCOUNTS), Configuration(users=(same,)))
+    assert FixPlan() == planned(Guest(ACCOUNTS), Configuration(users=(same,)))
     other = User(name="ann", comment="Ann", groups=("adm", "sudo"), lock=True)
     assert [f"groupadd --force sudo && usermod --comment Ann --append --groups sudo --password '!{HASH}' ann"] == (
         commands(planned(Guest(ACCOUNTS), Configuration(users=(other,))))
@@ -246,7 +246,7 @@ def test_keys_are_added_below_those_that_are_there(tmp_path: Path) -> None:
     subprocess.run(["sh", "-c", f"chown() {{ :; }}; {command.command}"], check=True)
     assert f"# mine\n{old}\n{KEY}\n" == (tmp_path / ".ssh/authorized_keys").read_text()
     guest.files[f"{home}/.ssh/authorized_keys"] = f"# mine\n{old}\n{KEY}\n"
-    assert Plan() == planned(guest, Configuration(users=(User(name="ann", ssh_keys=(old, KEY)),)))
+    assert FixPlan() == planned(guest, Configuration(users=(User(name="ann", ssh_keys=(old, KEY)),)))
 
 
 def test_new_keys_are_for_their_user_alone(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_disabled_user_has_neither_password_nor_account() -> None:
     assert ["usermod --lock --expiredate 1 ann"] == commands(plan)
     assert ["eve is to be disabled, and the guest has no such user"] == [item.message for item in plan.warnings]
     disabled = ACCOUNTS | {"/etc/shadow": f"ann:!{HASH}:19000:0:99999:7::1:\n"}
-    assert Plan() == planned(Guest(disabled), Configuration(disable_users=("ann",)))
+    assert FixPlan() == planned(Guest(disabled), Configuration(disable_users=("ann",)))
 
 
 def test_sudo_that_is_not_installed_is_said() -> None:
@@ -582,14 +582,16 @@ def test_lvms_list_of_devices_goes_if_the_hardware_is_in_it() -> None:
     guest = Guest({lvm.SYSTEM_DEVICES: SYSTEM_DEVICES, "/etc/lvm/cache/.cache": 'valid_devices=[ "/dev/sda3" ]'})
     plan = lvm.plan(view(guest))
     assert [(lvm.SYSTEM_DEVICES, None), ("/etc/lvm/cache/.cache", None)] == [(e.path, e.after) for e in plan.edits]
-    assert Plan() == lvm.plan(view(applied(guest, plan)))
+    assert FixPlan() == lvm.plan(view(applied(guest, plan)))
 
 
 def test_lvms_list_of_devices_stays_if_the_content_is_in_it() -> None:
     text = (
         "VERSION=1.1.1\nIDTYPE=md_uuid IDNAME=aa DEVNAME=/dev/md0\nIDTYPE=crypt_uuid IDNAME=CRYPT-LUKS2-x\n#IDTYPE=x\n"
     )
-    assert Plan() == lvm.plan(view(Guest({lvm.SYSTEM_DEVICES: text, "/etc/blkid.tab": "<device>/dev/dm-0</device>"})))
+    assert FixPlan() == lvm.plan(
+        view(Guest({lvm.SYSTEM_DEVICES: text, "/etc/blkid.tab": "<device>/dev/dm-0</device>"}))
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd.guest.linux.fixers import Plan, vmware
+from hyper2kvmd.guest.linux.fixers import FixPlan, vmware
 from tests.unit.guest.linux.fixers.test_configuration import Guest, applied, view
 
 UNIT_FILES = {"/lib/systemd/system/open-vm-tools.service": "", "/lib/systemd/system/vgauth.service": ""}
@@ -23,7 +23,7 @@ dpkg: error processing package open-vm-tools (--remove):
 MASK = "export SYSTEMD_OFFLINE=1; systemctl mask open-vm-tools.service vgauth.service"
 
 
-def commands(plan: Plan) -> list[str]:
+def commands(plan: FixPlan) -> list[str]:
     return [command.command for command in plan.commands]
 
 
@@ -62,7 +62,7 @@ def test_packages_of_rpm_are_removed_together() -> None:
 
 def test_a_guest_without_the_tools_is_left_alone() -> None:
     guest = Guest({"/etc/systemd/system/other.service": ""}, says={"dpkg-query": "bash\nvmware-view\n"})
-    assert Plan() == vmware.plan(view(guest))
+    assert FixPlan() == vmware.plan(view(guest))
     assert not [command for command in guest.ran if "simulate" in command]
 
 

@@ -1,0 +1,117 @@
+"""What a report has to tell: the message that the webhook and the hooks get when a job is over."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from hyper2kvmd.text import duration, plain
+
+Text = Annotated[str, Field(max_length=1 << 16)]
+
+
+class _Part(BaseModel):
+    """What is read of a report, which may be one of a later version, or anything."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Error(_Part):
+    code: Text
+    message: Text
+    hint: Text
+    stage: Text | None = None
+
+
+class _Host(_Part):
+    name: Text
+
+
+class _Report(_Part):
+    status: Literal["succeeded", "failed", "blocked", "rejected", "cancelled"]
+    dry_run: Literal[False] = False
+    job: Text
+    vm_name: Text | None = None
+    attempts: int = Field(ge=0, lt=1 << 53)
+    finished_at: AwareDatetime
+    seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
+    warnings: tuple[Any, ...] = ()
+    error: _Error | None = None
+    host: _Host
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that is over. `at` is when, in seconds since the epoch; `report` is the whole report, as it was read."""
+
+    id: str
+    path: Path
+    vm: str
+    job: str
+    host: str
+    status: str
+    summary: str
+    at: float
+    report: dict[str, Any]
+
+    def message(self) -> bytes:
+        """The message for the webhook, as docs/notify.md has it."""
+        shape = {
+            "id": self.id,
+            "event": self.status,
+            "vm": self.vm,
+            "job": self.job,
+            "host": self.host,
+            "status": self.status,
+            "summary": self.summary,
+            "text": _for_chat(self.summary),
+            "report_path": str(self.path),
+            "report": self.report,
+        }
+        return json.dumps(shape).encode()
+
+
+def ended(path: Path, report: dict[str, Any]) -> Ended | None:
+    """What the report at `path` has to tell; None for one that is not at its end, a dry run, or no report of ours."""
+    try:
+        found = _Report.model_validate(report)
+        at = found.finished_at.timestamp()
+        json.dumps(report, allow_nan=False)
+    except (ValidationError, ValueError, OverflowError, RecursionError):
+        return None
+    vm = found.vm_name or path.parent.name
+    return Ended(
+        id=f"{found.job}/{found.attempts}/{report['finished_at']}",
+        path=path,
+        vm=vm,
+        job=found.job,
+        host=found.host.name,
+        status=found.status,
+        summary=_summary(found, vm),
+        at=at,
+        report=report,
+    )
+
+
+def _summary(report: _Report, vm: str) -> str:
+    """One line for people: how it ended, why, and what to do. No text from outside can make a second one."""
+    line = f"{plain(vm)}: {report.status}"
+    if report.error is None:
+        count = len(report.warnings)
+        warnings = f", {count} warning{'s'[: count != 1]}" if count else ""
+        return f"{line} after {duration(report.seconds)}{warnings}"
+    error = report.error
+    where = f" in {plain(error.stage)}" if error.stage else ""
+    hint = f"; {plain(error.hint, 500)}" if error.hint else ""
+    return f"{line}{where}: {plain(error.code)}: {plain(error.message, 500)}{hint}"
+
+
+def _for_chat(summary: str) -> str:
+    """The summary for Slack and its like, where a VM called @all, or <!channel>, would call everybody."""
+    for character, harmless in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("@", "@\u200b")):
+        summary = summary.replace(character, harmless)
+    return summary

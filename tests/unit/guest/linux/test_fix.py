@@ -1,0 +1,101 @@
+"""FIX chooses the machine that the kernel which starts finds its root on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hyper2kvmd.domain.model import Machine
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.guest.inspect import Inspection
+from hyper2kvmd.guest.linux import kernels
+from hyper2kvmd.guest.linux.fix import FixOptions, choose_machine
+from hyper2kvmd.guest.linux.kernels import Image, Kernel
+from hyper2kvmd.guest.linux.menu import Menu, MenuEntry
+
+VIRTIO = ("virtio", "virtio_ring", "virtio_pci", "virtio_blk")
+
+
+def image(version: str, *drivers: str, entry: int = 0, builtin: tuple[str, ...] = ()) -> Image:
+    """A kernel whose initramfs holds these drivers, which are all that it has."""
+    kernel = Kernel(version, f"/boot/vmlinuz-{version}", f"/boot/initrd-{version}", True, entry)
+    return Image(kernel, 1 << 20, frozenset(drivers), frozenset(builtin), dict.fromkeys(drivers, ()))
+
+
+def inspection(*images: Image, disks: int = 1, default: int = 0) -> Inspection:
+    """A guest with BIOS whose menu has these kernels."""
+    entries = tuple(MenuEntry(one.kernel.path, (), one.kernel.version, one.kernel.version) for one in images)
+    return Inspection(
+        os_type="linux", distro="rhel", version="5.11", product_name="RHEL", arch="x86_64", hostname="a",
+        package_format="rpm", root="/dev/sda1", mounts={"/": "/dev/sda1"},
+        kernels=tuple(one.kernel for one in images), initramfs="mkinitrd", bootloader="grub", firmware="bios",
+        firmware_evidence="", esp=None, boot_disk=0, disks=tuple(f"/dev/sd{n}" for n in range(disks)), filesystems=(),
+        locked=(), menu=Menu("grub-legacy", (), entries, default), serial_console=False, warnings=(),
+    )  # fmt: skip
+
+
+OLD = "2.6.18-398.el5"
+
+
+@pytest.mark.parametrize(
+    "there",
+    [image(OLD, "ata_piix", "sd_mod"), image(OLD, "piix", "ide_disk"), image(OLD, builtin=("piix", "ide_disk"))],
+    ids=["libata", "the older layer", "built in"],
+)
+def test_an_old_kernel_without_virtio_is_proved_for_ide_which_its_domain_gets(there: Image) -> None:
+    choice = choose_machine(inspection(there), [there], FixOptions())
+    assert Machine("pc", "ide", "e1000") == choice.machine
+    assert all(proof.ok for proof in kernels.prove(choice.able, choice.able, choice.bus))
+    (warning,) = choice.warnings
+    assert "the domain gets IDE disks and an e1000 network card" in warning.message
+
+
+def test_an_old_kernel_that_has_only_ahci_does_not_find_the_disks_of_its_domain() -> None:
+    there = image(OLD, "ahci", "sd_mod")
+    with pytest.raises(MigrationError) as raised:
+        choose_machine(inspection(there), [there], FixOptions())
+    assert Code.FIX_UNPROVED == raised.value.code
+
+
+def test_what_does_not_fit_on_ide_needs_ahci_too() -> None:
+    without, with_it = image(OLD, "ata_piix", "sd_mod"), image(OLD, "ata_piix", "sd_mod", "ahci")
+    assert "IDE and SATA" == choose_machine(inspection(with_it, disks=5), [with_it], FixOptions()).bus.name
+    with pytest.raises(MigrationError):
+        choose_machine(inspection(without, disks=5), [without], FixOptions())
+
+
+def test_many_disks_of_an_old_kernel_stay_on_virtio_blk() -> None:
+    there = image(OLD, *VIRTIO)
+    choice = choose_machine(inspection(there, disks=22), [there], FixOptions())
+    assert Machine("pc", "virtio", "virtio") == choice.machine
+    assert kernels.VIRTIO == choice.bus
+
+
+def test_many_disks_of_a_newer_kernel_need_virtio_scsi() -> None:
+    blk, scsi = image("6.1.0", *VIRTIO), image("6.1.0", *VIRTIO, "virtio_scsi", "sd_mod")
+    assert "scsi" == choose_machine(inspection(scsi, disks=21), [scsi], FixOptions()).machine.disks
+    with pytest.raises(MigrationError):
+        choose_machine(inspection(blk, disks=21), [blk], FixOptions())
+
+
+def test_the_kernel_that_starts_decides_about_the_machine() -> None:
+    old, new = image(OLD, *VIRTIO, entry=0), image("6.1.0", *VIRTIO, entry=1)
+    for default, expected in ((0, "pc"), (1, "q35")):
+        choice = choose_machine(inspection(old, new, default=default), [old, new], FixOptions())
+        assert (expected, None) == (choice.machine.type, choice.default)
+
+
+def test_a_default_without_virtio_gives_way_to_a_kernel_with_it_and_to_its_machine() -> None:
+    old, new = image(OLD, "piix", "ide_disk", entry=0), image("6.1.0", *VIRTIO, entry=1)
+    choice = choose_machine(inspection(old, new), [old, new], FixOptions())
+    assert (Machine("q35", "virtio", "virtio"), 1, (new,)) == (choice.machine, choice.default, choice.able)
+    kept = choose_machine(inspection(old, new), [old, new], FixOptions(bootloader=False))
+    assert (Machine("pc", "ide", "e1000"), None) == (kept.machine, kept.default)
+
+
+def test_a_rescue_image_alone_is_no_reason_for_a_machine() -> None:
+    there = image("6.1.0", *VIRTIO)
+    rescue = replace(there, kernel=replace(there.kernel, rescue=True))
+    with pytest.raises(MigrationError):
+        choose_machine(inspection(rescue), [rescue], FixOptions())
