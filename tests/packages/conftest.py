@@ -140,6 +140,11 @@ def relations(field: str) -> str:
     return ", ".join(line.strip(" ,") for line in found[1].splitlines() if "${" not in line)
 
 
+def libraries() -> list[str]:
+    """The libraries that come along where the release's own are too old."""
+    return re.findall(r"(?m)^([a-z-]+)>=", (ROOT / "packaging/requirements.in").read_text())
+
+
 @pytest.fixture(scope="module")
 def machine(suite: str, package: Path) -> Iterator[Container]:
     """A fresh system, booted, with the package installed by apt and the service enabled."""
@@ -168,12 +173,18 @@ def fresh_system(suite: str) -> Path:
     """
     release, _, ready = suite.partition("-")
     needed = [relations("Depends"), RECOMMENDED]
-    packages = ", ".join([*needed, "tini"] if ready else [OTHERS, relations("Build-Depends"), *needed])
-    get = f"apt-get -q -y -o APT::Install-Recommends=false satisfy {'' if ready else '--download-only'}"
+    get = "apt-get -q -y -o APT::Install-Recommends=false satisfy"
+    if ready:
+        # The libraries are there for apt alone: of a release that has newer ones, the package depends on them.
+        fetched = ", ".join(f"python3-{name}" for name in libraries())
+        gets = [f"{get} {shlex.quote(', '.join([*needed, 'tini']))}", f"{get} --download-only {shlex.quote(fetched)}"]
+    else:
+        gets = [f"{get} --download-only {shlex.quote(', '.join([OTHERS, relations('Build-Depends'), *needed]))}"]
     command = (
         *("mmdebstrap", "--mode=root", "--variant=apt", f"--include={INCLUDED}", "--skip=cleanup/apt"),
         *("--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=force-unsafe-io"),
-        *(f'--customize-hook=APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" {get} {shlex.quote(packages)}', release),
+        *(f'--customize-hook=APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" {get}' for get in gets),
+        release,
     )
     environment = {"INITRD": "No", "DEBIAN_FRONTEND": "noninteractive"}
     digest = hashlib.sha256(repr((command, environment)).encode()).hexdigest()[:12]
