@@ -52,7 +52,7 @@ def session(directory: Path) -> Iterator[str]:
         )
     try:
         socket = run / "libvirt-sock"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not socket.exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"libvirtd did not start:\n{(run / 'log').read_text()}")
@@ -60,4 +60,4 @@ def session(directory: Path) -> Iterator[str]:
         yield f"qemu+unix:///session?socket={socket}"
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        process.wait(120)

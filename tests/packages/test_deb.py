@@ -88,6 +88,7 @@ def test_every_library_is_either_a_dependency_or_pinned(package: Path) -> None:
     assert set() == of_debian - names(field(package, "Depends"))
 
 
+@pytest.mark.rest
 def test_lintian_has_nothing_to_say(package: Path) -> None:
     done = subprocess.run(["lintian", "--display-info", package], capture_output=True, text=True, check=False)
     assert (0, "") == (done.returncode, done.stdout)
@@ -181,7 +182,7 @@ def test_an_export_is_migrated_by_the_services_user(machine: Container, drop: Dr
 
 def test_a_guest_is_fixed_inside_the_sandbox(machine: Container, tmp_path: Path) -> None:
     name = hand_over(machine, export("debian12-bios", tmp_path, vm_name="guest"))
-    document = report(machine, name, 300)
+    document = report(machine, name, 900)
     assert "succeeded" == document["status"], document["error"]
     proofs = document["results"]["fix"]["proofs"]
     assert proofs
