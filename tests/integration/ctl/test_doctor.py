@@ -31,7 +31,7 @@ from tests.e2e.test_systemd import EXPORTS, configure, install_program, install_
 from tests.integration.daemon.test_metrics import certificate
 from tests.libvirtd import session
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1800)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do this as somebody else, or to a daemon")
 NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
 
@@ -280,7 +280,7 @@ def foreign(scratch: Settings) -> Iterator[subprocess.Popen[bytes]]:
         server.send_signal(signal.SIGCONT)
         subprocess.run(["umount", "--lazy", scratch.exports_dir], check=False)
         server.terminate()
-        server.wait(10)
+        server.wait(120)
 
 
 def test_where_others_write_too_watching_by_inotify_is_a_warning(
