@@ -18,6 +18,7 @@ if [ -n "$wheels" ]; then
 fi
 libraries=$(echo "$venv"/lib/python3.*/site-packages)
 cp -r hyper2kvmd "$libraries"
+find "$libraries/hyper2kvmd" -name '*.md' -delete # for who works on it
 # Scripts of libraries, which name the directory in which they were installed, and what pip knows of them and all files.
 find "$venv/bin" -type f -delete
 rm -f "$libraries"/*.dist-info/RECORD

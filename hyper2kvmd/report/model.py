@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
 Status = Literal["succeeded", "retrying", "blocked", "failed", "rejected", "cancelled"]
 
@@ -140,6 +142,19 @@ class Report(Part):
         return self.model_dump_json(indent=2).encode() + b"\n"
 
 
+class _Schema(GenerateJsonSchema):
+    """Writes the same whichever version of pydantic it is: older ones leave out that a table may hold anything."""
+
+    def dict_schema(self, schema: core_schema.DictSchema) -> JsonSchemaValue:
+        made = super().dict_schema(schema)
+        if "patternProperties" not in made:
+            made.setdefault("additionalProperties", True)
+        return made
+
+
 def report_schema() -> dict[str, Any]:
     """The JSON Schema of the report; published as docs/migration-report.schema.json."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Report.model_json_schema(schema_generator=_Schema),
+    }
