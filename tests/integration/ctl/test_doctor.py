@@ -289,7 +289,7 @@ def test_where_others_write_too_watching_by_inotify_is_a_warning(
     report = doctor("watching", "locks", watch__mode="inotify")
     assert (0, [("watching", "warning", "not_seen")]) == (report.status, report.faults())
     assert "Set watch.mode to auto" in report.only()[1]
-    assert "is looked at every 1 s" in doctor("watching").detail("watching")
+    assert "is looked at every 0.3 s" in doctor("watching").detail("watching")
 
 
 def test_a_file_server_that_is_gone_is_a_failure_within_seconds(
