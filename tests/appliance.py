@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import json
 import lzma
-import platform
 import re
 import socket
 import struct
@@ -36,10 +35,14 @@ MEMORY_MB = 1280
 
 def fixed() -> Path:
     """The directory of a fixed appliance of this machine's libguestfs and kernel, for LIBGUESTFS_PATH."""
-    packages = subprocess.run(["dpkg-query", "--show"], capture_output=True, text=True, check=True).stdout
-    kernels = " ".join(sorted(path.name for path in Path("/boot").glob("vmlinuz-*")))
-    ours = "".join(inspect.getsource(part) for part in (_make, unpacked))
-    recipe = "\n".join([ours, *sorted(NEEDED), packages, kernels, platform.machine()])
+    (parts,) = Path("/usr/lib").glob("*/guestfs/supermin.d")
+    names = (parts / "packages").read_text().split()
+    query = ["dpkg-query", "--show", *names, *("libguestfs0", "libguestfs-xfs")]
+    # Of those that are not installed it says so, and goes on.
+    versions = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    kernels = sorted(path.name for path in Path("/boot").glob("vmlinuz-*"))
+    ours = (inspect.getsource(part) for part in (_make, unpacked))
+    recipe = "\n".join([*ours, *sorted(NEEDED), *sorted(path.name for path in parts.iterdir()), *kernels, versions])
     return cached("appliances", "appliance", hashlib.sha256(recipe.encode()).hexdigest()[:12], _make)
 
 

@@ -151,7 +151,7 @@ def ctl(scratch: Settings, tmp_path: Path) -> Ctl:
             text=True,
             check=False,
             stdin=subprocess.DEVNULL,
-            timeout=120,
+            timeout=600,
         )
 
     return run
@@ -161,7 +161,7 @@ def run_job(
     export: Path,
     settings: Settings,
     *options: str,
-    timeout: float = 300,
+    timeout: float = 900,
     program: Sequence[str] = ("-m", "hyper2kvmd"),
 ) -> subprocess.CompletedProcess[str]:
     """Run `hyper2kvmd run-job` as a process of its own; `program` is what Python runs."""

@@ -48,7 +48,7 @@ from tests.libvirtd import session
 
 SCHEMA = ROOT / "docs" / "migration-report.schema.json"
 LANES = 4  # experiments at the same time: most of one is waiting
-PATIENCE_SECONDS = 90.0
+PATIENCE_SECONDS = 300.0
 JOB_SECONDS = 0.25  # about what one attempt takes from its claim on; random moments lie within
 MIB = 1 << 20
 
@@ -361,7 +361,7 @@ def _end_all(here: Site) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     for process in here.daemons:
-        process.wait(10)
+        process.wait(120)
 
 
 # The invariants ------------------------------------------------------------------------------------------------

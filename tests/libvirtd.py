@@ -52,7 +52,7 @@ def session(directory: Path) -> Iterator[str]:
         )
     try:
         socket = run / "libvirt-sock"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not socket.exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"libvirtd did not start:\n{(run / 'log').read_text()}")

@@ -29,7 +29,7 @@ IDENTITY = Identity(
     uuid="564d1a2b-3c4d-5e6f-7081-92a3b4c5d6e7",
     annotation="Orders & stock\nOwner: Jürgen",
 )
-BOOT_SECONDS = 420
+BOOT_SECONDS = 900
 MIGRATION_SECONDS = 1200
 
 

@@ -91,7 +91,7 @@ def prometheus(
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not _ready(url):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"Prometheus did not start:\n{(directory / 'log').read_text()}")
@@ -100,7 +100,7 @@ def prometheus(
     finally:
         process.terminate()
         try:
-            process.wait(timeout=20)
+            process.wait(timeout=120)
         finally:
             process.kill()
 

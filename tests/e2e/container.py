@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-BOOT_SECONDS = 120
-END_SECONDS = 10
+BOOT_SECONDS = 600
+END_SECONDS = 60
 
 # $1 is an empty directory, $2 the name, $3 the file system to boot, $4 options; the rest are control groups to run in.
 # The overlay's own files are in memory: they must not lie below its lower directory.
@@ -45,7 +45,7 @@ class Container:
         """The container's file system, as seen from outside, with all its mounts."""
         return Path(f"/proc/{self.leader}/root")
 
-    def run(self, *argv: str, accept: tuple[int, ...] = (0,), timeout: float = 180) -> str:
+    def run(self, *argv: str, accept: tuple[int, ...] = (0,), timeout: float = 600) -> str:
         """Run a command inside as root and return what it wrote to standard output."""
         enter = ["nsenter", f"--target={self.leader}", *("-m", "-u", "-i", "-n", "-p", "-C", "-r", "-w"), "--"]
         # A machine of its own: what these tests have found out about this one is not for it.
@@ -126,7 +126,7 @@ def _is_empty(group: Path) -> bool:
     return not any(Path(directory, "cgroup.procs").read_text() for directory, _, _ in os.walk(group))
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
     """Wait for something to become true."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.container import Container, booted, wait_until
 from tests.e2e.test_systemd import DROP_IN, configure, install_program, install_service
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 TLS = {
     "listen": "0.0.0.0:9878",

@@ -93,7 +93,7 @@ def bios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Migrated]:
 
 @pytest.mark.rest
 def test_the_guest_does_not_boot_on_virtio_before() -> None:
-    result = boot([build("debian12-bios")], "raw", "virtio", timeout=240)
+    result = boot([build("debian12-bios")], "raw", "virtio", timeout=900)
     assert "failed" == result.outcome, result.serial_log[-3000:]
 
 
@@ -104,7 +104,7 @@ def test_the_migration_succeeds_and_leaves_nothing_behind(bios: Migrated) -> Non
 
 
 def test_the_result_boots_on_virtio_with_its_root_by_uuid_and_its_old_address(bios: Migrated) -> None:
-    result = boot([bios.images / "web01-disk-0.qcow2"], "qcow2", "virtio", macs=[MAC], timeout=300)
+    result = boot([bios.images / "web01-disk-0.qcow2"], "qcow2", "virtio", macs=[MAC], timeout=900)
     assert "matched" == result.outcome, result.serial_log[-3000:]
     said = result.report
     assert "ens192:UP:10.0.2.15/24" == said["net"], "the card lost its name or its address"
@@ -207,6 +207,6 @@ def test_a_data_disk_that_the_manifest_lists_first_is_not_taken_for_the_boot_dis
     assert {"disk_order", "boot_disk_differs"} <= {warning["code"] for warning in report["warnings"]}
     published = tmp_path / "images/db01-data.qcow2"
     subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", data, published], check=True)
-    result = boot([tmp_path / "images/db01-disk-1.qcow2", published], "qcow2", "virtio", timeout=300)
+    result = boot([tmp_path / "images/db01-disk-1.qcow2", published], "qcow2", "virtio", timeout=900)
     assert "matched" == result.outcome, result.serial_log[-3000:]
     assert (CANARY, "/dev/vda3") == (result.report["canary"], result.report["swap"])

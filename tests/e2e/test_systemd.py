@@ -213,7 +213,7 @@ def content(machine: Container, path: str) -> dict[str, Any] | None:
     return loaded
 
 
-def report(machine: Container, name: str, seconds: float = 90) -> dict[str, Any]:
+def report(machine: Container, name: str, seconds: float = 300) -> dict[str, Any]:
     """The report of an export, once it is there."""
     path = of_export(name, "migration-report.json")
     wait_until(lambda: content(machine, path) is not None, f"{name} has a report", seconds)

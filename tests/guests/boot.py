@@ -109,7 +109,7 @@ def boot(
     fmt: str,
     bus: Bus,
     *,
-    timeout: float = 420,
+    timeout: float = 900,
     firmware: Firmware = "bios",
     until: Sequence[str] = BOOTED,
     fail: Sequence[str] = STUCK,
@@ -133,7 +133,7 @@ def boot(
         return _judge(_console(command, answers or {}, deadline=deadline, scratch=scratch), deadline, until, fail, echo)
 
 
-def boot_domain(uri: str, name: str, *, timeout: float = 420) -> BootResult:
+def boot_domain(uri: str, name: str, *, timeout: float = 900) -> BootResult:
     """Start a domain of libvirt, whose disks are then written to, and read its console likewise. It is off afterwards.
 
     uri: of a libvirt on this host.

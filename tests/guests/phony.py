@@ -162,7 +162,8 @@ def disk(name: str) -> Disk:
     sha = hashlib.sha256(Path(__file__).read_bytes())
     sources = {path for tree in ("programs", *(family.tree for family in families)) for path in _files(tree)}
     for path in sorted({*sources, BUSYBOX, *HOST_PROGRAMS.values()}):
-        sha.update(f"{path}\0{path.readlink() if path.is_symlink() else ''}\0".encode() + path.read_bytes())
+        place = path.relative_to(TREES) if path.is_relative_to(TREES) else path  # the same for all checkouts
+        sha.update(f"{place}\0{path.readlink() if path.is_symlink() else ''}\0".encode() + path.read_bytes())
 
     def make(into: Path) -> None:
         (into / "ids.json").write_text(json.dumps(build(families, into)))

@@ -226,7 +226,7 @@ class Terminal:
             self.text += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", data.decode(errors="replace"))
 
     def wait_for(self, pattern: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not re.search(pattern, self.text):
             assert time.monotonic() < deadline, self.text[-3000:]
             time.sleep(0.05)

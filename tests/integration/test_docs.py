@@ -16,7 +16,10 @@ from hyper2kvmd import __main__ as daemon
 from hyper2kvmd import ctl
 from tests import ROOT, docs
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "hyper2kvmd/guest/linux/fixers/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 CONSOLE = [page for page in PAGES if docs.commands(page)]
 
 
@@ -112,9 +115,3 @@ def test_every_test_that_the_guides_table_names_exists() -> None:
     missing = [f"{path}::{name}" for path, name in named if f"def {name}(" not in (ROOT / path).read_text()]
     assert [] == missing
     assert len(named) > 20
-
-
-def test_the_map_names_every_module() -> None:
-    named = set(re.findall(r"`([a-z0-9]+(?:\.py|/))`", (ROOT / "docs/source.md").read_text()))
-    there = {path.name for path in (ROOT / "hyper2kvmd").glob("[a-z]*.py")} | {"ctl/", "guest/", "manifest/"}
-    assert set() == there - named

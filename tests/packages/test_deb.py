@@ -90,6 +90,7 @@ def test_every_library_is_either_a_dependency_or_pinned(package: Path) -> None:
     assert set() == of_debian - names(field(package, "Depends"))
 
 
+@pytest.mark.rest
 def test_lintian_has_nothing_to_say(suite: str, package: Path) -> None:
     # Newer versions no longer know a tag that we override for older ones.
     command = ["lintian", "--display-info", "--fail-on", "none", "--suppress-tags", "alien-tag", str(package)]
@@ -188,7 +189,7 @@ def test_an_export_is_migrated_by_the_services_user(machine: Container, drop: Dr
 
 def test_a_guest_is_fixed_inside_the_sandbox(machine: Container, tmp_path: Path) -> None:
     name = hand_over(machine, export("debian12-bios", tmp_path, vm_name="guest"))
-    document = report(machine, name, 300)
+    document = report(machine, name, 900)
     assert "succeeded" == document["status"], document["error"]
     proofs = document["results"]["fix"]["proofs"]
     assert proofs

@@ -31,7 +31,7 @@ from tests.e2e.test_systemd import EXPORTS, configure, install_program, install_
 from tests.integration.daemon.test_metrics import certificate
 from tests.libvirtd import session
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1800)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do this as somebody else, or to a daemon")
 NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
 
@@ -280,7 +280,7 @@ def foreign(scratch: Settings) -> Iterator[subprocess.Popen[bytes]]:
         server.send_signal(signal.SIGCONT)
         subprocess.run(["umount", "--lazy", scratch.exports_dir], check=False)
         server.terminate()
-        server.wait(10)
+        server.wait(120)
 
 
 def test_where_others_write_too_watching_by_inotify_is_a_warning(
@@ -289,7 +289,7 @@ def test_where_others_write_too_watching_by_inotify_is_a_warning(
     report = doctor("watching", "locks", watch__mode="inotify")
     assert (0, [("watching", "warning", "not_seen")]) == (report.status, report.faults())
     assert "Set watch.mode to auto" in report.only()[1]
-    assert "is looked at every 1 s" in doctor("watching").detail("watching")
+    assert "is looked at every 0.3 s" in doctor("watching").detail("watching")
 
 
 def test_a_file_server_that_is_gone_is_a_failure_within_seconds(

@@ -22,7 +22,7 @@ from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport, report_of, run_job
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -32,7 +32,7 @@ from tests.integration.daemon.test_daemon import change, daemon, done, free_port
 from tests.integration.daemon.test_watch import network_directory
 from tests.libvirtd import session
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1800)
 
 READY = ["settings", "exports", "locks", "libvirt", "output", "work"]
 

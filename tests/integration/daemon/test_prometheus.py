@@ -25,7 +25,7 @@ from tests.preview import Frames, Series, page
 PROMETHEUS = ROOT / "packaging/prometheus"
 BOTH = pytest.mark.parametrize("dashboard", [dashboards.fleet(), dashboards.host()], ids=lambda d: d["uid"])
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(1800)
 
 LONG = ("slow", "slow2", "unwanted")
 # These are converted slowly, and the tool of another is killed once.

@@ -132,7 +132,7 @@ def network_directory(settings: Settings) -> Iterator[tuple[Path, subprocess.Pop
         server.send_signal(signal.SIGCONT)
         subprocess.run(["umount", "--lazy", settings.exports_dir], check=False)
         server.terminate()
-        server.wait(10)
+        server.wait(120)
 
 
 # Events -----------------------------------------------------------------------------------------------------
@@ -249,18 +249,18 @@ def test_events_come_again_after_the_directory_was_replaced(tmp_path: Path) -> N
         watch.ensure(root, "inotify")
         woken.clear()
         (root / "web01").mkdir()
-        assert woken.wait(10)
+        assert woken.wait(120)
         time.sleep(0.2)  # the watch on the new directory follows its event
         woken.clear()
         (root / "web01" / "manifest.json").write_text("{}")
-        assert woken.wait(10)
+        assert woken.wait(120)
         time.sleep(0.2)
         woken.clear()
         (root / "web01" / "migration-report.json").write_text("{}")
         (root / "web01" / ".hyper2kvmd.log").write_text("{}")
         assert not woken.wait(0.5), "our own files wake nobody"
         (root / "web01" / ".hyper2kvmd.lock").write_text("{}")
-        assert woken.wait(10), "but for the lock: somebody let go of the export"
+        assert woken.wait(120), "but for the lock: somebody let go of the export"
         shutil.rmtree(root)
         watch.ensure(root, "inotify")
         assert not watch.up

@@ -19,7 +19,7 @@ from hyper2kvmd.run import Tools
 from tests.appliance import MEMORY_MB, Workshop
 from tests.guests.build import build
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_what_kvm_is_tried_with_boots_and_ends_by_itself() -> None:
@@ -176,7 +176,7 @@ def bios_guest(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.rest
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1800)
 def test_vmware_guest_is_mended_once_and_then_left_alone(bios_guest: Path, shop: Workshop) -> None:
     found, result = mend(shop.put_in(bios_guest, "qcow2"))
     assert (found.os_type, found.distro, found.firmware, found.boot_disk) == ("linux", "debian", "bios", 0)

@@ -23,7 +23,7 @@ from hyper2kvmd.hypervisor.preflight import BRIDGE_VLANS, preflight
 from tests.libvirtd import session
 from tests.unit.domain.test_domain import DEBIAN, PLAIN, RHEL5, VARIANTS, WINDOWS_2022, decided, disks
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1800)
 USER = (DomainNic("00:50:56:aa:bb:01", "user"),)
 BRIDGE = "h2kbr0"
 

@@ -32,7 +32,7 @@ EVERY_TIME = {
     *("libvirt-away", "libvirt-killed"),
 }
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")

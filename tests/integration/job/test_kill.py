@@ -73,7 +73,7 @@ def test_a_kill_before_any_step_is_harmless(scratch: Settings, make_export: Make
             export, scratch, "strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}",
             "-e", f"inject={call}:signal=KILL:when={nth}",
         )  # fmt: skip
-        status = runner.wait(timeout=60)
+        status = runner.wait(timeout=120)
         # strace counts in each process by itself, so a tool may be what dies; then the job is to be tried again.
         if status == 0:
             assert nth > 1, f"{call} was never called: this test tests nothing"
@@ -97,7 +97,7 @@ def test_a_kill_takes_the_tools_along_and_frees_the_claim(
         f'[ "$1" = {stage} ] && echo $$ > {pids} && exec sleep 120\nexec /usr/bin/qemu-img "$@"\n',
     )
     runner = start(export, scratch)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (pids.exists() and pids.read_text().strip()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -106,7 +106,7 @@ def test_a_kill_takes_the_tools_along_and_frees_the_claim(
     assert 5 == busy.returncode, "the claim must be held"
     os.kill(runner.pid, signal.SIGKILL)
     runner.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while is_alive(tool):
         assert time.monotonic() < deadline, "the tool outlived its job"
         time.sleep(0.05)
@@ -133,12 +133,12 @@ def test_a_job_that_is_told_to_stop_leaves_nothing_and_is_no_failure(
     export = make_export()
     fake("qemu-img", f'[ "$1" = convert ] && touch {tmp_path}/converts && sleep 120\nexec /usr/bin/qemu-img "$@"\n')
     runner = start(export, scratch)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (tmp_path / "converts").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     runner.send_signal(signal.SIGTERM)
-    assert 75 == runner.wait(timeout=10)
+    assert 75 == runner.wait(timeout=120)
     assert not (export / "migration-report.json").exists()
     assert [] == list(scratch.output_dir.iterdir())
     fake("qemu-img", 'exec /usr/bin/qemu-img "$@"\n')
@@ -148,7 +148,7 @@ def test_a_job_that_is_told_to_stop_leaves_nothing_and_is_no_failure(
 def test_of_two_runners_that_race_one_works_and_the_other_says_so(scratch: Settings, make_export: MakeExport) -> None:
     export = make_export(size=8 << 20)
     racers = [start(export, scratch) for _ in range(4)]
-    statuses = sorted(racer.wait(timeout=60) for racer in racers)
+    statuses = sorted(racer.wait(timeout=120) for racer in racers)
     # One that comes after the end finds nothing to do, which is no error.
     assert set(statuses) <= {0, 5}
     assert 0 in statuses
@@ -163,7 +163,7 @@ def test_a_runner_that_dies_again_and_again_is_given_up(scratch: Settings, make_
             export, settings, "strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=linkat",
             "-e", "inject=linkat:signal=KILL:when=1",
         )  # fmt: skip
-        assert 0 != runner.wait(timeout=60)
+        assert 0 != runner.wait(timeout=120)
     assert 1 == run_job(export, settings).returncode
     error = report_of(export)["error"]
     assert "runner_crashed" == error["code"]
@@ -189,7 +189,7 @@ def test_a_conversion_outlives_a_boot_that_numbers_the_devices_anew(
         device = export.stat().st_dev
         fake("qemu-img", 'case "$*" in "check "*" -f qcow2 "*) kill -KILL $PPID ;; esac\nexec /usr/bin/qemu-img "$@"')
         runner = start(export, scratch)
-        assert -signal.SIGKILL == runner.wait(timeout=60)
+        assert -signal.SIGKILL == runner.wait(timeout=120)
         (partial,) = scratch.output_dir.iterdir()
         subprocess.run(["umount", scratch.exports_dir], check=True)
         subprocess.run(["mount", second, scratch.exports_dir], check=True)
@@ -223,13 +223,13 @@ def test_a_kill_takes_the_appliance_along(scratch: Settings, make_export: MakeEx
     def qemu_runs() -> bool:
         return any("qemu-system" in Path(f"/proc/{pid}/cmdline").read_text() for pid in appliances())
 
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not qemu_runs():
         assert time.monotonic() < deadline and runner.poll() is None
         time.sleep(0.1)
     os.kill(runner.pid, signal.SIGKILL)
     runner.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while appliances():
         assert time.monotonic() < deadline, "the appliance outlived its job"
         time.sleep(0.1)
@@ -262,7 +262,7 @@ def test_a_disk_that_was_converted_is_not_converted_again(
         + f'{CHECKS_RESULT} && mkdir {tmp_path}/once 2>/dev/null && kill -9 $PPID\nexec /usr/bin/qemu-img "$@"\n',
     )
     runner = start(export, scratch)
-    assert -9 == runner.wait(timeout=60)
+    assert -9 == runner.wait(timeout=120)
     assert 1 == commands(bin_directory).count("convert")
     check_finished_once(export, scratch)
     assert 1 == commands(bin_directory).count("convert"), "it was converted twice"
@@ -278,7 +278,7 @@ def test_a_disk_that_was_converted_from_another_source_is_converted_again(
         LOGGED
         + f'{CHECKS_RESULT} && mkdir {tmp_path}/once 2>/dev/null && kill -9 $PPID\nexec /usr/bin/qemu-img "$@"\n',
     )
-    assert -9 == start(export, scratch).wait(timeout=60)
+    assert -9 == start(export, scratch).wait(timeout=120)
     (source,) = export.glob("*.raw")
     os.utime(source)  # written to: it may be another one
     check_finished_once(export, scratch)
@@ -291,18 +291,18 @@ def test_a_job_that_was_stopped_goes_on_behind_its_last_finished_step(
     export = make_export()
     fake("qemu-img", LOGGED + f'{CHECKS_RESULT} && sleep 120\nexec /usr/bin/qemu-img "$@"\n')
     runner = start(export, scratch)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (tmp_path / "bin/qemu-img.log").exists() or "convert check" not in " ".join(commands(tmp_path / "bin")):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     runner.send_signal(signal.SIGTERM)
-    assert 75 == runner.wait(timeout=10)
+    assert 75 == runner.wait(timeout=120)
     fake("qemu-img", LOGGED + 'exec /usr/bin/qemu-img "$@"\n')
     check_finished_once(export, scratch)
     assert 1 == commands(tmp_path / "bin").count("convert")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_fix_that_was_proved_is_not_done_again_and_half_a_commit_is_completed(
     scratch: Settings, fake: Callable[[str, str], None], tmp_path: Path
 ) -> None:
@@ -340,6 +340,6 @@ def test_a_burst_of_signals_stops_a_job_as_one_does(
                 time.sleep(0.01)
             for _ in range(300):
                 runner.send_signal(signal.SIGTERM)
-            assert 75 == runner.wait(timeout=20)
+            assert 75 == runner.wait(timeout=120)
         finally:
             runner.kill()

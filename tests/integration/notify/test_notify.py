@@ -284,7 +284,7 @@ def test_a_crash_after_the_delivery_has_the_same_message_told_again(scratch: Set
         assert 0 == run_job(make_export(), config).returncode
         process = subprocess.Popen(command(config), stdin=subprocess.DEVNULL)
         assert killed.wait(30)
-        assert -signal.SIGKILL == process.wait(10)
+        assert -signal.SIGKILL == process.wait(120)
         assert 0 == notify(config).returncode
         assert (2, 1) == (len(server.bodies), len({body["id"] for body in server.bodies}))
         assert (0, 2) == (notify(config).returncode, len(server.bodies))
@@ -299,7 +299,7 @@ def test_being_stopped_counts_as_no_attempt(scratch: Settings, make_export: Make
         process = subprocess.Popen(command(config), stdin=subprocess.DEVNULL)
         wait_until(lambda n=count: (tmp_path / "pids").exists() and n == len((tmp_path / "pids").read_text().split()))  # type: ignore[misc]
         process.terminate()
-        assert 130 == process.wait(10)
+        assert 130 == process.wait(120)
         assert not any(map(is_alive, map(int, (tmp_path / "pids").read_text().split())))
     assert (1, 0) == (outbox.standing(config).pending, outbox.standing(config).given_up)
 

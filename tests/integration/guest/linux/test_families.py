@@ -31,7 +31,7 @@ MODULES = {"virtio_blk", "virtio_net", "virtio_scsi"}
 DRACUT = ["dracut", "--force", "--no-hostonly", "--no-hostonly-cmdline", "--mdadmconf", "--lvmconf"]
 ADMIN_ID = "scsi-36000c29d5e8a4b7c1f3e2d1c0b9a8f7e"
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @dataclass(frozen=True)
