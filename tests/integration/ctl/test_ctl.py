@@ -181,6 +181,21 @@ def test_validate_of_nothing_says_what_is_missing(ctl: Any, tmp_path: Path) -> N
     assert "none" in done.stdout
 
 
+def test_a_key_that_nobody_knows_is_an_error_to_the_strict_alone(ctl: Ctl, make_export: MakeExport) -> None:
+    stages = {name: {"enabled": False} for name in ("inspect", "fix")}
+    pipeline = {**stages, "convert": {"enabled": True, "compres": True}, "validate": {"enabled": True}}
+    manifest = make_export(pipeline=pipeline) / "manifest.json"
+    done = ctl("validate", manifest, "--json")
+    assert 0 == done.returncode, done.stderr
+    (warning,) = (w for w in json.loads(done.stdout)["warnings"] if w["code"] == "unknown_key")
+    assert ("pipeline.convert.compres", "Did you mean compress?") == (warning["field"], warning["hint"])
+    strict = ctl("validate", manifest, "--strict", "--json")
+    assert 1 == strict.returncode
+    assert [warning] == json.loads(strict.stdout)["errors"]
+    assert warning not in json.loads(strict.stdout)["warnings"]
+    assert 0 == ctl("migrate", manifest).returncode
+
+
 def test_doctor_checks_the_host_for_real(ctl: Any) -> None:
     done = ctl("doctor", "--json")
     results = {result["check"]: result for result in json.loads(done.stdout)}
