@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import stat
 import threading
 from collections.abc import Callable, Sequence
@@ -20,14 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hyper2kvmd.errors import Cancelled, Code, Collected, Finding, MigrationError
-from hyper2kvmd.files import open_file
+from hyper2kvmd.files import OURS, inside, open_directory_of, open_file
 from hyper2kvmd.image.header import examine
 from hyper2kvmd.image.header.reader import Header
 from hyper2kvmd.manifest import Disk
 
 DEPTH_LIMIT = 4
 BLOCK = 4 << 20
-_OURS = re.compile(r"\.hyper2kvmd\..*|migration-report(\.\d+)?\.json")
 _FINISH_EXPORT = "Copy it there, or export the VM again. `hyper2kvmctl manifest relocate` changes paths in a manifest."
 
 
@@ -177,25 +175,18 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
     beside the manifest. Raise MigrationError (disk_missing, export_unsafe, io_error).
     """
     warnings: tuple[Finding, ...] = ()
-    path = PurePosixPath(local_path)
-    if path.is_absolute():
-        if path.is_relative_to(export_dir) and path != PurePosixPath(export_dir):
-            path = path.relative_to(export_dir)
-        else:
-            path = PurePosixPath(path.name)
-            message = f"{local_path} is outside of the export: using {path} beside the manifest"
-            warnings = (Finding("path_stale", message, "Nothing to do if that is the right file.", field),)
+    path = PurePosixPath(inside(local_path, export_dir))
+    if local_path.startswith("/") and not PurePosixPath(local_path).is_relative_to(export_dir):
+        message = f"{local_path} is outside of the export: using {path} beside the manifest"
+        warnings = (Finding("path_stale", message, "Nothing to do if that is the right file.", field),)
     if not path.parts or ".." in path.parts or len(path.parts) > DEPTH_LIMIT:
         raise _unsafe(f"{local_path} does not name a file inside {export_dir}", field)
-    if _OURS.fullmatch(path.name):
+    if OURS.fullmatch(path.name):
         raise _unsafe(f"{local_path} is a file of hyper2kvmd, not a disk", field)
     full = export_dir / path
-    fd = os.dup(export_fd)
+    fd = -1
     try:
-        for part in path.parts[:-1]:
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            os.close(fd)
-            fd = inner
+        fd = open_directory_of(export_fd, str(path))
         # Looked at first because opening can have effects: a tape rewinds, a FIFO wakes its writer.
         _check_plain(os.stat(path.name, dir_fd=fd, follow_symlinks=False), full, field)
         file = open_file(path.name, dir_fd=fd)
@@ -211,7 +202,8 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
         message = f"{full} cannot be opened: {error.strerror}"
         raise MigrationError(Code.IO_ERROR, message, "Look at that file system.", field=field) from None
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
     status = os.fstat(file)
     try:
         _check_plain(status, full, field)

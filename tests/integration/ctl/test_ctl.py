@@ -181,7 +181,7 @@ def test_validate_of_nothing_says_what_is_missing(ctl: Any, tmp_path: Path) -> N
     assert "none" in done.stdout
 
 
-def test_a_key_that_nobody_knows_is_an_error_to_the_strict_alone(ctl: Ctl, make_export: MakeExport) -> None:
+def test_a_key_that_nobody_knows_is_an_error_to_the_strict_alone(ctl: Any, make_export: MakeExport) -> None:
     stages = {name: {"enabled": False} for name in ("inspect", "fix")}
     pipeline = {**stages, "convert": {"enabled": True, "compres": True}, "validate": {"enabled": True}}
     manifest = make_export(pipeline=pipeline) / "manifest.json"
