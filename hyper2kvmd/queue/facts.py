@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.files import OURS, inside, open_directory, open_directory_of, open_file
+from hyper2kvmd.files import (
+    OURS,
+    REMEDIES,
+    explained,
+    inside,
+    open_directory,
+    open_directory_of,
+    open_file,
+    trouble,
+)
 from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
 from hyper2kvmd.queue.claim import probe
 from hyper2kvmd.queue.names import REPORT
@@ -66,6 +75,18 @@ def look(directory: Path, settings: Settings) -> Facts:
         )
     finally:
         os.close(fd)
+
+
+def look_or_reason(directory: Path, settings: Settings) -> Facts | Finding | None:
+    """What a look at one export found, or why nobody can look at it; None if it is gone. One does not hide others."""
+    try:
+        return look(directory, settings)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        remedy = REMEDIES[trouble(error)]
+        hint = f"{remedy[0].upper()}{remedy[1:]}."
+        return Finding(Code.IO_ERROR, f"{explained(error, directory)}: the export cannot be looked at", hint)
 
 
 def exports(settings: Settings) -> tuple[list[Path], list[str]]:
