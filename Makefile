@@ -5,6 +5,9 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
+# The tests start a thousand processes of ours, each of which would compile the program anew.
+unexport PYTHONDONTWRITEBYTECODE
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hyper2kvmd-tests
 
 .PHONY: help
 help: ## this list
@@ -35,37 +38,50 @@ lint: venv ## ruff, mypy, and the layers of imports
 	@out=$$(.venv/bin/lint-imports --no-cache 2>&1) || { echo "$$out" >&2; exit 1; }
 	@$(PYTHON) -m tests.circles
 
-# One line for a tier that passes (and what it skipped); everything pytest said for one that fails.
-# What follows a comma: how many files are run side by side. Much is waited for, and an emulated guest keeps one core busy.
-TWO := -n 2 --no-loadscope-reorder
+# A session of pytest: its name, and what it runs. A line for each tier when it passes, and what was skipped; all that
+# pytest said when it fails. Much is waited for, and an emulated guest keeps one core busy: so, two processes.
+SAY = grep -hE '^(SKIPPED|XFAIL|XPASS)' $(1:%=.cache/logs/%.log) || true; $(PYTHON) -m tests.order --sum $(1)
 define pytest
 	@mkdir -p .cache/logs
 	@echo "$(1) tests (follow them in .cache/logs/$(1).log)"
-	@if $(PYTHON) -m pytest -q --tb=short $(2) $(or $(3),tests/$(1)) </dev/null >.cache/logs/$(1).log 2>&1; then \
-		grep -E '^(SKIPPED|XFAIL|XPASS)' .cache/logs/$(1).log || true; tail -n 1 .cache/logs/$(1).log; \
-	else \
-		cat .cache/logs/$(1).log; echo "$(1) tests failed" >&2; exit 1; \
-	fi
+	@$(PYTHON) -m pytest -q --tb=short -n 2 --durations=60 --times=$(1) $(2) </dev/null >.cache/logs/$(1).log 2>&1 || { \
+		cat .cache/logs/$(1).log; echo "$(1) tests failed" >&2; exit 1; }
 endef
+UNIT := tests/unit
+OTHERS := tests/integration tests/e2e tests/packages
 
 .PHONY: test
-test: deps package-deps venv lint test-unit test-integration test-system ## all but test-long, the fast first
+test: deps package-deps venv lint ## what every change must pass: 15 minutes, 30 the first time
+	$(call pytest,unit,$(UNIT))
+	$(call pytest,test,$(OTHERS))
+	@$(call SAY,unit test)
+
+.PHONY: test-all
+test-all: test test-rest ## and the rest, before a release and when what it covers is touched
+
+.PHONY: test-rest
+test-rest: deps package-deps venv ## an hour; what `make test` leaves out (docs/development.md says why)
+	$(call pytest,rest,-m rest $(OTHERS))
+	@$(call SAY,rest)
 
 .PHONY: test-unit
 test-unit: venv ## seconds; needs nothing but Python
-	$(call pytest,unit)
+	$(call pytest,unit,$(UNIT))
+	@$(call SAY,unit)
 
 .PHONY: test-integration
 test-integration: deps venv ## minutes; real qemu-img, libguestfs and libvirt
-	$(call pytest,integration,$(TWO))
+	$(call pytest,integration,tests/integration)
+	@$(call SAY,integration)
 
 .PHONY: test-system
-test-system: deps package-deps venv ## half an hour; boots migrated guests, runs the service, installs the packages on fresh systems
-	$(call pytest,system,$(TWO),tests/e2e tests/packages)
+test-system: deps package-deps venv ## minutes; boots migrated guests, runs the service, installs the package on a fresh system
+	$(call pytest,system,tests/e2e tests/packages)
+	@$(call SAY,system)
 
-.PHONY: test-long
-test-long: deps venv ## half an hour; the same for more systems
-	$(call pytest,long,$(TWO) -m long,tests/integration tests/e2e)
+.PHONY: durations
+durations: venv ## write the list by which the longest tests come first, from the last `make test-all`
+	@$(PYTHON) -m tests.order --keep rest test unit
 
 .PHONY: package-deps
 package-deps: ## install the Debian packages for building and testing the package
@@ -130,6 +146,11 @@ man: deps venv ## write the manual pages to build/man
 	@$(PYTHON) -m tests.reference --man build/man
 
 .PHONY: clean
-clean: ## remove the environment, the cached guests and all that tools left behind
+clean: ## remove the environment and all that tools left behind; not the guests, which other checkouts use, too
 	@rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+	@[ ! -d "$(CACHE)" ] || echo "$(CACHE) stays; 'make clean-cache' removes it"
+
+.PHONY: clean-cache
+clean-cache: ## remove the guests and systems that the tests keep; they take a quarter of an hour to make
+	@rm -rf "$(CACHE)"

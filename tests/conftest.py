@@ -13,32 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadFileScheduling
 
 from hyper2kvmd import accel
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
+from tests import appliance, order
+from tests.order import (
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_makereport,
+    pytest_xdist_make_scheduler,
+)
+
+__all__ = [  # hooks of pytest
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_runtest_makereport",
+    "pytest_xdist_make_scheduler",
+]
 
 MakeExport = Callable[..., Path]
 Ctl = Callable[..., subprocess.CompletedProcess[str]]
-
-
-# Two guests that boot at once on two cores without KVM run into their own time limits.
-BOOT_GUESTS = {f"tests/e2e/test_{name}.py" for name in ("import", "migration")}
-
-
-class OneGuestAtATime(LoadFileScheduling):  # type: ignore[misc]  # which has no types
-    """Runs files side by side, in the order of their names, but those that boot guests one after the other."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file: str = super()._split_scope(nodeid)
-        return "guests" if file in BOOT_GUESTS else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneGuestAtATime:
-    """Its own markers for groups have no effect with pytest 9.2."""
-    return OneGuestAtATime(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +44,15 @@ def accelerator() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def known_accelerator(request: pytest.FixtureRequest) -> None:
-    """Jobs of tests that emulate anyway do not try again. What a job does that finds it out has tests of its own."""
-    more_than_units = any("unit" not in item.path.parts for item in request.session.items)
-    if more_than_units and "tcg" == request.getfixturevalue("accelerator"):
+    """Jobs of tests that emulate anyway do not try again. What a job does that finds it out has tests of its own.
+
+    And no appliance is made, since one is there.
+    """
+    if all("unit" in item.path.parts for item in request.session.items):
+        return
+    if "tcg" == request.getfixturevalue("accelerator"):
         os.environ["LIBGUESTFS_BACKEND_SETTINGS"] = "force_tcg"
+    os.environ["LIBGUESTFS_PATH"] = str(appliance.fixed())
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def scratch(tmp_path: Path) -> Settings:
             "output_dir": tmp_path / "images",
             "work_dir": tmp_path / "work",
             "settle_seconds": 0,
-            "scan_interval_seconds": 1,
+            "scan_interval_seconds": 0.3,
             "libvirt": {"import": False},
             "metrics": {"listen": ""},
         }
@@ -185,4 +185,5 @@ def report_of(export: Path) -> dict[str, Any]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Golden files are rewritten on request, and then looked at."""
+    order.pytest_addoption(parser)
     parser.addoption("--regenerate", action="store_true", help="rewrite the golden files")

@@ -16,6 +16,8 @@ from hyper2kvmd.text import plain, show
 
 SIZE_LIMIT = 1 << 20
 DEPTH_LIMIT = 32
+_TOO_DEEP = f"nested deeper than {DEPTH_LIMIT} levels"
+_LIBYAML_DEPTH = "exceeded maximum nesting depth"  # a newer one counts to a thousand by itself, and reads ahead
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?")
@@ -55,13 +57,15 @@ def load(data: bytes, name: str) -> Any:
         where = f"line {error.lineno}, column {error.colno}"
         raise _unreadable(name, f"not complete JSON: {error.msg} at {where}", f"Look at {where}.") from None
     except yaml.YAMLError as error:
+        if getattr(error, "problem", None) == _LIBYAML_DEPTH:
+            raise _invalid(name, _TOO_DEEP, _NOT_ONE) from None
         # Only the position: the text of the problem quotes the file, and this goes to logs.
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "some character in it"
         what = plain(str(getattr(error, "problem", None) or "cannot be read"))
         raise _unreadable(name, f"not complete YAML: {what} at {where}", f"Look at {where}.") from None
     except RecursionError:
-        raise _invalid(name, f"nested deeper than {DEPTH_LIMIT} levels", _NOT_ONE) from None
+        raise _invalid(name, _TOO_DEEP, _NOT_ONE) from None
     except _Refused as refused:
         raise ManifestError(Code.MANIFEST_INVALID, name, [refused.problem]) from None
     if problem := next(_unclean(content), None):
@@ -132,7 +136,7 @@ def _load_yaml(text: str) -> Any:
             add(container)
             levels.append((container, []))
             if len(levels) > DEPTH_LIMIT:
-                raise _Refused(f"nested deeper than {DEPTH_LIMIT} levels", _NOT_ONE)
+                raise _Refused(_TOO_DEEP, _NOT_ONE)
         elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
             levels.pop()
     if not documents:
@@ -174,7 +178,7 @@ def _unclean(content: Any) -> Iterator[Finding]:
     while todo:
         path, value = todo.pop()
         if len(path) > DEPTH_LIMIT:
-            yield invalid(f"nested deeper than {DEPTH_LIMIT} levels", _NOT_ONE, place(path[:4]) + "…")
+            yield invalid(_TOO_DEEP, _NOT_ONE, place(path[:4]) + "…")
         elif isinstance(value, dict):
             todo.extend(((*path, key), item) for key, item in value.items())
             todo.extend(((*path, key), key) for key in value if not _clean(key))

@@ -12,24 +12,25 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 BOOT_SECONDS = 120
 END_SECONDS = 10
 
-# $1 is an empty directory, $2 the name, $3 the file system to boot; the rest are control groups to run in.
+# $1 is an empty directory, $2 the name, $3 the file system to boot, $4 options; the rest are control groups to run in.
 # The overlay's own files are in memory: they must not lie below its lower directory.
 _START = """
-directory=$1 name=$2 lower=$3
-shift 3
+directory=$1 name=$2 lower=$3 options=$4
+shift 4
 for group; do echo $$ >"$group/cgroup.procs"; done
 mount -t tmpfs -o mode=0755 container "$directory"
 mkdir "$directory/upper" "$directory/work" "$directory/root"
 mount -t overlay -o "lowerdir=$lower,upperdir=$directory/upper,workdir=$directory/work" overlay "$directory/root"
 systemd-nspawn --quiet --directory="$directory/root" --machine="$name" --register=no --keep-unit \
-    --private-network --link-journal=no --resolv-conf=off --timezone=off --console=pipe --boot systemd.unit=basic.target
+    --private-network --link-journal=no --resolv-conf=off --timezone=off --console=pipe $options \
+    --boot systemd.unit=basic.target
 """
 
 
@@ -70,14 +71,17 @@ class Container:
 
 
 @contextlib.contextmanager
-def booted(root: Path = Path("/"), *, unified: bool = False) -> Iterator[Container]:
+def booted(
+    root: Path = Path("/"), *, unified: bool = False, bound: Mapping[str, Path] | None = None
+) -> Iterator[Container]:
     """Boot a container with no services but the basic ones; it is switched off, not shut down, at the end.
 
     root: the file system that it has an overlay of. unified: whether it has the newer kind of control groups alone,
-    without which the systemd of Debian 13 does not boot.
+    without which the systemd of Debian 13 does not boot. bound: directories of this machine, by where they are seen.
     """
     assert os.geteuid() == 0, "a container can be started by root only: run the tests as root"
     name = f"hyper2kvmd-{os.getpid()}"
+    options = " ".join(f"--bind-ro={source}:{place}" for place, source in (bound or {}).items())
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as scratch, _control_groups(name) as groups:
         log = Path(scratch, "console.log")
         mount_point = Path(scratch, "mnt")
@@ -87,7 +91,7 @@ def booted(root: Path = Path("/"), *, unified: bool = False) -> Iterator[Contain
                 [
                     *("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private"),
                     *("--pid", "--fork", "--kill-child=KILL", "--mount-proc"),
-                    *("sh", "-euc", _START, "sh", str(mount_point), name, str(root), *map(str, groups)),
+                    *("sh", "-euc", _START, "sh", str(mount_point), name, str(root), options, *map(str, groups)),
                 ],
                 env={**os.environ, **({"UNIFIED_CGROUP_HIERARCHY": "yes"} if unified else {})},
                 stdin=subprocess.DEVNULL,

@@ -9,18 +9,25 @@ import subprocess
 import urllib.request
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from hyper2kvmd.guest.inspect import inspect
+from hyper2kvmd.guest.linux.fix import FixOptions, fix
+from hyper2kvmd.guest.linux.fixers.network import Nic
+from hyper2kvmd.guest.session import open_guest
+from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
 from tests import ROOT
+from tests.appliance import MEMORY_MB
 from tests.conftest import disk_entry, report_of, run_job
 from tests.guests.boot import boot
 from tests.guests.build import build, export
+from tests.guests.rootfs import run
 from tests.integration.daemon.test_daemon import daemon, free_port, wait_until
 from tests.libvirtd import session
 
@@ -84,7 +91,7 @@ def bios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Migrated]:
     yield migrate(tmp_path_factory.mktemp("bios"), "debian12-bios", "seed", "web01")
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_the_guest_does_not_boot_on_virtio_before() -> None:
     result = boot([build("debian12-bios")], "raw", "virtio", timeout=240)
     assert "failed" == result.outcome, result.serial_log[-3000:]
@@ -104,6 +111,16 @@ def test_the_result_boots_on_virtio_with_its_root_by_uuid_and_its_old_address(bi
     assert said["fstab-root"].startswith("UUID=")
     assert ("/dev/vda2", "/dev/vda3", "none") == (said["root"], said["swap"], said["failed"])
     assert CANARY == said["canary"], "the data did not survive"
+
+
+def test_a_second_fix_finds_nothing_to_do_and_proves_the_same(bios: Migrated, tmp_path: Path, accelerator: str) -> None:
+    overlay = tmp_path / "overlay.qcow2"
+    base = bios.images / "web01-disk-0.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
+    with open_guest([(overlay, "qcow2")], accel=accelerator, memory_mb=MEMORY_MB, tools=Tools()) as session:
+        again = fix(session, inspect(session), FixOptions(nics=(Nic(MAC),)))
+    assert () == again.changes
+    assert bios.report["results"]["fix"]["proofs"] == [asdict(proof) for proof in again.proofs]
 
 
 def test_the_domain_is_defined_and_shut_off(bios: Migrated) -> None:
@@ -132,6 +149,10 @@ def test_the_report_validates_against_its_published_schema(bios: Migrated) -> No
 def test_the_report_says_what_was_found_done_and_proved(bios: Migrated) -> None:
     results = bios.report["results"]
     assert ("linux", "debian", "bios") == tuple(results["inspect"][key] for key in ("os_type", "distro", "firmware"))
+    assert ("grub2", "initramfs-tools", 0) == tuple(
+        results["inspect"][key] for key in ("bootloader", "initramfs", "boot_disk")
+    )
+    assert results["fix"]["boot_updated"]
     assert {"virtio_blk", "virtio_pci"} <= set(results["fix"]["drivers_injected"])
     assert results["fix"]["proofs"] and all(proof["ok"] for proof in results["fix"]["proofs"])
     assert {"/etc/fstab", "/boot/grub/grub.cfg"} <= {change["path"] for change in bios.report["changes"]}
@@ -148,14 +169,14 @@ def test_one_success_was_counted(bios: Migrated) -> None:
 BROKEN = """
 import dataclasses, sys
 from hyper2kvmd.__main__ import main
-from hyper2kvmd.guest.fixers import Plan, initramfs
+from hyper2kvmd.guest.linux.fixers import Plan, initramfs
 good = initramfs.BUILDERS["initramfs-tools"]
 initramfs.BUILDERS["initramfs-tools"] = dataclasses.replace(good, plan=lambda view, drivers: Plan())
 sys.exit(main())
 """
 
 
-@pytest.mark.long
+@pytest.mark.rest
 def test_a_fixer_that_leaves_out_virtio_makes_the_job_fail_and_publishes_nothing(
     scratch: Settings, tmp_path: Path
 ) -> None:
@@ -167,6 +188,7 @@ def test_a_fixer_that_leaves_out_virtio_makes_the_job_fail_and_publishes_nothing
     assert [] == list((tmp_path / "images").iterdir())
 
 
+@pytest.mark.rest
 def test_a_data_disk_that_the_manifest_lists_first_is_not_taken_for_the_boot_disk(
     scratch: Settings, tmp_path: Path
 ) -> None:

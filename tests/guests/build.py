@@ -1,4 +1,4 @@
-"""Build a test guest once, keep it in `.cache/guests/`, and export it the way hypersdk would:
+"""Build a test guest once, keep it in the cache, and export it the way hypersdk would:
 
 python -m tests.guests.build debian12-bios --export /tmp/exports --vm-name web01 --dialect seed
 """
@@ -6,27 +6,21 @@ python -m tests.guests.build debian12-bios --export /tmp/exports --vm-name web01
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-import sys
-import tempfile
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from tests import ROOT
+from tests.cache import cached
 from tests.guests import appliance, native
 from tests.guests.ovf import Identity, descriptor
 from tests.guests.recipe import CPUS, GUESTS, MEMORY_GIB, Guest
 from tests.guests.rootfs import Rootfs, make_rootfs, run
 
-CACHE = ROOT / ".cache" / "guests"
+KIND = "guests"  # of what is kept in the cache
 
 Dialect = Literal["seed", "go"]
 DiskFormat = Literal["vmdk", "raw", "qcow2", "vhdx", "vdi"]
@@ -56,7 +50,7 @@ def disks(name: str) -> list[Path]:
                 # whole, without partitions, as a disk is that was added to a running machine
                 run("mke2fs", "-q", "-t", "ext4", "-L", label, disk, f"{size >> 10}k")
 
-    directory = cached(name, digest(guest), make)
+    directory = cached(KIND, name, digest(guest), make)
     return [directory / disk for disk in names]
 
 
@@ -76,7 +70,7 @@ def exported_disks(name: str, disk_format: DiskFormat = "vmdk") -> list[Path]:
             run("qemu-img", "convert", "-f", "raw", "-O", disk_format, *options, source, target)
             target.with_suffix(".sha256").write_text(_sha256(target))
 
-    directory = cached(f"{name}-{disk_format}", digest(GUESTS[name]), make)
+    directory = cached(KIND, f"{name}-{disk_format}", digest(GUESTS[name]), make)
     return [directory / disk for disk in names]
 
 
@@ -259,44 +253,8 @@ def _go_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]], direct
 
 
 def _rootfs(rootfs: Rootfs) -> Path:
-    made = cached(f"rootfs-{rootfs.name}", rootfs.digest(), lambda into: make_rootfs(rootfs, into / "rootfs.tar"))
+    made = cached(KIND, f"rootfs-{rootfs.name}", rootfs.digest(), lambda into: make_rootfs(rootfs, into / "rootfs.tar"))
     return made / "rootfs.tar"
-
-
-def cached(what: str, version: str, make: Callable[[Path], None], cache: Path = CACHE) -> Path:
-    """Return `<cache>/<what>-<version>`, made by `make` if it is not there yet.
-
-    It is made under another name and renamed when complete: what has the right name is whole.
-    """
-    final = cache / f"{what}-{version}"
-    if final.is_dir():
-        return final
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{what}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel frees it whatever happens to its holder
-        if final.is_dir():  # somebody else made it while we waited
-            return final
-        for old in cache.glob(f"{what}-*"):
-            # left by an interrupted builder (we hold the lock, so it is gone) or made by an older recipe
-            if old.is_dir() and _made_for(old.name) == what:
-                shutil.rmtree(old, ignore_errors=True)  # a killed builder's last tool may still be writing
-        started = time.monotonic()
-        print(f"building {final.name} ...", file=sys.stderr, flush=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{what}-", suffix=".partial", dir=cache))
-        try:
-            partial.chmod(0o755)  # libvirt runs QEMU as another user
-            make(partial)
-            os.sync()
-            partial.rename(final)
-        finally:
-            if partial.is_dir():
-                shutil.rmtree(partial)
-        print(f"building {final.name} took {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return final
-
-
-def _made_for(directory: str) -> str:
-    return directory.removesuffix(".partial").rpartition("-")[0]
 
 
 def _sha256(path: Path) -> str:

@@ -15,20 +15,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import ROOT
+from tests import ROOT, appliance, cache
 from tests.conftest import disk_entry, write_manifest
 from tests.e2e.container import Container, booted
 from tests.e2e.test_systemd import CONFIG, SETTINGS, hand_over, main_pid, processes, show
-from tests.guests.build import cached
 from tests.guests.rootfs import run
 
 Drop = Callable[[str], str]
 
-CACHE = ROOT / ".cache/packages"
-WHEELS = ROOT / ".cache/wheels"
 LIBRARIES = "/usr/lib/hyper2kvmd"
+APPLIANCE = "/usr/lib/guestfs-of-tests"
+APPLIANCE_DROP_IN = "/etc/systemd/system/hyper2kvmd.service.d/appliance.conf"
 NEXT = "99.0"  # the version that comes after this one
-SUITES = ("bookworm", "trixie")
+HOST = platform.freedesktop_os_release()["VERSION_CODENAME"]
+# This machine's release with all that the package needs installed, as the cache keeps it: to unpack that takes minutes.
+# That apt installs it with the package, on each release, is for `make test-all`.
+READY = f"{HOST}-ready"
+SUITES = (READY, *(pytest.param(suite, marks=pytest.mark.rest) for suite in ("bookworm", "trixie")))
 
 # What a KVM host has, and a fresh system has not. Of what is recommended, no more than the tests need.
 RECOMMENDED = "acl, libguestfs-xfs, libvirt-clients, libvirt-daemon-system, linux-image-amd64"
@@ -40,36 +43,46 @@ APT = shlex.split(
     "env DEBIAN_FRONTEND=noninteractive INITRD=No apt-get -q -y -o APT::Install-Recommends=false"
     " -o Dpkg::Use-Pty=false -o Dpkg::Options::=--force-confold -o Dpkg::Options::=--force-unsafe-io"
 )
-HOST = platform.freedesktop_os_release()["VERSION_CODENAME"]
 
 
 @pytest.fixture(scope="session", params=SUITES)
 def suite(request: pytest.FixtureRequest) -> str:
-    """A release of Debian, by its name."""
+    """A release of Debian, by its name; with "-ready" if what the package needs is there."""
     name: str = request.param
     return name
 
 
 @pytest.fixture(scope="session")
 def packages(suite: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Packages of this tree for a release, by version: the one that it has (""), and the next one.
+    """Packages of this tree for a release, by version: the one that it has (""), and one made from it that is newer.
 
     Built on this machine if it has that release, else in a fresh system, without a network: only releases whose own
     libraries are too old need one.
     """
     directory = tmp_path_factory.mktemp("package")
-    trees = {"": ROOT, NEXT: as_version(NEXT, directory / "tree")}
-    if suite == HOST:
-        return {version: build_package("debian", tree, directory / f"of-{version}") for version, tree in trees.items()}
+    if suite in (HOST, READY):
+        return with_next(build_package("debian", ROOT, directory), directory)
     with booted(fresh_system(suite), unified=suite == "trixie") as machine:
         machine.run(*APT, "satisfy", f"build-essential, {relations('Build-Depends')}", timeout=400)
-        made = {}
-        for version, tree in trees.items():
-            inside = f"/root/tree-{version}"
-            _copy_tree(tree, machine.root / inside.lstrip("/"))
-            path = machine.run(f"{inside}/packaging/debian/build.sh", inside, "/root/dist", timeout=300).strip()
-            made[version] = Path(shutil.copy(machine.root / path.lstrip("/"), directory))
-        return made
+        _copy_tree(ROOT, machine.root / "root/tree")
+        path = machine.run("/root/tree/packaging/debian/build.sh", "/root/tree", "/root/dist", timeout=300).strip()
+        return with_next(Path(shutil.copy(machine.root / path.lstrip("/"), directory)), directory)
+
+
+def with_next(package: Path, directory: Path) -> dict[str, Path]:
+    """Packages by version: this one (""), and the next one, which is the same but for its version."""
+    tree = directory / "next"
+    run("dpkg-deb", "--raw-extract", package, tree)
+    (module,) = tree.glob("usr/lib/hyper2kvmd/venv/lib/python3*/site-packages/hyper2kvmd/__init__.py")
+    module.write_text(re.sub(r'(?m)^__version__ = ".*"$', f'__version__ = "{NEXT}"', module.read_text()))
+    for compiled in module.parent.glob("__pycache__/__init__.*"):
+        compiled.unlink()  # it would be believed without a look at the source
+    control = tree / "DEBIAN/control"
+    control.write_text(re.sub(r"(?m)^Version: .*?-", f"Version: {NEXT}-", control.read_text()))
+    following = directory / f"hyper2kvmd_{NEXT}.deb"
+    run("dpkg-deb", "-Znone", "--build", tree, following)
+    shutil.rmtree(tree)
+    return {"": package, NEXT: following}
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +93,7 @@ def package(packages: dict[str, Path]) -> Path:
 
 def build_package(kind: str, tree: Path, directory: Path) -> Path:
     """Build the package of a tree into a directory, as `make deb` ("debian") and `make rpm` ("rpm") do."""
-    command = [tree / f"packaging/{kind}/build.sh", tree, directory, WHEELS]
+    command = [tree / f"packaging/{kind}/build.sh", tree, directory, cache.directory("wheels")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert 0 == done.returncode, done.stderr
     assert "" == done.stderr, "the build is quiet"
@@ -114,8 +127,13 @@ def relations(field: str) -> str:
 @pytest.fixture(scope="module")
 def machine(suite: str, package: Path) -> Iterator[Container]:
     """A fresh system, booted, with the package installed by apt and the service enabled."""
-    with booted(fresh_system(suite), unified=suite == "trixie") as machine:
-        print(install(machine, package, *RECOMMENDED.split(", ")))
+    ready = suite == READY
+    with booted(
+        fresh_system(suite), unified=suite.startswith("trixie"), bound={APPLIANCE: appliance.fixed()} if ready else {}
+    ) as machine:
+        print(install(machine, package, *([] if ready else RECOMMENDED.split(", "))))
+        if ready:  # that libguestfs makes one in the sandbox is shown by test_systemd
+            machine.write(APPLIANCE_DROP_IN, f"[Service]\nEnvironment=LIBGUESTFS_PATH={APPLIANCE}\n")
         machine.run("systemctl", "enable", "--now", "hyper2kvmd")
         yield machine
 
@@ -128,16 +146,26 @@ def install(machine: Container, package: Path, *more: str) -> str:
 
 
 def fresh_system(suite: str) -> Path:
-    """The root of a fresh Debian that has all that the package may need in apt's cache only: it has no network."""
-    packages = ", ".join([OTHERS, relations("Build-Depends"), relations("Depends"), RECOMMENDED])
-    digest = hashlib.sha256(Path(__file__).read_bytes() + packages.encode()).hexdigest()[:12]
-    download = f"apt-get -q -y -o APT::Install-Recommends=false satisfy --download-only {shlex.quote(packages)}"
+    """The root of a fresh Debian that has all that the package may need, in apt's cache only, or installed if "-ready".
+
+    It has no network.
+    """
+    release, _, ready = suite.partition("-")
+    needed = [relations("Depends"), RECOMMENDED]
+    packages = ", ".join([*needed, "tini"] if ready else [OTHERS, relations("Build-Depends"), *needed])
+    get = f"apt-get -q -y -o APT::Install-Recommends=false satisfy {'' if ready else '--download-only'}"
     command = (
         *("mmdebstrap", "--mode=root", "--variant=apt", f"--include={INCLUDED}", "--skip=cleanup/apt"),
         *("--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=force-unsafe-io"),
-        *(f'--customize-hook=APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" {download}', suite),
+        *(f'--customize-hook=APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" {get} {shlex.quote(packages)}', release),
     )
-    return cached(suite, digest, lambda into: run(*command, into), CACHE)
+    environment = {"INITRD": "No", "DEBIAN_FRONTEND": "noninteractive"}
+    digest = hashlib.sha256(repr((command, environment)).encode()).hexdigest()[:12]
+
+    def make(into: Path) -> None:
+        run(*command, into, env=environment)
+
+    return cache.cached("systems", suite, digest, make)
 
 
 # What the tests of both kinds of packages do ---------------------------------------------------------------

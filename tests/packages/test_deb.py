@@ -33,6 +33,7 @@ from tests.e2e.test_systemd import (
 )
 from tests.guests.build import export
 from tests.packages.conftest import (
+    APPLIANCE_DROP_IN,
     HOST,
     LIBRARIES,
     NEXT,
@@ -92,6 +93,7 @@ def test_lintian_has_nothing_to_say(package: Path) -> None:
     assert (0, "") == (done.returncode, done.stdout)
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("suite", [HOST], indirect=True)
 def test_two_builds_are_the_same(package: Path, tmp_path: Path) -> None:
     assert package.read_bytes() == build_package("debian", ROOT, tmp_path).read_bytes()
@@ -273,6 +275,7 @@ def test_systemd_has_nothing_to_say_against_an_example(machine: Container, name:
 
 
 def test_purged_it_leaves_nothing_but_exports_and_images(machine: Container) -> None:
+    machine.run("rm", "-rf", str(Path(APPLIANCE_DROP_IN).parent))
     kept = images(machine)
     assert kept
     machine.run("apt-get", "-q", "-y", "remove", "hyper2kvmd")

@@ -23,6 +23,7 @@ from hyper2kvmd import __version__
 from tests import ROOT
 
 NAME = f"hyper2kvmd-{__version__}"
+pytestmark = pytest.mark.rest
 
 
 def make(directory: Path, tree: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -59,6 +59,7 @@ def query(*words: str | Path) -> str:
 # The package as a file ------------------------------------------------------------------------------------
 
 
+@pytest.mark.rest
 def test_the_version_is_the_programs(versions: dict[str, Path]) -> None:
     assert f"{__version__}-1" == query("-qp", "--queryformat", "%{VERSION}-%{RELEASE}", versions[""])
 
@@ -81,6 +82,7 @@ def test_every_library_is_either_required_or_pinned(system: str) -> None:
     assert qemu[system] in required
 
 
+@pytest.mark.rest
 def test_rpmlint_has_nothing_to_say(versions: dict[str, Path]) -> None:
     config = ROOT / "packaging/rpm/rpmlint.toml"
     done = subprocess.run(["rpmlint", "-c", config, versions[""], SPEC], capture_output=True, text=True, check=False)
@@ -88,10 +90,12 @@ def test_rpmlint_has_nothing_to_say(versions: dict[str, Path]) -> None:
     assert " 0 errors, 0 warnings" in done.stdout, done.stdout
 
 
+@pytest.mark.rest
 def test_two_builds_are_the_same(versions: dict[str, Path], tmp_path: Path) -> None:
     assert versions[""].read_bytes() == build_package("rpm", ROOT, tmp_path).read_bytes()
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("suite", [HOST], indirect=True)
 def test_it_has_the_files_of_the_debian_package(versions: dict[str, Path], packages: dict[str, Path]) -> None:
     """But for what each distribution has in a place of its own."""
@@ -143,6 +147,7 @@ def install(machine: Container, package: Path, how: str) -> str:
     return machine.run("sh", "-c", f"rpm {how} --nodeps /root/hyper2kvmd.rpm 2>&1", timeout=120)
 
 
+@pytest.mark.rest
 def test_the_service_is_up_as_its_own_user(machine: Container) -> None:
     assert ("active", "enabled") == (show(machine, "ActiveState"), show(machine, "UnitFileState"))
     assert f"hyper2kvmd {__version__}" == machine.run("hyper2kvmd", "--version").strip()
@@ -151,6 +156,7 @@ def test_the_service_is_up_as_its_own_user(machine: Container) -> None:
     machine.run("man", "-w", "hyper2kvmd.yaml")
 
 
+@pytest.mark.rest
 def test_an_upgrade_waits_for_the_jobs_that_run(machine: Container, drop: Drop, versions: dict[str, Path]) -> None:
     configure(machine)
     hold(machine, "convert")
@@ -173,6 +179,7 @@ def test_an_upgrade_waits_for_the_jobs_that_run(machine: Container, drop: Drop, 
     wait_until(lambda: [NEXT] == trees(machine), "the old version is gone")
 
 
+@pytest.mark.rest
 def test_erased_it_leaves_settings_exports_and_images(machine: Container, before: set[str]) -> None:
     kept = images(machine)
     assert kept

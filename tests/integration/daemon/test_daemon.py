@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -37,6 +38,22 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def looks(port: int) -> float:
+    """How often the daemon that serves its metrics there has looked at all exports; 0 before it has begun."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            found = re.search(r"^hyper2kvmd_scan_duration_seconds_count (\S+)", answer.read().decode(), re.MULTILINE)
+    except OSError:
+        return 0
+    return float(found[1]) if found else 0
+
+
+def look_again(port: int, times: int = 5) -> None:
+    """Return when it has looked that often again: what has not happened by then is not going to."""
+    wanted = looks(port) + times
+    wait_until(lambda: looks(port) >= wanted)
 
 
 @contextmanager
@@ -88,16 +105,11 @@ def test_what_is_there_and_what_is_dropped_later_is_migrated_in_every_mode(
 
 
 def test_with_inotify_a_drop_is_seen_long_before_the_next_scan(scratch: Settings, make_export: MakeExport) -> None:
-    with daemon(change(scratch, scan_interval_seconds=3600)) as process:
-        wait_until(lambda: bool(make_ready(process)))
+    port = free_port()
+    with daemon(change(scratch, scan_interval_seconds=3600, metrics={"listen": f"127.0.0.1:{port}"})):
+        look_again(port, 1)
         export = make_export()
         wait_until(lambda: done(export), 30)
-
-
-def make_ready(process: subprocess.Popen[str]) -> bool:
-    """Give the daemon the second that it needs to look for the first time."""
-    time.sleep(2)
-    return process.poll() is None
 
 
 def test_metrics_are_there_from_the_start_and_count_each_job_once(scratch: Settings, make_export: MakeExport) -> None:
@@ -201,9 +213,10 @@ def test_an_export_that_cannot_be_written_to_is_tried_again_slowly_and_named(
     planted = make_export("planted")
     (planted / ".hyper2kvmd.lock").symlink_to("/dev/null")
     good = make_export("good")
-    with daemon(scratch) as process:
+    port = free_port()
+    with daemon(change(scratch, metrics={"listen": f"127.0.0.1:{port}"})) as process:
         wait_until(lambda: done(good))
-        time.sleep(5)
+        look_again(port)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert 1 == sum("started" in line and "export=planted" in line for line in output.splitlines()), output
@@ -216,8 +229,9 @@ def test_a_runner_that_dies_at_once_is_not_started_again_at_once(
 ) -> None:
     make_export()
     fake("setpriv", "kill -SYS $$\n")
-    with daemon(scratch) as process:
-        time.sleep(5)
+    port = free_port()
+    with daemon(change(scratch, metrics={"listen": f"127.0.0.1:{port}"})) as process:
+        look_again(port)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert 1 == sum("started" in line and "export=web01" in line for line in output.splitlines()), output

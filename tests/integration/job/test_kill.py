@@ -106,8 +106,10 @@ def test_a_kill_takes_the_tools_along_and_frees_the_claim(
     assert 5 == busy.returncode, "the claim must be held"
     os.kill(runner.pid, signal.SIGKILL)
     runner.wait()
-    time.sleep(0.5)
-    assert not is_alive(tool), "the tool outlived its job"
+    deadline = time.monotonic() + 5
+    while is_alive(tool):
+        assert time.monotonic() < deadline, "the tool outlived its job"
+        time.sleep(0.05)
     check_nothing_half_done(export, scratch)
     fake("qemu-img", 'exec /usr/bin/qemu-img "$@"\n')
     check_finished_once(export, scratch)
@@ -126,12 +128,15 @@ def test_what_a_kill_in_the_middle_of_fix_left_is_removed(scratch: Settings, mak
 
 
 def test_a_job_that_is_told_to_stop_leaves_nothing_and_is_no_failure(
-    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None]
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None], tmp_path: Path
 ) -> None:
     export = make_export()
-    fake("qemu-img", '[ "$1" = convert ] && sleep 120\nexec /usr/bin/qemu-img "$@"\n')
+    fake("qemu-img", f'[ "$1" = convert ] && touch {tmp_path}/converts && sleep 120\nexec /usr/bin/qemu-img "$@"\n')
     runner = start(export, scratch)
-    time.sleep(2)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "converts").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     runner.send_signal(signal.SIGTERM)
     assert 75 == runner.wait(timeout=10)
     assert not (export / "migration-report.json").exists()
@@ -313,14 +318,13 @@ def test_a_fix_that_was_proved_is_not_done_again_and_half_a_commit_is_completed(
     assert {"convert", "commit"} <= set(commands(tmp_path / "bin"))
     fake("qemu-img", LOGGED + 'exec /usr/bin/qemu-img "$@"\n')
     (tmp_path / "bin/qemu-img.log").unlink()
-    started = time.monotonic()
     done = run_job(export, settings)
     assert 0 == done.returncode, done.stderr
+    # A fix has an overlay made for it.
     assert not {"create", "convert"} & set(commands(tmp_path / "bin")), "a step was done twice"
     report = report_of(export)
     assert report["results"]["fix"]["proofs"] and report["changes"], "the record of the fix is lost"
     assert ["inspect", "fix", "plan"] == [stage["name"] for stage in report["stages"]][:3]
-    assert time.monotonic() - started < 60, "as long as a fix takes"
     assert [] == list(settings.work_dir.iterdir())
 
 

@@ -148,6 +148,16 @@ def test_an_export_without_a_fault_is_valid_before_and_after_its_migration(
     assert (0, 0) == (before.returncode, after.returncode), before.stdout + after.stdout
 
 
+# hyper2kvmd that waits for an answer for seconds only.
+IMPATIENT = """
+import sys
+from hyper2kvmd.__main__ import main
+from hyper2kvmd.hypervisor import connection
+connection.ANSWER_SECONDS = 3.0
+sys.exit(main())
+"""
+
+
 def test_a_libvirt_that_hangs_is_waited_for_and_named(scratch: Settings, uri: str, tmp_path: Path) -> None:
     socket = Path(uri.rpartition("socket=")[2])
     daemon = int((socket.parent / "pid").read_text())
@@ -160,9 +170,9 @@ def test_a_libvirt_that_hangs_is_waited_for_and_named(scratch: Settings, uri: st
     write_manifest(export, [disk_entry(disk)])
     os.kill(daemon, signal.SIGSTOP)
     try:
-        run_job(export, Settings.model_validate(shape), timeout=90)
+        run_job(export, Settings.model_validate(shape), timeout=90, program=("-c", IMPATIENT))
     finally:
         os.kill(daemon, signal.SIGCONT)
     document = report_of(export)
     assert ("retrying", "libvirt_unavailable") == (document["status"], document["error"]["code"])
-    assert "no answer within 30 s" in document["error"]["message"]
+    assert "no answer within 3 s" in document["error"]["message"]

@@ -264,7 +264,11 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     assert refused(bytes(whole), tmp_path).message.endswith("has a damaged header")
 
 
-@pytest.mark.parametrize("data", [b"#!/bin/sh\n" * 100, gzip.compress(b"x" * 2000), os.urandom(2000)])
+@pytest.mark.parametrize(
+    "data",
+    [b"#!/bin/sh\n" * 100, gzip.compress(b"x" * 2000), os.urandom(2000)],
+    ids=["script", "gzip", "random"],  # which pytest would take from the bytes, and those differ each time
+)
 def test_what_is_no_tar_archive_is_called_so(tmp_path: Path, data: bytes) -> None:
     error = refused(data, tmp_path)
     assert Code.FORMAT_UNSUPPORTED == error.code

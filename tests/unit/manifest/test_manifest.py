@@ -733,6 +733,7 @@ def nested(depth: int) -> bytes:
         (nested(100_000), "m.json", Code.MANIFEST_INVALID, "deeper than 32"),
         (nested(100_000), "m.yaml", Code.MANIFEST_INVALID, "deeper than 32"),
         (b"[" * 500_000, "m.yaml", Code.MANIFEST_INVALID, "deeper than 32"),
+        (b"- " * 100_000, "m.yaml", Code.MANIFEST_INVALID, "deeper than 32"),
         (b"a: &x [1]\nb: *x", "m.yaml", Code.MANIFEST_INVALID, "anchors"),
         (b"a: *x", "m.yaml", Code.MANIFEST_INVALID, "anchors"),
         (b"a: !!python/object:os.system x", "m.yaml", Code.MANIFEST_INVALID, "tag"),

@@ -1,0 +1,163 @@
+"""libguestfs's appliance, built once for all tests, and a workshop: one that runs, whose disks are changed meanwhile.
+
+Emulated, an appliance takes ten seconds of a processor to come up. Two of them the kernel unpacks itself, so here it is
+unpacked already; and several more, for each look at a guest, its Augeas reads two hundred descriptions of files, of
+which libguestfs asks for two. That libguestfs makes its own appliance, and that this one serves, is shown by the tests
+of the installed package, of the service under systemd, and of doctor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import lzma
+import platform
+import re
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hyper2kvmd.guest.session import Session
+from hyper2kvmd.run import Tools
+from tests.cache import cached
+from tests.guests.rootfs import run
+
+LENSES = "/usr/share/augeas/lenses/dist"
+# fstab and mdadm.conf, and what their descriptions are made of
+NEEDED = {f"{name}.aug" for name in ("build", "fstab", "mdadm_conf", "rx", "sep", "util")}
+MEMORY_MB = 1280
+
+
+def fixed() -> Path:
+    """The directory of a fixed appliance of this machine's libguestfs and kernel, for LIBGUESTFS_PATH."""
+    packages = subprocess.run(["dpkg-query", "--show"], capture_output=True, text=True, check=True).stdout
+    kernels = " ".join(sorted(path.name for path in Path("/boot").glob("vmlinuz-*")))
+    ours = "".join(inspect.getsource(part) for part in (_make, unpacked))
+    recipe = "\n".join([ours, *sorted(NEEDED), packages, kernels, platform.machine()])
+    return cached("appliances", "appliance", hashlib.sha256(recipe.encode()).hexdigest()[:12], _make)
+
+
+def _make(directory: Path) -> None:
+    run("libguestfs-make-fixed-appliance", directory)
+    kernel = directory / "kernel"
+    kernel.write_bytes(unpacked(kernel.read_bytes()))
+    root = directory / "root"
+    listed = subprocess.run(
+        ["debugfs", "-R", f"ls -p {LENSES}", root], capture_output=True, text=True, check=True
+    ).stdout
+    names = set(re.findall(r"/([\w.-]+\.aug)/", listed))
+    assert names >= NEEDED, "Augeas has its descriptions elsewhere"
+    commands = "".join(f"rm {LENSES}/{name}\n" for name in sorted(names - NEEDED))
+    subprocess.run(["debugfs", "-w", "-f", "-", root], input=commands, capture_output=True, text=True, check=True)
+    for path in directory.iterdir():
+        path.chmod(0o644)
+
+
+def unpacked(kernel: bytes) -> bytes:
+    """The kernel that an x86 boot image unpacks when it starts, which QEMU starts as well; else the image."""
+    if kernel[0x202:0x206] != b"HdrS":
+        return kernel
+    offset, length = struct.unpack_from("<II", kernel, 0x248)
+    start = (kernel[0x1F1] + 1) * 512 + offset
+    packed = kernel[start : start + length]
+    if packed.startswith(b"\xfd7zXZ"):
+        return lzma.LZMADecompressor().decompress(packed)
+    if packed.startswith(b"\x28\xb5\x2f\xfd"):  # behind it stands the length
+        return subprocess.run(["zstd", "-dcq"], input=packed[:-4], stdout=subprocess.PIPE, check=True).stdout
+    return kernel
+
+
+# An appliance for many guests -------------------------------------------------------------------------------
+
+
+class Workshop:
+    """An appliance that runs on and on: what is its /dev/sda is taken out and put in as one does with a real disk.
+
+    To libguestfs and to us it is as if it had just been launched with that disk, but for the ten seconds.
+    """
+
+    def __init__(self, g: Any, monitor: Path) -> None:
+        self.g = g
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(monitor))
+        self._answers = self._socket.makefile()
+        self._answers.readline()  # a greeting
+        self._tell("qmp_capabilities")
+        self._device = self._first()
+        self._node = ""
+        self._count = 0
+
+    def put_in(self, disk: Path, format: str) -> Session:
+        """Take out the disk of before, whatever state it is in, and put in this one."""
+        self.g.umount_all()
+        self.g.vg_activate_all(False)
+        self._tell("device_del", id=self._device)
+        self._wait([])
+        if self._node:
+            self._tell("blockdev-del", **{"node-name": self._node})
+        self._count += 1
+        self._node, self._device = f"disk{self._count}", f"drive{self._count}"
+        file = {"driver": "file", "filename": str(disk)}
+        node = {"driver": format, "node-name": self._node, "file": file, "cache": {"no-flush": True}}
+        self._tell("blockdev-add", **node)
+        place = {"bus": "scsi.0", "scsi-id": 0, "lun": 0}
+        self._tell("device_add", driver="scsi-hd", drive=self._node, id=self._device, **place)
+        self._wait(["/dev/sda"])
+        self.g.debug("sh", ["udevadm settle"])
+        return Session(self.g, (disk,), Tools())
+
+    def _first(self) -> str:
+        """The disk that it was launched with, as QEMU calls it."""
+        listed = self._tell("qom-list", path="/machine/peripheral-anon")
+        paths = [f"/machine/peripheral-anon/{one['name']}" for one in listed if one["type"] == "child<scsi-hd>"]
+        (path,) = [path for path in paths if self._tell("qom-get", path=path, property="drive") == "hd0"]
+        return path
+
+    def _tell(self, command: str, **arguments: Any) -> Any:
+        """Say something to QEMU, and return its answer."""
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        while "event" in (said := json.loads(self._answers.readline())):
+            pass
+        assert "return" in said, f"{command}: {said}"
+        return said["return"]
+
+    def _wait(self, devices: Sequence[str]) -> None:
+        """Until the appliance has these disks."""
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if list(devices) == self.g.list_devices():
+                    return
+            except RuntimeError:  # it looks for the one that has just gone
+                if not devices:
+                    return
+            assert time.monotonic() < deadline, f"the appliance does not have {devices}"
+            time.sleep(0.05)
+
+
+@contextmanager
+def workshop(directory: Path, accelerator: str) -> Iterator[Workshop]:
+    """A workshop, with an empty disk in it."""
+    import guestfs
+
+    empty = directory / "empty.raw"
+    empty.write_bytes(bytes(1 << 20))
+    g = guestfs.GuestFS(python_return_dict=True)
+    try:
+        g.set_backend("direct")
+        g.set_backend_settings(["force_tcg"] if accelerator == "tcg" else [])
+        g.set_memsize(MEMORY_MB)
+        g.set_smp(2)
+        g.config("-qmp", f"unix:{directory / 'monitor'},server=on,wait=off")
+        g.add_drive_opts(str(empty), format="raw")
+        g.launch()
+        yield Workshop(g, directory / "monitor")
+        g.shutdown()
+    finally:
+        g.close()
