@@ -39,6 +39,7 @@ class OpenDisk:
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
     @property
     def path(self) -> str:
@@ -48,7 +49,8 @@ class OpenDisk:
     def unchanged(self) -> bool:
         """Whether the file is as it was when it was opened."""
         now = os.fstat(self.fd)
-        return (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns)
+        # Whoever writes to a file can put its modification time back, but not its change time.
+        return (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (self.size, self.mtime_ns, self.ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,15 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
     except MigrationError:
         os.close(file)
         raise
-    opened = OpenDisk(file, str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    opened = OpenDisk(
+        file,
+        str(path),
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
     return opened, warnings
 
 
@@ -239,14 +249,23 @@ def _unsafe(message: str, field: str) -> MigrationError:
 
 
 def check_unchanged(source: Source) -> None:
-    """Raise MigrationError (source_changed) if a file of the source was written to since it was opened."""
-    for file in (source.file, source.data):
-        if not file.unchanged():
-            raise MigrationError(
-                Code.SOURCE_CHANGED,
-                f"{file.name} was changed while it was being migrated",
-                "Nothing was published. Wait until the exporter is done, then run `hyper2kvmctl retry`.",
-            )
+    """Raise MigrationError (source_changed) if a file of the source was written to or replaced since it was opened."""
+    changed = [file for file in (source.file, source.data) if not file.unchanged()]
+    # A program that has the file mapped can write to it a while before the file's times say so.
+    if not changed and _examined(source) != source.header:
+        changed = [source.file]
+    if changed:
+        raise MigrationError(
+            Code.SOURCE_CHANGED,
+            f"{changed[0].name} was changed while it was being migrated",
+            "Nothing was published. Wait until the exporter is done, then run `hyper2kvmctl retry`.",
+        )
+
+
+def _examined(source: Source) -> Header | None:
+    with contextlib.suppress(MigrationError):
+        return examine(source.file.fd, source.file.size, source.disk.format, source.name)
+    return None
 
 
 def verify_checksum(source: Source, cancel: threading.Event, on_progress: Callable[[float], None]) -> str:
