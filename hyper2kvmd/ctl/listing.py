@@ -87,8 +87,8 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
 
 
 def find(name: str, config: Settings) -> Path | None:
-    """The export that a person means: a directory, its name below the exports directory, or a VM's name."""
-    if "/" in name or Path(name).is_dir():
+    """The export that a person means: its name below the exports directory, a VM's name, or a directory."""
+    if "/" in name:
         return Path(name).resolve() if Path(name).is_dir() else None
     for export in (exports := facts.exports(config)[0]):
         if export.name == name:
@@ -98,7 +98,8 @@ def find(name: str, config: Settings) -> Path | None:
             report = facts.read_report(export)
             if report and report.get("vm_name") == name:
                 return export
-    return None
+    # Last: what lies in the working directory by chance must not hide an export.
+    return Path(name).resolve() if Path(name).is_dir() else None
 
 
 def _row(export: Path, config: Settings) -> tuple[Path, State | Literal["unreadable"], Finding | None] | None:

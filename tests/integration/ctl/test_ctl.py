@@ -103,6 +103,20 @@ def test_show_finds_an_export_by_its_name_its_path_and_its_vm(
     assert "no export of this name" in missing.stderr
 
 
+def test_an_export_goes_before_a_directory_of_that_name_where_one_stands(
+    ctl: Any, make_export: MakeExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = make_export("web01", source={"provider": "v", "vm_id": "1", "vm_name": "webserver"})
+    assert 0 == ctl("migrate", export).returncode
+    here = tmp_path / "here"
+    for name in ("web01", "webserver", "other"):
+        (here / name).mkdir(parents=True)
+    monkeypatch.chdir(here)
+    found = {name: json.loads(ctl("show", "--json", name).stdout)["export"] for name in ("web01", "webserver", "other")}
+    assert {"web01": str(export), "webserver": str(export), "other": str(here / "other")} == found
+    assert str(here / "web01") == json.loads(ctl("show", "--json", "./web01").stdout)["export"]
+
+
 def test_validate_lists_everything_at_once(ctl: Any, make_export: MakeExport) -> None:
     export = make_export()
     path = export / "manifest.json"
