@@ -16,7 +16,7 @@ from hyper2kvmd.daemon.runner import Runner, stop_all
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.queue import facts
-from hyper2kvmd.queue.state import FINAL, State, state_of
+from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
 from hyper2kvmd.settings.model import Network, Section, Settings
 
 POLL_SECONDS = 0.2
@@ -132,7 +132,11 @@ def run(
 
 
 def _look(entry: BatchEntry, settings: Settings) -> None:
-    look = facts.look(entry.export, settings)
+    look = facts.look_or_reason(entry.export, settings)
+    if not isinstance(look, Facts):
+        gone = Finding(Code.DISK_MISSING, f"{entry.export} is gone", "Put it back, and run the batch again.")
+        entry.state, entry.reason = State.FAILED, look or gone
+        return
     entry.state, entry.reason = state_of(look, settings, time.time())
     entry.due = look.settled_since + settings.settle_seconds if entry.state == State.WAITING else 0.0
 

@@ -24,6 +24,7 @@ class Code(StrEnum):
     MANIFEST_CHANGED = "manifest_changed"
     EXPORT_UNSAFE = "export_unsafe"
     EXPORT_UNWRITABLE = "export_unwritable"
+    EXPORT_INCOMPLETE = "export_incomplete"
     DISK_MISSING = "disk_missing"
     DISK_SIZE = "disk_size"
     SOURCE_CHANGED = "source_changed"
@@ -87,6 +88,7 @@ MEANING: dict[Code, Meaning] = {
     Code.MANIFEST_CHANGED: Meaning(Outcome.BLOCKED, "the report beside the manifest belongs to another manifest"),
     Code.EXPORT_UNSAFE: Meaning(Outcome.REJECTED, "the export names a file outside itself, or is a symbolic link"),
     Code.EXPORT_UNWRITABLE: Meaning(Outcome.RETRY, "the lock and the report cannot be written into the export"),
+    Code.EXPORT_INCOMPLETE: Meaning(Outcome.RETRY, "a disk of the export is still being written", patient=True),
     Code.DISK_MISSING: Meaning(Outcome.FAILED, "a disk that the manifest names is not in the export"),
     Code.DISK_SIZE: Meaning(Outcome.FAILED, "a disk is shorter than the manifest or its own header says"),
     Code.SOURCE_CHANGED: Meaning(Outcome.FAILED, "a disk changed while it was being migrated"),

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 
@@ -47,9 +47,39 @@ def open_file(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> int
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
 
 
+def inside(path: str, directory: Path) -> str:
+    """Where in `directory` a path is that a file there names: an absolute one leads nowhere else.
+
+    One that is not in the directory is stale; then its last part is what counts.
+    """
+    if not path.startswith("/"):
+        return path
+    pure = PurePosixPath(path)
+    below = pure.is_relative_to(directory) and pure != PurePosixPath(directory)
+    return str(pure.relative_to(directory)) if below else pure.name
+
+
+def open_directory_of(dir_fd: int, path: str) -> int:
+    """A descriptor of the directory that a relative path's last part is in. Raise OSError; no link is followed."""
+    fd = os.dup(dir_fd)
+    for part in PurePosixPath(path).parts[:-1]:
+        try:
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        finally:
+            os.close(fd)
+        fd = inner
+    return fd
+
+
 def create_file(path: str | os.PathLike[str], mode: int, *, dir_fd: int | None = None) -> int:
     """A descriptor for writing to a file that did not exist. Raise OSError, also for a link of that name."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+
+
+# What we write into an export, finished or not.
+OURS = re.compile(
+    r"\.hyper2kvmd\..*|\.?migration-report(\.\d+)?\.json(\.\d+\.tmp)?|\.?boot-test\.(log|png)(\.\d+\.tmp)?"
+)
 
 
 def timestamp(seconds: float) -> str:

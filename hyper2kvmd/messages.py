@@ -16,6 +16,7 @@ class Kind(StrEnum):
     CONFIG_BAD = "config_bad"
     EXPORTS_UNREADABLE = "exports_unreadable"
     RUNNER_DIED = "runner_died"
+    TASK_FAILED = "task_failed"
     CLAIMED = "claimed"
     STAGE_STARTED = "stage_started"
     STAGE_ENDED = "stage_ended"
@@ -79,6 +80,12 @@ CATALOG: dict[Kind, CatalogEntry] = {
         "The process of a job died",
         "The job is started again after a delay, and goes on behind its last finished step. If it dies again and again,"
         " look for what kills it: `journalctl -k`, the memory of the host.",
+    ),
+    Kind.TASK_FAILED: CatalogEntry(
+        "067c62030d4e4c218ccca895bd4de38d",
+        "A periodic task of the daemon failed",
+        "It prunes every hour, and tells of jobs that are over. The task is run again, but what it left undone piles"
+        " up: run `hyper2kvmctl prune` or `hyper2kvmctl notify` by hand to see why it fails.",
     ),
     Kind.CLAIMED: CatalogEntry(
         "1e58c28676bf4a3899bffcf0be9974e5",

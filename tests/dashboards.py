@@ -533,6 +533,7 @@ def host() -> Json:
                 " told yet, or were given up.",
                 "none",
                 (f"sum by (reason) ({increase('scan_errors_total')})", "scan error: {{reason}}"),
+                (f"sum by (task) ({increase('task_failures_total')})", "failed task: {{task}}"),
                 (f"sum by (reason) ({increase('watcher_restarts_total')})", "watch anew: {{reason}}"),
                 (f"sum({increase('watcher_warnings_total')})", "watch warning"),
                 (f"sum by (outcome) ({increase('claims_total', outcome='busy|failed|lost')})", "claim: {{outcome}}"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 
+@cache
 def _yardstick() -> float:
     """Seconds of processor time for a fixed piece of work, which takes a second where these tests were written."""
     best = float("inf")

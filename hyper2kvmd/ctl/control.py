@@ -16,7 +16,7 @@ from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND
 from hyper2kvmd.queue import facts, requests
 from hyper2kvmd.queue.claim import Busy, claim_export
 from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD
-from hyper2kvmd.queue.state import FINAL, State
+from hyper2kvmd.queue.state import FINAL, Facts, State
 from hyper2kvmd.settings.model import Settings
 
 # A runner looks for requests twice a second and has its tools ended within ten; NFS may show a file late.
@@ -164,7 +164,8 @@ def resume(options: argparse.Namespace, config: Settings) -> int:
 
 
 def _running(config: Settings) -> list[Path]:
-    return [export for export in facts.exports(config)[0] if state_now(export, config) == State.RUNNING]
+    looks = ((export, facts.look_or_reason(export, config)) for export in facts.exports(config)[0])
+    return [export for export, look in looks if isinstance(look, Facts) and look.held]
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:

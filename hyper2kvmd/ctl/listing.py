@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +44,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 def list_exports(options: argparse.Namespace, config: Settings) -> int:
     """Print a table of all exports."""
-    rows = [_describe(export, config) for export in facts.exports(config)[0]]
+    rows = [row for export in facts.exports(config)[0] if (row := _row(export, config)) is not None]
     if options.json:
         print_json([{"export": str(export), "state": state, **_reason(finding)} for export, state, finding in rows])
         return EXIT_DONE
@@ -51,7 +52,8 @@ def list_exports(options: argparse.Namespace, config: Settings) -> int:
     for heading in ("EXPORT", "STATE", "REASON"):
         table.add_column(heading, overflow="fold")
     for export, state, finding in rows:
-        table.add_row(export.name, state, finding.message if finding else "", style=STYLE.get(state))
+        style = "red" if state == "unreadable" else STYLE.get(state)
+        table.add_row(export.name, state, finding.message if finding else "", style=style)
     Console().print(table)
     return EXIT_DONE
 
@@ -85,17 +87,27 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
 
 
 def find(name: str, config: Settings) -> Path | None:
-    """The export that a person means: a directory, its name below the exports directory, or a VM's name."""
-    if "/" in name or Path(name).is_dir():
+    """The export that a person means: its name below the exports directory, a VM's name, or a directory."""
+    if "/" in name:
         return Path(name).resolve() if Path(name).is_dir() else None
     for export in (exports := facts.exports(config)[0]):
         if export.name == name:
             return export
     for export in exports:
-        report = facts.read_report(export)
-        if report and report.get("vm_name") == name:
-            return export
-    return None
+        with contextlib.suppress(OSError):  # one that cannot be read has no name
+            report = facts.read_report(export)
+            if report and report.get("vm_name") == name:
+                return export
+    # Last: what lies in the working directory by chance must not hide an export.
+    return Path(name).resolve() if Path(name).is_dir() else None
+
+
+def _row(export: Path, config: Settings) -> tuple[Path, State | Literal["unreadable"], Finding | None] | None:
+    """One row of the list; None for an export that is gone."""
+    found = facts.look_or_reason(export, config)
+    if isinstance(found, Finding):
+        return export, "unreadable", found
+    return None if found is None else (export, *state_of(found, config, time.time()))
 
 
 def _describe(export: Path, config: Settings) -> tuple[Path, State, Finding | None]:

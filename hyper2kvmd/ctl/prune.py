@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hyper2kvmd.ctl.output import print_json
+from hyper2kvmd.ctl.output import print_json, refuse, refused
+from hyper2kvmd.errors import Finding
 from hyper2kvmd.exits import EXIT_DONE
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import job_id
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.claim import Busy, claim_export
 from hyper2kvmd.queue.names import LOG
-from hyper2kvmd.queue.state import FINAL, State, state_of
+from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
 from hyper2kvmd.settings.model import Settings
 
 
@@ -33,24 +35,35 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 def prune(options: argparse.Namespace, config: Settings) -> int:
     """Remove what nobody needs: left-overs of jobs that are over, old logs, reports of earlier runs."""
     removed = []
+    status = EXIT_DONE
     for path, remove in _prunable(config, time.time()):
+        try:
+            if not options.dry_run:
+                remove()
+        except OSError as error:  # the others can be removed all the same
+            status = refuse(*refused(error, path.parent))
+            continue
         removed.append(str(path))
-        if not options.dry_run:
-            remove()
         if not options.json:
             print(f"{'would remove' if options.dry_run else 'removed'} {path}")
     if options.json:
         print_json({"dry_run": options.dry_run, "removed": removed})
-    return EXIT_DONE
+    return status
 
 
 def _prunable(config: Settings, now: float) -> Iterator[tuple[Path, Callable[[], object]]]:
     exports = facts.exports(config)[0]
     needed = set()
+    unknown = set()  # the beginnings of the jobs' names whose exports cannot be looked at
     oldest = now - config.retention.work_days * 86400
     over: dict[str, Path] = {}
     for export in exports:
-        look = facts.look(export, config)
+        look = facts.look_or_reason(export, config)
+        if isinstance(look, Finding):
+            print(f"hyper2kvmctl: {look.message}; what it left is kept. {look.hint}", file=sys.stderr)
+            unknown.add(job_id(export, "").rpartition("-")[0])
+        if not isinstance(look, Facts):
+            continue
         state, _ = state_of(look, config, now)
         job = job_id(export, look.manifest_sha256 or "")
         work_dir = config.work_dir / job
@@ -63,13 +76,15 @@ def _prunable(config: Settings, now: float) -> Iterator[tuple[Path, Callable[[],
     with contextlib.suppress(FileNotFoundError):
         for work_dir in sorted(config.work_dir.iterdir()):
             # One whose export is not here may belong to somebody else: a daemon on another directory, a job by hand.
-            idle = work_dir.name in over or (work_dir.name not in needed and work_dir.stat().st_mtime < oldest)
+            kept = work_dir.name in needed or work_dir.name.rpartition("-")[0] in unknown
+            idle = work_dir.name in over or (not kept and work_dir.stat().st_mtime < oldest)
             if idle and work_dir.is_dir() and not steps.in_use(work_dir):
                 yield work_dir, partial(_abandon, work_dir, over.get(work_dir.name))
     for directory in (config.output_dir, *config.output.allowed_dirs):
         for path in sorted(directory.glob(".*.partial")):
             with contextlib.suppress(FileNotFoundError):
-                known = any(f".{job}." in path.name for job in needed)
+                names = [*(f".{job}." for job in needed), *(f".{job}-" for job in unknown)]
+                known = any(name in path.name for name in names)
                 if not known and path.stat().st_mtime < oldest:
                     yield path, partial(path.unlink, missing_ok=True)
 

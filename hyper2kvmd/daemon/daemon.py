@@ -25,7 +25,7 @@ from hyper2kvmd.daemon.systemd import STATUS_LIMIT, Notifier
 from hyper2kvmd.daemon.watch import POLL_SECONDS, Scan, Scanner, Watch
 from hyper2kvmd.daemon.web import Web
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
-from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
+from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.notify import outbox
@@ -93,8 +93,10 @@ class Daemon:
         self._settling: dict[Path, tuple[float, float]] = {}
         self._last_status = ""
         self._rested_at = 0.0  # when the next look may be taken at the earliest (monotonic)
-        self._prune = PeriodicTask("prune", PRUNE_SECONDS)
-        self._notify = PeriodicTask("notify", NOTIFY_SECONDS)
+        self._prune = PeriodicTask("prune", PRUNE_SECONDS, metrics.task_failed)
+        self._notify = PeriodicTask(
+            "notify", NOTIFY_SECONDS, metrics.task_failed, (EXIT_DONE, EXIT_FAILED, EXIT_BUSY)
+        )  # a receiver that fails has metrics of its own
         # systemd is told twice as often as it asks for.
         interval = self._notifier.watchdog_interval()
         self.health = Health(lambda: self.settings, None if interval is None else 2 * interval)

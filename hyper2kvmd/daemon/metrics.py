@@ -159,7 +159,11 @@ class Metrics:
         self.watcher_warnings = self._counter(
             "watcher_warnings", "Warnings of the library that watches, such as that its queue was full."
         )
+        self.task_failures = self._counter(
+            "task_failures", "Times that a task which the daemon has done now and then (prune, notify) failed.", "task"
+        )
         _initialise(self.scan_errors, ("directory", "export"))
+        _initialise(self.task_failures, ("prune", "notify"))
         _initialise(self.watcher_restarts, ("died", "replaced", "settings"))
 
     def _declare_health(self) -> None:
@@ -300,6 +304,10 @@ class Metrics:
             self.watcher_warnings.inc()
         else:
             self.watcher_restarts.labels(what).inc()
+
+    def task_failed(self, task: str) -> None:
+        """Note that a periodic task failed."""
+        self.task_failures.labels(task).inc()
 
     def reload(self, *, accepted: bool) -> None:
         """Note a reload, or the start, which is the first one."""

@@ -15,6 +15,7 @@ import structlog
 from watchdog.events import DirCreatedEvent, DirMovedEvent, FileClosedEvent, FileMovedEvent, FileSystemEvent
 from watchdog.observers import Observer
 
+from hyper2kvmd.errors import Finding
 from hyper2kvmd.queue import facts, requests
 from hyper2kvmd.queue.names import LOCK, REPORT
 from hyper2kvmd.queue.state import Facts
@@ -211,12 +212,11 @@ class Scanner:
             return Scan({}, {}, (), trouble, False, settings, time.monotonic() - began)
         for export in exports:
             self._step = (export, time.monotonic())
-            try:
-                looks[export] = facts.look(export, settings)
-            except FileNotFoundError:
-                pass  # moved away while we looked
-            except OSError as error:
-                unreadable[export] = str(error)
+            found = facts.look_or_reason(export, settings)
+            if isinstance(found, Finding):
+                unreadable[export] = found.message
+            elif found is not None:
+                looks[export] = found
         return Scan(looks, unreadable, tuple(ignored), "", draining, settings, time.monotonic() - began)
 
 

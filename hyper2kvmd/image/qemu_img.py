@@ -13,7 +13,7 @@ from pathlib import Path
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import create_file
 from hyper2kvmd.image.publish import output_exists
-from hyper2kvmd.image.source import Source
+from hyper2kvmd.image.source import Source, check_unchanged
 from hyper2kvmd.run import Done, Tools
 
 # A hostile header that slipped through must not take the machine's memory or an hour of its time.
@@ -57,6 +57,12 @@ def check_source(tools: Tools, source: Source) -> None:
         raise _damaged(source, done.stdout + done.stderr)
 
 
+def _unchanged(source: Source) -> str:
+    """The source as a name for qemu, if it is still what was examined. Raise MigrationError (source_changed)."""
+    check_unchanged(source)
+    return source.node
+
+
 # qemu-img check: 0 sound, 1 could not be checked, 2 damaged, 3 only wasted space, 63 the format has no check.
 _CHECKED = (0, 1, 2, 3, 63)
 _SOUND = (0, 3, 63)
@@ -75,7 +81,7 @@ def _damaged(source: Source, output: str) -> MigrationError:
 def measure(tools: Tools, source: Source, format: str) -> int:
     """The bytes that the source will take when converted to `format`, uncompressed and without a fix."""
     done = tools.run(
-        "qemu-img", "measure", "--output=json", "-O", format, source.node, limits=WORK_LIMITS
+        "qemu-img", "measure", "--output=json", "-O", format, _unchanged(source), limits=WORK_LIMITS
     )  # fmt: skip
     sizes = json.loads(done.stdout)
     # Raw files are written with holes, so that they take what a qcow2 takes, about.
@@ -86,7 +92,7 @@ def create_overlay(tools: Tools, overlay: Path, source: Source) -> None:
     """Create a qcow2 file that starts as the source, and takes all writes in its place."""
     overlay.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     tools.run(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-b", source.node, "-F", source.header.format,
+        "qemu-img", "create", "-q", "-f", "qcow2", "-b", _unchanged(source), "-F", source.header.format,
         overlay, str(source.virtual_size), limits=WORK_LIMITS,
     )  # fmt: skip
 
@@ -110,6 +116,7 @@ def convert(
     `on_progress` gets the ratio done, from 0 to 1. Raise MigrationError or Cancelled; then the caller removes
     `target`, which looks like an image and is none.
     """
+    node = _unchanged(source)
     try:
         # Ours and nobody else's: qemu-img would follow a link that somebody put there.
         os.close(create_file(target, 0o600))
@@ -124,7 +131,7 @@ def convert(
             # Measured on a streamOptimized VMDK with 900 MiB in it: zstd 6 s, zlib 13 s, zstd with clusters written
             # out of order 3.4 s. Uncompressed, neither -W nor more coroutines than the default gain anything.
             *(("-c", "-W", "-o", "compression_type=zstd") if compress and format == "qcow2" else ()),
-            source.node, target,
+            node, target,
             on_output=_Progress(on_progress), limits=WORK_LIMITS,
         )  # fmt: skip
     except MigrationError as error:
@@ -193,7 +200,7 @@ def compare(tools: Tools, source: Source, overlay: Path | None, target: Path, fo
 
     Raise MigrationError (validation_failed).
     """
-    expected: tuple[str | Path, ...] = (source.node,)
+    expected: tuple[str | Path, ...] = (_unchanged(source),)
     if overlay is not None:
         # After a commit it lies on the target, and would be compared with itself.
         _rebase(tools, overlay, source.node, source.header.format)

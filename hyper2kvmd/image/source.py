@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import stat
 import threading
 from collections.abc import Callable, Sequence
@@ -20,14 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hyper2kvmd.errors import Cancelled, Code, Collected, Finding, MigrationError
-from hyper2kvmd.files import open_file
+from hyper2kvmd.files import OURS, inside, open_directory_of, open_file
 from hyper2kvmd.image.header import examine
 from hyper2kvmd.image.header.reader import Header
 from hyper2kvmd.manifest import Disk
 
 DEPTH_LIMIT = 4
 BLOCK = 4 << 20
-_OURS = re.compile(r"\.hyper2kvmd\..*|migration-report(\.\d+)?\.json")
 _FINISH_EXPORT = "Copy it there, or export the VM again. `hyper2kvmctl manifest relocate` changes paths in a manifest."
 
 
@@ -41,6 +39,7 @@ class OpenDisk:
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
     @property
     def path(self) -> str:
@@ -50,7 +49,8 @@ class OpenDisk:
     def unchanged(self) -> bool:
         """Whether the file is as it was when it was opened."""
         now = os.fstat(self.fd)
-        return (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns)
+        # Whoever writes to a file can put its modification time back, but not its change time.
+        return (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (self.size, self.mtime_ns, self.ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -177,25 +177,18 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
     beside the manifest. Raise MigrationError (disk_missing, export_unsafe, io_error).
     """
     warnings: tuple[Finding, ...] = ()
-    path = PurePosixPath(local_path)
-    if path.is_absolute():
-        if path.is_relative_to(export_dir) and path != PurePosixPath(export_dir):
-            path = path.relative_to(export_dir)
-        else:
-            path = PurePosixPath(path.name)
-            message = f"{local_path} is outside of the export: using {path} beside the manifest"
-            warnings = (Finding("path_stale", message, "Nothing to do if that is the right file.", field),)
+    path = PurePosixPath(inside(local_path, export_dir))
+    if local_path.startswith("/") and not PurePosixPath(local_path).is_relative_to(export_dir):
+        message = f"{local_path} is outside of the export: using {path} beside the manifest"
+        warnings = (Finding("path_stale", message, "Nothing to do if that is the right file.", field),)
     if not path.parts or ".." in path.parts or len(path.parts) > DEPTH_LIMIT:
         raise _unsafe(f"{local_path} does not name a file inside {export_dir}", field)
-    if _OURS.fullmatch(path.name):
+    if OURS.fullmatch(path.name):
         raise _unsafe(f"{local_path} is a file of hyper2kvmd, not a disk", field)
     full = export_dir / path
-    fd = os.dup(export_fd)
+    fd = -1
     try:
-        for part in path.parts[:-1]:
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            os.close(fd)
-            fd = inner
+        fd = open_directory_of(export_fd, str(path))
         # Looked at first because opening can have effects: a tape rewinds, a FIFO wakes its writer.
         _check_plain(os.stat(path.name, dir_fd=fd, follow_symlinks=False), full, field)
         file = open_file(path.name, dir_fd=fd)
@@ -211,14 +204,23 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
         message = f"{full} cannot be opened: {error.strerror}"
         raise MigrationError(Code.IO_ERROR, message, "Look at that file system.", field=field) from None
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
     status = os.fstat(file)
     try:
         _check_plain(status, full, field)
     except MigrationError:
         os.close(file)
         raise
-    opened = OpenDisk(file, str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    opened = OpenDisk(
+        file,
+        str(path),
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
     return opened, warnings
 
 
@@ -247,14 +249,23 @@ def _unsafe(message: str, field: str) -> MigrationError:
 
 
 def check_unchanged(source: Source) -> None:
-    """Raise MigrationError (source_changed) if a file of the source was written to since it was opened."""
-    for file in (source.file, source.data):
-        if not file.unchanged():
-            raise MigrationError(
-                Code.SOURCE_CHANGED,
-                f"{file.name} was changed while it was being migrated",
-                "Nothing was published. Wait until the exporter is done, then run `hyper2kvmctl retry`.",
-            )
+    """Raise MigrationError (source_changed) if a file of the source was written to or replaced since it was opened."""
+    changed = [file for file in (source.file, source.data) if not file.unchanged()]
+    # A program that has the file mapped can write to it a while before the file's times say so.
+    if not changed and _examined(source) != source.header:
+        changed = [source.file]
+    if changed:
+        raise MigrationError(
+            Code.SOURCE_CHANGED,
+            f"{changed[0].name} was changed while it was being migrated",
+            "Nothing was published. Wait until the exporter is done, then run `hyper2kvmctl retry`.",
+        )
+
+
+def _examined(source: Source) -> Header | None:
+    with contextlib.suppress(MigrationError):
+        return examine(source.file.fd, source.file.size, source.disk.format, source.name)
+    return None
 
 
 def verify_checksum(source: Source, cancel: threading.Event, on_progress: Callable[[float], None]) -> str:

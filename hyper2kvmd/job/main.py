@@ -112,7 +112,7 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
         log.info("interrupted; the next attempt goes on", kind=Kind.INTERRUPTED)
         return EXIT_TEMPORARY
     except MigrationError as problem:
-        error = problem
+        error = _arriving(job, look, problem) or problem
     except OSError as problem:
         error = _from_os(problem)
     except Exception as problem:  # the only one: a defect ends the job, with its trace in the journal
@@ -123,6 +123,29 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
             "This is a defect in hyper2kvmd; please report it with the trace from the journal.",
         )
     return _conclude(job, claim, manifest, look, began, error, sources)
+
+
+# What a disk looks like of which only the beginning is there.
+_CUT_OFF = frozenset({Code.DISK_MISSING, Code.DISK_SIZE, Code.FORMAT_MISMATCH, Code.IMAGE_CORRUPT}) | {
+    *(Code.CHECKSUM_MISMATCH, Code.SOURCE_CHANGED),
+}
+
+
+def _arriving(job: Job, before: Facts, error: MigrationError) -> MigrationError | None:
+    """What is really wrong, if it is a disk that got longer since the job began: somebody is still copying it."""
+    if error.code not in _CUT_OFF:
+        return None
+    sizes = dict(before.sizes)
+    for path, size in facts.look(job.export.directory, job.settings).sizes:
+        if size > sizes.get(path, 0):
+            return MigrationError(
+                Code.EXPORT_INCOMPLETE,
+                f"{job.export.directory / path} is still being written: it had {sizes.get(path, 0)} bytes when the job"
+                f" began, and has {size} now",
+                "Nothing is to be done: it is tried again by itself. Copy an export beside exports_dir and move it in"
+                " (`mv`) to have it seen when it is whole.",
+            )
+    return None
 
 
 def _be_nice(settings: Settings, tools: Tools) -> None:

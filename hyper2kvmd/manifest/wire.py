@@ -261,7 +261,7 @@ class Table(BaseModel):
 
 
 class Wish(BaseModel):
-    """What tells us what to do: an unknown key could be an order that we would not follow, so it is an error."""
+    """What tells us what to do. An unknown key is an error in the settings; of a manifest, reader.py takes it out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -370,6 +370,7 @@ class Fix(Wish):
         None, description="stabilize-all, bypath-only or noop"
     )
     remove_vmware_tools: Flag = None
+    enable_rdp: Flag = None
 
 
 class Convert(Wish):

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
+import re
 import stat
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.files import open_directory, open_file
+from hyper2kvmd.files import (
+    OURS,
+    REMEDIES,
+    explained,
+    inside,
+    open_directory,
+    open_directory_of,
+    open_file,
+    trouble,
+)
 from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
 from hyper2kvmd.queue.claim import probe
 from hyper2kvmd.queue.names import REPORT
@@ -32,6 +45,8 @@ def look(directory: Path, settings: Settings) -> Facts:
         held, crashes, began_at = probe(fd)
         request = pending(fd)
         name, data, problem, newest = _read_manifest(fd, directory, settings.manifest_names)
+        entries, written = _entries(fd)
+        newest = max(newest, written)
         report = _read_report(fd)
         if name is None:
             # A report can outlive its manifest; without either there is nothing to do yet.
@@ -44,15 +59,34 @@ def look(directory: Path, settings: Settings) -> Facts:
         if data is None:
             return found
         paths, problem = _disk_paths(data, name)
-        missing, newest = _look_disks(fd, paths, newest)
+        missing, sizes, newest = _look_disks(fd, [inside(path, directory) for path in paths], newest)
         if missing:
             problem = Finding(
                 Code.DISK_MISSING, f"{directory / missing[0]} is not there yet", "Waiting for the exporter."
             )
+        elif copying := _copying(entries, {name, *(os.path.basename(path) for path in paths)}):
+            missing = (copying,)
+            problem = Finding(
+                Code.DISK_MISSING, f"{directory / copying} is still being copied", "Waiting until it has its name."
+            )
         unreadable = problem is not None and problem.code == Code.MANIFEST_UNREADABLE
-        return replace(found, problem=problem, unreadable=unreadable, missing=missing, settled_since=newest)
+        return replace(
+            found, problem=problem, unreadable=unreadable, missing=missing, settled_since=newest, sizes=sizes
+        )
     finally:
         os.close(fd)
+
+
+def look_or_reason(directory: Path, settings: Settings) -> Facts | Finding | None:
+    """What a look at one export found, or why nobody can look at it; None if it is gone. One does not hide others."""
+    try:
+        return look(directory, settings)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        remedy = REMEDIES[trouble(error)]
+        hint = f"{remedy[0].upper()}{remedy[1:]}."
+        return Finding(Code.IO_ERROR, f"{explained(error, directory)}: the export cannot be looked at", hint)
 
 
 def exports(settings: Settings) -> tuple[list[Path], list[str]]:
@@ -97,7 +131,7 @@ def read_report(directory: Path, name: str = REPORT) -> dict[str, Any] | None:
 def _read_manifest(
     dir_fd: int, directory: Path, names: tuple[str, ...]
 ) -> tuple[str | None, bytes | None, Finding | None, float]:
-    """Name, bytes, problem and modification time of the first manifest that is there."""
+    """Name, bytes and problem of the first manifest that is there, and when it was written."""
     for name in names:
         try:
             fd = open_file(name, dir_fd=dir_fd)
@@ -113,20 +147,20 @@ def _read_manifest(
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
-                return name, None, _unsafe_manifest(directory / name, "is not a regular file"), status.st_mtime
+                return name, None, _unsafe_manifest(directory / name, "is not a regular file"), _written(status)
             if status.st_nlink != 1:
-                return name, None, _unsafe_manifest(directory / name, "has a second name (hard link)"), status.st_mtime
+                return name, None, _unsafe_manifest(directory / name, "has a second name (hard link)"), _written(status)
             if status.st_size > SIZE_LIMIT:
                 finding = Finding(
                     Code.MANIFEST_INVALID,
                     f"{directory / name} has {status.st_size} bytes; a manifest has at most {SIZE_LIMIT}",
                     "This is not a manifest. Export the VM again.",
                 )
-                return name, None, finding, status.st_mtime
+                return name, None, finding, _written(status)
             data = bytearray()
             while block := os.read(fd, SIZE_LIMIT + 1 - len(data)):
                 data += block
-            return name, bytes(data), None, status.st_mtime
+            return name, bytes(data), None, _written(status)
         finally:
             os.close(fd)
     return None, None, None, 0.0
@@ -147,24 +181,62 @@ def _disk_paths(data: bytes, name: str) -> tuple[tuple[str, ...], Finding | None
         return (), error.finding()
 
 
-def _look_disks(dir_fd: int, paths: tuple[str, ...], newest: float) -> tuple[tuple[str, ...], float]:
-    """Which disks are not there, and the newest modification time of those that are.
+def _entries(dir_fd: int) -> tuple[list[str], float]:
+    """The names in an export that are not ours, and when the newest of them was written, renamed or given its times.
+
+    The change time tells what tools hide that keep old modification times, such as `cp -p`, `rsync -a` and unzip.
+    """
+    names, newest = [], 0.0
+    with os.scandir(dir_fd) as entries:
+        for entry in itertools.islice((entry for entry in entries if not OURS.fullmatch(entry.name)), _ENTRY_LIMIT):
+            with contextlib.suppress(OSError):  # gone since it was listed
+                status = entry.stat(follow_symlinks=False)
+                newest = max(newest, _written(status))
+            names.append(entry.name)
+    return names, newest
+
+
+def _written(status: os.stat_result) -> float:
+    return max(status.st_mtime, status.st_ctime)
+
+
+def _copying(names: Iterable[str], wanted: Container[str]) -> str | None:
+    """The first temporary name, of those that tools give to what they copy, of a file that is wanted."""
+    for name in names:
+        found = _TEMPORARY.fullmatch(name)
+        if found and (found["name"] or found["other"] or "") in wanted:
+            return name
+    return None
+
+
+# What rsync, and programs for scp and sftp, call a file until it is complete.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[A-Za-z0-9]{6}|(?P<other>.+)\.(?:filepart|part|partial)")
+_ENTRY_LIMIT = 1000  # of an export; a hostile one could have millions
+
+
+def _look_disks(
+    dir_fd: int, paths: Iterable[str], newest: float
+) -> tuple[tuple[str, ...], tuple[tuple[str, int], ...], float]:
+    """Which disks are not there; those that are, with their sizes; and when the newest of these was written.
 
     Only whether they can be migrated is decided later, under the claim; here a name that is there is enough.
     """
-    missing = []
+    missing, sizes = [], []
     for path in paths:
-        for candidate in (path, os.path.basename(path)):
+        if ".." in path.split("/"):
+            continue  # the runner says what is wrong with it
+        try:
+            fd = open_directory_of(dir_fd, path)
             try:
-                # An absolute path ignores dir_fd, which is what the exporter means by it.
-                status = os.stat(candidate, dir_fd=dir_fd, follow_symlinks=False)
-            except (OSError, ValueError):
-                continue
-            newest = max(newest, status.st_mtime)
-            break
-        else:
+                status = os.stat(os.path.basename(path), dir_fd=fd, follow_symlinks=False)
+            finally:
+                os.close(fd)
+        except (OSError, ValueError):
             missing.append(os.path.basename(path))
-    return tuple(missing), newest
+            continue
+        sizes.append((path, status.st_size))
+        newest = max(newest, _written(status))
+    return tuple(missing), tuple(sizes), newest
 
 
 def _read_report(dir_fd: int, name: str = REPORT) -> dict[str, Any] | None:

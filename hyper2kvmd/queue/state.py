@@ -34,7 +34,8 @@ FINAL = frozenset({State.BLOCKED, State.SUCCEEDED, State.FAILED, State.REJECTED,
 class Facts:
     """What one look at an export found; the state follows from this and the time alone.
 
-    Times are seconds since the epoch. `settled_since` is the newest modification of manifest and disks.
+    Times are seconds since the epoch. `settled_since` is when the newest file of the export was written, or renamed.
+    `sizes` are those of the disks that are there, by their paths inside the export.
     """
 
     manifest: str | None
@@ -52,6 +53,7 @@ class Facts:
     report_finding: Finding | None = None
     next_attempt_at: float | None = None
     finished_at: float | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
 
 
 def state_of(facts: Facts, settings: Settings, now: float) -> tuple[State, Finding | None]:

@@ -81,7 +81,7 @@ def export_with(scratch: Settings, put: Callable[[Path], Path], format: str, **c
         ({"manifest_version": "2.0"}, "manifest_invalid", ["manifest_version", "2.0"]),
         ({"disks": []}, "manifest_invalid", ["disk"]),
         ({"source": {"vm_name": "../../x", "vm_id": "1", "provider": "v"}}, "manifest_invalid", ["../../x"]),
-        ({"pipeline": {"convert": {"enabled": True, "compres": True}}}, "manifest_invalid", ["compres"]),
+        ({"pipeline": {"convert": {"enabled": True, "compress": "yes"}}}, "manifest_invalid", ["compress", "yes"]),
         ({"output": {"directory": "/etc"}}, "output_denied", ["/etc"]),
     ],
 )

@@ -41,7 +41,7 @@ complete -c hyper2kvmctl -n '__fish_seen_subcommand_from batch' -l json -d 'prin
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from batch' -l config -r -F -d 'settings file (default: /etc/hyper2kvmd/hyper2kvmd.yaml)'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from batch' -l set -r -F -d 'override a setting, for example --set workers=4 or --set libvirt.import=false'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from validate' -s h -l help -d 'show this help message and exit'
-complete -c hyper2kvmctl -n '__fish_seen_subcommand_from validate' -l strict -d 'compute the checksums too, which reads every disk'
+complete -c hyper2kvmctl -n '__fish_seen_subcommand_from validate' -l strict -d 'compute the checksums too, which reads every disk; and take a key that nobody knows for an error'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from validate' -l json -d 'print JSON and nothing else on standard output'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from validate' -l config -r -F -d 'settings file (default: /etc/hyper2kvmd/hyper2kvmd.yaml)'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from validate' -l set -r -F -d 'override a setting, for example --set workers=4 or --set libvirt.import=false'

@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
 from hyper2kvmd.queue.state import state_of
 from hyper2kvmd.settings.model import Settings
-from tests.conftest import Ctl, MakeExport, report_of, run_job
+from tests import ROOT
+from tests.conftest import Ctl, MakeExport, disk_entry, report_of, run_job, write_manifest
 from tests.integration.daemon.test_daemon import change, daemon, free_port, look_again, wait_until
 from tests.integration.job.test_kill import check_finished_once, is_alive, start
 
@@ -282,3 +284,77 @@ def test_sources_are_deleted_only_if_the_settings_say_so_and_only_after_success(
     assert {"kept", "failed"} == left
     assert "succeeded" == state_in(cleaned, settings)
     assert (cleaned / "manifest.json").exists()
+
+
+# One export among others ---------------------------------------------------------------------------------------
+
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--")
+
+
+@pytest.fixture
+def unreadable() -> Iterator[Path]:
+    """A directory with two exports of which nobody may look at one's lock, and settings for it."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="hyper2kvmd-test-") as name:
+        directory = Path(name)
+        directory.chmod(0o777)
+        for place in ("exports", "images", "work"):
+            (directory / place).mkdir()
+            (directory / place).chmod(0o777)
+        for export in ("bad", "good"):
+            (directory / "exports" / export).mkdir()
+            disk = directory / "exports" / export / "disk.raw"
+            disk.write_bytes(os.urandom(1 << 20))
+            write_manifest(disk.parent, [disk_entry(disk)])
+        (directory / "exports/bad/.hyper2kvmd.lock").touch(0o600)
+        yield directory
+
+
+def as_nobody(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    places = {"exports_dir": "exports", "output_dir": "images", "work_dir": "work"}
+    return subprocess.run(
+        [
+            *(*NOBODY, sys.executable, "-m", "hyper2kvmd.ctl", *words),
+            *(f"--set={key}={directory / place}" for key, place in places.items()),
+            *("--set=libvirt.import=false", "--set=settle_seconds=0", "--set=retention.work_days=0"),
+        ],
+        capture_output=True, text=True, check=False, timeout=120, cwd="/",
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]},
+    )  # fmt: skip
+
+
+def test_an_export_that_cannot_be_looked_at_hides_no_other_in_the_list(unreadable: Path) -> None:
+    done = as_nobody(unreadable, "list", "--json")
+    assert 0 == done.returncode, done.stderr
+    rows = {Path(row["export"]).name: row for row in json.loads(done.stdout)}
+    assert ("unreadable", "queued") == (rows["bad"]["state"], rows["good"]["state"])
+    assert "bad/.hyper2kvmd.lock: Permission denied" in rows["bad"]["reason"]["message"]
+    assert "unreadable" in as_nobody(unreadable, "list").stdout
+
+
+def test_a_batch_goes_on_beside_an_export_that_cannot_be_looked_at(unreadable: Path) -> None:
+    (unreadable / "exports/good").chmod(0o777)
+    done = as_nobody(unreadable, "batch", str(unreadable / "exports"), "--json")
+    states = {Path(row["export"]).name: (row["state"], row["reason"]) for row in json.loads(done.stdout)}
+    assert 1 == done.returncode, done.stderr
+    assert ("failed", "succeeded") == (states["bad"][0], states["good"][0]), done.stderr
+    assert "Permission denied" in states["bad"][1]["message"]
+
+
+def test_a_drain_does_not_wait_for_what_it_cannot_see(unreadable: Path) -> None:
+    done = as_nobody(unreadable, "drain", "--json")
+    assert (0, []) == (done.returncode, json.loads(done.stdout)["running"]), done.stderr
+
+
+def test_prune_keeps_what_an_export_left_that_cannot_be_looked_at(unreadable: Path) -> None:
+    for job in ("bad-01234567", "other-01234567"):
+        (unreadable / "work" / job).mkdir()
+        (unreadable / f"images/.a.qcow2.{job}.1.partial").touch()
+    for path in (*(unreadable / "work").iterdir(), *(unreadable / "images").iterdir()):
+        os.chown(path, 65534, 65534)
+    done = as_nobody(unreadable, "prune", "--json")
+    assert "bad/.hyper2kvmd.lock: Permission denied" in done.stderr
+    removed = sorted(Path(path).name for path in json.loads(done.stdout)["removed"])
+    assert [".a.qcow2.other-01234567.1.partial", "other-01234567"] == removed
+    assert (unreadable / "work/bad-01234567").is_dir() and (
+        unreadable / "images/.a.qcow2.bad-01234567.1.partial"
+    ).exists()

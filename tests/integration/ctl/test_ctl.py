@@ -103,6 +103,20 @@ def test_show_finds_an_export_by_its_name_its_path_and_its_vm(
     assert "no export of this name" in missing.stderr
 
 
+def test_an_export_goes_before_a_directory_of_that_name_where_one_stands(
+    ctl: Any, make_export: MakeExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = make_export("web01", source={"provider": "v", "vm_id": "1", "vm_name": "webserver"})
+    assert 0 == ctl("migrate", export).returncode
+    here = tmp_path / "here"
+    for name in ("web01", "webserver", "other"):
+        (here / name).mkdir(parents=True)
+    monkeypatch.chdir(here)
+    found = {name: json.loads(ctl("show", "--json", name).stdout)["export"] for name in ("web01", "webserver", "other")}
+    assert {"web01": str(export), "webserver": str(export), "other": str(here / "other")} == found
+    assert str(here / "web01") == json.loads(ctl("show", "--json", "./web01").stdout)["export"]
+
+
 def test_validate_lists_everything_at_once(ctl: Any, make_export: MakeExport) -> None:
     export = make_export()
     path = export / "manifest.json"
@@ -179,6 +193,21 @@ def test_validate_of_nothing_says_what_is_missing(ctl: Any, tmp_path: Path) -> N
     done = ctl("validate", tmp_path / "none/manifest.json")
     assert 1 == done.returncode
     assert "none" in done.stdout
+
+
+def test_a_key_that_nobody_knows_is_an_error_to_the_strict_alone(ctl: Any, make_export: MakeExport) -> None:
+    stages = {name: {"enabled": False} for name in ("inspect", "fix")}
+    pipeline = {**stages, "convert": {"enabled": True, "compres": True}, "validate": {"enabled": True}}
+    manifest = make_export(pipeline=pipeline) / "manifest.json"
+    done = ctl("validate", manifest, "--json")
+    assert 0 == done.returncode, done.stderr
+    (warning,) = (w for w in json.loads(done.stdout)["warnings"] if w["code"] == "unknown_key")
+    assert ("pipeline.convert.compres", "Did you mean compress?") == (warning["field"], warning["hint"])
+    strict = ctl("validate", manifest, "--strict", "--json")
+    assert 1 == strict.returncode
+    assert [warning] == json.loads(strict.stdout)["errors"]
+    assert warning not in json.loads(strict.stdout)["warnings"]
+    assert 0 == ctl("migrate", manifest).returncode
 
 
 @pytest.mark.rest

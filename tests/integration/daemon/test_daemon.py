@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -264,6 +264,23 @@ def test_what_a_job_left_is_removed_when_the_daemon_starts(scratch: Settings, ma
     left.mkdir()
     with daemon(scratch):
         wait_until(lambda: not left.exists())
+
+
+def test_a_prune_that_fails_is_logged_and_counted(scratch: Settings, tmp_path: Path) -> None:
+    port = free_port()
+    in_the_way = scratch.output_dir / ".web01-disk-0.qcow2.other-01234567.1.partial"
+    in_the_way.mkdir()
+    os.utime(in_the_way, (0, 0))
+    settings = change(scratch, metrics={"listen": f"127.0.0.1:{port}"})
+
+    def failed() -> bool:
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+            return 'hyper2kvmd_task_failures_total{task="prune"} 1.0' in page.read().decode()
+        return False
+
+    with daemon(settings):
+        wait_until(failed, 60)
+    assert in_the_way.is_dir()
 
 
 def test_two_daemons_on_one_directory_do_nothing_twice(scratch: Settings, make_export: MakeExport) -> None:

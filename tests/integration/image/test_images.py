@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import random
 import shutil
@@ -222,27 +223,65 @@ def test_renamed_stream_is_converted(raw: Path, export: Path) -> None:
         qemu_img.check_source(Tools(), source)
 
 
-def test_source_replaced_after_the_check_is_not_read(raw: Path, export: Path, tmp_path: Path) -> None:
-    path = make(export / "disk.raw", "raw", raw)
-    with opened(export, disk(path, "raw")) as (source,):
-        other = tmp_path / "other"
-        other.write_bytes(CANARY)
-        other.rename(path)
-        target = tmp_path / "target"
-        qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
-        assert target.read_bytes() == raw.read_bytes()
+def replaced(path: Path, disk: bytes) -> None:
+    other = path.with_name("other")
+    other.write_bytes(disk)
+    other.rename(path)
 
 
-def test_source_written_to_during_the_migration_is_noticed(raw: Path, export: Path) -> None:
-    path = make(export / "disk.raw", "raw", raw)
-    with opened(export, disk(path, "raw")) as (source,):
+def rewritten(path: Path, disk: bytes) -> None:
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.write(disk)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+CHANGES = {"replaced": replaced, "rewritten": rewritten}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_is_changed_at_the_right_moment_is_noticed_by_every_tool(
+    change: str, raw: Path, export: Path, tmp_path: Path
+) -> None:
+    canary = tmp_path / "canary"
+    canary.write_bytes(CANARY.ljust(raw.stat().st_size, b"x"))
+    refers = export / "refers"
+    options = f"data_file={canary},data_file_raw=on"
+    assert run_qemu_img("create", "-f", "qcow2", "-o", options, refers, str(raw.stat().st_size)).returncode == 0
+    path = make(export / "disk", "qcow2", raw)
+    target, overlay = tmp_path / "target", tmp_path / "overlay"
+    uses: list[Callable[[Source], object]] = [
+        lambda source: qemu_img.measure(Tools(), source, "raw"),
+        lambda source: qemu_img.create_overlay(Tools(), overlay, source),
+        lambda source: qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore),
+        lambda source: qemu_img.compare(Tools(), source, None, raw, "raw"),
+        check_unchanged,
+    ]
+    with opened(export, disk(path, "qcow2")) as (source,):
         check_unchanged(source)
-        with path.open("r+b") as file:
-            file.write(b"x")
-        os.utime(path, ns=(0, 1))
-        with pytest.raises(MigrationError) as caught:
+        CHANGES[change](path, refers.read_bytes())
+        for use in uses:
+            with pytest.raises(MigrationError) as caught:
+                use(source)
+            assert caught.value.code == Code.SOURCE_CHANGED
+    assert not target.exists()
+    assert not overlay.exists()
+
+
+def test_headers_that_change_before_the_times_of_their_file_are_noticed(raw: Path, export: Path) -> None:
+    path = make(export / "disk", "qcow2", raw)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        content[0] = content[
+            0
+        ]  # the page is written to from here on, and the file has no other times by the next write
+        with opened(export, disk(path, "qcow2")) as (source,):
             check_unchanged(source)
-        assert caught.value.code == Code.SOURCE_CHANGED
+            times = path.stat()
+            content[24:32] = (2 * source.virtual_size).to_bytes(8, "big")
+            assert path.stat().st_ctime_ns == times.st_ctime_ns
+            with pytest.raises(MigrationError) as caught:
+                check_unchanged(source)
+            assert caught.value.code == Code.SOURCE_CHANGED
 
 
 def test_measured_size_is_enough(raw: Path, export: Path, tmp_path: Path) -> None:
@@ -528,12 +567,12 @@ def test_second_line_of_defence_sees_a_backing_file_by_itself(export: Path) -> N
     assert run_qemu_img("create", "-f", "qcow2", "-b", other, "-F", "raw", path).returncode == 0
     fd = os.open(path, os.O_RDONLY)
     status = os.fstat(fd)
-    file = OpenDisk(fd, "disk", status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    file = OpenDisk(fd, "disk", status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     source = Source(disk(path, "qcow2"), file, file, Header("qcow2", MIB), "disks[0]")
     try:
         with pytest.raises(MigrationError) as caught:
             qemu_img.check_source(Tools(), source)
-        qemu_img.convert(Tools(), source, export / "out", "raw", compress=False, on_progress=ignore)
+        assert run_qemu_img("convert", "-O", "raw", source.node, export / "out").returncode == 0
         assert (export / "out").read_bytes() == bytes(MIB)
     finally:
         os.close(fd)

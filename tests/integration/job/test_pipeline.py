@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hyper2kvmd.settings.model import Settings
+from hyper2kvmd.settings.model import Retry, Settings
 from tests.conftest import MakeExport, disk_entry, report_of, run_job, write_manifest
 
 
@@ -172,3 +172,31 @@ def test_a_guest_that_cannot_be_fixed_gets_hardware_that_every_guest_knows_if_th
     document = report_of(export)
     assert document["results"]["fix"]["compatible"]
     assert same(export / "web01-disk-0.raw", scratch.output_dir / "web01-disk-0.qcow2", "qcow2")
+
+
+def test_a_disk_that_gets_longer_is_not_damaged_but_not_there_yet(
+    scratch: Settings, make_export: MakeExport, fake: Any
+) -> None:
+    """Whoever copies an export in takes a break that is longer than settle_seconds, and goes on while the job looks."""
+    export = make_export(size=4 << 20)
+    disk = export / "web01-disk-0.raw"
+    whole = disk.read_bytes()
+    disk.write_bytes(whole[: 1 << 20])
+    arrives = f'if [ "$1" = convert ] && [ -e {export}/rest ]; then cat {export}/rest >{disk}; rm {export}/rest; fi'
+    fake("qemu-img", f'{arrives}\nexec /usr/bin/qemu-img "$@"\n')
+    (export / "rest").write_bytes(whole)
+    settings = scratch.model_copy(update={"retry": Retry(delay_seconds=0)})
+    done = run_job(export, settings)
+    document = report_of(export)
+    assert (75, "retrying", "export_incomplete") == (done.returncode, document["status"], document["error"]["code"])
+    assert f"{disk} is still being written: it had {1 << 20} bytes" in document["error"]["message"]
+    assert [] == list(scratch.output_dir.iterdir())
+    assert 0 == run_job(export, settings).returncode
+    assert "succeeded" == report_of(export)["status"]
+
+
+def test_a_disk_that_stays_too_short_is_what_it_seems(scratch: Settings, make_export: MakeExport) -> None:
+    export = make_export(size=4 << 20)
+    os.truncate(export / "web01-disk-0.raw", 1 << 20)
+    assert 1 == run_job(export, scratch).returncode
+    assert "checksum_mismatch" == report_of(export)["error"]["code"]

@@ -175,13 +175,80 @@ def test_a_missing_disk_is_waited_for(make_export: MakeExport, scratch: Settings
 
 
 def test_a_disk_that_was_just_written_is_waited_for(make_export: MakeExport, scratch: Settings) -> None:
+    patient = scratch.model_copy(update={"settle_seconds": 60})
+    look = facts.look(make_export(), patient)
+    assert State.WAITING == state_of(look, patient, time.time())[0]
+    assert State.QUEUED == state_of(look, patient, time.time() + 61)[0]
+
+
+@pytest.mark.parametrize("name", ["web01-disk-0.raw", "manifest.json", "sub"])
+def test_old_times_of_what_was_just_copied_do_not_count(name: str, make_export: MakeExport, scratch: Settings) -> None:
+    """As `cp -p`, `rsync -a` and unzip leave them."""
     export = make_export()
-    patient = scratch.model_copy(update={"settle_seconds": 5})
-    old = time.time() - 100
-    os.utime(export / "manifest.json", (old, old))
-    assert State.WAITING == state_of(facts.look(export, patient), patient, time.time())[0]
-    os.utime(export / "web01-disk-0.raw", (old, old))
-    assert State.QUEUED == state_of(facts.look(export, patient), patient, time.time())[0]
+    (export / "sub").mkdir()
+    began = time.time()
+    os.utime(export / name, (1, 1))
+    assert facts.look(export, scratch).settled_since >= began - 1
+
+
+def test_a_disk_is_looked_for_in_the_export_alone(make_export: MakeExport, scratch: Settings, tmp_path: Path) -> None:
+    """While `cp -r` copies an export, the original that its manifest names by its whole path is still there."""
+    export = make_export()
+    disk = export / "web01-disk-0.raw"
+    original = tmp_path / "original" / disk.name
+    original.parent.mkdir()
+    disk.rename(original)
+    manifest = (export / "manifest.json").read_text()
+    (export / "manifest.json").write_text(manifest.replace(str(disk), str(original)))
+    look = facts.look(export, scratch)
+    assert (disk.name,) == look.missing
+    assert State.INCOMPLETE == state_of(look, scratch, time.time())[0]
+    original.rename(disk)
+    assert State.QUEUED == state_of(facts.look(export, scratch), scratch, time.time())[0]
+
+
+@pytest.mark.parametrize("path", ["/dev/../etc/passwd", "../../../etc/passwd", "link/web01-disk-0.raw"])
+def test_no_path_of_a_manifest_leads_the_look_elsewhere(
+    path: str, make_export: MakeExport, scratch: Settings, tmp_path: Path
+) -> None:
+    export = make_export()
+    (tmp_path / "web01-disk-0.raw").write_bytes(b"x")
+    (export / "link").symlink_to(tmp_path)
+    manifest = (export / "manifest.json").read_text()
+    (export / "manifest.json").write_text(manifest.replace(str(export / "web01-disk-0.raw"), path))
+    assert () == facts.look(export, scratch).sizes
+
+
+@pytest.mark.parametrize(
+    "temporary",
+    [".web01-disk-0.raw.Xa3f9Z", "web01-disk-0.raw.filepart", "web01-disk-0.raw.part", ".manifest.json.AAAAAA"],
+)
+def test_what_is_still_being_copied_is_waited_for(temporary: str, make_export: MakeExport, scratch: Settings) -> None:
+    export = make_export()
+    (export / temporary).write_bytes(b"")
+    state, reason = state_of(facts.look(export, scratch), scratch, time.time())
+    assert State.INCOMPLETE == state
+    assert reason is not None and temporary in reason.message
+    # One that was left behind holds the export up no longer than a disk that does not come.
+    assert State.QUEUED == state_of(facts.look(export, scratch), scratch, time.time() + 601)[0]
+    (export / temporary).unlink()
+    assert State.QUEUED == state_of(facts.look(export, scratch), scratch, time.time())[0]
+
+
+def test_a_file_that_is_called_almost_so_is_no_copy(make_export: MakeExport, scratch: Settings) -> None:
+    export = make_export()
+    for name in (".notes.Xa3f9Z", "web01.part", ".web01-disk-0.raw.toolong1"):
+        (export / name).write_bytes(b"")
+    assert State.QUEUED == state_of(facts.look(export, scratch), scratch, time.time())[0]
+
+
+def test_what_we_write_ourselves_is_no_sign_of_life(make_export: MakeExport, scratch: Settings) -> None:
+    export = make_export()
+    before = facts.look(export, scratch).settled_since
+    time.sleep(0.05)
+    for name in (".hyper2kvmd.lock", ".hyper2kvmd.log", "boot-test.png", ".migration-report.json.1.tmp"):
+        (export / name).write_bytes(b"")
+    assert before == facts.look(export, scratch).settled_since
 
 
 def test_names_that_could_forge_lines_are_told_apart_and_the_rest_are_exports(scratch: Settings) -> None:
