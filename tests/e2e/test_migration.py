@@ -149,7 +149,7 @@ def test_the_report_validates_against_its_published_schema(bios: Migrated) -> No
 def test_the_report_says_what_was_found_done_and_proved(bios: Migrated) -> None:
     results = bios.report["results"]
     assert ("linux", "debian", "bios") == tuple(results["inspect"][key] for key in ("os_type", "distro", "firmware"))
-    assert ("grub2", "initramfs-tools", 0) == tuple(
+    assert ("grub2", "initramfs-tools", "disk-0") == tuple(
         results["inspect"][key] for key in ("bootloader", "initramfs", "boot_disk")
     )
     assert results["fix"]["boot_updated"]
