@@ -43,7 +43,7 @@ lint: venv ## ruff, mypy, and the layers of imports
 SAY = grep -hE '^(SKIPPED|XFAIL|XPASS)' $(1:%=.cache/logs/%.log) || true; $(PYTHON) -m tests.order --sum $(1)
 define pytest
 	@mkdir -p .cache/logs
-	@echo "$(1) tests (follow them in .cache/logs/$(1).log)"
+	@echo "$(1) tests (follow them in .cache/logs/$(1).tests)"
 	@$(PYTHON) -m pytest -q --tb=short -n 2 --durations=60 --times=$(1) $(2) </dev/null >.cache/logs/$(1).log 2>&1 || { \
 		cat .cache/logs/$(1).log; echo "$(1) tests failed" >&2; exit 1; }
 endef

@@ -106,6 +106,8 @@ class Times:
         self.seconds: dict[str, float] = defaultdict(float)
         self.burnt: dict[str, float] = defaultdict(float)
         self.tests: dict[str, int] = defaultdict(int)
+        LOGS.mkdir(parents=True, exist_ok=True)
+        self.told = (LOGS / f"{name}.tests").open("w", buffering=1)  # at once: a session that is killed has no summary
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of set-up, call and tear-down."""
@@ -113,11 +115,13 @@ class Times:
         self.seconds[file] += report.duration
         self.burnt[file] += getattr(report, "burnt", 0)
         self.tests[tier(file)] += report.when == "call"
+        if report.failed or report.when == "call" or report.duration > 1:
+            name = f"{report.outcome} {report.when} {report.duration:.1f} s {report.nodeid}"
+            self.told.write(f"{name}\n{report.longreprtext}\n" if report.failed else f"{name}\n")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Keep it."""
         ended = {kind: len(reports) for kind, reports in terminalreporter.stats.items() if kind in KINDS}
-        LOGS.mkdir(parents=True, exist_ok=True)
         kept = {
             "wall": time.monotonic() - self.began,
             "ended": ended,
