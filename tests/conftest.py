@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from hyper2kvmd import accel
@@ -31,6 +32,10 @@ __all__ = [  # hooks of pytest
     "pytest_runtest_makereport",
     "pytest_xdist_make_scheduler",
 ]
+
+# No example may take long by the clock, which depends on what else the machine does: tests.pace has what does not.
+hypothesis.settings.register_profile("by no clock", deadline=None)
+hypothesis.settings.load_profile("by no clock")
 
 MakeExport = Callable[..., Path]
 Ctl = Callable[..., subprocess.CompletedProcess[str]]

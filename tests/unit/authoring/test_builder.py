@@ -202,7 +202,7 @@ FLAG = st.booleans()
 MAC = st.integers(0, 255).map(lambda number: f"00:50:56:00:00:{number:02x}")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     name=WORD.filter(lambda name: "/" not in name and name not in (".", "..") and len(name.encode()) < 256),
     source=st.fixed_dictionaries({}, optional=dict.fromkeys(("provider", "vm_id", "datacenter"), WORD)),
@@ -420,7 +420,6 @@ def test_the_first_mib_tells_which_firmware_boots_a_disk(start: bytes, expected:
     assert expected == firmware(start)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(440, 1200))
 def test_no_partition_table_is_too_strange_to_be_read(damage: bytes, at: int) -> None:
     start = bytearray(gpt(ESP, code=b"x"))

@@ -275,7 +275,7 @@ def test_what_is_no_tar_archive_is_called_so(tmp_path: Path, data: bytes) -> Non
     assert error.message.endswith("is not a tar archive")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_no_damage_does_more_than_an_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     directory = tmp_path_factory.mktemp("ova")

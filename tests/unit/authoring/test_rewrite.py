@@ -51,7 +51,6 @@ SCALARS = st.none() | st.booleans() | NUMBERS | TEXT | st.from_regex(r"[-+.0-9eE
 CONTENT = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=12)
 
 
-@settings(deadline=None)
 @given(st.dictionaries(TEXT, CONTENT))
 def test_what_is_dumped_is_loaded_as_the_same(content: dict[str, Any]) -> None:
     for name in ("manifest.json", "manifest.yaml"):
@@ -340,7 +339,7 @@ LOST = {
 }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(DOCUMENTS, st.sampled_from(DIALECTS))
 def test_whatever_changes_its_meaning_is_warned_of(before: dict[str, Any], dialect: Dialect) -> None:
     try:
@@ -358,7 +357,7 @@ def test_whatever_changes_its_meaning_is_warned_of(before: dict[str, Any], diale
     assert was == now
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(DOCUMENTS, st.sampled_from(DIALECTS))
 def test_what_was_upgraded_is_in_its_dialect_and_stays_as_it_is(before: dict[str, Any], dialect: Dialect) -> None:
     try:

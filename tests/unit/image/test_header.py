@@ -260,7 +260,7 @@ def damaged(draw: st.DrawFn) -> tuple[str, bytes]:
     return declared, data
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(damaged())
 def test_damage_is_refused_or_harmless(image: tuple[str, bytes]) -> None:
     declared, data = image
@@ -274,7 +274,7 @@ def test_damage_is_refused_or_harmless(image: tuple[str, bytes]) -> None:
         assert header.flat_extent is None or "/" not in header.flat_extent
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(sorted(DRIVERS)), st.binary(max_size=3000))
 def test_any_bytes_are_refused_or_raw(declared: str, data: bytes) -> None:
     magics = {

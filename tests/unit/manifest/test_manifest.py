@@ -786,7 +786,7 @@ def places(content: Any) -> list[tuple[Any, Any]]:
     return [(content, key) for key, _ in items] + [place for _, value in items for place in places(value)]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from([SEED, GO]), st.randoms(use_true_random=False), st.lists(TREES, min_size=1, max_size=3))
 def test_no_content_raises_anything_else(base: dict[str, Any], chance: random.Random, values: list[Any]) -> None:
     content = copy.deepcopy(base)
@@ -799,7 +799,7 @@ def test_no_content_raises_anything_else(base: dict[str, Any], chance: random.Ra
         assert error.problems
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_no_bytes_raise_anything_else(data: bytes) -> None:
     for name in ("m.json", "m.yaml"):
@@ -807,7 +807,7 @@ def test_no_bytes_raise_anything_else(data: bytes) -> None:
             parse(data, name)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 4000), st.integers(0, 255), st.sampled_from(["go-everything.json", "go-everything.yaml"]))
 def test_no_changed_byte_raises_anything_else(offset: int, value: int, name: str) -> None:
     data = bytearray((MANIFESTS / name).read_bytes())
