@@ -103,7 +103,7 @@ class Workshop:
         self._tell("device_del", id=self._device)
         self._wait([])
         if self._node:
-            self._tell("blockdev-del", **{"node-name": self._node})
+            self._let_go(self._node)
         self._count += 1
         self._node, self._device = f"disk{self._count}", f"drive{self._count}"
         file = {"driver": "file", "filename": str(disk)}
@@ -129,6 +129,19 @@ class Workshop:
             pass
         assert "return" in said, f"{command}: {said}"
         return said["return"]
+
+    def _let_go(self, node: str) -> None:
+        """Close the file of a disk: QEMU has it a while longer than the appliance does."""
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                self._tell("blockdev-del", **{"node-name": node})
+            except AssertionError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
 
     def _wait(self, devices: Sequence[str]) -> None:
         """Until the appliance has these disks."""
