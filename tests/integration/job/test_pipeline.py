@@ -182,7 +182,7 @@ def test_a_disk_that_gets_longer_is_not_damaged_but_not_there_yet(
     disk = export / "web01-disk-0.raw"
     whole = disk.read_bytes()
     disk.write_bytes(whole[: 1 << 20])
-    arrives = f'if [ "$1" = info ] && [ -e {export}/rest ]; then cat {export}/rest >{disk}; rm {export}/rest; fi'
+    arrives = f'if [ "$1" = measure ] && [ -e {export}/rest ]; then cat {export}/rest >{disk}; rm {export}/rest; fi'
     fake("qemu-img", f'{arrives}\nexec /usr/bin/qemu-img "$@"\n')
     (export / "rest").write_bytes(whole)
     settings = scratch.model_copy(update={"retry": Retry(delay_seconds=0)})
