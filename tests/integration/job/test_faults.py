@@ -138,6 +138,7 @@ WRONG: dict[str, tuple[Callable[[Site], object], str]] = {
 }
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("what", WRONG)
 def test_the_checker_sees(what: str, finished: Site) -> None:
     spoil, words = WRONG[what]
@@ -146,6 +147,7 @@ def test_the_checker_sees(what: str, finished: Site) -> None:
         invariants(finished, patience=2)
 
 
+@pytest.mark.rest
 def test_the_checker_sees_a_domain_that_is_not_there() -> None:
     with site(libvirt="own") as here:
         here.drop(random.Random(0))
