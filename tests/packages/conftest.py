@@ -177,7 +177,9 @@ def fresh_system(suite: str) -> Path:
     if ready:
         # The libraries are there for apt alone: of a release that has newer ones, the package depends on them.
         fetched = ", ".join(f"python3-{name}" for name in libraries())
-        gets = [f"{get} {shlex.quote(', '.join([*needed, 'tini']))}", f"{get} --download-only {shlex.quote(fetched)}"]
+        # Without the option, the dpkg that apt runs is this machine's, on this machine.
+        inside = f'{get} -o DPkg::Chroot-Directory="$1"'
+        gets = [f"{inside} {shlex.quote(', '.join([*needed, 'tini']))}", f"{get} --download-only {shlex.quote(fetched)}"]
     else:
         gets = [f"{get} --download-only {shlex.quote(', '.join([OTHERS, relations('Build-Depends'), *needed]))}"]
     command = (
