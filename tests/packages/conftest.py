@@ -179,7 +179,10 @@ def fresh_system(suite: str) -> Path:
         fetched = ", ".join(f"python3-{name}" for name in libraries())
         # Without the option, the dpkg that apt runs is this machine's, on this machine.
         inside = f'{get} -o DPkg::Chroot-Directory="$1"'
-        gets = [f"{inside} {shlex.quote(', '.join([*needed, 'tini']))}", f"{get} --download-only {shlex.quote(fetched)}"]
+        gets = [
+            f"{inside} {shlex.quote(', '.join([*needed, 'tini']))}",
+            f"{get} --download-only {shlex.quote(fetched)}",
+        ]
     else:
         gets = [f"{get} --download-only {shlex.quote(', '.join([OTHERS, relations('Build-Depends'), *needed]))}"]
     command = (
