@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -20,11 +21,16 @@ from hyper2kvmd.ctl import (
     report,
     validate,
 )
+from hyper2kvmd.ctl.as_service import become_service, service_of, unit_properties
 from hyper2kvmd.ctl.output import refuse, refused
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_CONFIG, EXIT_FAILED, EXIT_MANIFEST, EXIT_UNAVAILABLE
-from hyper2kvmd.options import add_settings_options
+from hyper2kvmd.files import user_name
+from hyper2kvmd.options import DEFAULT_PATH, add_settings_options
 from hyper2kvmd.settings.load import load_settings
+
+# Their commands claim exports, or write where the service does: root does that as the service's user.
+CLAIMING = (migrate, batch, control, prune, notify)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
         for command in module.add_commands(commands):
             command.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
             add_settings_options(command)
+            command.set_defaults(claims=module in CLAIMING)
+            if module in CLAIMING:
+                command.add_argument("-v", "--verbose", action="store_true", help="say as whom the command works")
     return parser
 
 
@@ -50,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hyper2kvmctl: {error}", file=sys.stderr)
         return EXIT_CONFIG
     journal.configure("warning")
+    if options.claims:
+        _become_service(options)
     try:
         status: int = options.run(options, config)
     except MigrationError as error:
@@ -65,3 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return refuse(*refused(error))
     return status
+
+
+def _become_service(options: argparse.Namespace) -> None:
+    """Go on as the service's user, if that is needed and possible, and say who it is that does the work."""
+    user = None
+    if os.geteuid() == 0:
+        service = service_of((options.config or DEFAULT_PATH).absolute())
+        user = become_service(unit_properties(service))
+    if options.verbose:
+        who = user_name(os.geteuid()) if user is None else f"{user}, the user of {service}"
+        print(f"hyper2kvmctl: working as {who}", file=sys.stderr)

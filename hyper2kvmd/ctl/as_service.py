@@ -1,4 +1,4 @@
-"""Looking with the rights of the service's user, as systemd has it."""
+"""Working with the rights of the service's user, as systemd has it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 
 from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.options import DEFAULT_PATH
+from hyper2kvmd.queue.access import become_user
 from hyper2kvmd.run import Tools
 
 SYSTEMD_SECONDS = 10.0
 UNIT_PROPERTIES = (
     *("Id", "LoadState", "UnitFileState", "ActiveState", "Result", "ExecMainStatus", "NeedDaemonReload", "Environment"),
-    *("User", "Group", "SupplementaryGroups", "ProtectSystem", "ProtectHome", "PrivateTmp", "ReadWritePaths"),
+    *("User", "Group", "SupplementaryGroups", "AmbientCapabilities", "UMask"),
+    *("ProtectSystem", "ProtectHome", "PrivateTmp", "ReadWritePaths"),
     *("StateDirectory", "CacheDirectory", "RuntimeDirectory", "LogsDirectory", "ControlGroup"),
 )
 
@@ -39,24 +41,30 @@ def unit_properties(service: str) -> dict[str, str]:
     return unit if "LoadState" in unit else {}
 
 
-def become_service(unit: dict[str, str]) -> None:
-    """Go on as the service's user, if root may: root itself would find every directory open."""
+def become_service(unit: dict[str, str]) -> str | None:
+    """Go on as the service's user, with its groups and capabilities, if root may; return the user's name.
+
+    Root would find every directory open, and what it made, such as a claim's lock, would be closed to the service. None
+    if we stay who we are: somebody else than root, or there is no such service or user, as in a checkout.
+    """
     user = unit.get("User")
     if os.geteuid() != 0 or not user:
-        return
+        return None
     try:
-        account = pwd.getpwnam(user)
+        account = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
         group = grp.getgrnam(unit["Group"]).gr_gid if unit.get("Group") else account.pw_gid
         more = [grp.getgrnam(name).gr_gid for name in unit.get("SupplementaryGroups", "").split()]
     except KeyError:
-        return  # the check of the service says so
-    os.setgroups([*os.getgrouplist(user, group), *more])
+        return None  # doctor's check of the service says so
+    if account.pw_uid == 0:
+        return None
+    os.setgroups([*os.getgrouplist(account.pw_name, group), *more])
     os.setresgid(group, group, group)
-    os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
-    os.chdir("/")
-    os.umask(0o027)
+    become_user(account.pw_uid, unit.get("AmbientCapabilities", "").split())
+    os.umask(int(unit.get("UMask") or "0077", 8))
     for name in ("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
         os.environ.pop(name, None)
     os.environ["HOME"] = account.pw_dir
     for name, value in re.findall(r"(LIBGUESTFS_\w+)=(\S+)", unit.get("Environment", "")):
         os.environ[name] = value
+    return account.pw_name

@@ -14,7 +14,7 @@ from hyper2kvmd.files import REMEDIES, explained, trouble
 _STATUS = {"denied": EXIT_PERMISSION, "read-only": EXIT_PERMISSION, "missing": EXIT_NOT_FOUND}
 _REMEDIES = {
     **REMEDIES,
-    "denied": "run as root, as the user of the service, or as a member of its group",
+    "denied": "run it as root, or give the service's user access, for example with setfacl",
     "missing": "check the path, here or in the settings",
 }
 

@@ -18,17 +18,17 @@ import structlog
 from hyper2kvmd import journal
 from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
-from hyper2kvmd.files import explained, timestamp, trouble, write_durably
+from hyper2kvmd.files import explained, timestamp, trouble, user_name, write_durably
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import Job, finding_records, job_id
 from hyper2kvmd.job.events import Emitter
 from hyper2kvmd.job.pipeline import migrate
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.job.supervise import overseen
+from hyper2kvmd.job.undo import is_imported, undo
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.queue import facts, requests
-from hyper2kvmd.queue.access import user_name
 from hyper2kvmd.queue.claim import Claim, unwritable
 from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
 from hyper2kvmd.queue.state import FINAL, JITTER, Facts, State, request_error, state_of
@@ -62,20 +62,29 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
         events.emit("finished", status="nothing")
         return EXIT_TEMPORARY
     wanted = requests.pending(export.fd)
+    job = Job(
+        job_id(export.directory, look.manifest_sha256 or ""),
+        export,
+        claim.attempt,
+        request,
+        settings,
+        tools,
+        events,
+    )
+    if wanted == "cancel" and state not in FINAL and is_imported(job):
+        claim.fulfil(CANCEL)  # which came too late: the VM runs
+        wanted = None
     given_up = wanted == "cancel" and state not in (State.SUCCEEDED, State.FAILED, State.REJECTED)
     if state in FINAL and not request.dry_run and not given_up:
         claim.interrupted()
         claim.fulfil(CANCEL)  # which came too late
         # What a runner that died right after its report could not remove any more.
-        work_dir = settings.work_dir / job_id(export.directory, look.manifest_sha256 or "")
-        if state == State.SUCCEEDED or not steps.unfinished(work_dir):
-            steps.abandon(work_dir)
+        if state == State.SUCCEEDED or not steps.unfinished(job.work_dir):
+            steps.abandon(job.work_dir)
         found = {} if finding is None else finding.as_json()
         events.emit("finished", status="nothing", **found)
         print(f"{export.directory}: {state} already" + (f": {finding}" if finding else ""), file=sys.stderr)
         return EXIT_DONE if state == State.SUCCEEDED else EXIT_BUSY
-    id = job_id(export.directory, look.manifest_sha256 or "")
-    job = Job(id, export, claim.attempt, request, settings, tools, events)
     structlog.contextvars.bind_contextvars(job_id=job.id, attempt=claim.attempt)
     journal.also_to(export.fd, LOG)
     _be_nice(settings, tools)
@@ -170,6 +179,8 @@ def _conclude(
     """Write the report and say how the job ended."""
     settings, request = job.settings, job.request
     outcome = _outcome(error, claim.retries + 1, settings)
+    if outcome == Outcome.CANCELLED and (kept := undo(job)):
+        job.warn(kept)
     now = time.time()
     due = (
         now + settings.retry.delay(claim.retries + 1) * random.uniform(1, JITTER) if outcome == Outcome.RETRY else None
@@ -222,7 +233,6 @@ def _conclude(
             return EXIT_TEMPORARY
     # What is published without a domain is ours still, and the next attempt goes on with what is done.
     if outcome == Outcome.CANCELLED:
-        steps.undo(job.work_dir)
         claim.fulfil(CANCEL)
     elif error is None or (outcome != Outcome.RETRY and not steps.unfinished(job.work_dir)):
         steps.abandon(job.work_dir)

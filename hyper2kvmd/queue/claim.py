@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyper2kvmd.errors import MEANING, Code, MigrationError
-from hyper2kvmd.files import open_directory, open_file, remove_leftovers, timestamp, write_durably
+from hyper2kvmd.files import open_directory, open_file, remove_leftovers, timestamp, user_name, write_durably
 from hyper2kvmd.queue.access import let_in
 from hyper2kvmd.queue.export import Export
 from hyper2kvmd.queue.names import CANCEL, LOCK, REPORT
@@ -117,6 +117,8 @@ def claim_export(directory: Path) -> Claim:
             lock_fd = _open_lock(fd)
         except PermissionError:
             let_in(fd)
+            with contextlib.suppress(FileNotFoundError):
+                _let_in_to_lock(fd)
             lock_fd = _open_lock(fd)
     except OSError as error:
         os.close(fd)
@@ -125,8 +127,10 @@ def claim_export(directory: Path) -> Claim:
         raise
     try:
         status = os.fstat(lock_fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_uid not in (0, os.geteuid()):
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise _unsafe_lock(directory)
+        if status.st_uid not in (0, os.geteuid()):
+            raise _foreign_lock(directory, status.st_uid)
         if status.st_uid == os.geteuid():
             os.fchmod(lock_fd, 0o640)  # whatever the umask: the group may look at who holds the claim
         deadline = time.monotonic() + CLAIM_PATIENCE_SECONDS
@@ -166,6 +170,17 @@ def _open_lock(dir_fd: int) -> int:
     return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o640, dir_fd=dir_fd)
 
 
+def _let_in_to_lock(dir_fd: int) -> None:
+    """Let this process's user write to a lock that root made, as a command of root's does without a service's user."""
+    fd = os.open(LOCK, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and status.st_uid == 0 and status.st_nlink == 1:
+            let_in(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+
+
 def holder(directory: Path) -> dict[str, Any]:
     """What the lock file says about the last process that claimed the export; {} if nobody ever did."""
     try:
@@ -191,8 +206,19 @@ def unwritable(export: Path, error: OSError) -> MigrationError:
 def _unsafe_lock(directory: Path) -> MigrationError:
     return MigrationError(
         Code.EXPORT_UNSAFE,
-        f"{directory / LOCK} is not a plain file that belongs to this service",
+        f"{directory / LOCK} is not a plain file",
         "Somebody put it there. Find out who, then remove it.",
+    )
+
+
+def _foreign_lock(directory: Path, owner: int) -> MigrationError:
+    """Another user's claim. To remove the lock would let two in at once."""
+    them, us = user_name(owner), user_name(os.geteuid())
+    return MigrationError(
+        Code.EXPORT_UNSAFE,
+        f"{directory / LOCK} belongs to {them}: only {them} may claim the export, and this is {us}",
+        f"Leave the lock as it is. If the service runs as {them}, do this as root or as {them}. If it does not, find"
+        f" out who put the lock there; when no process uses it (`fuser {directory / LOCK}`), remove it.",
     )
 
 

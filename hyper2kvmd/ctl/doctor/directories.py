@@ -15,11 +15,10 @@ from pathlib import Path
 from hyper2kvmd.ctl.doctor.diagnosis import ANSWER_SECONDS, Diagnosis, Host, output_dirs
 from hyper2kvmd.ctl.doctor.service import is_below, made_by_systemd
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.files import existing_parent
+from hyper2kvmd.files import existing_parent, user_name
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.job.plan import FIX_SPACE
 from hyper2kvmd.queue import facts
-from hyper2kvmd.queue.access import user_name
 from hyper2kvmd.queue.claim import unwritable
 from hyper2kvmd.queue.names import LOCK
 from hyper2kvmd.run import Tools

@@ -14,11 +14,11 @@ from pathlib import Path
 from hyper2kvmd import accel
 from hyper2kvmd.ctl.doctor.diagnosis import ANSWER_SECONDS, Diagnosis, Host
 from hyper2kvmd.errors import Cancelled, Code, MigrationError
+from hyper2kvmd.files import user_name
 from hyper2kvmd.guest import keys
 from hyper2kvmd.guest.session import check_host, open_guest
 from hyper2kvmd.job.plan import LUKS_MEMORY_MB
 from hyper2kvmd.memory import available
-from hyper2kvmd.queue.access import user_name
 from hyper2kvmd.run import Tools, environment, qemu
 
 # What every job runs, and the packages that hold it.

@@ -1,4 +1,4 @@
-"""Exports of somebody else: the service lets itself in where it may, and gives nothing to others."""
+"""Exports and locks of somebody else, and disks that somebody else opens: who is let in, and what others get by it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from hyper2kvmd.errors import MigrationError
+from hyper2kvmd.files import granted
+from hyper2kvmd.queue.claim import claim_export
 from tests import ROOT
 
 NOBODY = 65534
@@ -82,3 +85,51 @@ def test_nobody_else_gets_more_than_they_had(export: Path) -> None:
     assert 0 == claim(export, capable=True).returncode
     expected = ["user::rwx", "user:5:r-x", f"user:{NOBODY}:rwx", "group::r-x", "group:4:r-x", "mask::rwx", "other::r-x"]
     assert expected == acl(export)
+
+
+def test_a_lock_that_root_left_is_not_in_the_services_way(export: Path) -> None:
+    claim_export(export).close()
+    lock = export / ".hyper2kvmd.lock"
+    assert 0 == lock.stat().st_uid
+    done = claim(export, capable=True)
+    assert 0 == done.returncode, done.stderr
+    assert ["user::rw-", f"user:{NOBODY}:rw-", "group::r--", "mask::rw-", "other::---"] == acl(lock)
+    assert b'"attempt": 2' in lock.read_bytes()
+
+
+def test_nobody_is_told_to_remove_a_lock_that_belongs_to_another_user(export: Path) -> None:
+    assert 0 == claim(export, capable=True).returncode
+    lock = export / ".hyper2kvmd.lock"
+    with pytest.raises(MigrationError) as refused:
+        claim_export(export)
+    assert f"{lock} belongs to nobody: only nobody may claim the export, and this is root" == refused.value.message
+    assert refused.value.hint.startswith("Leave the lock as it is.")
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o604])
+def test_a_file_is_open_to_somebody_for_a_while_and_then_as_before(export: Path, mode: int) -> None:
+    disk = export / "disk.qcow2"
+    disk.write_bytes(b"x")
+    disk.chmod(mode)
+    before = acl(disk)
+
+    def reads(*who: str) -> bool:
+        command = ["setpriv", *who, "--clear-groups", "--bounding-set=-all", "cat", str(disk)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    theirs, another = (f"--reuid={NOBODY}", f"--regid={NOBODY}"), ("--reuid=4", "--regid=4")
+    others = reads(*another)
+    with granted(disk, NOBODY, os.R_OK | os.W_OK):
+        assert f"user:{NOBODY}:rw-" in acl(disk)
+        assert (True, others) == (reads(*theirs), reads(*another))
+    assert (before, mode) == (acl(disk), disk.stat().st_mode & 0o777)
+
+
+def test_an_access_list_that_a_file_had_is_as_before(export: Path) -> None:
+    disk = export / "disk.qcow2"
+    disk.write_bytes(b"x")
+    subprocess.run(["setfacl", "-m", "u:5:r--", disk], check=True)
+    before = acl(disk)
+    with granted(disk, NOBODY, os.R_OK):
+        assert {f"user:{NOBODY}:r--", "user:5:r--"} < {*acl(disk)}
+    assert before == acl(disk)

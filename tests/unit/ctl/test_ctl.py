@@ -15,7 +15,7 @@ from hyper2kvmd.exits import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION
 @pytest.mark.parametrize(
     ("number", "status", "remedy"),
     [
-        (errno.EACCES, EXIT_PERMISSION, "run as root"),
+        (errno.EACCES, EXIT_PERMISSION, "run it as root"),
         (errno.EROFS, EXIT_PERMISSION, "mount the file system writable"),
         (errno.ENOENT, EXIT_NOT_FOUND, "check the path"),
         (errno.ENOSPC, EXIT_FAILED, "free some space"),
