@@ -17,12 +17,18 @@ _TARGET = re.compile(r"(?:(bridge|ovs):)?([^@:/\x00-\x1f]+)(?:@([0-9]{1,4}))?")
 
 @dataclass(frozen=True)
 class DomainDisk:
-    """A disk of the domain. Disks are given in boot order."""
+    """A disk of the domain. Disks are given in boot order.
+
+    backing: what an overlay is laid on, and its format. given_away: whether libvirt gives its files to the account of
+    its QEMU, as it does unless it is told.
+    """
 
     path: Path
     format: str
     serial: str
     direct_io: bool
+    backing: tuple[Path, str] | None = None
+    given_away: bool = True
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
-from hyper2kvmd.domain.model import Domain, DomainNic, attachment
+from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, attachment
 from hyper2kvmd.domain.osinfo import osinfo_id
 
 METADATA_NAMESPACE = "urn:hyper2kvmd:domain:1"
@@ -151,7 +152,14 @@ def _disks(devices: ET.Element, domain: Domain) -> None:
         caching = {"cache": "none", "io": "native"} if disk.direct_io else {}
         thread = {"iothread": "1"} if bus == "virtio" else {}
         ET.SubElement(element, "driver", {"name": "qemu", "type": disk.format, "discard": "unmap", **caching, **thread})
-        ET.SubElement(element, "source", file=str(disk.path))
+        _source(element, disk.path, disk)
+        if disk.backing:
+            # Said in full, as libvirt would find it out by itself, and would give it away.
+            path, format = disk.backing
+            backing = ET.SubElement(element, "backingStore", type="file")
+            ET.SubElement(backing, "format", type=format)
+            _source(backing, path, disk)
+            ET.SubElement(backing, "backingStore")
         ET.SubElement(element, "target", dev=_device_name(number, bus), bus=bus)
         if bus == "scsi":
             # By itself libvirt puts 15 disks on a controller, and adds LSI controllers, for which OVMF has no driver.
@@ -161,6 +169,12 @@ def _disks(devices: ET.Element, domain: Domain) -> None:
         _text(element, "serial", serial)
         # Every disk has an order: OVMF connects only the devices it is told of, and /boot may be on the second.
         ET.SubElement(element, "boot", order=str(order))
+
+
+def _source(parent: ET.Element, path: Path, disk: DomainDisk) -> None:
+    source = ET.SubElement(parent, "source", file=str(path))
+    if not disk.given_away:
+        ET.SubElement(source, "seclabel", model="dac", relabel="no")
 
 
 def _unique_serials(serials: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from hyper2kvmd.domain.model import Domain, DomainDisk
 from hyper2kvmd.domain.xml import job_of, to_xml
 from hyper2kvmd.errors import Cancelled, MigrationError
 from hyper2kvmd.hypervisor.connection import connect
+from hyper2kvmd.hypervisor.disks import let_in
 from hyper2kvmd.hypervisor.png import png
 
 log = structlog.get_logger()
@@ -82,8 +83,13 @@ def judge(text: str) -> tuple[Literal["passed", "failed"], str] | None:
     return None
 
 
-def thrown_away(domain: Domain, overlays: Sequence[Path], nvram: Path, memory_mb: int) -> Domain:
-    """The domain that is tested: the same hardware on `overlays`, without a network and with less of the host."""
+def thrown_away(
+    domain: Domain, overlays: Sequence[Path], backing: Sequence[tuple[Path, str]], nvram: Path, memory_mb: int
+) -> Domain:
+    """The domain that is tested: the same hardware on `overlays`, without a network and with less of the host.
+
+    backing: what each is laid on, and its format.
+    """
     return replace(
         domain,
         name=f"{domain.name}.boot-test",
@@ -94,8 +100,8 @@ def thrown_away(domain: Domain, overlays: Sequence[Path], nvram: Path, memory_mb
         # What is in a TPM stays on VMware: with a new one or without, the guest boots the same way.
         tpm=False,
         disks=tuple(
-            DomainDisk(overlay, "qcow2", disk.serial, False)
-            for disk, overlay in zip(domain.disks, overlays, strict=True)
+            DomainDisk(overlay, "qcow2", disk.serial, False, below)
+            for disk, overlay, below in zip(domain.disks, overlays, backing, strict=True)
         ),
         # The source may be running, with the same addresses.
         nics=tuple(replace(nic, target="user", link=False) for nic in domain.nics),
@@ -124,7 +130,7 @@ def run(
         return Verdict(outcome, reason, round(time.monotonic() - began, 1), readable(console), screen)
 
     try:
-        with _running(connection, uri, domain, console) as guest:
+        with let_in(connection, domain) as started, _running(connection, uri, started, console) as guest:
             outcome, reason = _watched(guest, console, began + seconds, cancel, moved)
             return verdict(outcome, reason, _screen(connection, guest))
     except libvirt.libvirtError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -66,6 +68,18 @@ def libvirt_version(connection: Any) -> str:
     with translated(Code.LIBVIRT_UNAVAILABLE):
         number = connection.getLibVersion()
     return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
+
+
+def qemu_account(connection: Any, virt_type: str) -> int | None:
+    """The user as whom libvirt's QEMU opens disks; None if that is root, or somebody like us.
+
+    libvirt gives a domain's disks to this user when it starts, unless it is told not to. Raise MigrationError.
+    """
+    with translated(Code.LIBVIRT_UNAVAILABLE, connection):
+        capabilities = ET.fromstring(connection.getCapabilities())
+    label = capabilities.findtext(f"host/secmodel[model='dac']/baselabel[@type='{virt_type}']", "")
+    found = re.fullmatch(r"\+(\d+):\+\d+", label)
+    return None if found is None or int(found[1]) in (0, os.geteuid()) else int(found[1])
 
 
 def virt_type(connection: Any, accel: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -47,15 +48,27 @@ def uuid_taken(connection: Any, uuid: str, job: str) -> bool:
         return any(other.uuid == uuid and other.job != job for other in existing_domains(connection))
 
 
+def runs_already(connection: Any, domain: Domain) -> bool:
+    """Whether the domain that this job made runs. Raise MigrationError (libvirt_unavailable)."""
+    ours = (domain.name, domain.uuid, domain.job, True)
+    with translated(Code.LIBVIRT_UNAVAILABLE):
+        return any((one.name, one.uuid, one.job, one.active) == ours for one in existing_domains(connection))
+
+
 @dataclass(frozen=True)
 class ExistingDomain:
-    """A domain that libvirt has. `job` is that which made it, None for domains that are not ours."""
+    """A domain that libvirt has.
+
+    job: that which made it, None for domains that are not ours. disks: the paths of the files that it has, whether it
+    runs on them or will; with what they are laid on, as far as libvirt says.
+    """
 
     name: str
     uuid: str
     active: bool
     job: str | None
     macs: frozenset[str]
+    disks: frozenset[str]
 
 
 def existing_domains(connection: Any) -> list[ExistingDomain]:
@@ -63,15 +76,26 @@ def existing_domains(connection: Any) -> list[ExistingDomain]:
     found = []
     for domain in connection.listAllDomains():
         try:
-            xml, active = domain.XMLDesc(0), bool(domain.isActive())
+            active, xml = bool(domain.isActive()), domain.XMLDesc(0)
+            described = [ET.fromstring(text) for text in (xml, domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))]
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:  # undefined since it was listed
                 continue
             raise
-        addresses = ET.fromstring(xml).findall("devices/interface/mac")
-        macs = frozenset(str(mac.get("address")).lower() for mac in addresses)
-        found.append(ExistingDomain(domain.name(), domain.UUIDString(), active, job_of(xml), macs))
+        macs = frozenset(str(mac.get("address")).lower() for mac in described[0].findall("devices/interface/mac"))
+        disks = frozenset(path for one in described for path in _disks(connection, one))
+        found.append(ExistingDomain(domain.name(), domain.UUIDString(), active, job_of(xml), macs, disks))
     return found
+
+
+def _disks(connection: Any, domain: ET.Element) -> Iterator[str]:
+    """The files and devices that a domain's disks are, and are laid on."""
+    for source in domain.findall("devices/disk//source"):
+        if path := source.get("file") or source.get("dev"):
+            yield path
+        elif (pool := source.get("pool")) and (volume := source.get("volume")):
+            with contextlib.suppress(libvirt.libvirtError):  # the pool or the volume is not there any more
+                yield connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path()
 
 
 def conflicts(existing: list[ExistingDomain], name: str, uuid: str, job: str) -> Iterator[MigrationError]:

@@ -49,7 +49,8 @@ def boot_copy(job: Job, plan: Plan, disks: Sequence[PlannedDisk], domain: Domain
         _add_console(job, plan, dict(zip((disk.id for disk in disks), overlays, strict=True)))
         seconds = job.settings.validate_.boot_seconds * (1 if plan.accel == "kvm" else boottest.TCG_FACTOR)
         with connect(job.settings.libvirt.uri) as connection:
-            tested = boottest.thrown_away(domain, overlays, nvram, job.settings.validate_.boot_memory_mb)
+            backing = [(disk.partial, plan.format) for disk in disks]
+            tested = boottest.thrown_away(domain, overlays, backing, nvram, job.settings.validate_.boot_memory_mb)
             verdict = boottest.run(
                 connection, job.settings.libvirt.uri, tested, seconds, cancel=job.tools.cancel, moved=job.moved
             )

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
-import pwd
-import re
-import shlex
-import socket
-import stat
 import threading
 import uuid
-import xml.etree.ElementTree as ET
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import libvirt
@@ -27,8 +16,8 @@ from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.hypervisor.connection import ANSWER_SECONDS, connect, libvirt_version, unanswered, virt_type
 from hyper2kvmd.hypervisor.define import define
+from hyper2kvmd.hypervisor.disks import check_access
 from hyper2kvmd.hypervisor.preflight import preflight
-from hyper2kvmd.queue.access import user_name
 from hyper2kvmd.settings.model import Settings
 
 
@@ -68,7 +57,7 @@ def _ask_libvirt(settings: Settings, diagnosis: Diagnosis) -> str:
             _preflight(connection, domain, settings, diagnosis)
             with diagnosis:
                 _define(connection, domain)
-            _reach(connection, settings, diagnosis)
+            _reach(connection, domain, settings, diagnosis)
         except libvirt.libvirtError as error:
             raise MigrationError(
                 Code.LIBVIRT_UNAVAILABLE, f"libvirt: {error}", "See libvirt's log (`journalctl -u libvirtd`)."
@@ -127,55 +116,16 @@ def _define(connection: Any, domain: Domain) -> None:
                 found.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
 
 
-def _reach(connection: Any, settings: Settings, diagnosis: Diagnosis) -> None:
-    """Warn of directories that libvirt's QEMU, which is another user, cannot get to."""
-    account = _qemu_account(connection)
-    if account is None:
-        return
-    uid, gids = account
-    wanted = dict.fromkeys(directory for directory, _ in output_dirs(settings))
-    if settings.validate_.test_boot:
-        wanted[settings.work_dir] = None
-    places = dict.fromkeys(place for directory in wanted for place in _way(directory))
-    for place in places:
-        if not _may_enter(place, uid, gids):
-            user = user_name(uid)
-            diagnosis.warn(
-                "qemu_kept_out",
-                f"QEMU runs as {user}, who may not enter {place}: no guest whose disks lie below it can start",
-                f"Run `setfacl -m u:{user}:x {shlex.quote(str(place))}`, or set output_dir to a directory that {user}"
-                " can get to.",
-                "output_dir",
-            )
-
-
-def _qemu_account(connection: Any) -> tuple[int, set[int]] | None:
-    """User and groups of libvirt's QEMU; None if it is root, somebody like us, or on another host."""
-    if connection.getHostname() != socket.gethostname():
-        return None
-    capabilities = ET.fromstring(connection.getCapabilities())
-    label = capabilities.findtext("host/secmodel[model='dac']/baselabel[@type='qemu']", "")
-    found = re.fullmatch(r"\+(\d+):\+(\d+)", label)
-    if found is None or int(found[1]) in (0, os.geteuid()):
-        return None
-    uid, gid = int(found[1]), int(found[2])
-    try:
-        return uid, {gid, *os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)}
-    except KeyError:
-        return uid, {gid}
-
-
-def _way(directory: Path) -> Iterable[Path]:
-    """The directories that one goes through, from the root; those that do not exist yet are left out."""
-    real = Path(os.path.realpath(directory))
-    return itertools.takewhile(os.path.isdir, reversed((real, *real.parents)))
-
-
-def _may_enter(directory: Path, uid: int, gids: set[int]) -> bool:
-    """Whether a user may enter a directory, as far as its mode says; an access list may say anything else."""
-    with contextlib.suppress(OSError):
-        if "system.posix_acl_access" in os.listxattr(directory):
-            return True
-    status = directory.stat()
-    bit = stat.S_IXUSR if status.st_uid == uid else stat.S_IXGRP if status.st_gid in gids else stat.S_IXOTH
-    return bool(status.st_mode & bit)
+def _reach(connection: Any, domain: Domain, settings: Settings, diagnosis: Diagnosis) -> None:
+    """Have libvirt's QEMU, which is another user, open a disk in every directory that disks go to."""
+    # Without either, nothing is started before somebody does it by hand.
+    needed = settings.libvirt.start or settings.validate_.test_boot
+    for directory in dict.fromkeys(directory for directory, _ in output_dirs(settings) if directory.is_dir()):
+        for given_away in (True, False) if settings.validate_.test_boot else (True,):
+            try:
+                check_access(connection, domain, directory, 0, given_away=given_away)
+            except OSError:
+                break  # the check of the output directories says so
+            except MigrationError as error:
+                (diagnosis.errors.append(error) if needed else diagnosis.warnings.append(error.finding()))
+                break

@@ -494,9 +494,10 @@ def test_directories_that_libvirts_qemu_may_not_enter_are_named(
     fake("libvirtd", f'sed -i \'s/user = "root"/user = "libvirt-qemu"/\' /etc/libvirt/qemu.conf\nexec {daemon} "$@"')
     with session(tmp_path) as uri:
         report = doctor("libvirt", **about(uri, output_dir=str(images)))
-        assert (0, [("libvirt", "warning", "qemu_kept_out")]) == (report.status, report.faults())
+        assert (0, [("libvirt", "warning", "qemu_denied")]) == (report.status, report.faults())
         message, hint = report.only()
-        assert f"QEMU runs as libvirt-qemu, who may not enter {images.parent}:" in message
+        assert f"libvirt's QEMU, which runs as libvirt-qemu, cannot open a disk in {images}:" in message
+        assert f"libvirt-qemu may not enter {images.parent}." in hint
         subprocess.run(hint.split("`")[1].split(), check=True)
         assert [] == doctor("libvirt", **about(uri, output_dir=str(images))).faults()
 

@@ -76,7 +76,7 @@ def test_the_tested_domain_is_cut_off_small_and_another_one() -> None:
     domain = replace(
         PLAIN, cpus=64, memory_mib=262144, tpm=True, nics=(DomainNic("00:50:56:aa:bb:01", "bridge:br0@20"),)
     )
-    tested = thrown_away(domain, [Path("/images/x")], Path("/images/nvram"), 2048)
+    tested = thrown_away(domain, [Path("/images/x")], [(Path("/images/y"), "raw")], Path("/images/nvram"), 2048)
     assert (domain.name, domain.uuid) != (tested.name, tested.uuid)
     assert (4, 2048, False) == (tested.cpus, tested.memory_mib, tested.tpm)
     assert (DomainNic("00:50:56:aa:bb:01", "user", link=False),) == tested.nics

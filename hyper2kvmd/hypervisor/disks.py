@@ -1,0 +1,132 @@
+"""Lets libvirt's QEMU, which is another user, at disks of ours, and tries whether it can open them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pwd
+import shlex
+import stat
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from hyper2kvmd.domain.machine import machine_for
+from hyper2kvmd.domain.model import Domain, DomainDisk
+from hyper2kvmd.domain.xml import to_xml
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.files import create_file, granted, user_name
+from hyper2kvmd.hypervisor.connection import qemu_account, translated, virt_type
+
+_TRIAL_BYTES = 1 << 20
+_TRIAL_MIB = 64
+
+
+@contextlib.contextmanager
+def let_in(connection: Any, domain: Domain) -> Iterator[Domain]:
+    """The domain as it can be started without its disks being given away.
+
+    libvirt gives the disks of a domain, and all that they are laid on, to the account of its QEMU, and takes back only
+    the disks. Here the account is let at them for a while instead. Raise MigrationError (libvirt_unavailable), OSError.
+    """
+    account = qemu_account(connection, domain.virt_type)
+    if account is None:
+        yield domain
+        return
+    with contextlib.ExitStack() as stack:
+        for disk in domain.disks:
+            stack.enter_context(granted(disk.path, account, os.R_OK | os.W_OK))
+            if disk.backing is not None:
+                stack.enter_context(granted(disk.backing[0], account, os.R_OK))
+        yield replace(domain, disks=tuple(replace(disk, given_away=False) for disk in domain.disks))
+
+
+def check_access(connection: Any, domain: Domain, directory: Path, attempt: int, *, given_away: bool) -> None:
+    """Have libvirt's QEMU, started for that and paused, open a disk in the directory of the domain's disks.
+
+    given_away: as libvirt starts every domain; else as the boot test has it, whose disks stay ours. attempt: that of
+    the job, for the name of the disk.
+    Raise MigrationError (qemu_denied, define_failed, libvirt_unavailable) or OSError.
+    """
+    path = directory / f".trial.{domain.job}.{attempt}.partial"
+    trial = replace(
+        domain,
+        name=f"{domain.name}.trial",
+        uuid=str(uuid.uuid5(uuid.UUID(domain.uuid), "trial")),
+        cpus=1,
+        cores_per_socket=None,
+        memory_mib=_TRIAL_MIB,
+        firmware="bios",
+        secure_boot=False,
+        tpm=False,
+        virt_type=virt_type(connection, "tcg"),  # whether KVM works is another question
+        machine=machine_for(None, "bios", 1, virtio=True),
+        guest=None,
+        disks=(DomainDisk(path, "raw", "trial", False),),
+        nics=(),
+    )
+    path.unlink(missing_ok=True)  # of an attempt that died
+    fd = create_file(path, 0o600)
+    try:
+        os.truncate(fd, _TRIAL_BYTES)
+        os.close(fd)
+        with translated(Code.DEFINE_FAILED, connection):
+            try:
+                with contextlib.nullcontext(trial) if given_away else let_in(connection, trial) as started:
+                    flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
+                    connection.createXML(to_xml(started), flags).destroy()
+            except libvirt.libvirtError as error:
+                if str(path) in str(error):
+                    raise _denied(connection, trial, directory, error) from None
+                raise
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _denied(connection: Any, domain: Domain, directory: Path, error: libvirt.libvirtError) -> MigrationError:
+    """What keeps QEMU from a disk, as far as that can be told from here."""
+    account = qemu_account(connection, domain.virt_type)
+    user = "libvirt's QEMU" if account is None else f"libvirt's QEMU, which runs as {user_name(account)},"
+    us = user_name(os.geteuid())
+    hint = (
+        "See libvirt's log (`journalctl -u libvirtd`), and that of AppArmor or SELinux (`journalctl -k`). On NFS with"
+        f" root_squash libvirt can give no disk to another user: set user and group to {us} in"
+        " /etc/libvirt/qemu.conf and restart libvirt, or export the directory with no_root_squash."
+        " Then `hyper2kvmctl retry`."
+    )
+    closed = (
+        None if account is None else next((place for place in _way(directory) if not _enters(account, place)), None)
+    )
+    if account is not None and closed is not None:
+        hint = (
+            f"{user_name(account)} may not enter {closed}. Run `setfacl -m u:{user_name(account)}:x"
+            f" {shlex.quote(str(closed))}`, or set output_dir to another directory. Then `hyper2kvmctl retry`."
+        )
+    return MigrationError(
+        Code.QEMU_DENIED, f"{user} cannot open a disk in {directory}: {error}", hint, field="output_dir"
+    )
+
+
+def _way(directory: Path) -> Iterator[Path]:
+    """The directories that one goes through, from the root; those that do not exist yet are left out."""
+    real = Path(os.path.realpath(directory))
+    return itertools.takewhile(os.path.isdir, reversed((real, *real.parents)))
+
+
+def _enters(uid: int, directory: Path) -> bool:
+    """Whether a user may enter a directory, as far as its mode says; an access list may say anything else."""
+    with contextlib.suppress(OSError):
+        if "system.posix_acl_access" in os.listxattr(directory):
+            return True
+    groups: set[int] = set()
+    with contextlib.suppress(KeyError):
+        account = pwd.getpwuid(uid)
+        groups = {*os.getgrouplist(account.pw_name, account.pw_gid)}
+    status = directory.stat()
+    bit = stat.S_IXUSR if status.st_uid == uid else stat.S_IXGRP if status.st_gid in groups else stat.S_IXOTH
+    return bool(status.st_mode & bit)
