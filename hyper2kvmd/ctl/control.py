@@ -13,6 +13,9 @@ from hyper2kvmd.ctl.listing import find, state_now
 from hyper2kvmd.ctl.output import print_json, refuse, refused
 from hyper2kvmd.daemon.runner import Runner
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND
+from hyper2kvmd.job import steps
+from hyper2kvmd.job.context import job_id
+from hyper2kvmd.job.undo import OUTPUT_KEPT
 from hyper2kvmd.queue import facts, requests
 from hyper2kvmd.queue.claim import Busy, claim_export
 from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD
@@ -101,7 +104,9 @@ def retry(export: Path, config: Settings) -> str:
 def cancel(export: Path, config: Settings) -> str:
     """Stop a job for good."""
     state = state_now(export, config)
-    if state in (State.SUCCEEDED, State.FAILED, State.REJECTED, State.CANCELLED):
+    if state in (State.SUCCEEDED, State.FAILED, State.REJECTED) or (
+        state == State.CANCELLED and not steps.unfinished(_work_dir(export, config))
+    ):
         raise _Refused(f"is {state} already")
     requests.ask(export, CANCEL)
     # Whoever runs it now, here or elsewhere, is given the time to stop; then one of ours says so in a report.
@@ -115,7 +120,15 @@ def cancel(export: Path, config: Settings) -> str:
     state = state_now(export, config)
     if state != State.CANCELLED:
         raise _Refused(f"is {state}: it ended before it could be cancelled")
+    if steps.unfinished(_work_dir(export, config)):
+        warnings = (facts.read_report(export) or {}).get("warnings", [])
+        kept = next((warning for warning in warnings if warning["code"] == OUTPUT_KEPT), None)
+        raise _Refused("cancelled, but its disks are kept" if kept is None else f"{kept['message']}. {kept['hint']}")
     return "cancelled"
+
+
+def _work_dir(export: Path, config: Settings) -> Path:
+    return config.work_dir / job_id(export, facts.look(export, config).manifest_sha256 or "")
 
 
 def hold(export: Path, config: Settings) -> str:

@@ -97,7 +97,8 @@ def migrate(job: Job, claim: Claim, manifest: Manifest) -> tuple[str, ...]:
         _publish(claim, items)
         _describe_targets(job, plan, {item.disk: Path(item.final) for item in items})
     if plan.import_:
-        _hook(job, claim, plan)
+        if not plan.imported:
+            _hook(job, claim, plan)
         with job.stage("import"):
             _import(job, claim, plan)
     else:
@@ -273,16 +274,17 @@ def _import(job: Job, claim: Claim, plan: Plan) -> None:
     with connect(libvirt.uri) as connection:
         job.record.tools["libvirt"] = libvirt_version(connection)
         domain = _as_found(job, plan, _boot_order(job, plan))
-        disks = tuple(replace(disk, direct_io=qemu_img.direct_io(disk.path)) for disk in domain.disks)
-        define(
-            connection,
-            to_xml(replace(domain, disks=disks)),
-            domain.name,
-            domain.uuid,
-            job.id,
-            autostart=libvirt.autostart,
-            start=libvirt.start,
-        )
+        if not plan.imported:
+            disks = tuple(replace(disk, direct_io=qemu_img.direct_io(disk.path)) for disk in domain.disks)
+            define(
+                connection,
+                to_xml(replace(domain, disks=disks)),
+                domain.name,
+                domain.uuid,
+                job.id,
+                autostart=libvirt.autostart,
+                start=libvirt.start,
+            )
         for directory in dict.fromkeys(disk.path.parent for disk in domain.disks):
             if warning := refresh_pools(connection, directory, libvirt.pool):
                 job.warn(warning)

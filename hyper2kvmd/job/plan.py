@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hyper2kvmd import accel
 from hyper2kvmd.domain import hardware
@@ -18,7 +18,8 @@ from hyper2kvmd.errors import Code, Collected, Finding, MigrationError
 from hyper2kvmd.files import existing_parent
 from hyper2kvmd.guest.session import check_host
 from hyper2kvmd.hypervisor.connection import connect, virt_type
-from hyper2kvmd.hypervisor.preflight import preflight, uuid_taken
+from hyper2kvmd.hypervisor.disks import check_access
+from hyper2kvmd.hypervisor.preflight import preflight, runs_already, uuid_taken
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.image.publish import output_exists
 from hyper2kvmd.image.source import Source, open_sources
@@ -53,7 +54,8 @@ class Plan:
     disks: in the order in which the VM had them. boot_disk: the id of the one that it boots from, as far as is known
     before the disks are looked into. target: whether disks are written, were this no dry run. hardware: what the VM
     was; cards: its network cards in the order of their slots, with the MACs they will have, as far as that is known.
-    domain: what it will be, as far as can be said now.
+    domain: what it will be, as far as can be said now. imported: an earlier attempt published the disks, and the domain
+    that it made runs on them.
     """
 
     manifest: Manifest
@@ -74,6 +76,7 @@ class Plan:
     accel: str
     domain: Domain
     cards: tuple[Card, ...]
+    imported: bool
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -125,11 +128,20 @@ def make_plan(
         *(part or "" for part in (manifest.provider, manifest.datacenter, manifest.vm_id)), manifest.vm_name
     )
     domain = _domain(job, manifest, was, disks, format, uuid)
+    published, imported = set(published), False
     if convert:
-        _check_outputs(disks, directory, set(published), problems)
+        _check_outputs(disks, directory, published, problems)
     if convert and (defines or boot):
-        with problems:
-            domain = _check_target(job, domain, uuid, acceleration, directory, problems, defines=defines)
+        with problems, connect(settings.libvirt.uri) as connection:
+            domain = replace(domain, virt_type=virt_type(connection, acceleration))
+            imported = defines and bool(published) and runs_already(connection, domain)
+            if defines and not imported:
+                domain = _check_target(connection, job, domain, uuid, directory, problems)
+            # Last, as it writes into the output directory, and starts QEMU.
+            starts = {True: defines and settings.libvirt.start, False: boot and not published}
+            for given_away in () if dry_run or imported or problems.errors else (True, False):
+                if starts[given_away]:
+                    check_access(connection, domain, directory, job.attempt, given_away=given_away)
     plan = Plan(
         manifest=manifest,
         hardware=was,
@@ -154,6 +166,7 @@ def make_plan(
         cards=tuple(replace(card, mac=nic.mac) for card, nic in zip(was.cards, domain.nics, strict=True))
         if defines
         else was.cards,
+        imported=imported,
     )
     if not convert:
         job.warn(Finding("not_converted", "the CONVERT stage is off: no disk is written", "Enable it in the manifest."))
@@ -270,28 +283,21 @@ def _domain(
     )
 
 
-def _check_target(
-    job: Job, domain: Domain, uuid: str, acceleration: str, directory: Path, problems: Collected, *, defines: bool
-) -> Domain:
+def _check_target(connection: Any, job: Job, domain: Domain, uuid: str, directory: Path, problems: Collected) -> Domain:
     """Ask libvirt for all that would keep it from defining the domain; return the domain with a UUID that is free.
 
     uuid: the one to take if somebody has the VM's own. Raise MigrationError (libvirt_unavailable).
     """
-    settings = job.settings.libvirt
-    with connect(settings.uri) as connection:
-        domain = replace(domain, virt_type=virt_type(connection, acceleration))
-        if not defines:
-            return domain
-        if domain.uuid != uuid and uuid_taken(connection, domain.uuid, job.id):
-            job.warn(
-                Finding(
-                    "uuid_taken",
-                    f"another domain has the UUID of the VM ({domain.uuid}): this one gets {uuid}",
-                    "A guest that is licensed by its UUID needs the old one: undefine the other domain first.",
-                )
+    if domain.uuid != uuid and uuid_taken(connection, domain.uuid, job.id):
+        job.warn(
+            Finding(
+                "uuid_taken",
+                f"another domain has the UUID of the VM ({domain.uuid}): this one gets {uuid}",
+                "A guest that is licensed by its UUID needs the old one: undefine the other domain first.",
             )
-            domain = replace(domain, uuid=uuid)
-        problems.errors += preflight(connection, domain, settings.pool, directory)
+        )
+        domain = replace(domain, uuid=uuid)
+    problems.errors += preflight(connection, domain, job.settings.libvirt.pool, directory)
     return domain
 
 

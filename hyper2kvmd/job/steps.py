@@ -225,6 +225,11 @@ def unfinished(work_dir: Path) -> bool:
     return bool(_read(work_dir).items)
 
 
+def published(work_dir: Path) -> list[Path]:
+    """The disks of a job that have their final names, and are still the files that it made."""
+    return [Path(item.final) for item in _read(work_dir).items if item.file.is_at(item.final)]
+
+
 def in_use(work_dir: Path) -> bool:
     """Whether a process works with a work directory now."""
     try:
@@ -246,7 +251,7 @@ def abandon(work_dir: Path) -> None:
 
 
 def undo(work_dir: Path) -> None:
-    """Remove what a job that nobody wants any more made, published disks included if they are still ours."""
+    """Remove what a job that nobody wants any more made, published disks included."""
     for item in _read(work_dir).items:
         for path in (item.final, item.file.path):
             if item.file.is_at(path):
