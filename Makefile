@@ -48,7 +48,7 @@ define pytest
 		cat .cache/logs/$(1).log; echo "$(1) tests failed" >&2; exit 1; }
 endef
 UNIT := tests/unit
-OTHERS := tests/integration tests/e2e tests/packages
+OTHERS := tests/integration tests/e2e
 
 .PHONY: test
 test: deps package-deps venv lint ## what every change must pass: 15 minutes, 30 the first time
@@ -76,7 +76,7 @@ test-integration: deps venv ## minutes; real qemu-img, libguestfs and libvirt
 
 .PHONY: test-system
 test-system: deps package-deps venv ## minutes; boots migrated guests, runs the service, installs the package on a fresh system
-	$(call pytest,system,tests/e2e tests/packages)
+	$(call pytest,system,tests/e2e)
 	@$(call SAY,system)
 
 .PHONY: durations
@@ -107,7 +107,7 @@ lock: venv ## pin the newest versions of the libraries that the package brings
 .PHONY: test-container
 test-container: deps package-deps venv ## minutes; builds the container image with Podman, and runs it
 	@packaging/install-deps.sh container
-	@$(PYTHON) -m pytest -q --tb=short tests/packages/containers.py
+	@$(PYTHON) -m pytest -q --tb=short tests/e2e/containers.py
 
 .PHONY: release
 release: venv ## source, wheel, list of libraries and checksums into dist

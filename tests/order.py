@@ -34,7 +34,7 @@ GROUPS = {
 
 
 def tier(file: str) -> str:
-    """unit, integration, e2e or packages."""
+    """unit, integration or e2e."""
     return Path(file).parts[1]
 
 

@@ -71,13 +71,10 @@ class Container:
 
 
 @contextlib.contextmanager
-def booted(
-    root: Path = Path("/"), *, unified: bool = False, bound: Mapping[str, Path] | None = None
-) -> Iterator[Container]:
+def booted(root: Path = Path("/"), *, bound: Mapping[str, Path] | None = None) -> Iterator[Container]:
     """Boot a container with no services but the basic ones; it is switched off, not shut down, at the end.
 
-    root: the file system that it has an overlay of. unified: whether it has the newer kind of control groups alone,
-    without which the systemd of Debian 13 does not boot. bound: directories of this machine, by where they are seen.
+    root: the file system that it has an overlay of. bound: directories of this machine, by where they are seen.
     """
     assert os.geteuid() == 0, "a container can be started by root only: run the tests as root"
     name = f"hyper2kvmd-{os.getpid()}"
@@ -93,7 +90,9 @@ def booted(
                     *("--pid", "--fork", "--kill-child=KILL", "--mount-proc"),
                     *("sh", "-euc", _START, "sh", str(mount_point), name, str(root), options, *map(str, groups)),
                 ],
-                env={**os.environ, **({"UNIFIED_CGROUP_HIERARCHY": "yes"} if unified else {})},
+                # The newer kind of control groups alone: without it the systemd of Debian 13 does not boot, and libvirt
+                # finds none that it may make its own in.
+                env={**os.environ, "UNIFIED_CGROUP_HIERARCHY": "yes"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,28 +1,30 @@
-"""The whole VM: from an export whose manifest has no network cards to a domain that runs as the VM did on VMware."""
+"""The whole VM: from an export whose manifest has no network cards to a domain that runs as the VM did on VMware.
+
+The package is installed, the service runs as its own user, and libvirt is as the distribution ships it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from hyper2kvmd.settings.model import Settings
 from tests import matrix
 from tests.cache import cached
-from tests.conftest import report_of, run_job
+from tests.e2e.conftest import libvirt_of
+from tests.e2e.container import Container
+from tests.e2e.test_systemd import CONFIG, EXPORTS, IMAGES, SETTINGS, hand_over, images, of_export, report
 from tests.guests import boot
 from tests.guests.boot import BootResult, boot_domain
 from tests.guests.build import digest, export
 from tests.guests.recipe import GUESTS, Guest
-from tests.libvirtd import session
 from tests.matrix import IDENTITY, MIGRATION_SECONDS, boot_as_on_vmware, differences, works
 
 # The same bytes as the UUID of IDENTITY, in the spelling of libvirt.
@@ -41,21 +43,12 @@ class Imported:
     started: BootResult
 
 
-@contextmanager
-def settings(directory: Path) -> Iterator[Settings]:
-    """Settings with a libvirt of their own, and the boot test."""
-    for name in ("exports", "images", "work"):
-        (directory / name).mkdir()
-    with session(directory) as uri:
-        yield Settings.model_validate(
-            {
-                "exports_dir": directory / "exports",
-                "output_dir": directory / "images",
-                "work_dir": directory / "work",
-                "libvirt": {"uri": uri, "default_network": "user"},
-                "validate": {"test_boot": True},
-            }
-        )
+def dropped(host: Container, directory: Path) -> dict[str, Any]:
+    """Hand an export over to the service, which boots what it publishes; the report."""
+    settings = {**SETTINGS, "libvirt": {"default_network": "user"}, "validate": {"test_boot": True}}
+    host.write(CONFIG, yaml.safe_dump(settings))
+    host.run("systemctl", "reload", "hyper2kvmd")
+    return report(host, hand_over(host, directory), MIGRATION_SECONDS)
 
 
 def original(guest: Guest) -> BootResult:
@@ -70,9 +63,8 @@ def original(guest: Guest) -> BootResult:
     return BootResult(**json.loads((made / "boot.json").read_text()))
 
 
-def virsh(uri: str, *arguments: str) -> str:
-    done = subprocess.run(["virsh", "-c", uri, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
+def virsh(host: Container, *arguments: str) -> str:
+    return host.run("virsh", "-c", "qemu:///system", *arguments)
 
 
 def attribute(parent: ET.Element, tag: str, key: str) -> str | None:
@@ -84,16 +76,19 @@ def attribute(parent: ET.Element, tag: str, key: str) -> str | None:
 @pytest.fixture(
     scope="module", params=(pytest.param("debian12-three-disks", marks=pytest.mark.rest), "debian12-uefi-three-disks")
 )
-def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Imported:
+def imported(
+    request: pytest.FixtureRequest, host: Container, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Imported]:
     guest = GUESTS[request.param]
-    with settings(tmp_path_factory.mktemp(guest.name)) as used:
-        dropped = export(guest.name, used.exports_dir, vm_name="db01", dialect="go", identity=IDENTITY)
-        run_job(dropped, used, timeout=MIGRATION_SECONDS)
-        report = report_of(dropped)
-        assert "succeeded" == report["status"], json.dumps(report["error"], indent=2)
-        domain = ET.fromstring(virsh(used.libvirt.uri, "dumpxml", "db01"))
-        started = boot_domain(used.libvirt.uri, "db01")
-    return Imported(guest, original(guest), dropped, report, domain, started)
+    exported = tmp_path_factory.mktemp(guest.name)
+    document = dropped(host, export(guest.name, exported, vm_name="db01", dialect="go", identity=IDENTITY))
+    assert "succeeded" == document["status"], json.dumps(document["error"], indent=2)
+    domain = ET.fromstring(virsh(host, "dumpxml", "db01"))
+    started = boot_domain(libvirt_of(host), "db01", root=host.root)
+    yield Imported(guest, original(guest), host.root / f"{EXPORTS}/db01".lstrip("/"), document, domain, started)
+    # The next one has its name and its addresses.
+    virsh(host, "undefine", "db01", "--nvram")
+    host.run("sh", "-c", f"rm -r {EXPORTS}/db01 {IMAGES}/db01-*")
 
 
 def test_the_export_says_nothing_of_network_cards_and_lists_the_disks_backwards(imported: Imported) -> None:
@@ -112,11 +107,11 @@ def test_the_boot_test_passes(imported: Imported) -> None:
 
 
 def test_the_domain_has_the_cards_disks_firmware_uuid_and_notes_of_the_old_machine(imported: Imported) -> None:
-    domain, images = imported.domain, imported.export.parents[1] / "images"
+    domain = imported.domain
     assert [*IDENTITY.macs] == [mac.get("address") for mac in domain.iterfind("devices/interface/mac")]
     # The manifest calls the last disk disk-1.
     ids = ("disk-3", "disk-2", "disk-1")
-    wanted = [(f"vd{letter}", id, str(images / f"db01-{id}.qcow2")) for letter, id in zip("abc", ids, strict=True)]
+    wanted = [(f"vd{letter}", id, f"{IMAGES}/db01-{id}.qcow2") for letter, id in zip("abc", ids, strict=True)]
     assert wanted == [
         (attribute(disk, "target", "dev"), disk.findtext("serial"), attribute(disk, "source", "file"))
         for disk in domain.iterfind("devices/disk")
@@ -140,20 +135,18 @@ def test_the_running_domain_finds_each_file_system_on_the_disk_where_it_was(impo
 
 @pytest.mark.rest
 def test_a_guest_that_is_not_fixed_fails_the_boot_test_in_its_initramfs_and_nothing_is_published(
-    tmp_path: Path,
+    host: Container, tmp_path: Path
 ) -> None:
-    with settings(tmp_path) as used:
-        dropped = export("debian12-bios", used.exports_dir, vm_name="web01", dialect="go")
-        manifest = dropped / "artifact-manifest.json"
-        wishes = json.loads(manifest.read_text())
-        wishes["pipeline"]["fix"]["enabled"] = False
-        manifest.write_text(json.dumps(wishes))
-        done = run_job(dropped, used, timeout=MIGRATION_SECONDS)
-        report = report_of(dropped)
-        assert (1, "failed", "boot_failed") == (done.returncode, report["status"], report["error"]["code"])
-        boot = report["results"]["boot"]
-        assert "failed" == boot["outcome"]
-        assert "initramfs" in boot["reason"] and boot["reason"] in report["error"]["message"]
-        assert "(initramfs)" in (dropped / boot["serial_log"]).read_text()
-        assert [] == list(used.output_dir.iterdir())
-        assert "" == virsh(used.libvirt.uri, "list", "--all", "--name").strip()
+    directory = export("debian12-bios", tmp_path, vm_name="web01", dialect="go")
+    manifest = directory / "artifact-manifest.json"
+    wishes = json.loads(manifest.read_text())
+    wishes["pipeline"]["fix"]["enabled"] = False
+    manifest.write_text(json.dumps(wishes))
+    before = images(host), virsh(host, "list", "--all", "--name")
+    document = dropped(host, directory)
+    assert ("failed", "boot_failed") == (document["status"], document["error"]["code"])
+    boot = document["results"]["boot"]
+    assert "failed" == boot["outcome"]
+    assert "initramfs" in boot["reason"] and boot["reason"] in document["error"]["message"]
+    assert "(initramfs)" in (host.root / of_export("web01", boot["serial_log"]).lstrip("/")).read_text()
+    assert before == (images(host), virsh(host, "list", "--all", "--name"))

@@ -1,20 +1,23 @@
-"""The main job, whole: a guest that cannot boot on virtio is dropped, migrated by the daemon, and boots on virtio."""
+"""The main job, whole, where users stand: a guest that cannot boot on virtio is copied in, and boots on virtio.
+
+The package is installed, the service runs as its own user, and libvirt is as the distribution ships it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
-import urllib.request
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 
 from hyper2kvmd.guest.inspect import inspect
 from hyper2kvmd.guest.linux.fix import FixOptions, fix
@@ -25,11 +28,12 @@ from hyper2kvmd.settings.model import Settings
 from tests import ROOT
 from tests.appliance import MEMORY_MB
 from tests.conftest import disk_entry, report_of, run_job
-from tests.guests.boot import boot
+from tests.e2e.conftest import libvirt_of
+from tests.e2e.container import Container, wait_until
+from tests.e2e.test_systemd import CONFIG, EXPORTS, IMAGES, images, report
+from tests.guests.boot import BootResult, boot, boot_domain
 from tests.guests.build import build, export
 from tests.guests.rootfs import run
-from tests.integration.daemon.test_daemon import daemon, free_port, wait_until
-from tests.libvirtd import session
 
 MIGRATION_SECONDS = 900
 # In a file that every guest has: what a migration must not lose.
@@ -39,56 +43,54 @@ MAC = "00:50:56:aa:bb:01"
 
 @dataclass(frozen=True)
 class Migrated:
-    """What the daemon made of one dropped export."""
+    """What the service made of one export, and how the domain then started for root; paths are this machine's."""
 
+    host: Container
     export: Path
     before: dict[str, str]
     report: dict[str, Any]
     domain_xml: str
     metrics: str
-    images: Path
+    account: str
+    started: BootResult
+
+    @property
+    def disk(self) -> Path:
+        return self.host.root / f"{IMAGES}/web01-disk-0.qcow2".lstrip("/")
 
 
 def digests(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
-def migrate(directory: Path, guest: str, dialect: Any, vm_name: str) -> Migrated:
-    for name in ("exports", "images", "work"):
-        (directory / name).mkdir()
-    port = free_port()
-    with session(directory) as uri:
-        settings = Settings.model_validate(
-            {
-                "exports_dir": directory / "exports",
-                "output_dir": directory / "images",
-                "work_dir": directory / "work",
-                "settle_seconds": 1,
-                "libvirt": {"uri": uri, "default_network": "user"},
-                "validate": {"compare": True},
-                "metrics": {"listen": f"127.0.0.1:{port}"},
-            }
-        )
-        with daemon(settings):
-            # As the exporter does: the disks first, the manifest last.
-            dropped = export(guest, directory / "exports", dialect=dialect, vm_name=vm_name, mac=MAC)
-            before = digests(dropped)
-            wait_until((dropped / "migration-report.json").exists, MIGRATION_SECONDS)
-
-            def metrics() -> str:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-                    text: str = answer.read().decode()
-                    return text
-
-            wait_until(lambda: f'hyper2kvmd_jobs{{state="{report_of(dropped)["status"]}"}} 1' in metrics())
-            seen = metrics()
-        shown = subprocess.run(["virsh", "-c", uri, "dumpxml", vm_name], capture_output=True, text=True, check=False)
-    return Migrated(dropped, before, report_of(dropped), shown.stdout, seen, directory / "images")
-
-
 @pytest.fixture(scope="module")
-def bios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Migrated]:
-    yield migrate(tmp_path_factory.mktemp("bios"), "debian12-bios", "seed", "web01")
+def migrated(host: Container, tmp_path_factory: pytest.TempPathFactory) -> Migrated:
+    """The export is copied in by root, slowly, by a tool that keeps old times."""
+    settings = {"libvirt": {"default_network": "user"}, "validate": {"compare": True, "test_boot": True}}
+    host.write(CONFIG, yaml.safe_dump({"scan_interval_seconds": 1, "settle_seconds": 1, **settings}))
+    host.run("systemctl", "reload", "hyper2kvmd")
+    directory = export("debian12-bios", tmp_path_factory.mktemp("export"), dialect="seed", vm_name="web01", mac=MAC)
+    before = digests(directory)
+    shutil.copytree(directory, host.root / "root/web01")
+    host.run("rsync", "-a", "--bwlimit=40m", "/root/web01", EXPORTS)
+    document = report(host, "web01", MIGRATION_SECONDS)
+    assert "succeeded" == document["status"], json.dumps(document["error"], indent=2)
+    page = (
+        "from urllib.request import urlopen; print(urlopen('http://127.0.0.1:9878/metrics', timeout=5).read().decode())"
+    )
+
+    def metrics() -> str:
+        return host.run("/usr/bin/python3", "-c", page)
+
+    wait_until(lambda: 'hyper2kvmd_jobs{state="succeeded"} 1' in metrics(), "it is counted")
+    xml = host.run("virsh", "-c", "qemu:///system", "dumpxml", "web01")
+    virsh = ("virsh", "-q", "-c", "qemu:///system")
+    host.run(*virsh, "start", "--paused", "web01")
+    account = host.run("ps", "-o", "user:20=", "-C", "qemu-system-x86_64").strip()
+    host.run(*virsh, "destroy", "web01")
+    started = boot_domain(libvirt_of(host), "web01", root=host.root)
+    exported = host.root / f"{EXPORTS}/web01".lstrip("/")
+    return Migrated(host, exported, before, document, xml, metrics(), account, started)
 
 
 @pytest.mark.rest
@@ -97,14 +99,29 @@ def test_the_guest_does_not_boot_on_virtio_before() -> None:
     assert "failed" == result.outcome, result.serial_log[-3000:]
 
 
-def test_the_migration_succeeds_and_leaves_nothing_behind(bios: Migrated) -> None:
-    assert "succeeded" == bios.report["status"], json.dumps(bios.report["error"], indent=2)
-    assert ["web01-disk-0.qcow2"] == [path.name for path in bios.images.iterdir()]
-    assert [] == [path for path in (bios.images.parent / "work").iterdir() if path.is_dir()]
+def test_it_is_migrated_at_the_first_attempt_by_the_services_user_and_leaves_nothing_behind(migrated: Migrated) -> None:
+    report = migrated.report
+    assert (1, "hyper2kvm", "daemon") == (
+        report["attempts"],
+        report["host"]["user"],
+        report["host"]["started_by"],
+    )
+    assert ["web01-disk-0.qcow2"] == images(migrated.host)
+    assert "" == migrated.host.run("find", "/var/lib/hyper2kvmd/work", "-mindepth", "1", "-type", "d")
 
 
-def test_the_result_boots_on_virtio_with_its_root_by_uuid_and_its_old_address(bios: Migrated) -> None:
-    result = boot([bios.images / "web01-disk-0.qcow2"], "qcow2", "virtio", macs=[MAC], timeout=900)
+def test_the_boot_test_passes_and_the_disk_stays_the_services(migrated: Migrated) -> None:
+    boot = migrated.report["results"]["boot"]
+    assert "passed" == boot["outcome"]
+    assert "login:" in (migrated.export / boot["serial_log"]).read_text()
+    # As libvirt gave it back after the domain had run.
+    assert "600 hyper2kvm" == migrated.host.run("stat", "-c", "%a %U", f"{IMAGES}/web01-disk-0.qcow2").strip()
+    assert "user:" not in migrated.host.run("getfacl", "-cpnE", f"{IMAGES}/web01-disk-0.qcow2").replace("user::", "")
+
+
+def test_it_runs_on_virtio_unprivileged_with_its_root_by_uuid_and_its_old_address(migrated: Migrated) -> None:
+    assert "libvirt-qemu" == migrated.account
+    result = migrated.started
     assert "matched" == result.outcome, result.serial_log[-3000:]
     said = result.report
     assert "ens192:UP:10.0.2.15/24" == said["net"], "the card lost its name or its address"
@@ -113,41 +130,43 @@ def test_the_result_boots_on_virtio_with_its_root_by_uuid_and_its_old_address(bi
     assert CANARY == said["canary"], "the data did not survive"
 
 
-def test_a_second_fix_finds_nothing_to_do_and_proves_the_same(bios: Migrated, tmp_path: Path, accelerator: str) -> None:
+def test_a_second_fix_finds_nothing_to_do_and_proves_the_same(
+    migrated: Migrated, tmp_path: Path, accelerator: str
+) -> None:
     overlay = tmp_path / "overlay.qcow2"
-    base = bios.images / "web01-disk-0.qcow2"
+    base = migrated.disk
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
     with open_guest([(overlay, "qcow2")], accel=accelerator, memory_mb=MEMORY_MB, tools=Tools()) as session:
         again = fix(session, inspect(session), FixOptions(nics=(Nic(MAC),)))
     assert () == again.changes
-    assert bios.report["results"]["fix"]["proofs"] == [asdict(proof) for proof in again.proofs]
+    assert migrated.report["results"]["fix"]["proofs"] == [asdict(proof) for proof in again.proofs]
 
 
-def test_the_domain_is_defined_and_shut_off(bios: Migrated) -> None:
-    domain = ET.fromstring(bios.domain_xml)
+def test_the_domain_is_defined_and_shut_off(migrated: Migrated) -> None:
+    domain = ET.fromstring(migrated.domain_xml)
     assert "web01" == domain.findtext("name")
-    assert bios.report["domain"]["uuid"] == domain.findtext("uuid")
+    assert migrated.report["domain"]["uuid"] == domain.findtext("uuid")
     disk = domain.find("devices/disk")
     assert disk is not None
     source, target, order = disk.find("source"), disk.find("target"), disk.find("boot")
-    assert source is not None and str(bios.images / "web01-disk-0.qcow2") == source.get("file")
+    assert source is not None and f"{IMAGES}/web01-disk-0.qcow2" == source.get("file")
     assert target is not None and "virtio" == target.get("bus")
     assert order is not None and "1" == order.get("order")
     nic = domain.find("devices/interface/mac")
     assert nic is not None and MAC == nic.get("address")
 
 
-def test_the_source_is_untouched(bios: Migrated) -> None:
-    after = {name: digest for name, digest in digests(bios.export).items() if name in bios.before}
-    assert bios.before == after
+def test_the_source_is_untouched(migrated: Migrated) -> None:
+    after = {name: digest for name, digest in digests(migrated.export).items() if name in migrated.before}
+    assert migrated.before == after
 
 
-def test_the_report_validates_against_its_published_schema(bios: Migrated) -> None:
-    jsonschema.validate(bios.report, json.loads((ROOT / "docs/migration-report.schema.json").read_text()))
+def test_the_report_validates_against_its_published_schema(migrated: Migrated) -> None:
+    jsonschema.validate(migrated.report, json.loads((ROOT / "docs/migration-report.schema.json").read_text()))
 
 
-def test_the_report_says_what_was_found_done_and_proved(bios: Migrated) -> None:
-    results = bios.report["results"]
+def test_the_report_says_what_was_found_done_and_proved(migrated: Migrated) -> None:
+    results = migrated.report["results"]
     assert ("linux", "debian", "bios") == tuple(results["inspect"][key] for key in ("os_type", "distro", "firmware"))
     assert ("grub2", "initramfs-tools", "disk-0") == tuple(
         results["inspect"][key] for key in ("bootloader", "initramfs", "boot_disk")
@@ -155,14 +174,14 @@ def test_the_report_says_what_was_found_done_and_proved(bios: Migrated) -> None:
     assert results["fix"]["boot_updated"]
     assert {"virtio_blk", "virtio_pci"} <= set(results["fix"]["drivers_injected"])
     assert results["fix"]["proofs"] and all(proof["ok"] for proof in results["fix"]["proofs"])
-    assert {"/etc/fstab", "/boot/grub/grub.cfg"} <= {change["path"] for change in bios.report["changes"]}
+    assert {"/etc/fstab", "/boot/grub/grub.cfg"} <= {change["path"] for change in migrated.report["changes"]}
     assert results["validate"]["all_valid"]
-    assert bios.report["disks"][0]["source_sha256"]
+    assert migrated.report["disks"][0]["source_sha256"]
 
 
-def test_one_success_was_counted(bios: Migrated) -> None:
-    assert 'hyper2kvmd_jobs_completed_total{result="succeeded"} 1.0' in bios.metrics
-    assert 'hyper2kvmd_jobs_completed_total{result="failed"} 0.0' in bios.metrics
+def test_one_success_was_counted(migrated: Migrated) -> None:
+    assert 'hyper2kvmd_jobs_completed_total{result="succeeded"} 1.0' in migrated.metrics
+    assert 'hyper2kvmd_jobs_completed_total{result="failed"} 0.0' in migrated.metrics
 
 
 # hyper2kvmd with one line left out: what asks for virtio in the initramfs.

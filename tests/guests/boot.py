@@ -133,15 +133,16 @@ def boot(
         return _judge(_console(command, answers or {}, deadline=deadline, scratch=scratch), deadline, until, fail, echo)
 
 
-def boot_domain(uri: str, name: str, *, timeout: float = 900) -> BootResult:
+def boot_domain(uri: str, name: str, *, root: Path = Path("/"), timeout: float = 900) -> BootResult:
     """Start a domain of libvirt, whose disks are then written to, and read its console likewise. It is off afterwards.
 
-    uri: of a libvirt on this host.
+    uri: of a libvirt on this host, which sees `root` as its file system.
     """
     # Paused until somebody listens: the firmware speaks first.
     _virsh(uri, "start", name, "--paused")
     try:
-        console = os.open(_virsh(uri, "ttyconsole", name), os.O_RDWR | os.O_NOCTTY)
+        terminal = _virsh(uri, "ttyconsole", name).lstrip("/")
+        console = os.open(root / terminal, os.O_RDWR | os.O_NOCTTY)
         try:
             deadline = time.monotonic() + timeout
             _virsh(uri, "resume", name)

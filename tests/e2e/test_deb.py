@@ -13,6 +13,21 @@ import yaml
 
 from hyper2kvmd import __version__
 from tests import ROOT
+from tests.e2e.conftest import (
+    APPLIANCE_DROP_IN,
+    HOST,
+    LIBRARIES,
+    NEXT,
+    Drop,
+    build_package,
+    configure,
+    exists,
+    install,
+    is_up,
+    ours,
+    trees,
+    version,
+)
 from tests.e2e.container import Container, wait_until
 from tests.e2e.test_systemd import (
     CONFIG,
@@ -32,21 +47,6 @@ from tests.e2e.test_systemd import (
     show,
 )
 from tests.guests.build import export
-from tests.packages.conftest import (
-    APPLIANCE_DROP_IN,
-    HOST,
-    LIBRARIES,
-    NEXT,
-    Drop,
-    build_package,
-    configure,
-    exists,
-    install,
-    is_up,
-    ours,
-    trees,
-    version,
-)
 
 # The package as a file ------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ SUITES = (READY, *(pytest.param(suite, marks=pytest.mark.rest) for suite in ("bo
 
 # What a KVM host has, and a fresh system has not. Of what is recommended, no more than the tests need.
 RECOMMENDED = "acl, libguestfs-xfs, libvirt-clients, libvirt-daemon-system, linux-image-amd64"
-OTHERS = "build-essential, rpm, tini"  # that a test installs
+OTHERS = "bindfs, build-essential, ovmf, rpm, rsync, tini"  # that a test installs
 INCLUDED = "bash-completion,dbus,man-db,procps,systemd,systemd-sysv"
 # INITRD: nobody boots this kernel but libguestfs, which makes its own. The settings stay as they were edited, without a
 # question. No pty, and nothing flushed: the system lives as long as the test.
@@ -62,7 +62,7 @@ def packages(suite: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     directory = tmp_path_factory.mktemp("package")
     if suite in (HOST, READY):
         return with_next(build_package("debian", ROOT, directory), directory)
-    with booted(fresh_system(suite), unified=suite == "trixie") as machine:
+    with booted(fresh_system(suite)) as machine:
         machine.run(*APT, "satisfy", f"build-essential, {relations('Build-Depends')}", timeout=400)
         _copy_tree(ROOT, machine.root / "root/tree")
         build = ("/root/tree/packaging/debian/build.sh", "/root/tree", "/root/dist", "/root/wheels")
@@ -149,14 +149,27 @@ def libraries() -> list[str]:
 def machine(suite: str, package: Path) -> Iterator[Container]:
     """A fresh system, booted, with the package installed by apt and the service enabled."""
     ready = suite == READY
-    with booted(
-        fresh_system(suite), unified=suite.startswith("trixie"), bound={APPLIANCE: appliance.fixed()} if ready else {}
-    ) as machine:
+    with booted(fresh_system(suite), bound={APPLIANCE: appliance.fixed()} if ready else {}) as machine:
         print(install(machine, package, *([] if ready else RECOMMENDED.split(", "))))
         if ready:  # that libguestfs makes one in the sandbox is shown by test_systemd
             machine.write(APPLIANCE_DROP_IN, f"[Service]\nEnvironment=LIBGUESTFS_PATH={APPLIANCE}\n")
         machine.run("systemctl", "enable", "--now", "hyper2kvmd")
         yield machine
+
+
+@pytest.fixture(scope="module")
+def host(machine: Container) -> Container:
+    """The machine with libvirt as its distribution ships it: people are root there, and QEMU is not."""
+    machine.run(*APT, "install", "bindfs", "ovmf", "rsync")  # if they are not there
+    written = machine.run("grep", "-Ev", "^[[:space:]]*(#|$)", "/etc/libvirt/qemu.conf", accept=(0, 1))
+    assert "" == written, "qemu.conf is not the one of the distribution"
+    machine.run("systemctl", "start", "libvirtd")
+    return machine
+
+
+def libvirt_of(host: Container) -> str:
+    """The URI of a machine's libvirt, for this machine's root."""
+    return f"qemu+unix:///system?socket={host.root}/run/libvirt/libvirt-sock"
 
 
 def install(machine: Container, package: Path, *more: str) -> str:
@@ -180,7 +193,7 @@ def fresh_system(suite: str) -> Path:
         # Without the option, the dpkg that apt runs is this machine's, on this machine.
         inside = f'{get} -o DPkg::Chroot-Directory="$1"'
         gets = [
-            f"{inside} {shlex.quote(', '.join([*needed, 'tini']))}",
+            f"{inside} {shlex.quote(', '.join([*needed, 'bindfs', 'ovmf', 'rsync', 'tini']))}",
             f"{get} --download-only {shlex.quote(fetched)}",
         ]
     else:

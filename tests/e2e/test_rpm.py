@@ -19,9 +19,7 @@ import yaml
 
 from hyper2kvmd import __version__
 from tests import ROOT
-from tests.e2e.container import Container, booted, wait_until
-from tests.e2e.test_systemd import CONFIG, SETTINGS, calls, hold, images, is_same, main_pid, processes, report, show
-from tests.packages.conftest import (
+from tests.e2e.conftest import (
     APT,
     HOST,
     LIBRARIES,
@@ -39,6 +37,8 @@ from tests.packages.conftest import (
     trees,
     version,
 )
+from tests.e2e.container import Container, booted, wait_until
+from tests.e2e.test_systemd import CONFIG, SETTINGS, calls, hold, images, is_same, main_pid, processes, report, show
 
 SPEC = ROOT / "packaging/hyper2kvmd.spec"
 SYSTEMS = {"EL 10": ("--define", "rhel 10"), "Fedora 43": ("--define", "fedora 43")}
@@ -128,7 +128,7 @@ def before() -> set[str]:
 def machine(versions: dict[str, Path], before: set[str]) -> Iterator[Container]:
     """A fresh system, booted, with the package installed by rpm and the service enabled."""
     needed = f"rpm, {relations('Depends')}, {RECOMMENDED}, {relations('Build-Depends')}"
-    with booted(fresh_system(HOST), unified=HOST == "trixie") as machine:
+    with booted(fresh_system(HOST)) as machine:
         machine.run(*APT, "satisfy", needed, timeout=400)
         before |= files(machine)
         print(install(machine, versions[""], "--install"))

@@ -23,9 +23,9 @@ from hyper2kvmd.settings.load import DROP_INS, load_settings
 from hyper2kvmd.settings.model import Settings
 from tests import ROOT
 from tests.conftest import disk_entry, report_of, write_manifest
+from tests.e2e.conftest import fresh_system
 from tests.e2e.container import wait_until
 from tests.e2e.test_systemd import SETTINGS
-from tests.packages.conftest import fresh_system
 
 CONTAINERFILE = ROOT / "packaging/container/Containerfile"
 QUADLET = ROOT / "packaging/container/hyper2kvmd.container"
