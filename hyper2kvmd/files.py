@@ -160,6 +160,44 @@ def explained(error: OSError, where: Path | None = None) -> str:
 _ACL = "system.posix_acl_access"
 _NO_ID = 2**32 - 1
 _OWNER, _USER, _GROUP, _NAMED_GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+_CAPPED = (_USER, _GROUP, _NAMED_GROUP)  # by the mask
+
+
+def _access_list(fd: int | str | Path) -> list[tuple[int, int, int]]:
+    """Tag, rights and id of every entry but the mask, with what the mask leaves them. Raise OSError."""
+    mode = os.stat(fd).st_mode
+    try:
+        entries = [*struct.iter_unpack("<HHI", os.getxattr(fd, _ACL)[4:])]
+    except OSError:  # none: the mode says it all
+        entries = [(tag, mode >> shift & 7, _NO_ID) for tag, shift in ((_OWNER, 6), (_GROUP, 3), (_OTHER, 0))]
+    mask = next((rights for tag, rights, _ in entries if tag == _MASK), 7)
+    return [(tag, rights & mask if tag in _CAPPED else rights, id) for tag, rights, id in entries if tag != _MASK]
+
+
+def _set_access_list(fd: int | str, entries: list[tuple[int, int, int]]) -> None:
+    """Have these entries and a mask that takes nothing from them; a mode is enough for those that a mode can say."""
+    mask = functools.reduce(int.__or__, (rights for tag, rights, _ in entries if tag in _CAPPED))
+    masked = [(_MASK, mask, _NO_ID)] if any(tag in (_USER, _NAMED_GROUP) for tag, _, _ in entries) else []
+    acl = b"".join(struct.pack("<HHI", *entry) for entry in sorted([*entries, *masked]))
+    os.setxattr(fd, _ACL, struct.pack("<I", 2) + acl)
+
+
+def rights_of(uid: int, path: Path) -> int:
+    """What a user may do with a file or directory, as in a mode, by its mode and access control list. Raise OSError."""
+    status = path.stat()
+    groups: set[int] = set()
+    with contextlib.suppress(KeyError):
+        account = pwd.getpwuid(uid)
+        groups = {*os.getgrouplist(account.pw_name, account.pw_gid)}
+    of_groups = []
+    for tag, rights, id in sorted(_access_list(path)):  # the order in which the kernel looks
+        if (tag == _OWNER and uid == status.st_uid) or (tag == _USER and uid == id):
+            return rights
+        if (tag == _GROUP and status.st_gid in groups) or (tag == _NAMED_GROUP and id in groups):
+            of_groups.append(rights)
+        if tag == _OTHER:
+            return functools.reduce(int.__or__, of_groups) if of_groups else rights
+    return 0
 
 
 def grant(fd: int | str, uid: int, rights: int) -> None:
@@ -169,20 +207,13 @@ def grant(fd: int | str, uid: int, rights: int) -> None:
     gets more than they had. Raise OSError, also where the file system has no such lists.
     By hand, as it is no shorter with pylibacl, of which PyPI has no wheels, and EL no package outside of EPEL.
     """
-    mode = os.stat(fd).st_mode
-    try:
-        entries = [*struct.iter_unpack("<HHI", os.getxattr(fd, _ACL)[4:])]
-    except OSError:  # none yet: the mode says it all
-        entries = [(tag, mode >> shift & 7, _NO_ID) for tag, shift in ((_OWNER, 6), (_GROUP, 3), (_OTHER, 0))]
-    # What the mask took from the others stays away.
-    mask = next((rights for tag, rights, _ in entries if tag == _MASK), 7)
-    capped = (_USER, _GROUP, _NAMED_GROUP)
-    kept = [(tag, rights & mask if tag in capped else rights, id) for tag, rights, id in entries if tag != _MASK]
     theirs = (_USER, rights, uid)
-    kept = [*(entry for entry in kept if entry[::2] != theirs[::2]), theirs]
-    mask = functools.reduce(int.__or__, (rights for tag, rights, _ in kept if tag in capped))
-    acl = b"".join(struct.pack("<HHI", *entry) for entry in sorted([*kept, (_MASK, mask, _NO_ID)]))
-    os.setxattr(fd, _ACL, struct.pack("<I", 2) + acl)
+    _set_access_list(fd, [*(entry for entry in _access_list(fd) if entry[::2] != theirs[::2]), theirs])
+
+
+def revoke(fd: int, uid: int) -> None:
+    """Take another user's entry away again, and all that it brought about. Raise OSError."""
+    _set_access_list(fd, [entry for entry in _access_list(fd) if entry[::2] != (_USER, uid)])
 
 
 @contextlib.contextmanager
@@ -193,22 +224,13 @@ def granted(path: Path, uid: int, rights: int) -> Iterator[None]:
     """
     fd = open_file(path)
     try:
-        mode = os.fstat(fd).st_mode & 0o7777
-        try:
-            before = os.getxattr(fd, _ACL)
-        except OSError:
-            before = None
         with contextlib.suppress(OSError):
             grant(fd, uid, rights)
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                if before is None:
-                    os.removexattr(fd, _ACL)
-                    os.fchmod(fd, mode)  # which the list's mask had widened
-                else:
-                    os.setxattr(fd, _ACL, before)
+                revoke(fd, uid)
     finally:
         os.close(fd)
 

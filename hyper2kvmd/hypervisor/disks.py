@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import pwd
 import shlex
-import stat
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +18,7 @@ from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.files import create_file, granted, user_name
+from hyper2kvmd.files import create_file, granted, rights_of, user_name
 from hyper2kvmd.hypervisor.connection import qemu_account, translated, virt_type
 
 _TRIAL_BYTES = 1 << 20
@@ -91,24 +89,26 @@ def check_access(connection: Any, domain: Domain, directory: Path, attempt: int,
 def _denied(connection: Any, domain: Domain, directory: Path, error: libvirt.libvirtError) -> MigrationError:
     """What keeps QEMU from a disk, as far as that can be told from here."""
     account = qemu_account(connection, domain.virt_type)
-    user = "libvirt's QEMU" if account is None else f"libvirt's QEMU, which runs as {user_name(account)},"
-    us = user_name(os.geteuid())
-    hint = (
-        "See libvirt's log (`journalctl -u libvirtd`), and that of AppArmor or SELinux (`journalctl -k`). On NFS with"
-        f" root_squash libvirt can give no disk to another user: set user and group to {us} in"
-        " /etc/libvirt/qemu.conf and restart libvirt, or export the directory with no_root_squash."
-        " Then `hyper2kvmctl retry`."
-    )
-    closed = (
-        None if account is None else next((place for place in _way(directory) if not _enters(account, place)), None)
-    )
+    who, closed = "libvirt's QEMU", None
+    if account is not None:
+        who = f"libvirt's QEMU, which runs as {user_name(account)},"
+        closed = next((place for place in _way(directory) if not rights_of(account, place) & os.X_OK), None)
     if account is not None and closed is not None:
+        user = user_name(account)
         hint = (
-            f"{user_name(account)} may not enter {closed}. Run `setfacl -m u:{user_name(account)}:x"
-            f" {shlex.quote(str(closed))}`, or set output_dir to another directory. Then `hyper2kvmctl retry`."
+            f"{user} may not enter {closed}. Run `setfacl -m u:{user}:x {shlex.quote(str(closed))}`, or set output_dir"
+            " to another directory. Then `hyper2kvmctl retry`."
+        )
+    else:
+        us = user_name(os.geteuid())
+        hint = (
+            "See libvirt's log (`journalctl -u libvirtd`), and that of AppArmor or SELinux (`journalctl -k`). On NFS"
+            f" with root_squash libvirt can give no disk to another user: set user and group to {us} in"
+            " /etc/libvirt/qemu.conf and restart libvirt, or export the directory with no_root_squash."
+            " Then `hyper2kvmctl retry`."
         )
     return MigrationError(
-        Code.QEMU_DENIED, f"{user} cannot open a disk in {directory}: {error}", hint, field="output_dir"
+        Code.QEMU_DENIED, f"{who} cannot open a disk in {directory}: {error}", hint, field="output_dir"
     )
 
 
@@ -116,17 +116,3 @@ def _way(directory: Path) -> Iterator[Path]:
     """The directories that one goes through, from the root; those that do not exist yet are left out."""
     real = Path(os.path.realpath(directory))
     return itertools.takewhile(os.path.isdir, reversed((real, *real.parents)))
-
-
-def _enters(uid: int, directory: Path) -> bool:
-    """Whether a user may enter a directory, as far as its mode says; an access list may say anything else."""
-    with contextlib.suppress(OSError):
-        if "system.posix_acl_access" in os.listxattr(directory):
-            return True
-    groups: set[int] = set()
-    with contextlib.suppress(KeyError):
-        account = pwd.getpwuid(uid)
-        groups = {*os.getgrouplist(account.pw_name, account.pw_gid)}
-    status = directory.stat()
-    bit = stat.S_IXUSR if status.st_uid == uid else stat.S_IXGRP if status.st_gid in groups else stat.S_IXOTH
-    return bool(status.st_mode & bit)

@@ -484,15 +484,11 @@ def test_libvirt_that_hangs_is_a_failure_within_seconds(doctor: Doctor, libvirtd
 
 
 @as_root
-def test_directories_that_libvirts_qemu_may_not_enter_are_named(
-    doctor: Doctor, fake: Callable[[str, str], None], public: Path, tmp_path: Path
-) -> None:
+def test_directories_that_libvirts_qemu_may_not_enter_are_named(doctor: Doctor, public: Path, tmp_path: Path) -> None:
     images = public / "closed/images"
     images.mkdir(parents=True)
     images.parent.chmod(0o700)
-    daemon = shutil.which("libvirtd")
-    fake("libvirtd", f'sed -i \'s/user = "root"/user = "libvirt-qemu"/\' /etc/libvirt/qemu.conf\nexec {daemon} "$@"')
-    with session(tmp_path) as uri:
+    with session(tmp_path, account="libvirt-qemu") as uri:
         report = doctor("libvirt", **about(uri, output_dir=str(images)))
         assert (0, [("libvirt", "warning", "qemu_denied")]) == (report.status, report.faults())
         message, hint = report.only()

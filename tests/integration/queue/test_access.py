@@ -123,6 +123,12 @@ def test_a_file_is_open_to_somebody_for_a_while_and_then_as_before(export: Path,
         assert f"user:{NOBODY}:rw-" in acl(disk)
         assert (True, others) == (reads(*theirs), reads(*another))
     assert (before, mode) == (acl(disk), disk.stat().st_mode & 0o777)
+    assert "system.posix_acl_access" not in os.listxattr(disk)
+    # One who died meanwhile left it open: the next who lets somebody in closes it.
+    subprocess.run(["setfacl", "-m", f"u:{NOBODY}:rw", disk], check=True)
+    with granted(disk, NOBODY, os.R_OK):
+        pass
+    assert (before, mode) == (acl(disk), disk.stat().st_mode & 0o777)
 
 
 def test_an_access_list_that_a_file_had_is_as_before(export: Path) -> None:
