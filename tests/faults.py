@@ -28,15 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+from libvirt import VIR_CONNECT_LIST_DOMAINS_ACTIVE
 
 from hyper2kvmd.daemon import runner
+from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import job_id
 from hyper2kvmd.notify import outbox
-from hyper2kvmd.queue import facts
+from hyper2kvmd.queue import facts, requests
 from hyper2kvmd.queue.claim import holder
-from hyper2kvmd.queue.names import LOCK, LOG, REPORT
+from hyper2kvmd.queue.names import BOOT_LOG, BOOT_SCREEN, CANCEL, LOCK, LOG, REPORT
 from hyper2kvmd.queue.state import FINAL, State, state_of
 from hyper2kvmd.report.model import Report
 from hyper2kvmd.settings.model import Settings
@@ -280,8 +282,12 @@ def digests(directory: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def site(**mounts: str) -> Iterator[Site]:
-    """A site in a scratch directory; `mounts` says which of its directories are small file systems of which kind."""
+    """A site in a scratch directory; `mounts` says which of its directories are small file systems of which kind.
+
+    With "libvirt" it has one of its own, whose QEMU has the account that is named.
+    """
     root = Path(tempfile.mkdtemp(prefix="hyper2kvmd-faults-", dir="/var/tmp"))
+    root.chmod(0o711)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, root)
         for name in ("exports", "images", "work", "tmp", "bin", "armed"):
@@ -291,7 +297,7 @@ def site(**mounts: str) -> Iterator[Site]:
         catcher = root / "bin" / "setpriv"
         catcher.write_text(CATCHER.replace("ARMED", str(root / "armed")))
         catcher.chmod(0o755)
-        libvirt = stack.enter_context(_libvirt(root)) if "libvirt" in mounts else None
+        libvirt = stack.enter_context(_libvirt(root, mounts["libvirt"])) if "libvirt" in mounts else None
         here = Site(root, _settings(root, libvirt), libvirt)
         stack.callback(_end_all, here)
         yield here
@@ -334,8 +340,8 @@ def _small(directory: Path, kind: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _libvirt(root: Path) -> Iterator[Libvirt]:
-    with session(root) as uri:
+def _libvirt(root: Path, account: str) -> Iterator[Libvirt]:
+    with session(root, account) as uri:
         pid = int((root / "libvirt" / "pid").read_text())
         namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
         libvirt = Libvirt(root / "libvirt", uri, pid, namespace)
@@ -344,6 +350,9 @@ def _libvirt(root: Path) -> Iterator[Libvirt]:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(libvirt.pid, signal.SIGCONT)
+            with contextlib.suppress(MigrationError), connect(uri) as connection:
+                for domain in connection.listAllDomains(VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                    domain.destroy()
             if libvirt.again and libvirt.again.poll() is None:
                 libvirt.end()
             os.close(namespace)
@@ -392,6 +401,8 @@ def invariants(here: Site, patience: float = 20) -> None:
         for id, final in there.items():
             _complete(vm, *vm.disks[id], final)
         published |= set(there.values())
+        for final in there.values() if not here.settings.libvirt.start else ():
+            _ours(final)
         if document["status"] == "succeeded":
             assert there.keys() == vm.disks.keys(), f"{vm.name}: reported, and not published"
             targets = {disk["target"] for disk in document["disks"]}
@@ -423,7 +434,7 @@ def _leftovers(here: Site, works: set[str]) -> list[str]:
 def _one_report(here: Site, vm: Vm) -> dict[str, Any]:
     """The report of a VM: there is one, it is whole, and it is by whoever had the claim."""
     export = here.export(vm)
-    assert {path.name for path in listing(export)} - vm.files.keys() - {LOG} == {LOCK, REPORT}, (
+    assert {path.name for path in listing(export)} - vm.files.keys() - {LOG, BOOT_LOG, BOOT_SCREEN} == {LOCK, REPORT}, (
         f"{vm.name}: in the export are {sorted(path.name for path in export.iterdir())}"
     )
     document = report_of(export)
@@ -446,6 +457,13 @@ def _complete(vm: Vm, source: Path, format: str, final: Path) -> None:
     assert done.returncode == 0, f"{final.name} is published and not whole: {done.stdout}{done.stderr}"
     links = final.stat().st_nlink
     assert links == 1, f"{final.name} has {links} names"
+
+
+def _ours(final: Path) -> None:
+    """Check that a published disk of a VM that does not run is the service's, and open to nobody else."""
+    status = final.stat()
+    assert (status.st_uid, status.st_mode & 0o077) == (os.geteuid(), 0), f"{final.name} was given away"
+    assert "system.posix_acl_access" not in os.listxattr(final), f"{final.name} is open to another user"
 
 
 def _domains(uri: str) -> dict[str, set[str]]:
@@ -491,7 +509,8 @@ Inject = Callable[[Site, random.Random], int]
 class Fault:
     """One way to break a migration. `inject` starts the daemons, does it, and returns how many times it did.
 
-    times: experiments in a round. mounts: see `site`. guest: takes minutes, for it migrates a real one.
+    times: experiments in a round. mounts: see `site`. guest: takes minutes, for it migrates a real one. cancels: the
+    job may end cancelled, too.
     """
 
     name: str
@@ -500,6 +519,7 @@ class Fault:
     times: int = 1
     mounts: dict[str, str] = field(default_factory=dict)
     guest: bool = False
+    cancels: bool = False
 
 
 def kill(here: Site, runner: int, *, victims: str, number: signal.Signals = signal.SIGKILL) -> int:
@@ -801,6 +821,64 @@ def in_define(how: str) -> Inject:
     return inject
 
 
+def cancelled(here: Site, rng: random.Random) -> int:
+    """Kill the runner after a request to libvirt, which may have started the VM, and have the job cancelled."""
+    assert here.libvirt
+    here.settings = _changed(here.settings, "libvirt", start=True)
+    vm = here.drop(rng)
+    here.arm(vm, options=["-f", "-b", "execve", "-e", "trace=write", "-e", "inject=write:signal=STOP"])
+    here.start()
+    runner = here.caught(vm)
+    words, wanted = (DEFINE, 1) if rng.random() < 0.3 else (REQUEST, rng.randint(8, 30))
+    hit = stop_at(runner, here.trace(vm), wanted, words) == wanted
+    if hit:
+        requests.ask(here.export(vm), CANCEL)
+        kill(here, runner, victims="runner")
+    else:
+        let_go(runner)
+    return int(hit)
+
+
+def in_boot_test(here: Site, rng: random.Random) -> int:
+    """Kill the runner while libvirt's QEMU, which is another user, has its disks in the boot test."""
+    here.settings = _changed(here.settings, "validate_", test_boot=True, boot_failure="warn", boot_seconds=1)
+    vm = here.drop(rng)
+    here.arm(vm)
+    here.start()
+    runner = here.caught(vm)
+    for _ in waiting("the boot test does not begin"):
+        if re.search(r"stage started .* stage=boot ", here.log()) or not is_alive(runner):
+            break
+    time.sleep(rng.uniform(0, 1.5))
+    return kill(here, runner, victims="runner") if is_alive(runner) else 0
+
+
+def _changed(settings: Settings, section: str, **changes: Any) -> Settings:
+    return settings.model_copy(update={section: getattr(settings, section).model_copy(update=changes)})
+
+
+def copied(here: Site, rng: random.Random) -> int:
+    """Copy an export in, the manifest first, in pieces, with its old times."""
+    here.settings = here.settings.model_copy(update={"settle_seconds": 3})
+    vm = here.drop(rng)
+    export, staged = here.export(vm), here.root / "staged"
+    export.rename(staged)
+    here.start()
+    export.mkdir()
+    for source in sorted(staged.iterdir(), key=lambda path: path.name != "manifest.json"):
+        data, at = source.read_bytes(), 0
+        with (export / source.name).open("wb") as file:
+            while at < len(data):
+                at += file.write(data[at : at + rng.randrange(1, MIB // 2)])
+                file.flush()
+                time.sleep(rng.uniform(0, 0.3))
+        shutil.copystat(source, export / source.name)
+    shutil.copystat(staged, export)
+    settle(here)
+    assert report_of(export)["attempts"] == 1, "a job began before all was there"
+    return 1
+
+
 def let_go(pid: int) -> None:
     """Let a process go on that stopped after a step, and have it stop no more."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -914,13 +992,18 @@ FAULTS = (
         for kind in ("tmpfs", "ext4")
     ),
     Fault("libvirt-away", "libvirtd is stopped, and comes back after an attempt", libvirt_before,
-          mounts={"libvirt": "own"}),
+          mounts={"libvirt": "root"}),
     Fault("libvirt-stopped", "SIGTERM of libvirtd right after a request, often that to define; then started",
-          in_define("stopped"), 2, mounts={"libvirt": "own"}),
+          in_define("stopped"), 2, mounts={"libvirt": "root"}),
     Fault("libvirt-killed", "SIGKILL of libvirtd right after a request, often that to define; then started",
-          in_define("killed"), 2, mounts={"libvirt": "own"}),
+          in_define("killed"), 2, mounts={"libvirt": "root"}),
     Fault("libvirt-paused", "SIGSTOP of libvirtd right after a request, often that to define; SIGCONT seconds later",
-          in_define("paused"), 2, mounts={"libvirt": "own"}),
+          in_define("paused"), 2, mounts={"libvirt": "root"}),
+    Fault("vm-runs-in-cancel", "SIGKILL of the runner when it may have started the VM, and a cancel", cancelled, 5,
+          mounts={"libvirt": "root"}, cancels=True),
+    Fault("qemu-is-another", "SIGKILL of the runner in a boot test; libvirt's QEMU is another user", in_boot_test, 3,
+          mounts={"libvirt": "libvirt-qemu"}),
+    Fault("copy-in-progress", "an export is copied in by pieces, the manifest first, with its old times", copied, 3),
     Fault("two-daemons", "two daemons, fed all the time; a runner, a tool or a daemon killed every half second",
           two_daemons),
     Fault("kill-in-inspect", "SIGKILL of the runner, or of all, while a guest is inspected", in_stage("inspect", 15),
@@ -956,6 +1039,7 @@ def experiment(fault: Fault, seed: str, number: int = 0, seconds: float = 10) ->
                 conclude(here, 400 if fault.guest else PATIENCE_SECONDS)
                 # None of the faults lasts, so nobody needs to do anything.
                 errors = [error for vm in here.vms if (error := report_of(here.export(vm))["error"])]
+                errors = [error for error in errors if error["code"] != "cancelled" or not fault.cancels]
                 assert not errors, f"it does not go on by itself: {errors}"
                 attempts = max((report_of(here.export(vm))["attempts"] for vm in here.vms), default=0)
             finally:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 
 @contextmanager
-def session(directory: Path) -> Iterator[str]:
+def session(directory: Path, account: str = "root") -> Iterator[str]:
     """The URI of a libvirt with the QEMU driver that leaves the host's own alone.
 
     For everybody but root that is qemu:///session, which starts its own daemon. For root the same name means the
     host's libvirt, so a daemon is started whose configuration and state are on file systems of its own, in a mount
-    namespace that ends with it.
+    namespace that ends with it. account: as whom its QEMU runs. Root may enter the scratch directories of tests, which
+    are closed to all others; what holds on a host as its distribution ships it is for the tests in tests/e2e.
     """
     if os.geteuid() != 0:
         yield "qemu:///session"
@@ -30,7 +31,6 @@ def session(directory: Path) -> Iterator[str]:
     run.mkdir(parents=True, exist_ok=True)
     config = run / "libvirtd.conf"
     config.write_text(f'unix_sock_dir = "{run}"\nauth_unix_ro = "none"\nauth_unix_rw = "none"\nlog_level = 3\n')
-    # QEMU as root: the scratch directory belongs to root, and libvirt's user could not enter it.
     script = (
         # The images stay in sight, for guests that are started.
         f"mkdir -p {run}/images && mount --bind /var/lib/libvirt/images {run}/images || exit 1;"
@@ -38,7 +38,7 @@ def session(directory: Path) -> Iterator[str]:
         " mkdir -p $d && mount -t tmpfs tmpfs $d || exit 1; done;"
         f" mkdir -p /etc/libvirt/qemu /var/lib/libvirt/images; mount --bind {run}/images /var/lib/libvirt/images;"
         # No virtlogd: it would be the host's.
-        ' printf \'user = "root"\\ngroup = "root"\\nsecurity_driver = "none"\\nstdio_handler = "file"\\n\''
+        f' printf \'user = "{account}"\\ngroup = "{account}"\\nsecurity_driver = "none"\\nstdio_handler = "file"\\n\''
         " > /etc/libvirt/qemu.conf;"
         # libvirtd waits for QEMUs that it ended until the init has taken leave of them. Some take seconds for each.
         f" exec tini -s -- libvirtd --config {config} --pid-file {run}/pid"

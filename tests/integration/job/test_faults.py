@@ -149,7 +149,7 @@ def test_the_checker_sees(what: str, finished: Site) -> None:
 
 @pytest.mark.rest
 def test_the_checker_sees_a_domain_that_is_not_there() -> None:
-    with site(libvirt="own") as here:
+    with site(libvirt="root") as here:
         here.drop(random.Random(0))
         here.start()
         conclude(here, 90)
