@@ -238,7 +238,7 @@ def tells_and_lets_go(request: pytest.FixtureRequest) -> Iterator[None]:
     if "machine" in request.fixturenames:
         machine: Container = request.getfixturevalue("machine")
         machine.run("rm", "-f", "/run/hold")
-        print(machine.run("journalctl", "-b", "--no-pager", "-u", "hyper2kvmd*", "-n", "50"))
+        print(machine.run("journalctl", "-b", "--no-pager", "-u", "hyper2kvmd*", "-n", "50", accept=(0, 1)))
 
 
 def configure(machine: Container) -> None:

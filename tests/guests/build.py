@@ -136,7 +136,7 @@ def export(
         manifest = _seed_manifest(vm_name, guest, entries)
     else:
         path = directory / "artifact-manifest.json"
-        manifest = _go_manifest(vm_name, guest, entries, directory)
+        manifest = _go_manifest(vm_name, guest, entries)
     if mac:
         manifest["nics"] = [{"id": "nic-0", "mac": mac, "network": "VM Network"}]
     path.write_text(json.dumps(manifest, indent=2) + ("\n" if dialect == "seed" else ""))
@@ -203,7 +203,7 @@ def _seed_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]]) -> d
     }
 
 
-def _go_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
+def _go_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]]) -> dict[str, Any]:
     """Write as hypersdk's vSphere exporter does, without NICs."""
     stamp = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}.{time.time_ns() % 10**9:09d}Z"
     return {
@@ -248,7 +248,8 @@ def _go_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]], direct
             "convert": {"enabled": True, "compress": True},
             "validate": {"enabled": True, "check_image_integrity": True},
         },
-        "output": {"directory": str(directory.absolute()), "format": "qcow2"},
+        # The exporter names the directory that it writes to itself.
+        "output": {"directory": f"/var/lib/hypersdk/exports/{vm_name}", "format": "qcow2"},
     }
 
 
