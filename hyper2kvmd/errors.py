@@ -131,7 +131,9 @@ MEANING: dict[Code, Meaning] = {
     Code.TOOL_FAILED: Meaning(Outcome.FAILED, "a program that was run ended with an error"),
     Code.TOOL_KILLED: Meaning(Outcome.RETRY, "a program that was run was killed from outside"),
     Code.IO_ERROR: Meaning(Outcome.RETRY, "the operating system reported an input/output error"),
-    Code.TIMED_OUT: Meaning(Outcome.RETRY, "a stage took longer than its limit, or nothing moved for too long"),
+    Code.TIMED_OUT: Meaning(
+        Outcome.RETRY, "a stage took longer than its limit, or what tells how far it is got no further"
+    ),
     Code.BUSY: Meaning(Outcome.RETRY, "another runner works on the export"),
     Code.INTERRUPTED: Meaning(Outcome.RETRY, "the job was stopped from outside; the next attempt goes on"),
     Code.HELD: Meaning(Outcome.BLOCKED, "somebody put the export on hold"),

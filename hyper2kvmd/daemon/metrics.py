@@ -36,7 +36,7 @@ SCAN_BUCKETS = (0.1, 1, 10, 60)
 RESULTS = tuple(
     sorted({*(str(state) for state in FINAL), "retrying", "interrupted", "crashed", "unclaimed", "unreported"})
 )
-READ = ("verify", "convert")  # the stages that count in bytes
+READ = ("verify", "convert", "validate")  # the stages that count the bytes of the sources' disks
 FORMATS = ("qcow2", "raw")
 CHECKS = ("settings", "exports", "locks", "libvirt", "output", "work")
 POOLS = ("output", "work")
@@ -135,7 +135,10 @@ class Metrics:
             "slot",
         )
         self.last_progress = self._gauge(
-            "slot_last_progress_timestamp_seconds", "When the job last got further, NaN if no job runs.", "slot"
+            "slot_last_progress_timestamp_seconds",
+            "When the job last got further, NaN if no job runs. Of stages that count in bytes, the one counts that has not"
+            " moved for longest.",
+            "slot",
         )
         self.show({}, 1)  # there is always one worker
 
@@ -217,7 +220,8 @@ class Metrics:
 
     def _show_slot(self, slot: str, progress: Progress | None, now: float) -> None:
         epoch = time.time() - now  # of the monotonic clock
-        heard = progress.heard if progress else 0.0
+        counting = [stage.moved for stage in progress.stages.values() if stage.total] if progress else []
+        heard = min(counting, default=progress.heard if progress else 0.0)
         stage = _slowest(progress, now) if progress else None
         ratio, rate, left, start = math.nan, 0.0, math.nan, math.nan
         if stage is not None:
@@ -241,7 +245,7 @@ class Metrics:
             self.claims.labels("won").inc()
         elif event.kind == "stage" and data["status"] in ("done", "failed"):
             self.stage_seconds.labels(data["stage"]).observe(data["seconds"])
-        elif event.kind == "progress":
+        elif event.kind == "progress" and data["stage"] in READ:
             self.bytes_read.labels(data["stage"]).inc(data["bytes"])
 
     def job_ended(self, finished: Mapping[str, Any] | None) -> None:

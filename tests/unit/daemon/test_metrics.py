@@ -161,6 +161,24 @@ def test_the_slowest_stage_that_counts_is_the_one_that_is_shown() -> None:
     assert pytest.approx(90, abs=1) == value(metrics, "slot_stage_remaining_seconds", slot="0")
 
 
+def test_a_stage_that_hangs_is_seen_although_another_one_moves() -> None:
+    progress, now = job(), time.monotonic()
+    progress.apply(Event("stage", {"stage": "verify", "status": "started", "seconds": 0.0, "total": 1000}), now - 10)
+    progress.stages["convert"].moved = now - 2000
+    progress.apply(Event("progress", {"stage": "verify", "item": "disk-0", "ratio": 0.1, "bytes": 100}), now)
+    metrics = Metrics()
+    metrics.show({0: progress}, 1)
+    assert pytest.approx(time.time() - 2000, abs=1) == value(metrics, "slot_last_progress_timestamp_seconds", slot="0")
+
+
+def test_only_what_is_read_of_the_sources_counts_as_read() -> None:
+    metrics = Metrics()
+    for stage in ("validate", "commit"):
+        metrics.event(Event("progress", {"stage": stage, "item": "disk-0", "ratio": 0.1, "bytes": 100}))
+    assert 100 == value(metrics, "bytes_read_total", stage="validate")
+    assert not any(dict(labels).get("stage") == "commit" for name, labels in scraped(metrics) if "bytes_read" in name)
+
+
 def test_what_runs_is_named_and_its_tags_are_one_label() -> None:
     metrics = Metrics()
     metrics.show({0: job(tags={"env": "production", "team": "db", "urgent": ""})}, 1)
