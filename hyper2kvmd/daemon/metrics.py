@@ -136,8 +136,8 @@ class Metrics:
         )
         self.last_progress = self._gauge(
             "slot_last_progress_timestamp_seconds",
-            "When the job last got further, NaN if no job runs. Of stages that count in bytes, the one counts that has not"
-            " moved for longest.",
+            "When the job last got further, NaN if no job runs. Of stages that count in bytes, the one that has stood"
+            " still for longest.",
             "slot",
         )
         self.show({}, 1)  # there is always one worker

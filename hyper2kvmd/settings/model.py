@@ -483,10 +483,3 @@ class Settings(Section):
     log: Log = Log()
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-    def writing_to(self, directory: Path) -> Settings:
-        """These settings, with the disks written to `directory` whatever the manifests ask for."""
-        convert = (self.pipeline.convert or wire.Convert()).model_copy(update={"output_dir": str(directory)})
-        return self.model_copy(
-            update={"output_dir": directory, "pipeline": self.pipeline.model_copy(update={"convert": convert})}
-        )
