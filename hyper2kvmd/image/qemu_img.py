@@ -102,6 +102,15 @@ def create_throw_away(tools: Tools, overlay: Path, disk: Path, format: str) -> N
     tools.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", disk, "-F", format, overlay, limits=WORK_LIMITS)
 
 
+def make_target(target: Path) -> None:
+    """Make the empty file that convert() fills, as ours and nobody else's. Raise OSError or MigrationError."""
+    try:
+        # qemu-img would follow a link that somebody put there.
+        os.close(create_file(target, 0o600))
+    except FileExistsError:
+        raise output_exists(target) from None
+
+
 def convert(
     tools: Tools,
     source: Source,
@@ -110,18 +119,16 @@ def convert(
     *,
     compress: bool,
     on_progress: Callable[[float], None],
+    made: bool = False,
 ) -> None:
     """Convert the source to the new file `target` (absolute), as `qcow2` or `raw`.
 
-    `on_progress` gets the ratio done, from 0 to 1. Raise MigrationError or Cancelled; then the caller removes
-    `target`, which looks like an image and is none.
+    `on_progress` gets the ratio done, from 0 to 1. made: whether `target` comes from make_target() already. Raise
+    MigrationError or Cancelled; then the caller removes `target`, which looks like an image and is none.
     """
     node = _unchanged(source)
-    try:
-        # Ours and nobody else's: qemu-img would follow a link that somebody put there.
-        os.close(create_file(target, 0o600))
-    except FileExistsError:
-        raise output_exists(target) from None
+    if not made:
+        make_target(target)
     try:
         tools.run(
             "qemu-img", "convert", "-p", "-O", format,

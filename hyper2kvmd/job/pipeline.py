@@ -161,12 +161,17 @@ def _convert(job: Job, plan: Plan, steps: Steps) -> None:
     def convert(disk: PlannedDisk) -> None:
         with job.progress("convert", disk.id, disk.source.virtual_size) as tell:
             qemu_img.convert(
-                job.tools, disk.source, disk.partial, plan.format, compress=plan.compress, on_progress=tell
-            )
+                job.tools, disk.source, disk.partial, plan.format,
+                compress=plan.compress, on_progress=tell, made=True,
+            )  # fmt: skip
         steps.note_converted(disk)
 
     left = [disk for disk in plan.disks if not steps.converted(disk)]
     with job.stage("convert", sum(disk.source.virtual_size for disk in left)):
+        for disk in left:
+            qemu_img.make_target(disk.partial)
+        if left:
+            steps.note_made([disk.partial for disk in left])
         job.together(*(partial(convert, disk) for disk in left))
 
 
