@@ -20,11 +20,11 @@ from hyper2kvmd.ctl.output import print_json
 from hyper2kvmd.errors import Finding, MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.files import open_directory
-from hyper2kvmd.queue import facts
+from hyper2kvmd.queue import facts, setbacks
 from hyper2kvmd.queue.asked import Asked, kept
 from hyper2kvmd.queue.claim import holder
 from hyper2kvmd.queue.export import Export
-from hyper2kvmd.queue.state import State, state_of
+from hyper2kvmd.queue.state import Facts, State, state_of
 from hyper2kvmd.settings.model import Settings
 
 STYLE = {
@@ -124,7 +124,7 @@ def _row(export: Path, config: Settings) -> tuple[Path, State | Literal["unreada
     found = facts.look_or_reason(export, config)
     if isinstance(found, Finding):
         return export, "unreadable", found
-    return None if found is None else (export, *state_of(found, config, time.time()))
+    return None if found is None else (export, *_state(export, found, config))
 
 
 def _asked(export: Path, config: Settings) -> Asked:
@@ -139,8 +139,12 @@ def _asked(export: Path, config: Settings) -> Asked:
 
 
 def _describe(export: Path, config: Settings) -> tuple[Path, State, Finding | None]:
-    state, finding = state_of(facts.look(export, config), config, time.time())
-    return export, state, finding
+    return export, *_state(export, facts.look(export, config), config)
+
+
+def _state(export: Path, look: Facts, config: Settings) -> tuple[State, Finding | None]:
+    """The state, with what a daemon of this host knows that could not be written into the export."""
+    return state_of(replace(look, setback=setbacks.read(config.work_dir).get(export)), config, time.time())
 
 
 def _reason(finding: Finding | None) -> dict[str, Any]:
