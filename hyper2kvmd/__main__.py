@@ -18,6 +18,7 @@ from hyper2kvmd.job.events import CHOICES, Emitter
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.options import add_settings_options
 from hyper2kvmd.queue.access import forgo_capabilities
+from hyper2kvmd.queue.asked import Asked, keep
 from hyper2kvmd.queue.claim import Busy, claim_export, unwritable
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument("--dry-run", action="store_true", help="inspect and fix on throw-away overlays, change nothing")
     job.add_argument("--stages", metavar="A,B", help=f"run only these of {', '.join(CHOICES)}")
     job.add_argument("--name", metavar="VM", help="call the VM so, whatever the manifest calls it")
+    job.add_argument("--as-before", action="store_true", help="as was asked for the last time, on any host")
     job.add_argument("--if-ready", action="store_true", help="do nothing while the export is being written")
     job.add_argument("--died", default="", metavar="HOW", help="how the last runner of this export died")
     check = commands.add_parser("check-config", help="check the settings and print them")
@@ -80,6 +82,16 @@ def _run_job(options: argparse.Namespace) -> int:
     if only is not None and (unknown := only - set(CHOICES)):
         print(f"--stages: {', '.join(sorted(unknown))}: choose from {', '.join(CHOICES)}", file=sys.stderr)
         return EXIT_USAGE
+    request = Request(
+        asked=None if options.as_before else Asked(only, options.name, tuple(options.overrides)),
+        dry_run=options.dry_run,
+        if_ready=options.if_ready,
+        died=options.died,
+    )
+    # What is kept for later attempts must mean something.
+    config = _settings(options) if options.overrides else None
+    if options.overrides and config is None:
+        return EXIT_CONFIG
     # Whoever stops us until we can take note of it is heard a moment later.
     stops = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)
@@ -104,23 +116,25 @@ def _run_job(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return EXIT_PERMISSION
     try:
+        if request.asked is not None and request.writes:
+            try:
+                keep(claim.export, request.asked, claim.attempt)  # before anything is done
+            except OSError as problem:
+                claim.interrupted()
+                error = unwritable(export, problem)
+                events.emit("finished", status="unclaimed", **error.finding().as_json())
+                print(error, file=sys.stderr)
+                return EXIT_PERMISSION
         from hyper2kvmd.job.main import run_job
         from hyper2kvmd.run import Tools
 
         tools = Tools(claim.lock_fd)
         _cancel_on(stops, tools.cancel)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
-        config = _settings(options)
+        config = config or _settings(options)
         if config is None:
             claim.interrupted()
             return EXIT_CONFIG
-        request = Request(
-            stages=only,
-            vm_name=options.name,
-            dry_run=options.dry_run,
-            if_ready=options.if_ready,
-            died=options.died,
-        )
         return run_job(claim, config, tools, events, request)
     finally:
         claim.close()

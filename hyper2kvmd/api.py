@@ -7,6 +7,7 @@ print(report.results["inspect"]["product_name"], report.disks[0].target)
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,6 +35,7 @@ from hyper2kvmd.manifest import (
 )
 from hyper2kvmd.manifest.model import Convert, Fix, Inspect, Interface, Services, User, Validate
 from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.asked import Asked
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.report.model import (
     ChangeRecord,
@@ -46,7 +48,7 @@ from hyper2kvmd.report.model import (
     Report,
     StageRecord,
 )
-from hyper2kvmd.settings.load import load_settings
+from hyper2kvmd.settings.load import load_settings, overridden
 from hyper2kvmd.settings.model import Settings
 
 __all__ = [
@@ -103,11 +105,15 @@ class MigrationFailed(MigrationError):
 class MigrationPipeline:
     """One migration of one export. It runs as a process of its own, which ends with the thread that called `run`.
 
+    What is asked for by `stages`, `vm_name` and `overrides` is kept in the export: it holds for every later attempt,
+    whoever makes it, until another migration of the export is asked for. `settings` are not kept.
+
     - `manifest`: the path of a manifest, or of the directory of an export.
     - `settings`: those in force; None reads /etc/hyper2kvmd/hyper2kvmd.yaml, if there is one.
     - `stages`: those to run, of inspect, fix, convert, validate and import; None runs what the manifest enables.
     - `dry_run`: check, inspect and fix on throw-away overlays only.
     - `vm_name`: what to call the VM, if not as the manifest does.
+    - `overrides`: what goes before the settings, as `key.path=value`.
     - `on_event`: called for each event, in the thread that called `run`, with the event and how far the job is.
     """
 
@@ -119,17 +125,22 @@ class MigrationPipeline:
         stages: Iterable[str] | None = None,
         dry_run: bool = False,
         vm_name: str | None = None,
+        overrides: Iterable[str] = (),
         on_event: Callable[[Event, Progress], None] = lambda event, progress: None,
     ) -> None:
         path = Path(manifest)
         self.export = path if path.is_dir() else path.parent
-        self.settings = load_settings() if settings is None else settings
+        asked = [*overrides]
+        self.settings = overridden(load_settings() if settings is None else settings, asked)
         if path != self.export:
+            names = (name for name in self.settings.manifest_names if (self.export / name).exists())
+            if path.name != next(names, None):
+                asked.append(f"manifest_names={json.dumps([path.name])}")
             self.settings = self.settings.model_copy(update={"manifest_names": (path.name,)})
         chosen = None if stages is None else frozenset(stages)
         if unknown := (chosen or frozenset()) - {*CHOICES}:
             raise ValueError(f"{', '.join(sorted(unknown))}: no such stage; choose from {', '.join(CHOICES)}")
-        self._request = Request(stages=chosen, dry_run=dry_run, vm_name=vm_name)
+        self._request = Request(Asked(chosen, vm_name, tuple(asked)), dry_run=dry_run)
         self._on_event = on_event
 
     def run(self) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import select
 import subprocess
 import time
@@ -16,7 +17,9 @@ from hyper2kvmd.daemon.runner import Runner, stop_all
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.asked import Asked
 from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
+from hyper2kvmd.settings.load import writing_to
 from hyper2kvmd.settings.model import Network, Section, Settings
 
 POLL_SECONDS = 0.2
@@ -34,16 +37,14 @@ class VmOptions(Section):
     start: bool | None = Field(default=None, description="whether the domain is started")
     skip: bool = Field(default=False, description="leave this one out")
 
-    def settings(self, settings: Settings) -> Settings:
-        """The settings for this VM."""
-        libvirt = settings.libvirt.model_copy(
-            update={
-                "network_map": {**settings.libvirt.network_map, **self.network_map},
-                "start": settings.libvirt.start if self.start is None else self.start,
-            }
-        )
-        settings = settings.model_copy(update={"libvirt": libvirt})
-        return settings if self.output_dir is None else settings.writing_to(self.output_dir)
+    def overrides(self, settings: Settings) -> list[str]:
+        """What this VM is to have before the settings, as `key.path=value`."""
+        networks = {**settings.libvirt.network_map, **self.network_map}
+        return [
+            *([f"libvirt.network_map={json.dumps(networks)}"] if self.network_map else []),
+            *([f"libvirt.start={json.dumps(self.start)}"] if self.start is not None else []),
+            *(writing_to(self.output_dir) if self.output_dir is not None else []),
+        ]
 
 
 class BatchPlan(Section):
@@ -97,14 +98,16 @@ def run(
     settings: Settings,
     *,
     workers: int,
-    stages: frozenset[str] | None,
+    asked: Asked,
     dry_run: bool,
     changed: Callable[[BatchEntry | None], None],
 ) -> None:
     """Migrate the entries, `workers` at a time, until each has ended or has been tried `retry.max_attempts` times.
 
-    `changed` is called with an entry when it starts and ends, and with None a few times a second. On KeyboardInterrupt
-    the jobs are stopped, so that they go on where they were when the batch is run again.
+    `asked`, and what an entry's options say, is kept for every later attempt; where there is neither, what was asked
+    before still holds. `settings` have it already. `changed` is called with an entry when it starts and ends, and with
+    None a few times a second. On KeyboardInterrupt the jobs are stopped, so that they go on where they were when the
+    batch is run again.
     """
     try:
         while any(entry.waits(settings) or entry.runner is not None for entry in batch):
@@ -115,7 +118,7 @@ def run(
                 if entry.state == State.WAITING and entry.due <= time.time():
                     _look(entry, settings)  # it may be being written to still
                 if entry.waits(settings) and entry.due <= time.time():
-                    _start(entry, settings, Request(stages, entry.options.name, dry_run))
+                    _start(entry, settings, asked, dry_run)
                     running += [entry] if entry.runner is not None else []
                     changed(entry)
             select.select([entry.runner.events_fd for entry in running if entry.runner], [], [], POLL_SECONDS)
@@ -141,12 +144,15 @@ def _look(entry: BatchEntry, settings: Settings) -> None:
     entry.due = look.settled_since + settings.settle_seconds if entry.state == State.WAITING else 0.0
 
 
-def _start(entry: BatchEntry, settings: Settings, request: Request) -> None:
+def _start(entry: BatchEntry, settings: Settings, asked: Asked, dry_run: bool) -> None:
+    overrides = (*asked.overrides, *entry.options.overrides(settings))
+    wanted = Asked(asked.stages, entry.options.name, overrides)
+    request = Request(None if wanted == Asked() else wanted, dry_run=dry_run)
     entry.tries += 1
     entry.began = time.monotonic()
     try:
         # What it has to say comes as events, and is in its log; here it would only disturb the table.
-        entry.runner = Runner(entry.export, entry.options.settings(settings), request, stderr=subprocess.DEVNULL)
+        entry.runner = Runner(entry.export, settings, request, stderr=subprocess.DEVNULL)
     except (OSError, MigrationError) as error:
         _set_back(entry, settings, Finding(Code.IO_ERROR, f"no runner can be started: {error}", "See what is missing."))
     else:

@@ -25,6 +25,7 @@ class Code(StrEnum):
     EXPORT_UNSAFE = "export_unsafe"
     EXPORT_UNWRITABLE = "export_unwritable"
     EXPORT_INCOMPLETE = "export_incomplete"
+    ASKED_UNUSABLE = "asked_unusable"
     DISK_MISSING = "disk_missing"
     DISK_SIZE = "disk_size"
     SOURCE_CHANGED = "source_changed"
@@ -90,6 +91,9 @@ MEANING: dict[Code, Meaning] = {
     Code.EXPORT_UNSAFE: Meaning(Outcome.REJECTED, "the export names a file outside itself, or is a symbolic link"),
     Code.EXPORT_UNWRITABLE: Meaning(Outcome.RETRY, "the lock and the report cannot be written into the export"),
     Code.EXPORT_INCOMPLETE: Meaning(Outcome.RETRY, "a disk of the export is still being written", patient=True),
+    Code.ASKED_UNUSABLE: Meaning(
+        Outcome.BLOCKED, "what a person asked for before cannot be known, or means nothing to this version"
+    ),
     Code.DISK_MISSING: Meaning(Outcome.FAILED, "a disk that the manifest names is not in the export"),
     Code.DISK_SIZE: Meaning(Outcome.FAILED, "a disk is shorter than the manifest or its own header says"),
     Code.SOURCE_CHANGED: Meaning(Outcome.FAILED, "a disk changed while it was being migrated"),
@@ -131,7 +135,9 @@ MEANING: dict[Code, Meaning] = {
     Code.TOOL_FAILED: Meaning(Outcome.FAILED, "a program that was run ended with an error"),
     Code.TOOL_KILLED: Meaning(Outcome.RETRY, "a program that was run was killed from outside"),
     Code.IO_ERROR: Meaning(Outcome.RETRY, "the operating system reported an input/output error"),
-    Code.TIMED_OUT: Meaning(Outcome.RETRY, "a stage took longer than its limit, or nothing moved for too long"),
+    Code.TIMED_OUT: Meaning(
+        Outcome.RETRY, "a stage took longer than its limit, or what tells how far it is got no further"
+    ),
     Code.BUSY: Meaning(Outcome.RETRY, "another runner works on the export"),
     Code.INTERRUPTED: Meaning(Outcome.RETRY, "the job was stopped from outside; the next attempt goes on"),
     Code.HELD: Meaning(Outcome.BLOCKED, "somebody put the export on hold"),

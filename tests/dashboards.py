@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hyper2kvmd.job.events import STAGES
+
 Json = dict[str, Any]
 
 SCHEMA = 39  # Grafana 10.4; later ones read it as well
@@ -59,7 +61,7 @@ def in_slot(value: str) -> str:
     """What is measured of a slot, with the labels of the job in it; nothing for a slot without a job."""
     job = of("job_info")
     # Prometheus has a label `job` of its own, and calls the one that we export by another name.
-    return f"{value} * on (job, instance, slot) group_left (vm, stage, attempt, tags, exported_job) {job}"
+    return f"{value} * on (job, instance, slot) group_left (vm, attempt, tags, exported_job) {job}"
 
 
 # Panels -------------------------------------------------------------------------------------------------------
@@ -433,7 +435,7 @@ def host() -> Json:
     running = (
         Column("slot", "Slot", "string", 60),
         Column("vm", "VM"),
-        Column("stage", "Stage", "string", 150),
+        Column("Value #F", "Stage", "none", 110),
         Column("attempt", "Attempt", "string", 80),
         Column("Value #A", "Progress", "percentunit", 220),
         Column("Value #B", "Rate", "binBps", 110),
@@ -443,6 +445,7 @@ def host() -> Json:
         Column("tags", "Tags"),
         Column("exported_job", "Job"),
     )
+    stages = {str(number): {"text": name, "color": BLUE} for number, name in enumerate(STAGES, 1)}
     took = f"sum by (le) ({increase('job_duration_seconds_bucket', result='succeeded')})"
 
     def average(metric: str, by: str = "") -> str:
@@ -468,7 +471,11 @@ def host() -> Json:
                 in_slot(of("slot_stage_remaining_seconds")),
                 in_slot(f"(time() - {of('slot_stage_start_timestamp_seconds')})"),
                 in_slot(f"(time() - {of('slot_last_progress_timestamp_seconds')})"),
-                overrides=[_column("Progress", ("custom.cellOptions", {"type": "gauge", "mode": "basic"}), ("max", 1))],
+                in_slot(of("slot_stage")),
+                overrides=[
+                    _column("Progress", ("custom.cellOptions", {"type": "gauge", "mode": "basic"}), ("max", 1)),
+                    _column("Stage", ("mappings", [{"type": "value", "options": stages}])),
+                ],
                 width=24,
                 height=7,
             ),
@@ -529,8 +536,8 @@ def host() -> Json:
             gauges(
                 "Trouble",
                 "What should be 0, in the time that is shown: what could not be read or written, the watch that began"
-                " anew, claims that were busy, failed or lost. As it stands now: messages of ended jobs that are not"
-                " told yet, or were given up.",
+                " anew, claims that were busy, failed or lost, messages of ended jobs that were given up. As it stands"
+                " now: messages that are not told yet.",
                 "none",
                 (f"sum by (reason) ({increase('scan_errors_total')})", "scan error: {{reason}}"),
                 (f"sum by (task) ({increase('task_failures_total')})", "failed task: {{task}}"),
@@ -538,7 +545,8 @@ def host() -> Json:
                 (f"sum({increase('watcher_warnings_total')})", "watch warning"),
                 (f"sum by (outcome) ({increase('claims_total', outcome='busy|failed|lost')})", "claim: {{outcome}}"),
                 (f"sum({increase('report_write_errors_total')})", "report not written"),
-                (f"sum by (state) ({of('notifications')})", "message: {{state}}"),
+                (f"sum({increase('notifications_given_up_total')})", "message given up"),
+                (f"sum({of('notifications_pending')})", "message to be told"),
             ),
         ],
         "Host": [

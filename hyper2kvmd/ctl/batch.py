@@ -18,12 +18,13 @@ from rich.text import Text
 from hyper2kvmd import batch
 from hyper2kvmd.batch import BatchEntry, BatchPlan
 from hyper2kvmd.ctl.listing import STYLE
-from hyper2kvmd.ctl.migrate import add_migration_options, settings_wanted, stages_wanted
+from hyper2kvmd.ctl.migrate import add_migration_options, overrides_wanted, quiet, stages_wanted
 from hyper2kvmd.ctl.output import print_json
 from hyper2kvmd.errors import SettingsError
 from hyper2kvmd.exits import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_TEMPORARY
+from hyper2kvmd.queue.asked import Asked
 from hyper2kvmd.queue.state import State
-from hyper2kvmd.settings.load import load_file
+from hyper2kvmd.settings.load import load_file, overridden
 from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import duration, nearest
 
@@ -52,7 +53,8 @@ def _workers(text: str) -> int:
 
 def run(options: argparse.Namespace, config: Settings) -> int:
     """Migrate what is to be migrated; the exit status is 1 if something failed, 75 if something is not over yet."""
-    config = settings_wanted(options, config).model_copy(update={"exports_dir": options.directory.resolve()})
+    overrides = overrides_wanted(options)
+    config = quiet(overridden(config, overrides)).model_copy(update={"exports_dir": options.directory.resolve()})
     try:
         plan = BatchPlan() if options.plan is None else load_file(BatchPlan, options.plan)
         entries = batch.entries(config, plan, dry_run=options.dry_run)
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace, config: Settings) -> int:
                 entries,
                 config,
                 workers=config.workers if options.workers is None else options.workers,
-                stages=stages_wanted(options),
+                asked=Asked(stages_wanted(options), None, tuple(overrides)),
                 dry_run=options.dry_run,
                 changed=changed,
             )

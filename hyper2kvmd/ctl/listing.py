@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from dataclasses import replace
@@ -12,14 +13,18 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hyper2kvmd.ctl.migrate import print_report
 from hyper2kvmd.ctl.output import print_json
-from hyper2kvmd.errors import Finding
+from hyper2kvmd.errors import Finding, MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
-from hyper2kvmd.queue import facts
+from hyper2kvmd.files import open_directory
+from hyper2kvmd.queue import facts, setbacks
+from hyper2kvmd.queue.asked import Asked, kept
 from hyper2kvmd.queue.claim import holder
-from hyper2kvmd.queue.state import State, state_of
+from hyper2kvmd.queue.export import Export
+from hyper2kvmd.queue.state import Facts, State, state_of
 from hyper2kvmd.settings.model import Settings
 
 STYLE = {
@@ -45,15 +50,23 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 def list_exports(options: argparse.Namespace, config: Settings) -> int:
     """Print a table of all exports."""
     rows = [row for export in facts.exports(config)[0] if (row := _row(export, config)) is not None]
+    asked = {export: _asked(export, config) for export, _, _ in rows}
     if options.json:
-        print_json([{"export": str(export), "state": state, **_reason(finding)} for export, state, finding in rows])
+        print_json(
+            [
+                {"export": str(export), "state": state, **_reason(finding), "asked": asked[export].options()}
+                for export, state, finding in rows
+            ]
+        )
         return EXIT_DONE
     table = Table(box=None, pad_edge=False)
-    for heading in ("EXPORT", "STATE", "REASON"):
+    wide = any(str(wanted) for wanted in asked.values())
+    for heading in ("EXPORT", "STATE", "REASON", *(["ASKED FOR"] if wide else [])):
         table.add_column(heading, overflow="fold")
     for export, state, finding in rows:
         style = "red" if state == "unreadable" else STYLE.get(state)
-        table.add_row(export.name, state, finding.message if finding else "", style=style)
+        more = [Text(str(asked[export]))] if wide else []
+        table.add_row(export.name, state, Text(finding.message if finding else ""), *more, style=style)
     Console().print(table)
     return EXIT_DONE
 
@@ -70,12 +83,16 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
     _, state, finding = _describe(export, config)
     document = facts.read_report(export)
     runner = holder(export)
+    asked = _asked(export, config)
     if options.json:
-        print_json({"export": str(export), "state": state, **_reason(finding), "holder": runner, "report": document})
+        shape = {"export": str(export), "state": state, **_reason(finding), "asked": asked.options()}
+        print_json({**shape, "holder": runner, "report": document})
         return EXIT_DONE
     console = Console()
     console.print(f"{'export':<10} {export}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{'state':<10} {state}", style=STYLE.get(state), markup=False, highlight=False)
+    if asked != Asked():
+        console.print(f"{'asked for':<10} {asked}", markup=False, highlight=False, soft_wrap=True)
     if state == State.RUNNING:
         text = f"attempt {runner.get('attempt')}, process {runner.get('pid')} on {runner.get('host')}"
         console.print(f"{'runner':<10} {text} since {runner.get('since')}", markup=False, highlight=False)
@@ -107,12 +124,27 @@ def _row(export: Path, config: Settings) -> tuple[Path, State | Literal["unreada
     found = facts.look_or_reason(export, config)
     if isinstance(found, Finding):
         return export, "unreadable", found
-    return None if found is None else (export, *state_of(found, config, time.time()))
+    return None if found is None else (export, *_state(export, found, config))
+
+
+def _asked(export: Path, config: Settings) -> Asked:
+    """What a person asked for that the next attempt has, too; nothing where nobody may know."""
+    with contextlib.suppress(OSError, MigrationError):
+        fd = open_directory(export)
+        try:
+            return kept(Export(export, fd), config.work_dir)
+        finally:
+            os.close(fd)
+    return Asked()
 
 
 def _describe(export: Path, config: Settings) -> tuple[Path, State, Finding | None]:
-    state, finding = state_of(facts.look(export, config), config, time.time())
-    return export, state, finding
+    return export, *_state(export, facts.look(export, config), config)
+
+
+def _state(export: Path, look: Facts, config: Settings) -> tuple[State, Finding | None]:
+    """The state, with what a daemon of this host knows that could not be written into the export."""
+    return state_of(replace(look, setback=setbacks.read(config.work_dir).get(export)), config, time.time())
 
 
 def _reason(finding: Finding | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.job.events import CHOICES, Event
 from hyper2kvmd.report.model import Report
 from hyper2kvmd.report.results import Results
+from hyper2kvmd.settings.load import writing_to
 from hyper2kvmd.settings.model import Settings
 
 
@@ -55,14 +56,19 @@ def stages_wanted(options: argparse.Namespace) -> frozenset[str] | None:
     return (stages or frozenset(CHOICES)) - {"fix"} if options.skip_fix else stages
 
 
-def settings_wanted(options: argparse.Namespace, config: Settings) -> Settings:
-    """The settings with what the options say; the log is left to what is shown of the events."""
-    update: dict[str, Any] = {"log": config.log.model_copy(update={"level": "error"})}
+def overrides_wanted(options: argparse.Namespace) -> list[str]:
+    """What a person wants beyond the settings: --set, and what other options say of settings."""
+    found = [*options.overrides]
     if options.no_import:
-        update["libvirt"] = config.libvirt.model_copy(update={"import_": False})
+        found.append("libvirt.import=false")
     if options.strict:
-        update["validate_"] = config.validate_.model_copy(update={"compare": True})
-    return config.model_copy(update=update)
+        found.append("validate.compare=true")
+    return found
+
+
+def quiet(config: Settings) -> Settings:
+    """The settings with the log left to what is shown of the events."""
+    return config.model_copy(update={"log": config.log.model_copy(update={"level": "error"})})
 
 
 def migrate(options: argparse.Namespace, config: Settings) -> int:
@@ -70,9 +76,9 @@ def migrate(options: argparse.Namespace, config: Settings) -> int:
     if not options.manifest.exists():
         print(f"hyper2kvmctl: {options.manifest}: no such manifest", file=sys.stderr)
         return EXIT_NOT_FOUND
-    config = settings_wanted(options, config)
+    overrides = overrides_wanted(options)
     if options.output_dir is not None:
-        config = config.writing_to(options.output_dir.resolve())
+        overrides += writing_to(options.output_dir.resolve())
     console = Console(stderr=options.json)
     columns = (
         TextColumn("{task.description:<10}"),
@@ -86,10 +92,11 @@ def migrate(options: argparse.Namespace, config: Settings) -> int:
         tasks: dict[str, Any] = {}
         pipeline = MigrationPipeline(
             options.manifest,
-            config,
+            quiet(config),
             stages=stages_wanted(options),
             dry_run=options.dry_run,
             vm_name=options.name,
+            overrides=overrides,
             on_event=lambda event, progress: _show(event, progress, bars, tasks),
         )
         try:

@@ -34,24 +34,25 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 def prune(options: argparse.Namespace, config: Settings) -> int:
     """Remove what nobody needs: left-overs of jobs that are over, old logs, reports of earlier runs."""
-    removed = []
+    removed: list[str] = []
     status = EXIT_DONE
-    for path, remove in _prunable(config, time.time()):
+    for paths, remove in _prunable(config, time.time()):
         try:
             if not options.dry_run:
                 remove()
         except OSError as error:  # the others can be removed all the same
-            status = refuse(*refused(error, path.parent))
+            status = refuse(*refused(error, paths[-1].parent))
             continue
-        removed.append(str(path))
-        if not options.json:
+        removed += map(str, paths)
+        for path in paths if not options.json else ():
             print(f"{'would remove' if options.dry_run else 'removed'} {path}")
     if options.json:
         print_json({"dry_run": options.dry_run, "removed": removed})
     return status
 
 
-def _prunable(config: Settings, now: float) -> Iterator[tuple[Path, Callable[[], object]]]:
+def _prunable(config: Settings, now: float) -> Iterator[tuple[list[Path], Callable[[], object]]]:
+    """What can be removed together, and how; all of it is known as ours, by its very name and by a journal."""
     exports = facts.exports(config)[0]
     needed = set()
     unknown = set()  # the beginnings of the jobs' names whose exports cannot be looked at
@@ -78,15 +79,9 @@ def _prunable(config: Settings, now: float) -> Iterator[tuple[Path, Callable[[],
             # One whose export is not here may belong to somebody else: a daemon on another directory, a job by hand.
             kept = work_dir.name in needed or work_dir.name.rpartition("-")[0] in unknown
             idle = work_dir.name in over or (not kept and work_dir.stat().st_mtime < oldest)
-            if idle and work_dir.is_dir() and not steps.in_use(work_dir):
-                yield work_dir, partial(_abandon, work_dir, over.get(work_dir.name))
-    for directory in (config.output_dir, *config.output.allowed_dirs):
-        for path in sorted(directory.glob(".*.partial")):
-            with contextlib.suppress(FileNotFoundError):
-                names = [*(f".{job}." for job in needed), *(f".{job}-" for job in unknown)]
-                known = any(name in path.name for name in names)
-                if not known and path.stat().st_mtime < oldest:
-                    yield path, partial(path.unlink, missing_ok=True)
+            if idle and steps.is_ours(work_dir) and not steps.in_use(work_dir):
+                paths = [*steps.unpublished(work_dir), work_dir]
+                yield paths, partial(_abandon, work_dir, over.get(work_dir.name))
 
 
 def _abandon(work_dir: Path, export: Path | None) -> None:
@@ -105,10 +100,10 @@ def _abandon(work_dir: Path, export: Path | None) -> None:
 
 def _old_files(
     export: Path, config: Settings, now: float, *, finished: bool
-) -> Iterable[tuple[Path, Callable[[], object]]]:
+) -> Iterable[tuple[list[Path], Callable[[], object]]]:
     """Reports of earlier runs beyond those that are kept, and the log of a job that has been over for long."""
     reports = sorted(
-        (path for path in export.glob("migration-report.*.json") if re.search(r"\.\d+\.json$", path.name)),
+        (path for path in export.iterdir() if _is_old_report(path)),
         key=lambda path: path.stat().st_mtime,
         reverse=True,
     )
@@ -116,4 +111,12 @@ def _old_files(
     log = export / LOG
     if finished and log.is_file() and now - log.stat().st_mtime > config.retention.log_days * 86400:
         found.append(log)
-    return [(path, partial(path.unlink, missing_ok=True)) for path in found]
+    return [([path], partial(path.unlink, missing_ok=True)) for path in found]
+
+
+def _is_old_report(path: Path) -> bool:
+    """Whether a file is a report that `retry` moved away, not only called like one."""
+    if not re.fullmatch(r"migration-report\.\d+\.json", path.name):
+        return False
+    report = facts.read_report(path.parent, path.name)
+    return report is not None and {"schema_version", "status", "job"} <= report.keys()

@@ -10,7 +10,7 @@ import selectors
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,8 @@ from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.notify import outbox
-from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
+from hyper2kvmd.queue import setbacks
+from hyper2kvmd.queue.state import FINAL, Facts, Setback, State, state_of
 from hyper2kvmd.settings.model import Settings
 
 log = structlog.get_logger()
@@ -46,15 +47,6 @@ STOP = {signal.SIGTERM, signal.SIGINT}
 BUSY_SECONDS = 1.0  # how often STATUS is refreshed while jobs run
 SCANNING_SECONDS = 0.2  # how often it is asked whether a look that takes long has ended
 REST_SECONDS = 15.0  # how often the loop comes round when nothing happens, so that one that hangs can be told from it
-
-
-@dataclass(frozen=True)
-class Setback:
-    """A runner ended without leaving anything on disk; it is not started again before `until`."""
-
-    count: int
-    until: float
-    finding: Finding
 
 
 @dataclass(frozen=True)
@@ -76,8 +68,8 @@ class Daemon:
         self.runners: dict[Path, Runner] = {}
         self._slots: dict[Path, int] = {}  # of the runners: from 0, less than `workers` when they start
         self.table: dict[Path, Row] = {}
-        # The one thing that is not on disk, because it is about exports that we cannot write to.
-        self._setbacks: dict[Path, Setback] = {}
+        # What cannot be on disk in the exports, because they cannot be written to.
+        self._setbacks = setbacks.read(settings.work_dir)
         self.draining = False  # everywhere, as a person has said
         self.retiring = False  # this daemon: it ends with its last runner, so that another version can take over
         self._trouble = ""
@@ -159,7 +151,8 @@ class Daemon:
     def _do_periodic(self, now: float) -> float:
         """Have done what is due beside the jobs, and return the seconds until something is."""
         standing = outbox.standing(self.settings)
-        self.metrics.told(standing.pending, standing.given_up)
+        if standing.known:
+            self.metrics.told(standing.pending, standing.given_up)
         if standing.due is not None:
             self._notify.due = min(self._notify.due, time.monotonic() + max(standing.due - now, 0))
         left = self._notify.run(self.settings)
@@ -234,8 +227,10 @@ class Daemon:
                         self._notify.finish(self.settings)
                         return
                 self._tell()
-                self._notifier.alive()
-                self.health.turned = time.monotonic()
+                # Not by a loop that goes round and never looks. A look that hangs counts: no restart mends its storage.
+                if self._scanner.busy or next_scan < math.inf:
+                    self._notifier.alive()
+                    self.health.turned = time.monotonic()
                 timeout = next_scan - time.monotonic()
                 for limit in (
                     REST_SECONDS,
@@ -278,13 +273,10 @@ class Daemon:
         self._unreadable = found.unreadable
         table: dict[Path, Row] = {}
         for export, look in found.looks.items():
-            look = replace(look, settled_since=self._settled_since(export, look, now))
-            state, finding = state_of(look, self.settings, now)
             setback = self._setbacks.get(export)
-            # One that is further away than its delay is long does not count: the clock was put back meanwhile.
-            left = 0 if setback is None else setback.until - now
-            if setback is not None and state == State.QUEUED and 0 < left <= self.settings.retry.delay(setback.count):
-                state, finding = State.RETRYING, setback.finding
+            look = replace(look, settled_since=self._settled_since(export, look, now), setback=setback)
+            state, finding = state_of(look, self.settings, now)
+            if setback is not None and finding is setback.finding:
                 look = replace(look, next_attempt_at=setback.until)
             before = self.table.get(export)
             if before is None or before.state != state:
@@ -294,7 +286,10 @@ class Daemon:
                     self._notify.due = 0.0
             table[export] = Row(state, finding, look, self._since(before, state, look, now))
         self.table = table
-        self._setbacks = {export: setback for export, setback in self._setbacks.items() if export in table}
+        there = {**found.looks, **found.unreadable}
+        over = {export for export, seen in table.items() if seen.state in FINAL}
+        if not found.trouble and (gone := [e for e in self._setbacks if e not in there or e in over]):
+            self._forget_setbacks(gone)
         self._settling = {export: times for export, times in self._settling.items() if export in table}
 
     def _settled_since(self, export: Path, look: Facts, now: float) -> float:
@@ -329,12 +324,16 @@ class Daemon:
                 break
             if export not in self.runners:
                 try:
-                    died = self._setbacks[export].finding.message if export in self._setbacks else ""
+                    before = self._setbacks.get(export)
+                    crashed = before is not None and before.finding.code == Code.RUNNER_CRASHED
+                    died = before.finding.message if before is not None and crashed else ""
                     request = Request(if_ready=True, died=died)
                     self.runners[export] = Runner(export, self.settings, request)
                     self._slots[export] = min({*range(len(self._slots) + 1)} - {*self._slots.values()})
                 except (OSError, MigrationError) as error:
-                    self._set_back(export, f"no runner can be started: {error}", "See what the host is short of.")
+                    code = error.code if isinstance(error, MigrationError) else Code.IO_ERROR
+                    hint = "See what the host is short of."
+                    self._set_back(export, Finding(code, f"no runner can be started: {error}", hint))
                     continue
                 self.metrics.job_started(now - self.table[export].since)
                 log.info("started", export=export.name, pid=self.runners[export].pid)
@@ -388,11 +387,12 @@ class Daemon:
                 reason = f"ended with status {how} and said nothing"
                 if how < 0:
                     reason = f"was killed by signal {-how} ({signal.strsignal(-how)})"
-                self._set_back(export, f"the runner {reason}", "See the journal of that time, and `journalctl -k`.")
+                hint = "See the journal of that time, and `journalctl -k`."
+                self._set_back(export, Finding(Code.RUNNER_CRASHED, f"the runner {reason}", hint))
             elif finished["status"] in ("unclaimed", "unreported"):
-                self._set_back(export, finished["message"], finished["hint"])
-            elif finished["status"] not in ("busy", "nothing"):
-                self._setbacks.pop(export, None)
+                self._set_back(export, Finding(finished["code"], finished["message"], finished["hint"]))
+            elif finished["status"] not in ("busy", "nothing") and export in self._setbacks:
+                self._forget_setbacks([export])
             if watched.pop(runner.events_fd, None) is not None:
                 selector.unregister(runner.events_fd)
             runner.close()
@@ -400,12 +400,25 @@ class Daemon:
             self._notify.due = 0.0
         return bool(ended)
 
-    def _set_back(self, export: Path, message: str, hint: str) -> None:
+    def _set_back(self, export: Path, finding: Finding) -> None:
         """Leave an export alone for a while, longer each time."""
         count = self._setbacks[export].count + 1 if export in self._setbacks else 1
         delay = self.settings.retry.delay(count)
-        self._setbacks[export] = Setback(count, time.time() + delay, Finding(Code.RUNNER_CRASHED, message, hint))
-        log.error(message, kind=Kind.RUNNER_DIED, export=export.name, hint=hint, next_attempt_in_seconds=round(delay))
+        self._setbacks[export] = Setback(count, time.time() + delay, finding)
+        setbacks.write(self.settings.work_dir, self._setbacks)
+        log.error(
+            finding.message,
+            kind=Kind.RUNNER_DIED,
+            error=str(finding.code),
+            export=export.name,
+            hint=finding.hint,
+            next_attempt_in_seconds=round(delay),
+        )
+
+    def _forget_setbacks(self, exports: Iterable[Path]) -> None:
+        for export in exports:
+            del self._setbacks[export]
+        setbacks.write(self.settings.work_dir, self._setbacks)
 
     def _tell(self) -> None:
         progress = {slot: self.runners[export].progress for export, slot in self._slots.items()}

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from hyper2kvmd import __version__
 from hyper2kvmd.daemon.health import Health, Verdict
-from hyper2kvmd.daemon.progress import Progress, Stage
+from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.daemon.web import Answer
 from hyper2kvmd.errors import MEANING, Code
 from hyper2kvmd.job.events import STAGES, Event
@@ -31,12 +31,12 @@ NAMESPACE = "hyper2kvmd"
 # From a second to a day: small disks are common, and so are nights. Each bucket is a series, so what there is once for
 # each stage has few.
 BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14400, 43200, 86400)
-FEW_BUCKETS = (1, 60, 600, 3600, 86400)
+FEW_BUCKETS = (60, 600, 3600, 86400)
 SCAN_BUCKETS = (0.1, 1, 10, 60)
 RESULTS = tuple(
     sorted({*(str(state) for state in FINAL), "retrying", "interrupted", "crashed", "unclaimed", "unreported"})
 )
-READ = ("verify", "convert")  # the stages that count in bytes
+READ = ("verify", "convert", "validate")  # the stages that count the bytes of the sources' disks
 FORMATS = ("qcow2", "raw")
 CHECKS = ("settings", "exports", "locks", "libvirt", "output", "work")
 POOLS = ("output", "work")
@@ -51,6 +51,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._running: tuple[tuple[str, ...], ...] = ()  # replaced as a whole: it is read in other threads
+        self._given_up: int | None = None  # as of the last look; what was so before the first is not counted
         self._slots: set[int] = set()
         self._last: dict[str, float] = {}  # when a job last ended, by its result
         self._declare_jobs()
@@ -134,8 +135,18 @@ class Metrics:
             "When that stage began, or another one if none counts in bytes, NaN if no stage runs.",
             "slot",
         )
+        self.stage = self._gauge(
+            "slot_stage",
+            "Which stage that is, by its place in the order of the stages, NaN if none runs: "
+            + ", ".join(f"{number} {name}" for number, name in enumerate(STAGES, 1))
+            + ".",
+            "slot",
+        )
         self.last_progress = self._gauge(
-            "slot_last_progress_timestamp_seconds", "When the job last got further, NaN if no job runs.", "slot"
+            "slot_last_progress_timestamp_seconds",
+            "When the job last got further, NaN if no job runs. Of stages that count in bytes, the one that has stood"
+            " still for longest.",
+            "slot",
         )
         self.show({}, 1)  # there is always one worker
 
@@ -188,12 +199,10 @@ class Metrics:
         self.draining = self._gauge(
             "draining", "Whether no job is started: after `hyper2kvmctl drain`, or before an upgrade."
         )
-        self.notifications = self._gauge(
-            "notifications",
-            "Messages of ended jobs that wait to be told (pending), or were given up since the first.",
-            "state",
+        self.pending = self._gauge("notifications_pending", "Messages of ended jobs that wait to be told.")
+        self.given_up = self._counter(
+            "notifications_given_up", "Messages of ended jobs that nobody took, and that are not sent any more."
         )
-        _initialise(self.notifications, ("pending", "given_up"))
         _initialise(self.ready, CHECKS)
         _initialise(self.free, POOLS)
         _initialise(self.log_messages, PRIORITY)
@@ -205,24 +214,28 @@ class Metrics:
         for slot in slots:
             self._show_slot(str(slot), running.get(slot), now)
         for slot in self._slots - slots:
-            for gauge in (self.ratio, self.rate, self.left, self.stage_start, self.last_progress):
+            for gauge in (self.ratio, self.rate, self.left, self.stage, self.stage_start, self.last_progress):
                 gauge.remove(str(slot))
         self._slots = slots
         self._running = tuple(
-            (str(slot), p.job, plain(p.vm, TAGS_LIMIT), ",".join(p.stages), str(p.attempt), _tags(p.tags))
+            (str(slot), p.job, plain(p.vm, TAGS_LIMIT), str(p.attempt), _tags(p.tags))
             for slot, p in sorted(running.items())
+            if p.known
         )
         self.workers.set(workers)
         self.workers_busy.set(len(running))
 
     def _show_slot(self, slot: str, progress: Progress | None, now: float) -> None:
         epoch = time.time() - now  # of the monotonic clock
-        heard = progress.heard if progress else 0.0
-        stage = _slowest(progress, now) if progress else None
-        ratio, rate, left, start = math.nan, 0.0, math.nan, math.nan
-        if stage is not None:
+        counting = [stage.moved for stage in progress.stages.values() if stage.total] if progress else []
+        heard = min(counting, default=progress.heard if progress else 0.0)
+        name = _slowest(progress, now) if progress else None
+        number, ratio, rate, left, start = math.nan, math.nan, 0.0, math.nan, math.nan
+        if progress is not None and name is not None:
+            number, stage = STAGES.index(name) + 1.0, progress.stages[name]
             ratio, rate = _number(stage.ratio), stage.rate or 0.0
             left, start = _number(stage.seconds_left(now)), epoch + stage.began
+        self.stage.labels(slot).set(number)
         self.ratio.labels(slot).set(ratio)
         self.rate.labels(slot).set(rate)
         self.left.labels(slot).set(left)
@@ -241,7 +254,7 @@ class Metrics:
             self.claims.labels("won").inc()
         elif event.kind == "stage" and data["status"] in ("done", "failed"):
             self.stage_seconds.labels(data["stage"]).observe(data["seconds"])
-        elif event.kind == "progress":
+        elif event.kind == "progress" and data["stage"] in READ:
             self.bytes_read.labels(data["stage"]).inc(data["bytes"])
 
     def job_ended(self, finished: Mapping[str, Any] | None) -> None:
@@ -292,9 +305,10 @@ class Metrics:
             self.last_completion.labels(result).set(when)
 
     def told(self, pending: int, given_up: int) -> None:
-        """Show how many messages wait, and how many were given up."""
-        self.notifications.labels("pending").set(pending)
-        self.notifications.labels("given_up").set(given_up)
+        """Show how many messages wait, and count those that were given up, of which there are so many in all."""
+        self.pending.set(pending)
+        self.given_up.inc(max(given_up - (given_up if self._given_up is None else self._given_up), 0))
+        self._given_up = given_up
 
     def watched(self, what: str) -> None:
         """Count what the watch tells: see `watch.Watch`."""
@@ -364,9 +378,9 @@ class _Running(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        """One series for each job; its labels change as it goes on, so they are not on any counter."""
-        help = "The job in a slot, only while it runs: its VM, the stages under way, and the tags of its manifest."
-        family = InfoMetricFamily(f"{NAMESPACE}_job", help, labels=("slot", "job", "vm", "stage", "attempt", "tags"))
+        """One series for each job, from when its manifest was read until it ends: its labels do not change."""
+        help = "The job in a slot, only while it runs: its VM, the number of the attempt, and the tags of its manifest."
+        family = InfoMetricFamily(f"{NAMESPACE}_job", help, labels=("slot", "job", "vm", "attempt", "tags"))
         for labels in self._metrics._running:
             family.add_metric(labels, {})
         yield family
@@ -382,11 +396,14 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _slowest(progress: Progress, now: float) -> Stage | None:
+def _slowest(progress: Progress, now: float) -> str | None:
     """The stage under way that takes longest, as far as that is known; one that counts in bytes before others."""
-    return max(
-        progress.stages.values(), key=lambda stage: (stage.total > 0, stage.seconds_left(now) or math.inf), default=None
-    )
+
+    def weight(name: str) -> tuple[bool, float]:
+        stage = progress.stages[name]
+        return stage.total > 0, stage.seconds_left(now) or math.inf
+
+    return max(progress.stages, key=weight, default=None)
 
 
 def _tags(tags: Mapping[str, str]) -> str:

@@ -42,7 +42,8 @@ class Stage:
 class Progress:
     """Where a job is, as of its last event: the stages that are under way, in the order in which they began.
 
-    `heard` is when that event came, by the monotonic clock; 0 before the first.
+    `heard` is when that event came, by the monotonic clock; 0 before the first. `known`: whether the manifest was read,
+    after which `vm` and `tags` do not change any more.
     """
 
     vm: str
@@ -52,6 +53,7 @@ class Progress:
     attempt: int = 0
     tags: dict[str, str] = field(default_factory=dict)
     heard: float = 0.0
+    known: bool = False
 
     def apply(self, event: Event, now: float) -> None:
         """Take into account one event that came at `now`, by the monotonic clock."""
@@ -60,7 +62,7 @@ class Progress:
         if event.kind == "claimed":
             self.vm, self.job, self.attempt = data["vm"], data["job"], data["attempt"]
         elif event.kind == "manifest":
-            self.vm, self.tags = plain(data["vm"]), data["tags"]
+            self.vm, self.tags, self.known = plain(data["vm"]), data["tags"], True
         elif event.kind == "stage":
             if data["status"] == "started":
                 self.stages[data["stage"]] = Stage(now, data["total"], now)

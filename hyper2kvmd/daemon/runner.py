@@ -21,14 +21,14 @@ from hyper2kvmd.settings.model import Settings
 
 # A job ends its tools within seconds, but storage that hangs can hold it up.
 STOP_SECONDS = 30.0
-_AS_THE_MANIFEST_SAYS = Request()
+_AS_BEFORE = Request()
 
 
 class Runner:
     """A `hyper2kvmd run-job` process. It dies with the thread that started it."""
 
     def __init__(
-        self, export: Path, settings: Settings, request: Request = _AS_THE_MANIFEST_SAYS, *, stderr: int | None = None
+        self, export: Path, settings: Settings, request: Request = _AS_BEFORE, *, stderr: int | None = None
     ) -> None:
         self.export = export
         self.progress = Progress(export.name)

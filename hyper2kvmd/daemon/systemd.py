@@ -27,7 +27,7 @@ class Notifier:
         self._send("STOPPING=1")
 
     def alive(self) -> None:
-        """A scan has been completed. Always a datagram of its own, so that no text can spoil it."""
+        """The daemon works. Always a datagram of its own, so that no text can spoil it."""
         self._send("WATCHDOG=1")
 
     def status(self, text: str) -> None:

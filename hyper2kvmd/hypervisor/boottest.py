@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -116,12 +116,11 @@ def run(
     seconds: float,
     *,
     cancel: threading.Event,
-    moved: Callable[[], None],
 ) -> Verdict:
     """Start `domain`, from thrown_away(), for at most `seconds`, and end it when it has said how it does.
 
-    uri: that of the connection, with which the domain dies, and so with this process. moved: called whenever the guest
-    says something. Raise Cancelled when `cancel` is set.
+    uri: that of the connection, with which the domain dies, and so with this process. Raise Cancelled when `cancel` is
+    set.
     """
     began = time.monotonic()
     console = bytearray()
@@ -131,7 +130,7 @@ def run(
 
     try:
         with let_in(connection, domain) as started, _running(connection, uri, started, console) as guest:
-            outcome, reason = _watched(guest, console, began + seconds, cancel, moved)
+            outcome, reason = _watched(guest, console, began + seconds, cancel)
             return verdict(outcome, reason, _screen(connection, guest))
     except libvirt.libvirtError as error:
         # It says nothing about the guest: libvirt cannot read the disks, or went away.
@@ -185,7 +184,7 @@ def _listen(uri: str, uuid: str, console: bytearray, listening: threading.Event)
 
 
 def _watched(
-    guest: Any, console: bytearray, deadline: float, cancel: threading.Event, moved: Callable[[], None]
+    guest: Any, console: bytearray, deadline: float, cancel: threading.Event
 ) -> tuple[Literal["passed", "failed", "inconclusive"], str]:
     """Wait until the guest has said how it does."""
     seen, ask_at = 0, 0.0
@@ -194,7 +193,6 @@ def _watched(
             raise Cancelled
         if len(console) != seen:
             seen = len(console)
-            moved()
             if found := judge(readable(console)):
                 return found
         if not guest.isActive():

@@ -102,6 +102,15 @@ def create_throw_away(tools: Tools, overlay: Path, disk: Path, format: str) -> N
     tools.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", disk, "-F", format, overlay, limits=WORK_LIMITS)
 
 
+def make_target(target: Path) -> None:
+    """Make the empty file that convert() fills, as ours and nobody else's. Raise OSError or MigrationError."""
+    try:
+        # qemu-img would follow a link that somebody put there.
+        os.close(create_file(target, 0o600))
+    except FileExistsError:
+        raise output_exists(target) from None
+
+
 def convert(
     tools: Tools,
     source: Source,
@@ -110,18 +119,16 @@ def convert(
     *,
     compress: bool,
     on_progress: Callable[[float], None],
+    made: bool = False,
 ) -> None:
     """Convert the source to the new file `target` (absolute), as `qcow2` or `raw`.
 
-    `on_progress` gets the ratio done, from 0 to 1. Raise MigrationError or Cancelled; then the caller removes
-    `target`, which looks like an image and is none.
+    `on_progress` gets the ratio done, from 0 to 1. made: whether `target` comes from make_target() already. Raise
+    MigrationError or Cancelled; then the caller removes `target`, which looks like an image and is none.
     """
     node = _unchanged(source)
-    try:
-        # Ours and nobody else's: qemu-img would follow a link that somebody put there.
-        os.close(create_file(target, 0o600))
-    except FileExistsError:
-        raise output_exists(target) from None
+    if not made:
+        make_target(target)
     try:
         tools.run(
             "qemu-img", "convert", "-p", "-O", format,
@@ -141,7 +148,7 @@ def convert(
 
 
 class _Progress:
-    """Finds `(12.34/100%)` in what qemu-img -p writes, however it is cut into pieces."""
+    """Finds `(12.34/100%)` in what qemu-img -p writes, however it is cut into pieces; `rest` is what it said last."""
 
     def __init__(self, tell: Callable[[float], None]) -> None:
         self.tell = tell
@@ -153,16 +160,19 @@ class _Progress:
         if last is not None:
             self.tell(min(float(last[1]) / 100, 1.0))
             self.rest = self.rest[last.end() :]
-        self.rest = self.rest[-64:]
+        self.rest = self.rest[-4096:]
 
 
-def commit(tools: Tools, overlay: Path, target: Path, format: str) -> None:
+def commit(tools: Tools, overlay: Path, target: Path, format: str, *, on_progress: Callable[[float], None]) -> None:
     """Write what the overlay holds onto `target`, which must be the source converted to `format`.
 
-    The overlay keeps its content, and from here on means "target, changed".
+    The overlay keeps its content, and from here on means "target, changed". `on_progress` gets the ratio done.
     """
     _rebase(tools, overlay, str(target), format)
-    tools.run("qemu-img", "commit", "-q", "-d", "-f", "qcow2", "-t", _cache(target), overlay, limits=WORK_LIMITS)
+    tools.run(
+        "qemu-img", "commit", "-p", "-d", "-f", "qcow2", "-t", _cache(target), overlay,
+        on_output=_Progress(on_progress), limits=WORK_LIMITS,
+    )  # fmt: skip
 
 
 def _rebase(tools: Tools, overlay: Path, backing: str, format: str) -> None:
@@ -195,21 +205,31 @@ def _invalid(target: Path, what: str, done: Done) -> MigrationError:
     )
 
 
-def compare(tools: Tools, source: Source, overlay: Path | None, target: Path, format: str) -> None:
+def compare(
+    tools: Tools,
+    source: Source,
+    overlay: Path | None,
+    target: Path,
+    format: str,
+    *,
+    on_progress: Callable[[float], None],
+) -> None:
     """Prove that a guest sees in `target` what it would see in the source, or in the overlay on the source.
 
-    Raise MigrationError (validation_failed).
+    `on_progress` gets the ratio done. Raise MigrationError (validation_failed).
     """
     expected: tuple[str | Path, ...] = (_unchanged(source),)
     if overlay is not None:
         # After a commit it lies on the target, and would be compared with itself.
         _rebase(tools, overlay, source.node, source.header.format)
         expected = ("-f", "qcow2", overlay)
+    progress = _Progress(on_progress)
     done = tools.run(
-        "qemu-img", "compare", "-T", "writeback", "-F", format, *expected, target, accept=(0, 1), limits=WORK_LIMITS
-    )
+        "qemu-img", "compare", "-p", "-T", "writeback", "-F", format, *expected, target,
+        accept=(0, 1), on_output=progress, limits=WORK_LIMITS,
+    )  # fmt: skip
     if done.returncode:
-        raise _invalid(target, done.stdout.strip() or done.stderr.strip(), done)
+        raise _invalid(target, progress.rest.decode(errors="replace").strip() or done.stderr.strip(), done)
 
 
 def direct_io(file: Path) -> bool:

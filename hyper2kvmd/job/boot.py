@@ -51,9 +51,7 @@ def boot_copy(job: Job, plan: Plan, disks: Sequence[PlannedDisk], domain: Domain
         with connect(job.settings.libvirt.uri) as connection:
             backing = [(disk.partial, plan.format) for disk in disks]
             tested = boottest.thrown_away(domain, overlays, backing, nvram, job.settings.validate_.boot_memory_mb)
-            verdict = boottest.run(
-                connection, job.settings.libvirt.uri, tested, seconds, cancel=job.tools.cancel, moved=job.moved
-            )
+            verdict = boottest.run(connection, job.settings.libvirt.uri, tested, seconds, cancel=job.tools.cancel)
         _keep(job, verdict)
         if verdict.outcome == "passed":
             return

@@ -80,8 +80,8 @@ class Job:
     """One job. `id` names its work directory and everything temporary, and is the same for every attempt.
 
     `attempt` is the number of this one, which every temporary name carries; 0 if nothing is to be written. `running`
-    has the stages that are under way with their beginning, `moved_at` is when something last moved, both by the
-    monotonic clock; `verdict` is why the job was stopped, if it was.
+    has the stages that are under way with their beginning, `reporting` what tells how far it is just now with when it
+    last got further, both by the monotonic clock; `verdict` is why the job was stopped, if it was.
     """
 
     id: str
@@ -93,7 +93,7 @@ class Job:
     events: Emitter
     record: Record = field(default_factory=Record, init=False)
     running: dict[str, float] = field(default_factory=dict, init=False)
-    moved_at: float = field(default_factory=time.monotonic, init=False)
+    reporting: dict[str, float] = field(default_factory=dict, init=False)
     verdict: MigrationError | None = field(default=None, init=False)
 
     @property
@@ -116,7 +116,7 @@ class Job:
     def stage(self, name: str, total: int = 0) -> Iterator[None]:
         """Time a stage, and tell about its begin and end. total: the bytes that it will report as progress."""
         began = time.time()
-        started = self.running[name] = self.moved_at = time.monotonic()
+        started = self.running[name] = time.monotonic()
         self.events.emit("stage", stage=name, status="started", seconds=0.0, total=total)
         log.info("stage started", kind=Kind.STAGE_STARTED, stage=name)
         status = "failed"
@@ -130,35 +130,43 @@ class Job:
             self.record.failed_stage = self.record.failed_stage or name
             raise
         finally:
-            self.moved_at = time.monotonic()
             del self.running[name]
-            seconds = round(self.moved_at - started, 3)
+            seconds = round(time.monotonic() - started, 3)
             self.record.stages.append(
                 StageRecord(name=name, status=status, started_at=timestamp(began), seconds=seconds)
             )
             self.events.emit("stage", stage=name, status=status, seconds=seconds)
             log.info("stage ended", kind=Kind.STAGE_ENDED, stage=name, status=status, seconds=seconds)
 
-    def moved(self) -> None:
-        """Something got further, other than by progress()."""
-        self.moved_at = time.monotonic()
+    @contextlib.contextmanager
+    def progress(self, stage: str, item: str, total: int) -> Iterator[Callable[[float], None]]:
+        """For as long as a tool tells how far it is: a function that takes the ratio done of an item of `total` bytes.
 
-    def progress(self, stage: str, item: str, total: int) -> Callable[[float], None]:
-        """A function that takes the ratio done of one item of `total` bytes, and tells about it now and then."""
+        Nothing else is taken for one that hangs: what does not tell is only slow, as far as anybody knows. Such is
+        libguestfs: its events are a few points of a launch, with many seconds between them, and some copies of files.
+        """
+        what = f"{stage} of {item}"
         last_time, last_ratio, highest = 0.0, 0.0, 0.0
 
         def tell(ratio: float) -> None:
             nonlocal last_time, last_ratio, highest
             now = time.monotonic()
-            if ratio > highest:
-                highest, self.moved_at = ratio, now
+            if ratio >= 1:  # nothing more is to come; what the tool still flushes it does without a word
+                self.reporting.pop(what, None)
+            elif ratio > highest:
+                highest = ratio
+                self.reporting[what] = now
             if ratio < 1 and now - last_time < PROGRESS_SECONDS:
                 return
             done = int((ratio - last_ratio) * total)
             self.events.emit("progress", stage=stage, item=item, ratio=round(ratio, 4), bytes=max(done, 0))
             last_time, last_ratio = now, ratio
 
-        return tell
+        self.reporting[what] = time.monotonic()
+        try:
+            yield tell
+        finally:
+            self.reporting.pop(what, None)
 
     def together(self, *branches: Callable[[], T]) -> list[T]:
         """Run functions at the same time, at most AT_ONCE of them, and return what they return, in order.

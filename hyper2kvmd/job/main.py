@@ -16,12 +16,12 @@ from typing import Any
 import structlog
 
 from hyper2kvmd import journal
-from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome
+from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome, SettingsError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
 from hyper2kvmd.files import explained, timestamp, trouble, user_name, write_durably
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import Job, finding_records, job_id
-from hyper2kvmd.job.events import Emitter
+from hyper2kvmd.job.events import CHOICES, Emitter
 from hyper2kvmd.job.pipeline import migrate
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.job.supervise import overseen
@@ -29,11 +29,14 @@ from hyper2kvmd.job.undo import is_imported, undo
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.queue import facts, requests
+from hyper2kvmd.queue.asked import Asked, kept, unusable
 from hyper2kvmd.queue.claim import Claim, unwritable
+from hyper2kvmd.queue.export import Export
 from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
 from hyper2kvmd.queue.state import FINAL, JITTER, Facts, State, request_error, state_of
 from hyper2kvmd.report.model import ErrorRecord, HostRecord, ManifestRecord, Report
 from hyper2kvmd.run import Tools
+from hyper2kvmd.settings.load import overridden
 from hyper2kvmd.settings.model import Settings
 
 log = structlog.get_logger()
@@ -54,6 +57,7 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
     """Migrate an export that was claimed and return the exit status. Whatever happens to it, its report is written."""
     export = claim.export
     began = time.time()
+    request, settings, unknown = _as_asked(export, request, settings)
     # What the daemon saw may be over since: only what is found under the claim counts.
     look = replace(facts.look(export.directory, settings), held=False)
     state, finding = state_of(look, settings, began)
@@ -97,6 +101,8 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
         if wanted is not None and not request.dry_run:
             job.verdict = request_error(wanted)
             raise Cancelled
+        if unknown is not None:
+            raise unknown
         if claim.crashes >= settings.retry.max_attempts:
             raise MigrationError(
                 Code.RUNNER_CRASHED,
@@ -132,6 +138,24 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
             "This is a defect in hyper2kvmd; please report it with the trace from the journal.",
         )
     return _conclude(job, claim, manifest, look, began, error, sources)
+
+
+def _as_asked(export: Export, request: Request, settings: Settings) -> tuple[Request, Settings, MigrationError | None]:
+    """The request and the settings with what was asked the last time, if that is wanted; or why it is not known."""
+    if request.asked is not None:
+        return request, settings, None
+    try:
+        asked = kept(export, settings.work_dir)
+        if unknown := (asked.stages or frozenset()) - {*CHOICES}:
+            raise unusable(export, f"names stages that do not exist: {', '.join(sorted(unknown))}")
+        return replace(request, asked=asked), overridden(settings, asked.overrides), None
+    except SettingsError as error:
+        problem = unusable(export, f"asks for what this version does not know: {error}")
+    except MigrationError as error:
+        problem = error
+    except OSError as error:
+        problem = _from_os(error)
+    return replace(request, asked=Asked()), settings, problem
 
 
 # What a disk looks like of which only the beginning is there.
@@ -219,7 +243,7 @@ def _conclude(
             **({} if request.vm_name is None else {"vm_name": request.vm_name}),
         },
     )
-    if request.dry_run or (request.stages is not None and "convert" not in request.stages):
+    if not request.writes:
         claim.interrupted()  # asked for on the command line: the export stays as it was, to be migrated
     elif error is None or error.code != Code.CLAIM_LOST:
         try:

@@ -145,8 +145,8 @@ def _verify(job: Job, plan: Plan, steps: Steps, digests: dict[str, str]) -> None
     """Read every disk that has a checksum, once."""
 
     def verify(disk: PlannedDisk) -> None:
-        tell = job.progress("verify", disk.id, disk.source.size)
-        digests[disk.id] = verify_checksum(disk.source, job.tools.cancel, tell)
+        with job.progress("verify", disk.id, disk.source.size) as tell:
+            digests[disk.id] = verify_checksum(disk.source, job.tools.cancel, tell)
         steps.note_verified(disk, digests[disk.id])
 
     digests.update({disk.id: digest for disk in plan.disks if (digest := steps.verified(disk))})
@@ -159,14 +159,19 @@ def _convert(job: Job, plan: Plan, steps: Steps) -> None:
     """Convert every disk, side by side."""
 
     def convert(disk: PlannedDisk) -> None:
-        tell = job.progress("convert", disk.id, disk.source.virtual_size)
-        qemu_img.convert(
-            job.tools, disk.source, disk.partial, plan.format, compress=plan.compress, on_progress=tell
-        )  # fmt: skip
+        with job.progress("convert", disk.id, disk.source.virtual_size) as tell:
+            qemu_img.convert(
+                job.tools, disk.source, disk.partial, plan.format,
+                compress=plan.compress, on_progress=tell, made=True,
+            )  # fmt: skip
         steps.note_converted(disk)
 
     left = [disk for disk in plan.disks if not steps.converted(disk)]
     with job.stage("convert", sum(disk.source.virtual_size for disk in left)):
+        for disk in left:
+            qemu_img.make_target(disk.partial)
+        if left:
+            steps.note_made([disk.partial for disk in left])
         job.together(*(partial(convert, disk) for disk in left))
 
 
@@ -175,22 +180,25 @@ def _commit(job: Job, plan: Plan, steps: Steps) -> None:
     if not plan.fix:
         job.skip("commit")
         return
-    with job.stage("commit"):
+    sizes = {disk.id: disk.overlay.stat().st_size for disk in plan.disks}
+    with job.stage("commit", sum(sizes.values())):
         steps.note_commit()
         for disk in plan.disks:
-            qemu_img.commit(job.tools, disk.overlay, disk.partial, plan.format)
+            with job.progress("commit", disk.id, sizes[disk.id]) as tell:
+                qemu_img.commit(job.tools, disk.overlay, disk.partial, plan.format, on_progress=tell)
 
 
 def _validate(job: Job, plan: Plan) -> None:
     """Check what is about to be published, and that the source is still what was read."""
-    with job.stage("validate"):
+    with job.stage("validate", sum(disk.source.virtual_size for disk in plan.disks) if plan.compare else 0):
         checked: dict[str, Checked] = {}
         for disk in plan.disks:
             if plan.check:
                 qemu_img.check_target(job.tools, disk.partial, plan.format, disk.source.virtual_size)
             if plan.compare:
                 against = disk.overlay if plan.fix else None
-                qemu_img.compare(job.tools, disk.source, against, disk.partial, plan.format)
+                with job.progress("validate", disk.id, disk.source.virtual_size) as tell:
+                    qemu_img.compare(job.tools, disk.source, against, disk.partial, plan.format, on_progress=tell)
             check_unchanged(disk.source)
             checked[disk.id] = Checked(checked=plan.check, compared=plan.compare)
         looked = plan.check or plan.compare

@@ -1,21 +1,22 @@
-"""What whoever starts a job asks for, besides the settings: values here, options of `hyper2kvmd run-job` in between."""
+"""What whoever starts a job asks for: values here, options of `hyper2kvmd run-job` in between."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from hyper2kvmd.queue.asked import Asked
 
 
 @dataclass(frozen=True)
 class Request:
     """One request for a migration.
 
-    stages: those to run, of events.CHOICES; None for what the manifest enables. vm_name: what to call the VM, if not
-    as the manifest does. dry_run: leave everything as it was. if_ready: do nothing unless the export is queued, as
-    the daemon saw it; a person's word goes at any time. died: how the last runner died, if the daemon knows.
+    asked: what a person wants beyond the settings, which is kept for every later attempt; None for what was asked the
+    last time. dry_run: leave everything as it was. if_ready: do nothing unless the export is queued, as the daemon saw
+    it; a person's word goes at any time. died: how the last runner died, if the daemon knows.
     """
 
-    stages: frozenset[str] | None = None
-    vm_name: str | None = None
+    asked: Asked | None = None
     dry_run: bool = False
     if_ready: bool = False
     died: str = ""
@@ -23,13 +24,23 @@ class Request:
     def options(self) -> list[str]:
         """The options of `hyper2kvmd run-job` that say the same."""
         return [
+            *(["--as-before"] if self.asked is None else self.asked.options()),
             *(["--dry-run"] if self.dry_run else []),
-            *(["--stages", ",".join(sorted(self.stages))] if self.stages is not None else []),
-            *(["--name", self.vm_name] if self.vm_name is not None else []),
             *(["--if-ready"] if self.if_ready else []),
             *(["--died", self.died] if self.died else []),
         ]
 
+    @property
+    def vm_name(self) -> str | None:
+        """What to call the VM, if not as the manifest does."""
+        return None if self.asked is None else self.asked.vm_name
+
     def wants(self, stage: str, enabled: bool) -> bool:
         """Whether a stage is to run, by the manifest (`enabled`) and by this request."""
-        return enabled and (self.stages is None or stage in self.stages)
+        stages = None if self.asked is None else self.asked.stages
+        return enabled and (stages is None or stage in stages)
+
+    @property
+    def writes(self) -> bool:
+        """Whether disks are to be written; if not, the export stays as it was, to be migrated."""
+        return not self.dry_run and self.wants("convert", enabled=True)

@@ -11,8 +11,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,7 @@ class _Journal:
     """What journal.json holds. `shape` is a digest of all that decides what the steps make."""
 
     shape: str = ""
+    made: dict[str, int] | None = None  # unfinished disks that attempts made, by path: the inode tells ours from others
     verified: dict[str, str] | None = None  # checksums by disk
     converted: dict[str, File] | None = None
     overlays: dict[str, File] | None = None  # with the fix on them
@@ -120,7 +123,7 @@ class Steps:
         journal, shape = self._journal, _shape(self._job, plan)
         if journal.shape != shape or (journal.boot and journal.boot != _boot_id()):
             # After a crash of the host nobody knows which writes of a commit are on disk.
-            journal = _Journal()
+            journal = _Journal(made=journal.made)
         holds = File.is_at if journal.boot else (lambda file, _path: file.holds())
         self._journal = replace(
             journal,
@@ -132,7 +135,7 @@ class Steps:
         )
         if journal.boot and not (self.fixed(plan) and all(self.converted(disk) for disk in plan.disks)):
             # Half of a commit can be finished, but not begun anew.
-            self._journal = _Journal(shape=shape, verified=journal.verified)
+            self._journal = _Journal(shape=shape, made=journal.made, verified=journal.verified)
         return replace(plan, disks=tuple(map(self._adopted, plan.disks)))
 
     def _adopted(self, disk: PlannedDisk) -> PlannedDisk:
@@ -164,6 +167,13 @@ class Steps:
         """The checksum of a source is right."""
         with self._mutex:
             self._journal.verified = {**(self._journal.verified or {}), disk.id: digest}
+            self._write()
+
+    def note_made(self, paths: Iterable[Path]) -> None:
+        """The unfinished disks were made, which are empty still."""
+        made = {str(path): path.stat().st_ino for path in paths}
+        with self._mutex:
+            self._journal.made = {**dict(_still_made(self._journal)), **made}
             self._write()
 
     def note_converted(self, disk: PlannedDisk) -> None:
@@ -202,14 +212,20 @@ class Steps:
             *(journal.overlays or {}).values(),
             *(i.file for i in journal.items),
         ]
-        _remove_all_but(self._job, plan, {file.path for file in files})
+        self._remove_all_but(plan, {file.path for file in files})
 
     def discard(self, plan: Plan) -> None:
         """Forget everything and remove all that is not published."""
+        self._remove_all_but(plan, set())  # first: what the journal does not have is nobody's
         with contextlib.suppress(FileNotFoundError):
             (self._job.work_dir / JOURNAL).unlink()
         self._journal = _Journal()
-        _remove_all_but(self._job, plan, set())
+
+    def _remove_all_but(self, plan: Plan, keep: set[str]) -> None:
+        for path, _ in _still_made(self._journal):  # also where an earlier attempt was asked to write
+            if path not in keep:
+                Path(path).unlink(missing_ok=True)
+        _remove_all_but(self._job, plan, keep)
 
     def _write(self) -> None:
         self._job.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -242,11 +258,31 @@ def in_use(work_dir: Path) -> bool:
     return False
 
 
+def is_ours(work_dir: Path) -> bool:
+    """Whether a directory is the work directory of a job, and not something else that somebody keeps there."""
+    try:
+        names = set(os.listdir(work_dir))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    # One in which nothing is yet belongs to a job that died at once.
+    named = re.fullmatch(r"[A-Za-z0-9._-]+-[0-9a-f]{8}(\.dry-run)?", work_dir.name) is not None
+    return named and not work_dir.is_symlink() and (not names or bool(names & {JOURNAL, reserve.FILE}))
+
+
+def unpublished(work_dir: Path) -> list[Path]:
+    """The disks outside of a job's work directory that it made and did not publish, and what its boot test made."""
+    journal = _read(work_dir)
+    found = {path for path, _ in _still_made(journal)}
+    found |= {file.path for file in (journal.converted or {}).values() if file.is_at(file.path)}
+    # Under the very names that the boot test gives to what it makes beside them.
+    beside = (Path(path).with_suffix(suffix) for path in found for suffix in (".boot.partial", ".nvram.partial"))
+    return sorted([*map(Path, found), *(path for path in beside if os.path.lexists(path))])
+
+
 def abandon(work_dir: Path) -> None:
-    """Remove what a job that is over left behind, finished steps included."""
-    for file in (_read(work_dir).converted or {}).values():
-        if file.is_at(file.path):
-            Path(file.path).unlink(missing_ok=True)
+    """Remove what a job that is over left behind, finished steps included. Raise OSError."""
+    for path in unpublished(work_dir):
+        path.unlink(missing_ok=True)
     shutil.rmtree(work_dir, ignore_errors=True)
 
 
@@ -257,6 +293,14 @@ def undo(work_dir: Path) -> None:
             if item.file.is_at(path):
                 Path(path).unlink(missing_ok=True)
     abandon(work_dir)
+
+
+def _still_made(journal: _Journal) -> Iterator[tuple[str, int]]:
+    """The unfinished disks that are still where an attempt made them, each with its inode."""
+    for path, inode in (journal.made or {}).items():
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path, follow_symlinks=False).st_ino == inode:
+                yield path, inode
 
 
 def _read(work_dir: Path) -> _Journal:

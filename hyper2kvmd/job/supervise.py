@@ -66,11 +66,13 @@ def verdict(job: Job, now: float) -> MigrationError | None:
                 f"Look at the host's load and storage; or raise limits.stage_seconds.{stage}.",
                 field=f"limits.stage_seconds.{stage}",
             )
-    if now - job.moved_at > limits.no_progress_seconds:
-        return MigrationError(
-            Code.TIMED_OUT,
-            f"nothing moved for {limits.no_progress_seconds:g} s, in {', '.join(job.running) or 'no stage'}",
-            "Look at the host's storage; or raise limits.no_progress_seconds.",
-            field="limits.no_progress_seconds",
-        )
+    # Each by itself: that a checksum gets further says nothing of a conversion that hangs beside it.
+    for what, moved_at in dict(job.reporting).items():
+        if now - moved_at > limits.no_progress_seconds:
+            return MigrationError(
+                Code.TIMED_OUT,
+                f"{what} has not got further for {limits.no_progress_seconds:g} s",
+                "Look at the host's storage; or raise limits.no_progress_seconds.",
+                field="limits.no_progress_seconds",
+            )
     return None

@@ -16,7 +16,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -81,12 +81,13 @@ _ERRNO = {
 class Standing:
     """How it stands: how much is `pending`, what was `given_up` in all, and when the next run is `due`.
 
-    `due` is in seconds since the epoch, None if nothing waits.
+    `due` is in seconds since the epoch, None if nothing waits. `known`: whether that could be read at all.
     """
 
     due: float | None = None
     pending: int = 0
     given_up: int = 0
+    known: bool = field(default=True, compare=False)
 
 
 def standing(settings: Settings) -> Standing:
@@ -97,7 +98,7 @@ def standing(settings: Settings) -> Standing:
     except (sqlite3.Error, OSError, TypeError) as error:
         # A run was killed while it wrote: the next one puts the database right, and is due.
         half = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK
-        return Standing(due=time.time() if half else None)
+        return Standing(due=time.time() if half else None, known=False)
 
 
 def begin(settings: Settings) -> None:

@@ -19,7 +19,7 @@ from hyper2kvmd.errors import MEANING, Code, MigrationError
 from hyper2kvmd.files import open_directory, open_file, remove_leftovers, timestamp, user_name, write_durably
 from hyper2kvmd.queue.access import let_in
 from hyper2kvmd.queue.export import Export
-from hyper2kvmd.queue.names import CANCEL, LOCK, REPORT
+from hyper2kvmd.queue.names import ASKED, CANCEL, LOCK, REPORT
 
 if TYPE_CHECKING:
     from hyper2kvmd.report.model import Report
@@ -158,7 +158,8 @@ def claim_export(directory: Path) -> Claim:
             },
         )
         os.fsync(fd)
-        remove_leftovers(fd, REPORT)  # of attempts that died; the claim makes them ours
+        for name in (REPORT, ASKED):
+            remove_leftovers(fd, name)  # of attempts that died; the claim makes them ours
         return Claim(Export(directory, fd), lock_fd, attempt, crashes, retries)
     except BaseException:
         os.close(lock_fd)

@@ -8,6 +8,8 @@ REPORT = "migration-report.json"
 HOLD = ".hyper2kvmd.hold"
 CANCEL = ".hyper2kvmd.cancel"
 LOG = ".hyper2kvmd.log"
+# What a person wants of the VM beyond the settings.
+ASKED = ".hyper2kvmd.asked"
 # What was seen of the guest in the boot test.
 BOOT_LOG = "boot-test.log"
 BOOT_SCREEN = "boot-test.png"

@@ -31,11 +31,24 @@ FINAL = frozenset({State.BLOCKED, State.SUCCEEDED, State.FAILED, State.REJECTED,
 
 
 @dataclass(frozen=True)
+class Setback:
+    """A runner ended, for the `count`th time, without leaving anything in the export; none is started before `until`.
+
+    `until` is in seconds since the epoch.
+    """
+
+    count: int
+    until: float
+    finding: Finding
+
+
+@dataclass(frozen=True)
 class Facts:
     """What one look at an export found; the state follows from this and the time alone.
 
     Times are seconds since the epoch. `settled_since` is when the newest file of the export was written, or renamed.
-    `sizes` are those of the disks that are there, by their paths inside the export.
+    `sizes` are those of the disks that are there, by their paths inside the export. `setback` is what a daemon of this
+    host knows that could not be written there.
     """
 
     manifest: str | None
@@ -54,10 +67,21 @@ class Facts:
     next_attempt_at: float | None = None
     finished_at: float | None = None
     sizes: tuple[tuple[str, int], ...] = ()
+    setback: Setback | None = None
 
 
 def state_of(facts: Facts, settings: Settings, now: float) -> tuple[State, Finding | None]:
     """The state of an export, and the reason where there is one. Pure: looks at nothing but its arguments."""
+    state, finding = _state_on_disk(facts, settings, now)
+    # A setback that is further away than its delay is long does not count: the clock was put back meanwhile.
+    setback = facts.setback
+    if setback is not None and state == State.QUEUED and 0 < setback.until - now <= settings.retry.delay(setback.count):
+        return State.RETRYING, setback.finding
+    return state, finding
+
+
+def _state_on_disk(facts: Facts, settings: Settings, now: float) -> tuple[State, Finding | None]:
+    """The state by what is in the export."""
     if facts.held:
         return State.RUNNING, None
     if facts.report_status is not None:

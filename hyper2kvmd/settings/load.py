@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +43,19 @@ def load_settings(path: Path | None = None, overrides: tuple[str, ...] = ()) -> 
     for override in overrides:
         _override(data, override)
     return _validate(Settings, source, data, lines)
+
+
+def overridden(settings: Settings, overrides: Iterable[str]) -> Settings:
+    """The settings with `key.path=value` overrides applied. Raise SettingsError."""
+    data = json.loads(settings.model_dump_json(by_alias=True))
+    for override in overrides:
+        _override(data, override)
+    return _validate(Settings, Path("the settings"), data, {})
+
+
+def writing_to(directory: Path) -> list[str]:
+    """The overrides by which disks are written to `directory`, whatever the manifests ask for."""
+    return [f"{key}={json.dumps(str(directory))}" for key in ("output_dir", "pipeline.convert.output_dir")]
 
 
 def load_file(model: type[Model], path: Path) -> Model:

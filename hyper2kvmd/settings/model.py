@@ -206,7 +206,9 @@ class Limits(Section):
     stage_seconds: StageSeconds = StageSeconds()
     no_progress_seconds: Seconds = Field(
         default=7200,
-        description="A job in which nothing moves for so many seconds is stopped and tried again.",
+        description="A checksum, conversion, commit or comparison that gets no further for so many seconds is stopped,"
+        " and its job tried again. The tools tell of each hundredth of a disk, so this must be longer than that takes."
+        " What cannot say how far it is has only its limit in stage_seconds.",
     )
     nice: int = Field(
         default=10, ge=0, le=19, description="CPU priority of jobs on the host: 0 (normal) to 19 (lowest)."
@@ -481,10 +483,3 @@ class Settings(Section):
     log: Log = Log()
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-    def writing_to(self, directory: Path) -> Settings:
-        """These settings, with the disks written to `directory` whatever the manifests ask for."""
-        convert = (self.pipeline.convert or wire.Convert()).model_copy(update={"output_dir": str(directory)})
-        return self.model_copy(
-            update={"output_dir": directory, "pipeline": self.pipeline.model_copy(update={"convert": convert})}
-        )

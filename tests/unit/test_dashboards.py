@@ -228,7 +228,7 @@ def test_every_value_of_a_label_in_a_query_exists() -> None:
     values = {
         "result": {*RESULTS},
         "reason": {str(code) for code in Code} | {"died", "replaced", "settings"},
-        "state": {*dashboards.COLORS, "pending", "given_up"},
+        "state": {*dashboards.COLORS},
         "check": {*CHECKS},
         "outcome": {"won", "busy", "failed", "lost"},
         "stage": {*READ},

@@ -13,6 +13,7 @@ complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l events-fd -r 
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l dry-run -d 'inspect and fix on throw-away overlays, change nothing'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l stages -r -F -d 'run only these of inspect, fix, convert, validate, import'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l name -r -F -d 'call the VM so, whatever the manifest calls it'
+complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l as-before -d 'as was asked for the last time, on any host'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l if-ready -d 'do nothing while the export is being written'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l died -r -F -d 'how the last runner of this export died'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l config -r -F -d 'settings file (default: /etc/hyper2kvmd/hyper2kvmd.yaml)'

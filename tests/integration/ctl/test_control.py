@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from hyper2kvmd.queue.state import state_of
 from hyper2kvmd.settings.model import Settings
 from tests import ROOT
 from tests.conftest import Ctl, MakeExport, disk_entry, report_of, run_job, write_manifest
-from tests.integration.daemon.test_daemon import change, daemon, free_port, look_again, wait_until
+from tests.integration.daemon.test_daemon import change, daemon, free_port, left_behind, look_again, wait_until
 from tests.integration.job.test_kill import check_finished_once, is_alive, start
 
 SLOW = '[ "$1" = convert ] && echo $$ > {pids} && exec sleep 120\nexec /usr/bin/qemu-img "$@"\n'
@@ -237,30 +238,60 @@ def test_prune_removes_what_is_over_and_nothing_that_is_needed(
     assert 0 != stopped.wait(timeout=60)
     (needed,) = scratch.work_dir.iterdir()
     gone = scratch.work_dir / "gone-01234567"
-    gone.mkdir()
-    os.utime(gone, (1, 1))
+    old = scratch.output_dir / ".x.qcow2.gone-01234567.1.partial"
+    beside = old.with_suffix(".boot.partial")
+    for path in (old, beside):
+        path.write_bytes(b"half")
+    left_behind(gone, old)
+    others = [scratch.output_dir / name for name in (".x.qcow2.gone-01234567.2.partial", ".film.partial")]
+    others += [scratch.work_dir / name / "file" for name in ("photos", "photos-01234567")]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"not ours")
+        os.utime(path, (1, 1))
+        os.utime(path.parent, (1, 1))
     elsewhere = scratch.work_dir / "elsewhere-01234567"
     elsewhere.mkdir()
     left = scratch.work_dir / report_of(finished)["job"]
     left.mkdir()
-    old, new = (scratch.output_dir / f".x.gone-01234567.{n}.partial" for n in (1, 2))
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (1, 1))
+    named_alike = [finished / "migration-report.mine.1.json", finished / "migration-report.99.json"]
+    for path in named_alike:
+        path.write_text("{}")
+        os.utime(path, (1, 1))
     for number in range(1, 13):
-        (finished / f"migration-report.{number}.json").write_text("{}")
+        (finished / f"migration-report.{number}.json").write_bytes((finished / REPORT).read_bytes())
         os.utime(finished / f"migration-report.{number}.json", (number, number))
     os.utime(finished / LOG, (1, 1))
     would = json.loads(ctl("prune", "--dry-run", "--json").stdout)["removed"]
     removed = json.loads(ctl("prune", "--json").stdout)["removed"]
     assert would == removed
-    expected = {gone, left, old, finished / LOG, *(finished / f"migration-report.{n}.json" for n in (1, 2))}
+    expected = {gone, left, old, beside, finished / LOG, *(finished / f"migration-report.{n}.json" for n in (1, 2))}
     assert {str(path) for path in expected} == set(removed)
-    assert needed.exists() and new.exists() and elsewhere.exists()
-    elsewhere.rmdir()
+    assert not any(path.exists() for path in expected)
+    assert all(path.exists() for path in (needed, elsewhere, *others, *named_alike))
     assert "succeeded" == report_of(finished)["status"]
-    new.unlink()
+    elsewhere.rmdir()
+    for path in others:
+        path.unlink()
+    for name in ("photos", "photos-01234567"):
+        (scratch.work_dir / name).rmdir()
     check_finished_once_beside(interrupted, scratch, finished)
+
+
+def test_prune_removes_the_half_disk_of_a_runner_that_was_killed_once_its_export_is_gone(
+    scratch: Settings, make_export: MakeExport, ctl: Ctl, slow: Callable[[], int]
+) -> None:
+    export = make_export()
+    runner = start(export, scratch)
+    slow()
+    runner.kill()
+    runner.wait(60)
+    (half,) = scratch.output_dir.iterdir()
+    assert [] == json.loads(ctl("prune", "--json", "--set", "retention.work_days=0").stdout)["removed"]
+    shutil.rmtree(export)
+    wait_until(lambda: ctl("prune", "--json", "--set", "retention.work_days=0").stdout.count("partial") > 0, 60)
+    assert ([], []) == (list(scratch.output_dir.iterdir()), list(scratch.work_dir.iterdir()))
+    assert half.suffix == ".partial"
 
 
 def check_finished_once_beside(export: Path, settings: Settings, other: Path) -> None:
@@ -347,9 +378,10 @@ def test_a_drain_does_not_wait_for_what_it_cannot_see(unreadable: Path) -> None:
 
 def test_prune_keeps_what_an_export_left_that_cannot_be_looked_at(unreadable: Path) -> None:
     for job in ("bad-01234567", "other-01234567"):
-        (unreadable / "work" / job).mkdir()
-        (unreadable / f"images/.a.qcow2.{job}.1.partial").touch()
-    for path in (*(unreadable / "work").iterdir(), *(unreadable / "images").iterdir()):
+        partial = unreadable / f"images/.a.qcow2.{job}.1.partial"
+        partial.touch()
+        left_behind(unreadable / "work" / job, partial)
+    for path in (*(unreadable / "work").rglob("*"), *(unreadable / "images").iterdir()):
         os.chown(path, 65534, 65534)
     done = as_nobody(unreadable, "prune", "--json")
     assert "bad/.hyper2kvmd.lock: Permission denied" in done.stderr

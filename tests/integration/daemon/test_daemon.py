@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from hyper2kvmd.settings.model import Settings
-from tests.conftest import MakeExport, report_of, run_job
+from tests.conftest import Ctl, MakeExport, report_of, run_job
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
@@ -76,6 +76,14 @@ def daemon(settings: Settings, *options: str, **environment: str) -> Iterator[su
             process.communicate(timeout=60)
         finally:
             process.kill()
+
+
+def left_behind(work_dir: Path, partial: Path) -> None:
+    """Make the work directory of a job that died long ago, with a journal that knows its unfinished disk."""
+    work_dir.mkdir()
+    journal: dict[str, object] = {**dict.fromkeys(("converted", "overlays", "guest", "record")), "items": []}
+    (work_dir / "journal.json").write_text(json.dumps({**journal, "made": {str(partial): partial.stat().st_ino}}))
+    os.utime(work_dir, (1, 1))
 
 
 def change(settings: Settings, **update: object) -> Settings:
@@ -160,6 +168,53 @@ def test_systemd_is_told_in_clean_text(scratch: Settings, make_export: MakeExpor
     assert "READY=1" in messages
     assert messages.count("WATCHDOG=1") >= 2
     assert all("\n" not in message for message in messages)
+
+
+BLIND = """
+import math, sys
+from pathlib import Path
+from hyper2kvmd.daemon.daemon import Daemon
+from hyper2kvmd.daemon.metrics import Metrics
+from hyper2kvmd.settings.load import load_settings
+
+class Blind(Daemon):
+    turns = 0
+
+    def tick(self, now):
+        return math.inf  # as after a defect: no look is taken, and none will be
+
+    def _tell(self):
+        self.turns += 1
+        if self.turns == 8:
+            sys.exit("it went round and round")
+
+settings = load_settings(Path(sys.argv[1]))
+Blind(settings, lambda: settings, Metrics()).run()
+"""
+
+
+def test_a_daemon_that_goes_round_and_never_looks_does_not_tell_systemd_that_it_works(
+    scratch: Settings, tmp_path: Path
+) -> None:
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind(str(tmp_path / "notify"))
+    receiver.setblocking(False)
+    (tmp_path / "blind.json").write_text(scratch.model_dump_json(by_alias=True))
+    done = subprocess.run(
+        [sys.executable, "-c", BLIND, tmp_path / "blind.json"],
+        env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "it went round and round" in done.stderr
+    messages = []
+    with suppress(BlockingIOError):
+        while True:
+            messages.append(receiver.recv(65536).decode())
+    assert ("READY=1", "STOPPING=1") == (messages[0], messages[-1])
+    assert "WATCHDOG=1" not in messages
 
 
 def test_a_reload_takes_a_good_file_and_keeps_the_old_one_when_it_is_bad(scratch: Settings, tmp_path: Path) -> None:
@@ -269,8 +324,8 @@ def test_what_a_job_left_is_removed_when_the_daemon_starts(scratch: Settings, ma
 def test_a_prune_that_fails_is_logged_and_counted(scratch: Settings, tmp_path: Path) -> None:
     port = free_port()
     in_the_way = scratch.output_dir / ".web01-disk-0.qcow2.other-01234567.1.partial"
-    in_the_way.mkdir()
-    os.utime(in_the_way, (0, 0))
+    in_the_way.mkdir()  # no file can be removed there
+    left_behind(scratch.work_dir / "other-01234567", in_the_way)
     settings = change(scratch, metrics={"listen": f"127.0.0.1:{port}"})
 
     def failed() -> bool:
@@ -281,6 +336,39 @@ def test_a_prune_that_fails_is_logged_and_counted(scratch: Settings, tmp_path: P
     with daemon(settings):
         wait_until(failed, 60)
     assert in_the_way.is_dir()
+
+
+def test_an_export_that_cannot_be_written_is_told_as_that_and_left_alone_also_after_a_restart(
+    scratch: Settings, make_export: MakeExport, ctl: Ctl
+) -> None:
+    export, port = make_export(), free_port()
+    settings = change(scratch, retry={"delay_seconds": 3600}, metrics={"listen": f"127.0.0.1:{port}"})
+
+    def row() -> tuple[str, str | None]:
+        (found,) = json.loads(ctl("list", "--json", "--set", "retry.delay_seconds=3600").stdout)
+        reason = found["reason"]
+        return found["state"], None if reason is None else reason["code"]
+
+    subprocess.run(["mount", "--bind", export, export], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", export], check=True)
+        with daemon(settings):
+            wait_until(lambda: ("retrying", "export_unwritable") == row(), 60)
+        assert ("retrying", "export_unwritable") == row(), "it went with the daemon"
+        with daemon(settings):
+            look_again(port)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+                text = page.read().decode()
+        assert "hyper2kvmd_jobs_started_total 0.0" in text
+        assert 'hyper2kvmd_jobs{state="retrying"} 1.0' in text
+        assert ["manifest.json", "web01-disk-0.raw"] == sorted(os.listdir(export))
+    finally:
+        subprocess.run(["umount", export], check=True)
+    # Mended, and its time has come.
+    with daemon(change(scratch, retry={"delay_seconds": 0})):
+        wait_until(lambda: done(export), 60)
+    assert ("succeeded", None) == row()
+    assert {} == json.loads((scratch.work_dir / "setbacks.json").read_text())
 
 
 def test_two_daemons_on_one_directory_do_nothing_twice(scratch: Settings, make_export: MakeExport) -> None:

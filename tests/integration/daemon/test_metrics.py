@@ -26,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from watchdog.observers.api import EventEmitter
 
 from hyper2kvmd.daemon.watch import Watch
+from hyper2kvmd.job.events import STAGES
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport
 from tests.integration.daemon.test_daemon import change, daemon, done, free_port, wait_until
@@ -140,7 +141,8 @@ def test_a_job_is_shown_while_it_runs_and_counted_when_it_ends(
         export = make_export("first", source=source, metadata={"tags": {"env": "production"}})
         wait_until(lambda: client.metrics()["slot_progress_ratio"] == [({"slot": "0"}, 0.25)])
         ((labels, _),) = client.metrics()["job_info"]
-        assert ("0", "wëb 日本", "convert", "1") == tuple(labels[key] for key in ("slot", "vm", "stage", "attempt"))
+        assert ("0", "wëb 日本", "1") == tuple(labels[key] for key in ("slot", "vm", "attempt"))
+        assert 1 + STAGES.index("convert") == client.metric("slot_stage", slot="0")
         assert "env=production" == labels["tags"]
         assert labels["job"].startswith("first-")
         assert client.metric("slot_bytes_per_second", slot="0") > 0

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from hyper2kvmd.daemon.metrics import Metrics
+from hyper2kvmd.job.events import STAGES
 from hyper2kvmd.settings.model import Settings
 from tests import ROOT, dashboards
 from tests.conftest import disk_entry, report_of, write_manifest
@@ -105,7 +106,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         wait_until(lambda: done(*(root / "exports" / name for name in ended)), 60)
         # Two that take long fill the workers, so that a third one has to wait.
         _arrive(_make(root, "slow2"), _make(root, "later"))
-        wait_until(seen("hyper2kvmd_job_info{vm='slow2', stage='convert'}"), 30)
+        converts = f"hyper2kvmd_slot_stage == {1 + STAGES.index('convert')}"
+        wait_until(seen(f"{converts} and on (slot) hyper2kvmd_job_info{{vm='slow2'}}"), 30)
         wait_until(seen("count(hyper2kvmd_slot_stage_remaining_seconds >= 0) == 2"), 30)
         wait_until(seen("hyper2kvmd_oldest_waiting_job_timestamp_seconds > 0"), 30)
         wait_until(seen('hyper2kvmd_jobs_completed_total{result="cancelled"} == 1'), 30)

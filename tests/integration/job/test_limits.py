@@ -112,14 +112,35 @@ def test_a_stage_that_takes_too_long_is_stopped_and_tried_again(
     check_finished_once(export, changed(scratch, retry={"delay_seconds": 0}))
 
 
-def test_a_job_in_which_nothing_moves_is_stopped(
+@pytest.mark.parametrize(("command", "what"), [("convert", "convert of disk-0"), ("compare", "validate of disk-0")])
+def test_what_reports_progress_and_makes_none_is_stopped(
+    scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None], command: str, what: str
+) -> None:
+    settings = changed(scratch, limits={"no_progress_seconds": 1}, validate={"compare": True})
+    export = make_export()
+    fake("qemu-img", f'[ "$1" = {command} ] && exec sleep 120\nexec /usr/bin/qemu-img "$@"\n')
+    assert 75 == run_job(export, settings).returncode
+    error = report_of(export)["error"]
+    assert ("timed_out", "limits.no_progress_seconds") == (error["code"], error["field"])
+    assert f"{what} has not got further for 1 s" == error["message"]
+
+
+def test_what_is_slow_without_a_word_or_gets_further_slowly_is_left_alone(
     scratch: Settings, make_export: MakeExport, fake: Callable[[str, str], None]
 ) -> None:
-    settings = changed(scratch, limits={"no_progress_seconds": 1})
-    export = make_export()
-    fake("qemu-img", '[ "$1" = convert ] && exec sleep 120\nexec /usr/bin/qemu-img "$@"\n')
-    assert 75 == run_job(export, settings).returncode
-    assert "nothing moved for 1 s, in convert" == report_of(export)["error"]["message"]
+    """The checks and the appliance say nothing for longer than the limit; the comparison says something within it."""
+    settings = changed(scratch, limits={"no_progress_seconds": 2}, validate={"compare": True})
+    pipeline = {"inspect": {"enabled": True}, "fix": {"enabled": False}, "convert": {"enabled": True}}
+    export = make_export(pipeline={**pipeline, "validate": {"enabled": True}})
+    fake(
+        "qemu-img",
+        'case "$1" in check) sleep 4;; compare) for n in 1 2 3 4; do printf "($n.00/100%%)\\r"; sleep 1; done;; esac\n'
+        'exec /usr/bin/qemu-img "$@"\n',
+    )
+    done = run_job(export, settings)
+    assert 0 == done.returncode, done.stderr
+    seconds = {stage["name"]: stage["seconds"] for stage in report_of(export)["stages"]}
+    assert all(seconds[stage] > 2 for stage in ("plan", "inspect", "validate")), "nothing was slow"
 
 
 def test_jobs_and_their_tools_run_with_low_priority(

@@ -161,6 +161,24 @@ def test_the_slowest_stage_that_counts_is_the_one_that_is_shown() -> None:
     assert pytest.approx(90, abs=1) == value(metrics, "slot_stage_remaining_seconds", slot="0")
 
 
+def test_a_stage_that_hangs_is_seen_although_another_one_moves() -> None:
+    progress, now = job(), time.monotonic()
+    progress.apply(Event("stage", {"stage": "verify", "status": "started", "seconds": 0.0, "total": 1000}), now - 10)
+    progress.stages["convert"].moved = now - 2000
+    progress.apply(Event("progress", {"stage": "verify", "item": "disk-0", "ratio": 0.1, "bytes": 100}), now)
+    metrics = Metrics()
+    metrics.show({0: progress}, 1)
+    assert pytest.approx(time.time() - 2000, abs=1) == value(metrics, "slot_last_progress_timestamp_seconds", slot="0")
+
+
+def test_only_what_is_read_of_the_sources_counts_as_read() -> None:
+    metrics = Metrics()
+    for stage in ("validate", "commit"):
+        metrics.event(Event("progress", {"stage": stage, "item": "disk-0", "ratio": 0.1, "bytes": 100}))
+    assert 100 == value(metrics, "bytes_read_total", stage="validate")
+    assert not any(dict(labels).get("stage") == "commit" for name, labels in scraped(metrics) if "bytes_read" in name)
+
+
 def test_what_runs_is_named_and_its_tags_are_one_label() -> None:
     metrics = Metrics()
     metrics.show({0: job(tags={"env": "production", "team": "db", "urgent": ""})}, 1)
@@ -169,10 +187,43 @@ def test_what_runs_is_named_and_its_tags_are_one_label() -> None:
         "slot": "0",
         "job": "export-01234567",
         "vm": "web01",
-        "stage": "convert,fix",
         "attempt": "2",
         "tags": "env=production,team=db,urgent",
     } == labels
+
+
+def test_what_runs_keeps_its_labels_from_the_first_to_the_last_moment_that_it_is_shown() -> None:
+    metrics, seen = Metrics(), set[str]()
+    progress = Progress("export")
+    events: list[tuple[str, dict[str, Any]]] = [
+        ("claimed", {"job": "export-01234567", "vm": "export", "attempt": 2}),
+        ("manifest", {"vm": "web01", "tags": {"env": "test"}}),
+        *(("stage", {"stage": stage, "status": "started", "seconds": 0.0, "total": 0}) for stage in STAGES),
+        *(("stage", {"stage": stage, "status": "done", "seconds": 0.0}) for stage in STAGES),
+    ]
+    for kind, data in events:
+        progress.apply(Event(kind, data), time.monotonic())
+        metrics.show({0: progress}, 1)
+        seen |= {str(labels) for labels in info(metrics)}
+    assert 1 == len(seen), seen
+
+
+def test_the_stage_that_is_shown_is_told_by_its_place_among_the_stages() -> None:
+    metrics = Metrics()
+    metrics.show({0: job()}, 2)
+    assert 1 + STAGES.index("convert") == value(metrics, "slot_stage", slot="0")
+    assert math.isnan(value(metrics, "slot_stage", slot="1"))
+    assert "5 convert, 6 commit" in metrics.page("", "").body.decode()
+
+
+def test_messages_that_were_given_up_are_counted_from_when_the_daemon_began() -> None:
+    metrics = Metrics()
+    shown = []
+    for given_up in (3, 3, 5, 0, 1):  # the database was removed before the last but one
+        metrics.told(7, given_up)
+        shown.append(value(metrics, "notifications_given_up_total"))
+    assert [0, 0, 2, 2, 3] == shown
+    assert 7 == value(metrics, "notifications_pending")
 
 
 @pytest.mark.parametrize("name", ['a"b\\c\nhyper2kvmd_workers 99', "\ud800", "日本", "x" * 10_000], ids=ascii)

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import write_durably
-from hyper2kvmd.queue import facts
+from hyper2kvmd.queue import facts, setbacks
 from hyper2kvmd.queue.claim import Busy, claim_export
 from hyper2kvmd.queue.names import LOCK, REPORT
-from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
+from hyper2kvmd.queue.state import FINAL, Facts, Setback, State, state_of
 from hyper2kvmd.report.model import HostRecord, ManifestRecord, Report
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport
@@ -48,6 +48,36 @@ def report(status: str = "succeeded", **changes: Any) -> Report:
         **changes,
     }
     return Report(**shape)
+
+
+def test_a_setback_holds_until_its_time_and_only_what_would_be_started() -> None:
+    finding = Finding(Code.EXPORT_UNWRITABLE, "it cannot be written", "give access")
+    delay = SETTINGS.retry.delay(2)
+
+    def of(until: float, **found: Any) -> tuple[State, Finding | None]:
+        look = {
+            "manifest": "m",
+            "manifest_sha256": "a",
+            "settled_since": NOW - 60,
+            "setback": Setback(2, until, finding),
+        }
+        return state_of(Facts(**{**look, **found}), SETTINGS, NOW)
+
+    assert (State.RETRYING, finding) == of(NOW + delay)
+    assert (State.QUEUED, None) == of(NOW - 1)
+    assert (State.QUEUED, None) == of(NOW + delay + 1), "the clock was put back"
+    assert (State.RUNNING, None) == of(NOW + 1, held=True)
+    assert State.SUCCEEDED == of(NOW + 1, report_status="succeeded", report_sha256="a")[0]
+
+
+def test_setbacks_come_back_and_a_damaged_file_is_none(tmp_path: Path) -> None:
+    found = {tmp_path / "web01": Setback(3, 1e9, Finding("export_unwritable", "m", "h", "f"))}
+    setbacks.write(tmp_path / "work", found)
+    assert found == setbacks.read(tmp_path / "work")
+    for damage in ("", "[]", "{", '{"a": {}}', '{"a": {"count": "x", "until": 1, "finding": {}}}', "[" * 60000):
+        (tmp_path / "work" / setbacks.FILE).write_text(damage)
+        assert {} == setbacks.read(tmp_path / "work")
+    setbacks.write(Path("/proc/nowhere"), found)  # nothing that ends a daemon
 
 
 @pytest.mark.parametrize(
