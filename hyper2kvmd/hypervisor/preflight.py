@@ -12,6 +12,7 @@ from typing import Any
 
 import libvirt
 
+from hyper2kvmd.domain.machine import needs_remapping
 from hyper2kvmd.domain.model import Attachment, Domain, attachment
 from hyper2kvmd.domain.xml import job_of, to_xml
 from hyper2kvmd.errors import Code, MigrationError
@@ -21,6 +22,7 @@ from hyper2kvmd.text import show
 NETWORKS_FIELD = "libvirt.network_map"
 POOL_FIELD = "libvirt.pool"
 BRIDGE_VLANS = 11_000_000  # the version of libvirt that tags on the kernel's own bridges
+EMULATED_X2APIC = 9_000_000  # the version of QEMU that emulates CPUs with numbers above 254
 
 
 def preflight(connection: Any, domain: Domain, pool: str | None, directory: Path) -> list[MigrationError]:
@@ -245,22 +247,50 @@ def _path(pool: Any) -> str | None:
     return ET.fromstring(pool.XMLDesc(0)).findtext("target/path")
 
 
+def _not_emulated(connection: Any, domain: Domain) -> Iterator[MigrationError]:
+    """CPUs that QEMU refuses to emulate, which shows only when it is started."""
+    many = needs_remapping(domain.cpus, domain.cores_per_socket)
+    if domain.virt_type == "qemu" and many and connection.getVersion() < EMULATED_X2APIC:
+        cores = f" and {domain.cores_per_socket} cores per socket" if domain.cores_per_socket else ""
+        yield MigrationError(
+            Code.DEFINE_FAILED,
+            f"without KVM, the QEMU of this host starts no VM with {domain.cpus} CPUs{cores}: it emulates at most 255,"
+            " and fewer if the cores of a socket are no power of two",
+            "Use a host with KVM, or one with QEMU 9; or write a lower vm.cpu into the manifest.",
+            field="vm.cpu",
+        )
+
+
 def _refused(connection: Any, domain: Domain) -> Iterator[MigrationError]:
     """What this host's libvirt and QEMU cannot give the domain: firmware, TPM, that many CPUs or devices."""
     refusal = _refusal(connection, domain)
     if refusal is None:
+        yield from _not_emulated(connection, domain)
         return
     # The texts of errors differ between versions, so the culprit is found by asking for one thing at a time.
-    plain = replace(domain, firmware="bios", tpm=False)
+    plain = replace(domain, firmware="bios", tpm=False, cpus=1)
+    cpus = _refusal(connection, replace(plain, cpus=domain.cpus))
     firmware = _refusal(connection, replace(plain, firmware=domain.firmware))
     tpm = _refusal(connection, replace(plain, tpm=domain.tpm))
-    if _refusal(connection, plain) is not None or firmware is tpm is None:
+    if _refusal(connection, plain) is not None or cpus is firmware is tpm is None:
         yield MigrationError(
             Code.DEFINE_FAILED,
             f"libvirt would refuse the domain: {refusal}",
             "See libvirt's log (`journalctl -u libvirtd`) for what it did not like.",
         )
         return
+    if cpus is not None:
+        can = connection.getDomainCapabilities(None, "x86_64", domain.machine.type, domain.virt_type)
+        most = ET.fromstring(can).find("vcpu[@max]")
+        yield MigrationError(
+            Code.DEFINE_FAILED,
+            f"libvirt would refuse the domain with {domain.cpus} CPUs: {cpus}",
+            f"Write a vm.cpu of at most {'what this host has' if most is None else most.get('max')} into the manifest,"
+            " or use a host with a newer QEMU.",
+            field="vm.cpu",
+        )
+    else:
+        yield from _not_emulated(connection, domain)
     if firmware is not None:
         kind = "UEFI firmware with Secure Boot and its keys" if domain.secure_boot else "UEFI firmware"
         yield MigrationError(

@@ -98,6 +98,7 @@ VARIANTS = {
     "windows-xp": decided(replace(PLAIN, guest=WINDOWS_XP, disks=disks(5)), virtio=False),
     "rhel-5": decided(replace(PLAIN, guest=RHEL5, disks=disks(22))),
     "topology": replace(PLAIN, cpus=8, cores_per_socket=4),
+    "288-cpus": replace(PLAIN, cpus=288),
     "annotation": replace(
         PLAIN,
         title="Grüße\n& <Köln>\x00",
@@ -221,6 +222,26 @@ def attributes(domain: Domain, path: str, name: str) -> list[str | None]:
 )
 def test_cores_are_put_into_sockets_where_that_divides(cpus: int, cores: int | None, topology: list[str]) -> None:
     assert topology == attributes(replace(PLAIN, cpus=cpus, cores_per_socket=cores), "cpu/topology", "sockets")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "cores", "remapped"),
+    [
+        (255, None, False),
+        (256, None, True),
+        (255, 5, True),  # 51 sockets of 8
+        (192, 12, False),  # 16 sockets of 16, the last of which ends at 12
+        (192, 3, False),  # the last is number 254; 255 means all of them
+        (240, 24, True),  # 10 sockets of 32
+        (240, 23, False),  # no sockets
+    ],
+)
+def test_interrupts_are_remapped_for_cpus_that_they_do_not_reach_otherwise(
+    cpus: int, cores: int | None, remapped: bool
+) -> None:
+    domain = replace(PLAIN, cpus=cpus, cores_per_socket=cores)
+    assert (["on"] if remapped else []) == attributes(domain, "devices/iommu/driver", "eim")
+    assert (["qemu"] if remapped else []) == attributes(domain, "features/ioapic", "driver")
 
 
 def test_serials_are_short_and_stay_different() -> None:
