@@ -176,6 +176,8 @@ def _convert(job: Job, plan: Plan, steps: Steps) -> None:
         if left:
             steps.note_made([disk.partial for disk in left])
         job.together(*(partial(convert, disk) for disk in left))
+    # Compressed, it can be a fraction of what was reserved, and what is checked and booted then takes long.
+    reserve.lower(job, needs(job, plan, steps.converted))
 
 
 def _commit(job: Job, plan: Plan, steps: Steps) -> None:

@@ -321,7 +321,7 @@ def needs(job: Job, plan: Plan, done: Callable[[PlannedDisk], bool]) -> list[res
     found = []
     if plan.target:
         for disk in plan.disks:
-            bytes = 0 if done(disk) else qemu_img.measure(job.tools, disk.source, plan.format)
+            bytes = reserve.allocated(disk.partial) if done(disk) else qemu_img.measure(job.tools, disk.source)
             # The fix is laid onto the disks at the end.
             more = FIX_SPACE // len(plan.disks) if plan.fix else 0
             found.append(reserve.Need(str(disk.final.parent), bytes + more, (str(disk.partial),), "output_dir"))
