@@ -17,6 +17,7 @@ from hyper2kvmd.daemon.watch import HANG_SECONDS
 from hyper2kvmd.daemon.web import PLAIN, Answer
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import existing_parent
+from hyper2kvmd.hypervisor.units import unit
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
 
@@ -220,7 +221,7 @@ def check_libvirt(settings: Settings) -> Verdict:
             raise
         return Verdict(
             f"{uri}: {(error.tail or error.message).splitlines()[-1]}",
-            "Start libvirt (`systemctl start libvirtd`), or restart it if it hangs; check libvirt.uri and the user's"
+            f"Start libvirt (`systemctl start {unit()}`), or restart it if it hangs; check libvirt.uri and the user's"
             " groups.",
         )
     return Verdict()

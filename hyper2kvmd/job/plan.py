@@ -297,7 +297,8 @@ def _check_target(connection: Any, job: Job, domain: Domain, uuid: str, director
             )
         )
         domain = replace(domain, uuid=uuid)
-    problems.errors += preflight(connection, domain, job.settings.libvirt.pool, directory)
+    settings = job.settings.libvirt
+    problems.errors += preflight(connection, domain, settings.pool, directory, start=settings.start, warn=job.warn)
     return domain
 
 

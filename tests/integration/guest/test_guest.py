@@ -181,19 +181,21 @@ def set_feature(disk: Path, kind: str) -> None:
         file.write(block)
 
 
-MKFS = {
-    "ext4": (64 << 20, "mkfs.ext4", "-q", "-O", "^metadata_csum", "-d", "TREE"),
-    "xfs": (320 << 20, "mkfs.xfs", "-q"),
-    "btrfs": (128 << 20, "mkfs.btrfs", "-q", "--rootdir", "TREE"),
-}
+def system(directory: Path, kind: str) -> Path:
+    """A file system with a system on it, but for xfs, which cannot be made with files."""
+    tree = str(tree_of(directory / "tree"))
+    mkfs = {
+        "ext4": ("mkfs.ext4", "-q", "-O", "^metadata_csum", "-d", tree),
+        "xfs": ("mkfs.xfs", "-q"),
+        "btrfs": ("mkfs.btrfs", "-q", "--rootdir", tree),
+    }
+    return raw(directory / "disk.raw", 320 << 20, *mkfs[kind])
 
 
 @pytest.mark.parametrize("kind", ["ext4", "ext4, for writing", "xfs", "btrfs"])
 def test_a_file_system_newer_than_the_appliance_is_not_sent_to_fsck(kind: str, tmp_path: Path, shop: Workshop) -> None:
     """Some say that they may still be read: then the system is found, and cannot be mended."""
-    size, *mkfs = MKFS[kind.partition(",")[0]]
-    tree = str(tree_of(tmp_path / "tree"))
-    disk = raw(tmp_path / "disk.raw", size, *(tree if word == "TREE" else word for word in mkfs))
+    disk = system(tmp_path, kind.partition(",")[0])
     set_feature(disk, kind)
     error = refused(shop.put_in(disk, "raw"))
     assert error.code is Code.APPLIANCE_TOO_OLD
@@ -205,9 +207,7 @@ def test_a_file_system_newer_than_the_appliance_is_not_sent_to_fsck(kind: str, t
 
 
 def test_a_damaged_file_system_is_sent_to_fsck_and_not_called_new(tmp_path: Path, shop: Workshop) -> None:
-    size, *mkfs = MKFS["ext4"]
-    tree = str(tree_of(tmp_path / "tree"))
-    disk = raw(tmp_path / "disk.raw", size, *(tree if word == "TREE" else word for word in mkfs))
+    disk = system(tmp_path, "ext4")
     with disk.open("r+b") as file:
         file.seek(1024 + 58)
         file.write(b"\x03\x00")  # it is clean, and has errors

@@ -17,7 +17,7 @@ import pytest
 
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, Machine
 from hyper2kvmd.domain.xml import job_of, to_xml
-from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.hypervisor.connection import connect, virt_type
 from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.hypervisor.preflight import BRIDGE_VLANS, EMULATED_X2APIC, preflight
@@ -296,6 +296,28 @@ def test_everything_that_is_wrong_is_told_at_once(connection: Any, tmp_path: Pat
         Code.POOL_MISSING,
         Code.DEFINE_FAILED,
     ] == codes(found)
+
+
+def test_a_libvirt_with_nothing_but_the_driver_of_qemu_defines_a_domain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = next(Path("/usr/lib").glob("*/libvirt/connection-driver/libvirt_driver_qemu.so"))
+    drivers = tmp_path / "drivers"
+    drivers.mkdir()
+    (drivers / installed.name).symlink_to(installed)
+    monkeypatch.setenv("LIBVIRT_DRIVER_DIR", str(drivers))
+    warnings: list[Finding] = []
+    nics = (DomainNic("00:50:56:aa:bb:01", "default"), DomainNic("00:50:56:aa:bb:02", "bridge:br7"))
+    with session(tmp_path) as uri, connect(uri) as connection:
+        domain = replace(SMALL, nics=nics)
+        assert [] == preflight(connection, domain, "default", Path("/images"), warn=warnings.append)
+        assert ["network_unknown", "interface_unknown", "storage_unknown"] == [warning.code for warning in warnings]
+        assert [Code.NETWORK_MISSING] == codes(preflight(connection, domain, None, Path("/images"), start=True))
+        with defined(connection, domain) as found:
+            assert not found.isActive()
+        with pytest.raises(MigrationError), defined(connection, domain, start=True):
+            pass
+        assert refresh_pools(connection, Path("/images"), None) is None
 
 
 def test_a_libvirt_that_goes_away_is_tried_again(tmp_path: Path) -> None:
