@@ -14,17 +14,21 @@ VIRTIO_BLK_DISKS = 20
 BROADCAST = 255
 
 
-def machine_for(guest: GuestSystem | None, firmware: Literal["bios", "uefi"], disks: int, *, virtio: bool) -> Machine:
+def machine_for(
+    guest: GuestSystem | None, firmware: Literal["bios", "uefi"], disks: int, *, virtio: bool, scsi: bool = False
+) -> Machine:
     """The machine of a guest with so many disks.
 
     guest: with the kernel that it starts; None if nobody looked. virtio: whether the guest has the drivers, or is
-    taken to have them.
+    taken to have them. scsi: whether it has that of virtio-scsi alone where it looks for its root, as after a life on a
+    KVM that gave it such disks.
     """
     older = firmware == "bios" and _knows_no_q35(guest)  # no guest that old starts from UEFI, and Secure Boot needs q35
     if not virtio:
         return Machine("pc", "ide", "e1000") if older else Machine("q35", "sata", "e1000e")
     # A guest that is old enough for pc has no virtio-scsi, and there libvirt adds bridges with more slots.
-    return Machine("pc" if older else "q35", "scsi" if disks > VIRTIO_BLK_DISKS and not older else "virtio", "virtio")
+    many = disks > VIRTIO_BLK_DISKS
+    return Machine("pc" if older else "q35", "scsi" if (many or scsi) and not older else "virtio", "virtio")
 
 
 def topology(cpus: int, cores_per_socket: int | None) -> tuple[int, int] | None:
