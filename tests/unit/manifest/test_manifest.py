@@ -15,7 +15,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
 import hyper2kvmd
 from hyper2kvmd.errors import Code
@@ -647,7 +647,7 @@ def test_what_the_newest_exporter_asks_for_and_is_not_done_is_said() -> None:
     assert () == read(changed("pipeline.fix.enable_rdp", False)).warnings
 
 
-WISHES = {
+WISHES: dict[str, type[BaseModel]] = {
     "pipeline.inspect": wire.Inspect,
     "pipeline.fix": wire.Fix,
     "pipeline.convert": wire.Convert,
@@ -697,12 +697,10 @@ def test_every_wish_that_is_kept_is_read_by_who_fulfils_it() -> None:
         for path in root.rglob("*.py")
         if path.relative_to(root).parts[0] not in ("manifest", "authoring", "settings")
     ]
-    parts = {name: field.annotation for name, field in Stages.model_fields.items()} | {
-        "output": Output,
-        "options": Options,
-    }
+    parts: dict[str, Any] = {name: field.annotation for name, field in Stages.model_fields.items()}
+    parts |= {"output": Output, "options": Options}
     for part, model in parts.items():
-        for field in model.model_fields:  # type: ignore[union-attr]
+        for field in model.model_fields:
             read_ = re.compile(rf"\b(?:{part}|wanted)\.{field}\b")
             assert any(map(read_.search, sources)) != (f"{part}.{field}" in TRANSLATED), f"{part}.{field}"
 
