@@ -687,7 +687,7 @@ def test_every_wish_has_an_effect_or_is_said_to_have_none(table: str, key: str, 
 
 
 # What the translation between the dialects alone reads; there is a warning of each.
-TRANSLATED = {"validate_.check", "convert.compress_level", "options.verbose"}
+TRANSLATED = {"validate_.check", "convert.compress_level", "manifest.options.verbose"}
 
 
 def test_every_wish_that_is_kept_is_read_by_who_fulfils_it() -> None:
@@ -697,8 +697,8 @@ def test_every_wish_that_is_kept_is_read_by_who_fulfils_it() -> None:
         for path in root.rglob("*.py")
         if path.relative_to(root).parts[0] not in ("manifest", "authoring", "settings")
     ]
-    parts: dict[str, Any] = {name: field.annotation for name, field in Stages.model_fields.items()}
-    parts |= {"output": Output, "options": Options}
+    parts: dict[str, Any] = {"manifest.output": Output, "manifest.options": Options}
+    parts |= {name: field.annotation for name, field in Stages.model_fields.items()}
     for part, model in parts.items():
         for field in model.model_fields:
             read_ = re.compile(rf"\b(?:{part}|wanted)\.{field}\b")
