@@ -47,6 +47,7 @@ class Code(StrEnum):
     FIX_FAILED = "fix_failed"
     FIX_UNPROVED = "fix_unproved"
     APPLIANCE_FAILED = "appliance_failed"
+    APPLIANCE_TOO_OLD = "appliance_too_old"
     VALIDATION_FAILED = "validation_failed"
     BOOT_FAILED = "boot_failed"
     DOMAIN_EXISTS = "domain_exists"
@@ -115,6 +116,9 @@ MEANING: dict[Code, Meaning] = {
     Code.FIX_FAILED: Meaning(Outcome.FAILED, "a change inside the guest failed"),
     Code.FIX_UNPROVED: Meaning(Outcome.FAILED, "the changed guest does not hold what it needs to boot on virtio"),
     Code.APPLIANCE_FAILED: Meaning(Outcome.RETRY, "the libguestfs appliance could not be started"),
+    Code.APPLIANCE_TOO_OLD: Meaning(
+        Outcome.BLOCKED, "a file system of the guest is newer than the libguestfs appliance of this host"
+    ),
     Code.VALIDATION_FAILED: Meaning(Outcome.FAILED, "the converted disk is damaged or differs from the source"),
     Code.BOOT_FAILED: Meaning(Outcome.FAILED, "the migrated guest did not boot in the boot test"),
     Code.DOMAIN_EXISTS: Meaning(Outcome.BLOCKED, "libvirt already has a domain of this name or UUID"),

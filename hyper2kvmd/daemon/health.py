@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hyper2kvmd.daemon.watch import HANG_SECONDS
+from hyper2kvmd.daemon.watch import HANG_SECONDS, mounts
 from hyper2kvmd.daemon.web import PLAIN, Answer
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import existing_parent
+from hyper2kvmd.hypervisor.units import unit
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
 
@@ -27,7 +28,6 @@ TURN_SECONDS = 60.0
 LOOKS = 3  # a look at the exports is overdue after so many intervals, but not within OVERDUE_SECONDS of a busy host
 OVERDUE_SECONDS = 30.0
 FREE_BYTES = 16 << 20
-MOUNTS = Path("/proc/self/mountinfo")
 LOCAL_LOCKS = ("nolock", "local_lock=all", "local_lock=flock")
 MEND = {
     "settings": "Mend what `hyper2kvmd check-config` says, then `systemctl reload hyper2kvmd`.",
@@ -56,12 +56,13 @@ class Probe:
         self._since: float | None = time.monotonic()  # when the attempt that goes on began
         self._last = (time.monotonic(), Verdict("not tried yet", "Wait a moment."))
         self._now = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="probe", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def try_now(self) -> None:
-        """Try now; the first call begins. The thread ends with the program."""
+        """Try now; the first call begins. The thread ends with the program, or by a defect: then this begins anew."""
         self._now.set()
-        if not self._thread.is_alive():
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._work, name="probe", daemon=True)
             self._thread.start()
 
     def state(self, now: float) -> Verdict:
@@ -79,6 +80,7 @@ class Probe:
         while True:
             self._now.clear()
             self._since = time.monotonic()
+            verdict = Verdict("the check itself failed", "Its trace is in the journal; tell the authors. Then reload.")
             try:
                 verdict = self.attempt()
             except MigrationError as error:
@@ -87,8 +89,9 @@ class Probe:
                 where = f"{error.filename}: " if error.filename else ""
                 remedy = "Check that it exists, its permissions, and how it is mounted."
                 verdict = Verdict(f"{where}{error.strerror or error}", remedy)
-            self._last = (time.monotonic(), verdict)
-            self._since = None
+            finally:
+                self._last = (time.monotonic(), verdict)
+                self._since = None
             self._now.wait(EVERY_SECONDS)
 
 
@@ -197,10 +200,9 @@ def check_locks(directory: Path) -> Verdict:
 def _local_locks(directory: Path) -> str:
     """The option that keeps a file system's locks within this host, as in nfs(5); "" if there is none."""
     device = directory.stat().st_dev
-    for line in MOUNTS.read_text().splitlines():
-        number, options = line.split()[2], line.split()[-1].split(",")
-        if number == f"{os.major(device)}:{os.minor(device)}":
-            return next((option for option in options if option in LOCAL_LOCKS), "")
+    for fields in mounts():
+        if fields[2] == f"{os.major(device)}:{os.minor(device)}":
+            return next((option for option in fields[-1].split(",") if option in LOCAL_LOCKS), "")
     return ""
 
 
@@ -220,7 +222,7 @@ def check_libvirt(settings: Settings) -> Verdict:
             raise
         return Verdict(
             f"{uri}: {(error.tail or error.message).splitlines()[-1]}",
-            "Start libvirt (`systemctl start libvirtd`), or restart it if it hangs; check libvirt.uri and the user's"
+            f"Start libvirt (`systemctl start {unit()}`), or restart it if it hangs; check libvirt.uri and the user's"
             " groups.",
         )
     return Verdict()

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ NETWORK_FILE_SYSTEMS = (
     *("nfs", "cifs", "smb", "ceph", "fuse", "9p", "virtiofs", "vboxsf", "gluster", "gfs2", "ocfs2", "lustre"),
     *("afs", "autofs", "beegfs", "gpfs"),
 )
+MOUNTS = Path("/proc/self/mountinfo")
 POLL_SECONDS = 10.0  # NFS keeps what it knows of a directory for longer than this, so faster would find no more
 PATIENCE_SECONDS = 1.0
 HANG_SECONDS = 10.0
@@ -69,7 +70,7 @@ class Watch:
         Where it cannot be watched, `polls` says whether it should be looked at more often instead.
         """
         try:
-            status = root.stat()
+            status, kind = root.stat(), file_system(root)
         except OSError:
             if self.up:
                 self._count("replaced")
@@ -87,7 +88,6 @@ class Watch:
             self._count("died" if not alive else "replaced" if same else "settings")
         known = self._watched == wanted
         self._stop()
-        kind = file_system(root)
         network = mode == "auto" and kind.startswith(NETWORK_FILE_SYSTEMS)
         if network and not known:
             log.info("others may write there: polling", directory=str(root), file_system=kind, seconds=POLL_SECONDS)
@@ -228,8 +228,14 @@ def file_system(path: Path) -> str:
     finally:
         os.close(fd)
     mount_id = next(line.split()[1] for line in info.splitlines() if line.startswith("mnt_id:"))
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        fields = line.decode(errors="replace").split(" ")
+    for fields in mounts():
         if fields[0] == mount_id:
             return fields[fields.index("-") + 1]
     return "unknown"
+
+
+def mounts() -> Iterator[list[str]]:
+    """The fields of every line of the kernel's list of mounts; of the bytes of a name there may be any but spaces."""
+    for line in MOUNTS.read_bytes().split(b"\n"):  # it writes the others as they are, a carriage return among them
+        if line:
+            yield line.decode(errors="replace").split(" ")

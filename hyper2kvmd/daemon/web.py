@@ -66,11 +66,11 @@ class Web:
             self._close()  # first: the old address may be a part of the new one
             try:
                 self._open(settings.listen, context)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # the latter from a host name with an empty part
                 with contextlib.suppress(OSError):
                     self._open(before, old_context)
                 raise SettingsError(
-                    f"metrics.listen: {settings.listen} cannot be used: {error.strerror or error};"
+                    f"metrics.listen: {settings.listen} cannot be used: {getattr(error, 'strerror', None) or error};"
                     " set another address, or an empty one to turn metrics off"
                 ) from None
         elif self._server is not None:

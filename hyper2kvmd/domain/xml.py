@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from hyper2kvmd.domain.machine import needs_remapping, topology
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, attachment
 from hyper2kvmd.domain.osinfo import osinfo_id
 
@@ -42,7 +43,8 @@ def to_xml(domain: Domain) -> str:
     if threaded:
         _text(root, "iothreads", "1")
     _firmware(root, domain)
-    _features(root, secure_boot=domain.firmware == "uefi" and domain.secure_boot, hyperv=hyperv)
+    remaps = needs_remapping(domain.cpus, domain.cores_per_socket)
+    _features(root, secure_boot=domain.firmware == "uefi" and domain.secure_boot, hyperv=hyperv, remaps=remaps)
     _cpu(root, domain)
     _clock(root, windows=windows, hyperv=hyperv)
 
@@ -65,6 +67,8 @@ def to_xml(domain: Domain) -> str:
         ET.SubElement(tpm, "backend", type="emulator", version="2.0")
     rng = ET.SubElement(devices, "rng", model="virtio")
     _text(rng, "backend", "/dev/urandom", model="random")
+    if remaps:
+        ET.SubElement(ET.SubElement(devices, "iommu", model="intel"), "driver", intremap="on", eim="on")
     ET.indent(root)
     return ET.tostring(root, encoding="unicode") + "\n"
 
@@ -102,7 +106,7 @@ def _firmware(root: ET.Element, domain: Domain) -> None:
             _text(system, "nvram", str(domain.nvram))
 
 
-def _features(root: ET.Element, *, secure_boot: bool, hyperv: bool) -> None:
+def _features(root: ET.Element, *, secure_boot: bool, hyperv: bool, remaps: bool) -> None:
     features = ET.SubElement(root, "features")
     ET.SubElement(features, "acpi")
     ET.SubElement(features, "apic")
@@ -113,15 +117,16 @@ def _features(root: ET.Element, *, secure_boot: bool, hyperv: bool) -> None:
         ET.SubElement(enlightenments, "spinlocks", state="on", retries="8191")
     if secure_boot:
         ET.SubElement(features, "smm", state="on")  # it guards the variables
+    if remaps:
+        ET.SubElement(features, "ioapic", driver="qemu")  # KVM's own does not ask the IOMMU
 
 
 def _cpu(root: ET.Element, domain: Domain) -> None:
     mode = {"kvm": "host-model", "qemu": "maximum"}.get(domain.virt_type)
     cpu = ET.Element("cpu", {} if mode is None else {"mode": mode})
-    cores = domain.cores_per_socket
-    if cores and cores > 0 and domain.cpus % cores == 0:
+    if found := topology(domain.cpus, domain.cores_per_socket):
         # Some guests are licensed by the socket, and Windows clients use no more than two.
-        ET.SubElement(cpu, "topology", sockets=str(domain.cpus // cores), cores=str(cores), threads="1")
+        ET.SubElement(cpu, "topology", sockets=str(found[0]), cores=str(found[1]), threads="1")
     if cpu.attrib or len(cpu):
         root.append(cpu)
 

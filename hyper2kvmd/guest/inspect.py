@@ -71,7 +71,7 @@ def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint
 
     key_for: from the UUID of a LUKS container to its passphrase, or None. firmware_hint: "bios" or "uefi" decides for
     disks that are made for both. The guest stays mounted in the session.
-    Raise MigrationError: os_unknown, guest_encrypted, guest_dirty.
+    Raise MigrationError: os_unknown, guest_encrypted, guest_dirty, appliance_too_old.
     """
     g = session.g
     warnings: list[Finding] = []

@@ -25,6 +25,13 @@ BY_CONTENT = {
     "PARTUUID=": "part_uuid",
     "/dev/disk/by-partuuid/": "part_uuid",
 }
+_EXT_STATE = 1024 + 58  # where the superblock of ext2 and its successors says how the file system is
+_EXT_ERRORS = 2
+# What mount says, and the kernel to its log, of a file system that they do not know, or of which they do not know all.
+_TOO_NEW = re.compile(
+    r".*(?:unknown filesystem type|(?:unknown|unsupported) (?:optional|incompat|compat_ro|(?:read-only )?compatible"
+    r"|incompatible) ?features?).*"
+)
 _MAPPED_NAME = re.compile(r"[A-Za-z0-9._+-]{1,100}")
 
 # From the UUID of a LUKS container to its passphrase, or None if there is none.
@@ -36,7 +43,7 @@ def find_system(
 ) -> tuple[str, tuple[Device, ...], tuple[str, ...]]:
     """The root of the one system on the disks, as libguestfs says it, all devices, and those that stay locked.
 
-    Raise MigrationError: os_unknown, guest_encrypted, guest_dirty.
+    Raise MigrationError: os_unknown, guest_encrypted, guest_dirty, appliance_too_old.
     """
     devices = _devices(g, disks)
     _refuse_hibernated(devices)
@@ -49,7 +56,7 @@ def find_system(
         g.lvm_scan(True)
         devices = _devices(g, disks)
         _refuse_hibernated(devices)
-    root = _choose_root(g, g.inspect_os(), devices, warnings)
+    root = _choose_root(g, _roots(g, devices), devices, warnings)
     if opened and (names := _names_in_crypttab(g, root, disks, devices, opened)) != opened:
         # fstab and the builder of the initramfs know an encrypted device by the name that crypttab gives it.
         g.vg_activate_all(False)
@@ -61,7 +68,7 @@ def find_system(
                 _unlock(g, device, names[device.name], key_for)
         g.lvm_scan(True)
         devices = _devices(g, disks)
-        root = _choose_root(g, g.inspect_os(), devices, [])
+        root = _choose_root(g, _roots(g, devices), devices, [])
     locked = tuple(device.name for device in devices if device.type in ENCRYPTED and device.name not in opened)
     if locked:
         warnings.append(
@@ -173,6 +180,18 @@ def resolve(spec: str, disks: Sequence[str], devices: Sequence[Device]) -> str:
     return found.name if found else ""
 
 
+def _roots(g: Any, devices: Sequence[Device]) -> list[str]:
+    """The roots that libguestfs finds. It passes over what it cannot mount, and gives up if that is a btrfs."""
+    roots: list[str] = []
+    try:
+        roots = g.inspect_os()
+    finally:
+        for device in devices if not roots else ():
+            if device.type in _JOURNALED and (why := _too_new(g, device.name)):
+                raise _appliance_too_old(device.name, device.type, why)
+    return roots
+
+
 def _choose_root(g: Any, roots: Sequence[str], devices: Sequence[Device], warnings: list[Finding]) -> str:
     if not roots:
         if encrypted := [f"{device.name} (UUID {device.uuid})" for device in devices if device.type in ENCRYPTED]:
@@ -236,7 +255,7 @@ def mount(
 ) -> dict[str, str]:
     """Mount the system by its own fstab, shortest mount point first, and return what is mounted where.
 
-    Raise MigrationError (guest_dirty) for a file system that is there and cannot be mounted.
+    Raise MigrationError (guest_dirty, appliance_too_old) for a file system that is there and cannot be mounted.
     """
     types = {device.name: device.type for device in devices}
     points: dict[str, str] = g.inspect_get_mountpoints(root)
@@ -264,12 +283,14 @@ def _mount_one(
     type = types.get(device, "")
     try:
         # A kernel that found errors leaves this mark; changes on top of them could make it worse.
-        if type.startswith("ext") and "errors" in g.tune2fs_l(device).get("Filesystem state", ""):
+        if type.startswith("ext") and g.pread_device(device, 1, _EXT_STATE)[0] & _EXT_ERRORS:
             raise RuntimeError("it is marked as having errors")
         g.mount(mountable, point)
     except RuntimeError as error:
         said = printable(str(error), 400)
         if point == "/" or type in _JOURNALED:
+            if why := _too_new(g, mountable):
+                raise _appliance_too_old(mountable, type, why) from None
             raise MigrationError(
                 Code.GUEST_DIRTY,
                 f"the file system of {printable(point)} on {printable(mountable)} cannot be used: {said}",
@@ -284,3 +305,30 @@ def _mount_one(
         )
     else:
         mounted[point] = mountable
+
+
+def _too_new(g: Any, mountable: str) -> str:
+    """What of a file system is newer than the appliance, in the words of its kernel or of mount; "" if nothing is.
+
+    All that is mounted is unmounted: where somebody asks, nothing can be done with the guest.
+    """
+    g.umount_all()
+    last = g.dmesg().rstrip("\n").rpartition("\n")[2]
+    try:
+        g.mount(mountable, "/")
+    except RuntimeError as error:
+        said = _TOO_NEW.search(g.dmesg().rpartition(last)[2]) or _TOO_NEW.search(str(error))
+        return printable(said[0].strip(), 400) if said else ""
+    finally:
+        g.umount_all()
+    return ""
+
+
+def _appliance_too_old(mountable: str, type: str, why: str) -> MigrationError:
+    return MigrationError(
+        Code.APPLIANCE_TOO_OLD,
+        f"the file system {type} on {printable(mountable)} is newer than the libguestfs appliance of this host: {why}",
+        "The appliance is made from this host's newest kernel in /boot: install a newer one (on Debian from backports;"
+        " a reboot is not needed), or migrate on a newer release; then `hyper2kvmctl retry`. If the guest holds the"
+        " virtio drivers already, set fix.enabled to false in the manifest.",
+    )

@@ -13,6 +13,7 @@ from typing import Any
 import libvirt
 
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.hypervisor.units import unit
 
 ANSWER_SECONDS = 30.0  # the first that is asked after its start has libvirt look at every QEMU there is
 
@@ -42,7 +43,7 @@ def connect(uri: str) -> Iterator[Any]:
         raise MigrationError(
             Code.LIBVIRT_UNAVAILABLE,
             f"{uri}: {refused[0]}",
-            "Start libvirt (`systemctl start libvirtd`); check libvirt.uri and the user's groups.",
+            f"Start libvirt (`systemctl start {unit()}`); check libvirt.uri and the user's groups.",
         )
     if not opened:
         raise unanswered(uri)
@@ -59,7 +60,7 @@ def unanswered(uri: str) -> MigrationError:
     return MigrationError(
         Code.LIBVIRT_UNAVAILABLE,
         f"{uri}: no answer within {ANSWER_SECONDS:g} s",
-        "Restart it: `systemctl restart libvirtd` (or virtqemud); running guests stay as they are.",
+        f"Restart it: `systemctl restart {unit()}`; running guests stay as they are.",
     )
 
 
@@ -102,6 +103,20 @@ def translated(code: Code, connection: Any = None) -> Iterator[None]:
     except libvirt.libvirtError as error:
         if connection is not None and not connection.isAlive():  # restarted: it said nothing about the domain
             code = Code.LIBVIRT_UNAVAILABLE
-        raise MigrationError(
-            code, f"libvirt: {error}", "See libvirt's log (`journalctl -u libvirtd`) for what it did not like."
-        ) from None
+        raise MigrationError(code, f"libvirt: {error}", see_log()) from None
+
+
+def see_log() -> str:
+    """The remedy for what libvirt alone knows."""
+    return f"See libvirt's log (`journalctl -u {unit()}`) for what it did not like."
+
+
+def no_driver(connection: Any, error: libvirt.libvirtError) -> bool:
+    """Whether an error says nothing of what was asked for, but that the part of libvirt that knows is not there.
+
+    Its driver is not installed, or it is a daemon of its own, to which that of QEMU cannot connect.
+    """
+    code = error.get_error_code()
+    if code == libvirt.VIR_ERR_SYSTEM_ERROR:
+        return error.get_error_domain() == libvirt.VIR_FROM_RPC and bool(connection.isAlive())
+    return code in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_NO_CONNECT)

@@ -8,7 +8,7 @@ from typing import Any
 import libvirt
 
 from hyper2kvmd.errors import Code, Finding
-from hyper2kvmd.hypervisor.connection import translated
+from hyper2kvmd.hypervisor.connection import no_driver, translated
 from hyper2kvmd.hypervisor.preflight import conflicts, existing_domains, is_pool_of
 
 
@@ -34,7 +34,7 @@ def refresh_pools(connection: Any, directory: Path, pool: str | None) -> Finding
             if candidate.name() == pool or (pool is None and is_pool_of(candidate, directory)):
                 candidate.refresh(0)
     except libvirt.libvirtError as error:
-        if pool is None and error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+        if pool is None and no_driver(connection, error):
             return None  # a libvirt without storage pools has none to refresh
         return Finding(
             "pool_not_refreshed",

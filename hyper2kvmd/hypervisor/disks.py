@@ -20,6 +20,7 @@ from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import create_file, granted, rights_of, user_name
 from hyper2kvmd.hypervisor.connection import qemu_account, translated, virt_type
+from hyper2kvmd.hypervisor.units import unit
 
 _TRIAL_BYTES = 1 << 20
 _TRIAL_MIB = 64
@@ -102,7 +103,7 @@ def _denied(connection: Any, domain: Domain, directory: Path, error: libvirt.lib
     else:
         us = user_name(os.geteuid())
         hint = (
-            "See libvirt's log (`journalctl -u libvirtd`), and that of AppArmor or SELinux (`journalctl -k`). On NFS"
+            f"See libvirt's log (`journalctl -u {unit()}`), and that of AppArmor or SELinux (`journalctl -k`). On NFS"
             f" with root_squash libvirt can give no disk to another user: set user and group to {us} in"
             " /etc/libvirt/qemu.conf and restart libvirt, or export the directory with no_root_squash."
             " Then `hyper2kvmctl retry`."

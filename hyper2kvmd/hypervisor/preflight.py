@@ -5,29 +5,44 @@ from __future__ import annotations
 import contextlib
 import os
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import libvirt
 
+from hyper2kvmd.domain.machine import needs_remapping
 from hyper2kvmd.domain.model import Attachment, Domain, attachment
 from hyper2kvmd.domain.xml import job_of, to_xml
-from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.hypervisor.connection import libvirt_version, translated
+from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.hypervisor.connection import libvirt_version, no_driver, see_log, translated
+from hyper2kvmd.hypervisor.units import unit
 from hyper2kvmd.text import show
 
 NETWORKS_FIELD = "libvirt.network_map"
 POOL_FIELD = "libvirt.pool"
 BRIDGE_VLANS = 11_000_000  # the version of libvirt that tags on the kernel's own bridges
+EMULATED_X2APIC = 9_000_000  # the version of QEMU that emulates CPUs with numbers above 254
 
 
-def preflight(connection: Any, domain: Domain, pool: str | None, directory: Path) -> list[MigrationError]:
+Warn = Callable[[Finding], None]
+
+
+def preflight(
+    connection: Any,
+    domain: Domain,
+    pool: str | None,
+    directory: Path,
+    *,
+    start: bool = False,
+    warn: Warn = lambda finding: None,
+) -> list[MigrationError]:
     """Everything because of which the domain could not be defined, or could not start then.
 
     pool: the storage pool that the disks are to belong to, if any. directory: where the disks go; they need not exist
-    yet. A domain that an earlier attempt of the same job defined is not in the way, unless it runs.
+    yet. start: whether the domain is started at once. warn: gets what cannot be told, as a part of libvirt is not
+    there. A domain that an earlier attempt of the same job defined is not in the way, unless it runs.
     Codes: domain_exists, mac_exists, network_missing, pool_missing, firmware_missing, tool_missing, define_failed.
     Raise MigrationError (libvirt_unavailable).
     """
@@ -36,8 +51,8 @@ def preflight(connection: Any, domain: Domain, pool: str | None, directory: Path
         return [
             *conflicts(existing, domain.name, domain.uuid, domain.job),
             *_taken_macs(existing, domain),
-            *_unreachable(connection, domain),
-            *_misplaced(connection, pool, directory),
+            *_unreachable(connection, domain, start, warn),
+            *_misplaced(connection, pool, directory, warn),
             *_refused(connection, domain),
         ]
 
@@ -128,14 +143,27 @@ def _taken_macs(existing: list[ExistingDomain], domain: Domain) -> Iterator[Migr
                 )
 
 
-def _unreachable(connection: Any, domain: Domain) -> Iterator[MigrationError]:
+def _unreachable(connection: Any, domain: Domain, start: bool, warn: Warn) -> Iterator[MigrationError]:
     """Networks and bridges that are not there, are not active, or cannot do what is asked of them."""
     targets = sorted({nic.target for nic in domain.nics})
     places = {target: attachment(target) for target in targets}
-    networks = {}
-    if any(place.kind == "network" for place in places.values()):
-        networks = {network.name(): network for network in connection.listAllNetworks()}
+    networks: dict[str, Any] = {}
+    known = True
+    if wanted := sorted(place.name for place in places.values() if place.kind == "network"):
+        try:
+            networks = {network.name(): network for network in connection.listAllNetworks()}
+        except libvirt.libvirtError as error:
+            if not no_driver(connection, error):
+                raise
+            known = False
+            finding = _untold("network", f"whether there is the network {', '.join(map(show, wanted))}", error)
+            if start:
+                yield MigrationError(Code.NETWORK_MISSING, finding.message, finding.hint, field=finding.field)
+            else:
+                warn(finding)
     for target, place in places.items():
+        if place.kind == "network" and not known:
+            continue
         if place.kind == "network" and place.name not in networks:
             yield MigrationError(
                 Code.NETWORK_MISSING,
@@ -153,7 +181,7 @@ def _unreachable(connection: Any, domain: Domain) -> Iterator[MigrationError]:
                 field=NETWORKS_FIELD,
             )
         elif place.kind in ("bridge", "ovs"):
-            yield from _bridge_errors(connection, place)
+            yield from _bridge_errors(connection, place, warn)
         if place.vlan is not None and not _tags(connection, place, networks.get(place.name)):
             yield MigrationError(
                 Code.NETWORK_MISSING,
@@ -163,7 +191,7 @@ def _unreachable(connection: Any, domain: Domain) -> Iterator[MigrationError]:
             )
 
 
-def _bridge_errors(connection: Any, place: Attachment) -> Iterator[MigrationError]:
+def _bridge_errors(connection: Any, place: Attachment, warn: Warn) -> Iterator[MigrationError]:
     """libvirt is asked rather than /sys, because it may run on another host."""
     wanted = "Open vSwitch bridge" if place.kind == "ovs" else "bridge"
     try:
@@ -176,7 +204,9 @@ def _bridge_errors(connection: Any, place: Attachment) -> Iterator[MigrationErro
                 "Create it, or set libvirt.network_map or libvirt.default_network to another network or bridge.",
                 field=NETWORKS_FIELD,
             )
-        elif error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:  # without the interface driver it cannot tell
+        elif no_driver(connection, error):
+            warn(_untold("interface", f"whether the host has the {wanted} {show(place.name)}", error))
+        else:
             raise
         return
     if (kind == "bridge") != (place.kind == "bridge"):
@@ -186,6 +216,19 @@ def _bridge_errors(connection: Any, place: Attachment) -> Iterator[MigrationErro
             "Write bridge:NAME for a bridge of the kernel, and ovs:NAME for one of Open vSwitch.",
             field=NETWORKS_FIELD,
         )
+
+
+def _untold(part: Literal["network", "storage", "interface"], what: str, error: libvirt.libvirtError) -> Finding:
+    """What cannot be told, and how it could be."""
+    daemon = unit(part)
+    return Finding(
+        f"{part}_unknown",
+        f"libvirt cannot tell {what}, as its {part} driver is not there: {error}",
+        f"Install the driver (outside Debian it is the package libvirt-daemon-driver-{part}) and run `systemctl"
+        f" {'restart libvirtd' if daemon == 'libvirtd' else f'enable --now {daemon}.socket'}`"
+        + ("; no VM that is connected to a network of libvirt can start before." if part == "network" else "."),
+        POOL_FIELD if part == "storage" else NETWORKS_FIELD,
+    )
 
 
 def _tags(connection: Any, place: Attachment, network: Any) -> bool:
@@ -204,11 +247,17 @@ def _tags(connection: Any, place: Attachment, network: Any) -> bool:
     )
 
 
-def _misplaced(connection: Any, pool: str | None, directory: Path) -> Iterator[MigrationError]:
+def _misplaced(connection: Any, pool: str | None, directory: Path, warn: Warn) -> Iterator[MigrationError]:
     """The storage pool that is named in the settings, if it is not the active one of the directory."""
     if pool is None:
         return
-    pools = {candidate.name(): candidate for candidate in connection.listAllStoragePools()}
+    try:
+        pools = {candidate.name(): candidate for candidate in connection.listAllStoragePools()}
+    except libvirt.libvirtError as error:
+        if not no_driver(connection, error):
+            raise
+        warn(_untold("storage", f"whether there is the storage pool {show(pool)}", error))
+        return
     if pool not in pools:
         yield MigrationError(
             Code.POOL_MISSING,
@@ -245,22 +294,50 @@ def _path(pool: Any) -> str | None:
     return ET.fromstring(pool.XMLDesc(0)).findtext("target/path")
 
 
+def _not_emulated(connection: Any, domain: Domain) -> Iterator[MigrationError]:
+    """CPUs that QEMU refuses to emulate, which shows only when it is started."""
+    many = needs_remapping(domain.cpus, domain.cores_per_socket)
+    if domain.virt_type == "qemu" and many and connection.getVersion() < EMULATED_X2APIC:
+        cores = f" and {domain.cores_per_socket} cores per socket" if domain.cores_per_socket else ""
+        yield MigrationError(
+            Code.DEFINE_FAILED,
+            f"without KVM, the QEMU of this host starts no VM with {domain.cpus} CPUs{cores}: it emulates at most 255,"
+            " and fewer if the cores of a socket are no power of two",
+            "Use a host with KVM, or one with QEMU 9; or write a lower vm.cpu into the manifest.",
+            field="vm.cpu",
+        )
+
+
 def _refused(connection: Any, domain: Domain) -> Iterator[MigrationError]:
     """What this host's libvirt and QEMU cannot give the domain: firmware, TPM, that many CPUs or devices."""
     refusal = _refusal(connection, domain)
     if refusal is None:
+        yield from _not_emulated(connection, domain)
         return
     # The texts of errors differ between versions, so the culprit is found by asking for one thing at a time.
-    plain = replace(domain, firmware="bios", tpm=False)
+    plain = replace(domain, firmware="bios", tpm=False, cpus=1)
+    cpus = _refusal(connection, replace(plain, cpus=domain.cpus))
     firmware = _refusal(connection, replace(plain, firmware=domain.firmware))
     tpm = _refusal(connection, replace(plain, tpm=domain.tpm))
-    if _refusal(connection, plain) is not None or firmware is tpm is None:
+    if _refusal(connection, plain) is not None or cpus is firmware is tpm is None:
         yield MigrationError(
             Code.DEFINE_FAILED,
             f"libvirt would refuse the domain: {refusal}",
-            "See libvirt's log (`journalctl -u libvirtd`) for what it did not like.",
+            see_log(),
         )
         return
+    if cpus is not None:
+        can = connection.getDomainCapabilities(None, "x86_64", domain.machine.type, domain.virt_type)
+        most = ET.fromstring(can).find("vcpu[@max]")
+        yield MigrationError(
+            Code.DEFINE_FAILED,
+            f"libvirt would refuse the domain with {domain.cpus} CPUs: {cpus}",
+            f"Write a vm.cpu of at most {'what this host has' if most is None else most.get('max')} into the manifest,"
+            " or use a host with a newer QEMU.",
+            field="vm.cpu",
+        )
+    else:
+        yield from _not_emulated(connection, domain)
     if firmware is not None:
         kind = "UEFI firmware with Secure Boot and its keys" if domain.secure_boot else "UEFI firmware"
         yield MigrationError(

@@ -78,14 +78,14 @@ def _damaged(source: Source, output: str) -> MigrationError:
     )
 
 
-def measure(tools: Tools, source: Source, format: str) -> int:
-    """The bytes that the source will take when converted to `format`, uncompressed and without a fix."""
+def measure(tools: Tools, source: Source) -> int:
+    """The bytes that the source can take when it is converted, to whatever format, without a fix."""
+    # For qcow2 that is what all its data takes uncompressed. Compressed it is never more, as a cluster that does not
+    # get smaller is left as it is; and raw files are written with holes, though for them qemu-img counts these as well.
     done = tools.run(
-        "qemu-img", "measure", "--output=json", "-O", format, _unchanged(source), limits=WORK_LIMITS
+        "qemu-img", "measure", "--output=json", "-O", "qcow2", _unchanged(source), limits=WORK_LIMITS
     )  # fmt: skip
-    sizes = json.loads(done.stdout)
-    # Raw files are written with holes, so that they take what a qcow2 takes, about.
-    return int(sizes["required"])
+    return int(json.loads(done.stdout)["required"])
 
 
 def create_overlay(tools: Tools, overlay: Path, source: Source) -> None:

@@ -111,11 +111,13 @@ def _fix_options(job: Job, plan: Plan) -> FixOptions:
 
 def _tolerated(job: Job, plan: Plan, error: MigrationError) -> bool:
     """Whether a guest that cannot be looked into, or cannot be fixed, is converted all the same."""
-    if not plan.fix and error.code in (Code.OS_UNKNOWN, Code.GUEST_ENCRYPTED, Code.GUEST_DIRTY):
+    unseen = (Code.OS_UNKNOWN, Code.GUEST_ENCRYPTED, Code.GUEST_DIRTY, Code.APPLIANCE_TOO_OLD)
+    if not plan.fix and error.code in unseen:
         # Who turned FIX off says that the guest is ready as it is.
         job.warn(Finding(error.code, error.message, "FIX is off, so the disks were converted as they are."))
         return True
-    if job.settings.fix.allow_unsupported and error.code in (Code.OS_UNKNOWN, Code.OS_UNSUPPORTED):
+    unable = (Code.OS_UNKNOWN, Code.OS_UNSUPPORTED, Code.APPLIANCE_TOO_OLD)
+    if job.settings.fix.allow_unsupported and error.code in unable:
         found = job.record.results.inspect
         machine = machine_for(
             found.guest if found else None,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import structlog
 
-from hyper2kvmd.domain.machine import machine_for
+from hyper2kvmd.domain.machine import check_cpus, machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Cancelled, Collected, MigrationError, Outcome
@@ -74,11 +74,14 @@ def migrate(job: Job, claim: Claim, manifest: Manifest) -> tuple[str, ...]:
             goes_on = False
             try:
                 _branches(job, plan, steps)
+                disks = _boot_order(job, plan)
+                domain = _as_found(job, plan, disks)
+                if job.request.wants("import", job.settings.libvirt.import_):
+                    check_cpus(domain)
                 if plan.convert:
                     _commit(job, plan, steps)
                     _validate(job, plan)
-                    disks = _boot_order(job, plan)
-                    boot_copy(job, plan, disks, _as_found(job, plan, disks))
+                    boot_copy(job, plan, disks, domain)
                     items = steps.note_finished(plan, copy.deepcopy(job.record))
             except (Cancelled, OSError, MigrationError) as error:
                 # The next attempt can use what is done, if the job was stopped or failed for a passing cause.
@@ -173,6 +176,8 @@ def _convert(job: Job, plan: Plan, steps: Steps) -> None:
         if left:
             steps.note_made([disk.partial for disk in left])
         job.together(*(partial(convert, disk) for disk in left))
+    # Compressed, it can be a fraction of what was reserved, and what is checked and booted then takes long.
+    reserve.lower(job, needs(job, plan, steps.converted))
 
 
 def _commit(job: Job, plan: Plan, steps: Steps) -> None:

@@ -297,7 +297,8 @@ def _check_target(connection: Any, job: Job, domain: Domain, uuid: str, director
             )
         )
         domain = replace(domain, uuid=uuid)
-    problems.errors += preflight(connection, domain, job.settings.libvirt.pool, directory)
+    settings = job.settings.libvirt
+    problems.errors += preflight(connection, domain, settings.pool, directory, start=settings.start, warn=job.warn)
     return domain
 
 
@@ -321,7 +322,7 @@ def needs(job: Job, plan: Plan, done: Callable[[PlannedDisk], bool]) -> list[res
     found = []
     if plan.target:
         for disk in plan.disks:
-            bytes = 0 if done(disk) else qemu_img.measure(job.tools, disk.source, plan.format)
+            bytes = reserve.allocated(disk.partial) if done(disk) else qemu_img.measure(job.tools, disk.source)
             # The fix is laid onto the disks at the end.
             more = FIX_SPACE // len(plan.disks) if plan.fix else 0
             found.append(reserve.Need(str(disk.final.parent), bytes + more, (str(disk.partial),), "output_dir"))

@@ -30,7 +30,7 @@ class Need:
 
     def left(self) -> int:
         """The bytes that are still to be written."""
-        return max(0, self.bytes - sum(_allocated(file) for file in self.files))
+        return max(0, self.bytes - sum(allocated(file) for file in self.files))
 
 
 def reserve(job: Job, needs: Sequence[Need], memory_mb: int, stack: contextlib.ExitStack) -> None:
@@ -48,6 +48,15 @@ def reserve(job: Job, needs: Sequence[Need], memory_mb: int, stack: contextlib.E
         fcntl.flock(fd, fcntl.LOCK_EX)  # whoever looks at it has it for an instant
         content = {"pid": os.getpid(), "needs": [asdict(need) for need in needs], "memory_mb": memory_mb}
         os.write(fd, json.dumps(content).encode())
+
+
+def lower(job: Job, needs: Sequence[Need]) -> None:
+    """Reserve only this from now on, of what the job has reserved: a disk has become smaller than it could."""
+    path = job.work_dir / FILE
+    before = path.read_bytes()
+    content = {**json.loads(before), "needs": [asdict(need) for need in needs]}
+    with path.open("r+b", buffering=0) as file:
+        file.write(json.dumps(content).encode().ljust(len(before)))  # at once: others read it meanwhile
 
 
 def check(job: Job, needs: Sequence[Need], memory_mb: int) -> None:
@@ -72,7 +81,7 @@ def check(job: Job, needs: Sequence[Need], memory_mb: int) -> None:
 
 def _check_space(needs: Sequence[Need], reserved: int) -> None:
     """Check what a job needs on one file system."""
-    directory, bytes = needs[0].directory, sum(need.bytes for need in needs)
+    directory, bytes = needs[0].directory, sum(need.left() for need in needs)
     free = shutil.disk_usage(directory).free
     if free - reserved < bytes:
         others = f", of which running jobs still need {reserved / 2**20:.0f} MiB" if reserved else ""
@@ -129,7 +138,8 @@ def _device(directory: str) -> int | None:
         return None
 
 
-def _allocated(file: str) -> int:
+def allocated(file: str | Path) -> int:
+    """The bytes that a file takes, 0 if it is not there."""
     try:
         return os.stat(file).st_blocks * 512
     except OSError:

@@ -168,7 +168,6 @@ class Options(Part):
 
     dry_run: bool
     verbose: int
-    report_enabled: bool
     report_path: str | None
 
 

@@ -29,6 +29,23 @@ _TWINS = (
     ("fix", "update_grub", "fix_grub"),
     ("fix", "regen_initramfs", "regenerate_initramfs"),
 )
+# What a manifest can ask for that is not done: the stage, the key and its value, what is so instead, and the remedy.
+_ALWAYS = "Leave it out; to look into no disk, set pipeline.inspect.enabled and pipeline.fix.enabled to false."
+_NOT_DONE = (
+    ("inspect", "detect_os", False, "INSPECT finds out the operating system in any case", _ALWAYS),
+    ("inspect", "detect_kernel", False, "INSPECT looks at the kernels in any case", _ALWAYS),
+    ("inspect", "collect_guest_info", False, "INSPECT reports what it found in any case", _ALWAYS),
+    (
+        *("fix", "enable_rdp", True),
+        "the manifest asks for remote desktop connections to be enabled in the guest, which is not done",
+        "Enable them in the guest.",
+    ),
+    (
+        *("validate", "check_image_integrity", False),
+        "VALIDATE checks the disks that were written in any case",
+        "Leave it out, or set pipeline.validate.enabled to false.",
+    ),
+)
 _OS_HINTS = {"linux", "windows", "unknown", "debian", "ubuntu", "rhel", "centos", "rocky", "almalinux"} | {
     *("oracle", "fedora", "amazon", "sles", "suse", "opensuse", "photon", "alpine", "arch", "freebsd")
 }
@@ -215,6 +232,11 @@ def _normalise(
                     f"disks[{index}].checksum",
                 )
             )
+    if (options.verbose or 0) > 1:
+        message = f"the manifest asks for verbosity {options.verbose}, which has no effect"
+        warnings.append(
+            Finding("not_done", message, "What is logged is said by log.level in the settings.", "options.verbose")
+        )
     stages = _stages(written.pipeline, wishes, warnings)
     format_ = stages.convert.format or output.format
     if format_ == "raw" and stages.convert.compress:
@@ -246,8 +268,7 @@ def _normalise(
         options=model.Options(
             dry_run=options.dry_run or False,
             verbose=1 if options.verbose is None else options.verbose,
-            report_enabled=report.enabled or False,
-            report_path=report.path,
+            report_path=None if report.enabled is False else report.path,
         ),
         configuration=_configuration(written.configuration or wire.Configuration(), stages, warnings),
         tags=metadata.tags or {},
@@ -295,9 +316,10 @@ def _stages(pipeline: wire.Pipeline | None, wishes: wire.Pipeline, warnings: lis
             warnings.append(
                 Finding("stage_off", message, 'Write "enabled": true or false.', f"pipeline.{name}.enabled")
             )
-    if fix.get("enable_rdp"):
-        message = "the manifest asks for remote desktop connections to be enabled in the guest, which is not done"
-        warnings.append(Finding("not_done", message, "Enable them in the guest.", "pipeline.fix.enable_rdp"))
+    asked = dict(zip(own, (inspect, fix, convert, validate), strict=True))
+    for name, key, value, message, hint in _NOT_DONE:
+        if asked[name].get(key) is value:
+            warnings.append(Finding("not_done", message, hint, f"pipeline.{name}.{key}"))
     if convert.get("compress_level"):
         message = "qemu-img knows no compression levels: compress_level has no effect"
         warnings.append(Finding("no_compress_level", message, "Leave it out.", "pipeline.convert.compress_level"))

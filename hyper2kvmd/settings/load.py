@@ -86,6 +86,10 @@ def _parse(source: Path) -> tuple[dict[str, Any], Lines]:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"{source}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise SettingsError(f"{source}: nested too deep; settings have a few levels") from None
+    except (ValueError, KeyError, AttributeError) as error:  # PyYAML's own, for a date such as 2026-02-31, or !!bool x
+        raise SettingsError(f"{source}: holds a value that is none: {error}; write it in quotes") from None
     if data is None:
         return {}, {}
     if not isinstance(data, dict):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from hyper2kvmd.domain.model import attachment
@@ -36,6 +36,15 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _possible(cls, value: Any) -> Any:
+        """Refuse a path that no file can have: whatever asked for it would end with an error that nobody expects."""
+        for path in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and not str(path).isprintable():
+                raise ValueError(f"{str(path)!a} holds characters that do not print; name another one")
+        return value
 
 
 class Watch(Section):

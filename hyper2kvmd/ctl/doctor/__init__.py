@@ -72,7 +72,7 @@ def _examine(name: str, host: Host) -> list[dict[str, Any]]:
         hint = f"{remedy[0].upper()}{remedy[1:]}, or change the setting."
         diagnosis.errors.append(MigrationError(Code.IO_ERROR, explained(error), hint))
     found = [("failed", finding) for finding in diagnosis.findings()]
-    found += [("warning", finding) for finding in diagnosis.warnings]
+    found += [("warning", finding) for finding in dict.fromkeys(diagnosis.warnings)]
     rows: list[dict[str, Any]] = []
     if detail and not diagnosis.errors:
         rows.append({"check": name, "result": "ok", "detail": detail, "finding": None})

@@ -14,7 +14,7 @@ from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, generated_mac
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.hypervisor.connection import ANSWER_SECONDS, connect, libvirt_version, unanswered, virt_type
+from hyper2kvmd.hypervisor.connection import ANSWER_SECONDS, connect, libvirt_version, see_log, unanswered, virt_type
 from hyper2kvmd.hypervisor.define import define
 from hyper2kvmd.hypervisor.disks import check_access
 from hyper2kvmd.hypervisor.preflight import preflight
@@ -59,9 +59,7 @@ def _ask_libvirt(settings: Settings, diagnosis: Diagnosis) -> str:
                 _define(connection, domain)
             _reach(connection, domain, settings, diagnosis)
         except libvirt.libvirtError as error:
-            raise MigrationError(
-                Code.LIBVIRT_UNAVAILABLE, f"libvirt: {error}", "See libvirt's log (`journalctl -u libvirtd`)."
-            ) from None
+            raise MigrationError(Code.LIBVIRT_UNAVAILABLE, f"libvirt: {error}", see_log()) from None
     return f"{detail}; UEFI, Secure Boot and all networks are there; a domain was defined and undefined"
 
 
@@ -99,7 +97,14 @@ def _preflight(connection: Any, domain: Domain, settings: Settings, diagnosis: D
     # One at a time: a machine has too few slots for all networks at once.
     variants = [replace(domain, nics=(DomainNic(mac, target),)) for target in targets]
     for variant in (*variants, uefi, replace(uefi, secure_boot=True)):
-        diagnosis.errors += preflight(connection, variant, settings.libvirt.pool, settings.output_dir)
+        diagnosis.errors += preflight(
+            connection,
+            variant,
+            settings.libvirt.pool,
+            settings.output_dir,
+            start=settings.libvirt.start,
+            warn=diagnosis.warnings.append,
+        )
     for error in preflight(connection, replace(domain, tpm=True), None, settings.output_dir):
         if error.code is Code.TOOL_MISSING:
             message = f"VMs with a TPM cannot be migrated: {error.message}"

@@ -31,7 +31,7 @@ from hyper2kvmd.guest.linux.fixers import (
     resume,
     vmware,
 )
-from hyper2kvmd.guest.linux.kernels import Bus, Image, bus_of
+from hyper2kvmd.guest.linux.kernels import VIRTIO, VIRTIO_SCSI, Bus, Image, bus_of
 from hyper2kvmd.guest.session import Session, last_line, shell
 from hyper2kvmd.guest.storage import device_of
 from hyper2kvmd.manifest import Configuration
@@ -179,7 +179,10 @@ def choose_machine(inspection: Inspection, images: Sequence[Image], options: Fix
 def _machine(inspection: Inspection, image: Image, *, virtio: bool) -> tuple[Machine, Bus]:
     """The machine of a guest that starts this kernel, and what that needs."""
     disks = len(inspection.disks)
-    machine = machine_for(inspection.system(image.kernel.version), inspection.firmware, disks, virtio=virtio)
+    # One that was at home on KVM is left as it is: the image that a rebuild would give the other driver works.
+    scsi = image.can(VIRTIO_SCSI, rebuilt=False) and not image.can(VIRTIO, rebuilt=False)
+    system = inspection.system(image.kernel.version)
+    machine = machine_for(system, inspection.firmware, disks, virtio=virtio, scsi=scsi)
     return machine, bus_of(machine, disks)
 
 

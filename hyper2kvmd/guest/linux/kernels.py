@@ -53,6 +53,7 @@ VIRTIO_SCSI = Bus("virtio-scsi", (("virtio_pci", "virtio_scsi", "sd_mod"),), ("v
 SATA = Bus("SATA", (("ahci", "sd_mod"),), ("e1000e",))
 # libata's driver, and that of the older IDE layer, which many kernels for the older chipset have built in.
 IDE = Bus("IDE", (("ata_piix", "sd_mod"), ("piix", "ide_disk")), ("e1000",))
+_OLD_CARDS = frozenset(("vmxnet3", "vmxnet", "e1000", "e1000e", "pcnet32"))
 _BUSES: dict[DiskBus, Bus] = {"virtio": VIRTIO, "scsi": VIRTIO_SCSI, "sata": SATA, "ide": IDE}
 
 
@@ -114,9 +115,15 @@ class Image:
         return bus.ways[0]
 
     def lacks(self, bus: Bus) -> tuple[str, ...]:
-        """The drivers that this kernel could have in its initramfs and does not."""
+        """The drivers that this kernel could have in its initramfs and does not.
+
+        Those that are only wanted are no reason to touch an image that finds its root, unless it has a network card of
+        the old machine: then it may need one before it does.
+        """
         drivers = (*self.needs(bus), *bus.wanted)
-        return tuple(driver for driver in drivers if driver in self.depends and not self.has(driver))
+        lacking = tuple(driver for driver in drivers if driver in self.depends and not self.has(driver))
+        needed = set(lacking) & set(self.needs(bus)) or (self.modules or frozenset()) & _OLD_CARDS
+        return lacking if needed else ()
 
     def can(self, bus: Bus, *, rebuilt: bool) -> bool:
         """Whether this kernel finds its root on `bus`: as it is, or once its initramfs is `rebuilt`."""

@@ -30,7 +30,7 @@ from hyper2kvmd.job.events import STAGES
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport
 from tests.integration.daemon.test_daemon import change, daemon, done, free_port, wait_until
-from tests.integration.daemon.test_watch import network_directory
+from tests.integration.daemon.test_watch import network_directory, odd_mount
 from tests.libvirtd import session
 
 pytestmark = pytest.mark.timeout(1800)
@@ -238,6 +238,35 @@ def test_by_default_only_this_host_is_served(scratch: Settings) -> None:
         listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout
         addresses = [line.split()[3] for line in listening.splitlines() if f"pid={process.pid}," in line]
     assert [f"127.0.0.1:{client.port}"] == addresses
+
+
+def test_no_reload_ends_the_daemon(scratch: Settings, tmp_path: Path) -> None:
+    """Whatever is written into the settings: it goes on, says what is wrong, and takes what is right again."""
+    config, file = tmp_path / "daemon.json", tmp_path / "file"
+    file.touch()
+    with odd_mount(tmp_path) as way, serving(change(scratch, exports_dir=way)) as (process, client):
+        wait_until(lambda: client.readiness() == {})
+        good = config.read_text()
+        document = json.loads(good)
+        metrics = document["metrics"]
+        for wrong, check, reason in (
+            ({"exports_dir": str(file)}, "exports", "Not a directory"),
+            ({"exports_dir": "/a\0b"}, "settings", "exports_dir"),
+            ({"output_dir": str(file)}, "output", "cannot be written to"),
+            (
+                {"metrics": {**metrics, "listen": "a..b:80", "allow_insecure": True}},
+                "settings",
+                "a..b:80 cannot be used",
+            ),
+            ({"workers": [[]] * 2}, "settings", "workers"),
+        ):
+            config.write_text(json.dumps({**document, **wrong}))
+            reload(process)
+            wait_until(lambda check=check: client.up() and check in client.readiness(), 60)  # type: ignore[misc]
+            assert reason in client.readiness()[check]
+            config.write_text(good)
+            reload(process)
+            wait_until(lambda: client.up() and client.readiness() == {})
 
 
 def test_an_address_that_another_has_is_refused_and_a_reload_keeps_the_old_one(

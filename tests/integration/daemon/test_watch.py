@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from hyper2kvmd.daemon.daemon import Daemon
+from hyper2kvmd.daemon.health import Verdict, check_locks
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.daemon.watch import POLL_SECONDS, Watch, file_system
 from hyper2kvmd.queue.state import State
@@ -291,6 +292,27 @@ def test_the_file_system_is_that_of_the_topmost_mount(scratch: Settings) -> None
             subprocess.run(["umount", root], check=True)
         assert "fuse" == file_system(root)
     assert below == file_system(root) != "fuse"
+
+
+@contextlib.contextmanager
+def odd_mount(directory: Path) -> Iterator[Path]:
+    """A way to a mount with a name that the kernel's list of mounts has as it is, but for a space and a new line."""
+    odd = os.fsencode(directory) + b"/a\r b\n\x0b\xff\xc2\x85 - c"
+    os.mkdir(odd)
+    subprocess.run([b"mount", b"-t", b"tmpfs", b"tmpfs", odd], check=True)
+    try:
+        way = directory / "way"
+        way.symlink_to(os.fsdecode(odd))
+        yield way
+    finally:
+        subprocess.run([b"umount", b"--lazy", odd], check=True)
+
+
+def test_a_mount_with_an_odd_name_blinds_nobody(scratch: Settings, tmp_path: Path) -> None:
+    with odd_mount(tmp_path) as way:
+        assert "tmpfs" == file_system(way)
+        assert file_system(scratch.exports_dir) != "unknown"
+        assert [Verdict(), Verdict()] == [check_locks(way), check_locks(scratch.exports_dir)]
 
 
 @pytest.mark.parametrize("mode", ["auto", "inotify", "poll", "off"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import threading
 import time
@@ -132,8 +133,8 @@ def mend(session: Session) -> tuple[Inspection, FixResult]:
     return inspection, fix(session, inspection, FixOptions())
 
 
-def test_guest_whose_boot_menu_names_no_kernel_is_refused_with_the_remedy(tmp_path: Path, shop: Workshop) -> None:
-    tree = tmp_path / "tree"
+def tree_of(directory: Path) -> Path:
+    """What libguestfs takes for a system."""
     files = {
         "etc/fstab": "/dev/sda1 / xfs defaults 0 0\n",
         "etc/os-release": 'ID=rocky\nVERSION_ID="9.4"\nPRETTY_NAME="Rocky Linux 9.4 (Blue Onyx)"\n',
@@ -142,8 +143,81 @@ def test_guest_whose_boot_menu_names_no_kernel_is_refused_with_the_remedy(tmp_pa
         "bin/sh": "",
     }
     for name, text in files.items():
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / name).write_text(text)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    return directory
+
+
+def crc32c(data: bytes) -> int:
+    """The checksum of file systems' superblocks."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+    return crc ^ 0xFFFFFFFF
+
+
+FUTURE = 1 << 30  # a feature that no kernel knows
+
+
+def set_feature(disk: Path, kind: str) -> None:
+    """Have a file system use a feature, with the checksum of its superblock right."""
+    start, length, offset, order, sums = {
+        "ext4": (1024, 1024, 96, "<", None),
+        "ext4, for writing": (1024, 1024, 100, "<", None),
+        "xfs": (0, 512, 216, ">", 224),
+        "btrfs": (65536, 4096, 188, "<", 0),
+    }[kind]
+    with disk.open("r+b") as file:
+        file.seek(start)
+        block = bytearray(file.read(length))
+        (features,) = struct.unpack_from(f"{order}I", block, offset)
+        struct.pack_into(f"{order}I", block, offset, features | FUTURE)
+        if sums is not None:
+            struct.pack_into("<I", block, sums, 0)
+            struct.pack_into("<I", block, sums, crc32c(bytes(block[32:] if kind == "btrfs" else block)))
+        file.seek(start)
+        file.write(block)
+
+
+def system(directory: Path, kind: str) -> Path:
+    """A file system with a system on it, but for xfs, which cannot be made with files."""
+    tree = str(tree_of(directory / "tree"))
+    mkfs = {
+        "ext4": ("mkfs.ext4", "-q", "-O", "^metadata_csum", "-d", tree),
+        "xfs": ("mkfs.xfs", "-q"),
+        "btrfs": ("mkfs.btrfs", "-q", "--rootdir", tree),
+    }
+    return raw(directory / "disk.raw", 320 << 20, *mkfs[kind])
+
+
+@pytest.mark.parametrize("kind", ["ext4", "ext4, for writing", "xfs", "btrfs"])
+def test_a_file_system_newer_than_the_appliance_is_not_sent_to_fsck(kind: str, tmp_path: Path, shop: Workshop) -> None:
+    """Some say that they may still be read: then the system is found, and cannot be mended."""
+    disk = system(tmp_path, kind.partition(",")[0])
+    set_feature(disk, kind)
+    error = refused(shop.put_in(disk, "raw"))
+    assert error.code is Code.APPLIANCE_TOO_OLD
+    assert error.outcome is Outcome.BLOCKED
+    assert f"{kind.partition(',')[0]} on" in error.message
+    assert "feature" in error.message
+    assert "install a newer one" in error.hint
+    assert "fsck" not in str(error)
+
+
+def test_a_damaged_file_system_is_sent_to_fsck_and_not_called_new(tmp_path: Path, shop: Workshop) -> None:
+    disk = system(tmp_path, "ext4")
+    with disk.open("r+b") as file:
+        file.seek(1024 + 58)
+        file.write(b"\x03\x00")  # it is clean, and has errors
+    error = refused(shop.put_in(disk, "raw"))
+    assert error.code is Code.GUEST_DIRTY
+    assert "fsck" in error.hint
+
+
+def test_guest_whose_boot_menu_names_no_kernel_is_refused_with_the_remedy(tmp_path: Path, shop: Workshop) -> None:
+    tree = tree_of(tmp_path / "tree")
     disk = raw(tmp_path / "rocky.raw", 32 << 20, "mkfs.ext4", "-q", "-d", str(tree))
     with pytest.raises(MigrationError) as caught:
         mend(shop.put_in(overlay(disk, tmp_path), "qcow2"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ import pytest
 
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, Machine
 from hyper2kvmd.domain.xml import job_of, to_xml
-from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.hypervisor.connection import connect, virt_type
 from hyper2kvmd.hypervisor.define import define, refresh_pools
-from hyper2kvmd.hypervisor.preflight import BRIDGE_VLANS, preflight
+from hyper2kvmd.hypervisor.preflight import BRIDGE_VLANS, EMULATED_X2APIC, preflight
 from tests.libvirtd import session
 from tests.unit.domain.test_domain import DEBIAN, PLAIN, RHEL5, VARIANTS, WINDOWS_2022, decided, disks
 
@@ -54,7 +55,11 @@ def here(connection: Any, domain: Domain) -> Domain:
     return replace(domain, virt_type=virt_type(connection, accel), nics=nics)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Without KVM, an older QEMU refuses this one, and we with it: it has tests of its own.
+MANY_CPUS = "288-cpus"
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {MANY_CPUS}))
 def test_a_real_libvirt_defines_it_and_would_start_it(name: str, connection: Any) -> None:
     domain = here(connection, VARIANTS[name])
     assert [] == preflight(connection, domain, None, Path("/images"))
@@ -129,9 +134,39 @@ def test_firmware_that_the_host_does_not_have_is_named(connection: Any) -> None:
 
 
 def test_what_libvirt_would_refuse_is_said_in_its_words(connection: Any) -> None:
-    (found,) = preflight(connection, replace(SMALL, cpus=5000), None, Path("/images"))
+    nobodys = DomainDisk(Path("/images/disk"), "no-such-format", "disk-0", False)
+    (found,) = preflight(connection, replace(SMALL, disks=(nobodys,)), None, Path("/images"))
     assert Code.DEFINE_FAILED == found.code
-    assert "CPUs" in found.message
+    assert "no-such-format" in found.message
+
+
+def test_more_cpus_than_the_host_can_give_are_refused_with_how_many_that_is(connection: Any) -> None:
+    (found,) = preflight(connection, replace(SMALL, virt_type="kvm", cpus=5000, tpm=True), None, Path("/images"))
+    assert (Code.DEFINE_FAILED, "vm.cpu") == (found.code, found.field)
+    assert "5000 CPUs" in found.message
+    assert re.search(r"at most [0-9]+ into the manifest", found.hint)
+
+
+@pytest.mark.parametrize(("cpus", "cores"), [(288, None), (240, 24)])
+@pytest.mark.parametrize("type_", ["kvm", "qemu"])
+def test_a_domain_whose_interrupts_are_remapped_starts_or_is_refused_before(
+    type_: str, cpus: int, cores: int | None, connection: Any, tmp_path: Path
+) -> None:
+    domain = here(connection, replace(SMALL, virt_type=type_, cpus=cpus, cores_per_socket=cores))
+    # QEMU's own CPU: a KVM that is nested may not be able to give a guest the host's.
+    xml = to_xml(replace(domain, disks=images(tmp_path, 1))).replace('<cpu mode="host-model"', "<cpu")
+    problems = preflight(connection, domain, None, Path("/images"))
+    if domain.virt_type == "qemu" and connection.getVersion() < EMULATED_X2APIC:
+        assert [(Code.DEFINE_FAILED, "vm.cpu")] == [(problem.code, problem.field) for problem in problems]
+        with pytest.raises(libvirt.libvirtError, match="X2APIC"):
+            connection.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED)
+        return
+    assert [] == problems
+    started = connection.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED)
+    try:
+        assert ET.fromstring(started.XMLDesc(0)).findall("devices/iommu/driver[@eim='on']")
+    finally:
+        started.destroy()
 
 
 def test_a_tpm_needs_a_program_that_emulates_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +296,28 @@ def test_everything_that_is_wrong_is_told_at_once(connection: Any, tmp_path: Pat
         Code.POOL_MISSING,
         Code.DEFINE_FAILED,
     ] == codes(found)
+
+
+def test_a_libvirt_with_nothing_but_the_driver_of_qemu_defines_a_domain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = next(Path("/usr/lib").glob("*/libvirt/connection-driver/libvirt_driver_qemu.so"))
+    drivers = tmp_path / "drivers"
+    drivers.mkdir()
+    (drivers / installed.name).symlink_to(installed)
+    monkeypatch.setenv("LIBVIRT_DRIVER_DIR", str(drivers))
+    warnings: list[Finding] = []
+    nics = (DomainNic("00:50:56:aa:bb:01", "default"), DomainNic("00:50:56:aa:bb:02", "bridge:br7"))
+    with session(tmp_path) as uri, connect(uri) as connection:
+        domain = replace(SMALL, nics=nics)
+        assert [] == preflight(connection, domain, "default", Path("/images"), warn=warnings.append)
+        assert ["network_unknown", "interface_unknown", "storage_unknown"] == [warning.code for warning in warnings]
+        assert [Code.NETWORK_MISSING] == codes(preflight(connection, domain, None, Path("/images"), start=True))
+        with defined(connection, domain) as found:
+            assert not found.isActive()
+        with pytest.raises(MigrationError), defined(connection, domain, start=True):
+            pass
+        assert refresh_pools(connection, Path("/images"), None) is None
 
 
 def test_a_libvirt_that_goes_away_is_tried_again(tmp_path: Path) -> None:

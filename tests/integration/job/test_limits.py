@@ -17,7 +17,7 @@ import pytest
 from hyper2kvmd.job import reserve
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.settings.model import Settings
-from tests.conftest import MakeExport, report_of, run_job
+from tests.conftest import MakeExport, disk_entry, report_of, run_job, write_manifest
 from tests.integration.daemon.test_daemon import daemon, wait_until
 from tests.integration.job.test_kill import check_finished_once
 
@@ -74,6 +74,31 @@ def test_what_a_running_job_has_written_already_is_not_counted_twice(
     with running_job(scratch, bytes=44 << 20, files=(str(written),)):
         done = run_job(export, scratch)
     assert 0 == done.returncode, done.stderr
+
+
+def test_a_disk_that_was_compressed_keeps_no_more_than_it_takes(
+    scratch: Settings, fake: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """How well a disk compresses shows only when that is done: until then all of it is reserved."""
+    export = scratch.exports_dir / "web01"
+    export.mkdir()
+    disk = export / "disk.raw"
+    disk.write_bytes(b"all work and no play " * 400_000)
+    os.truncate(disk, 8 << 20)
+    write_manifest(
+        export,
+        [disk_entry(disk)],
+        pipeline={"convert": {"enabled": True, "compression": True}, "validate": {"enabled": True}},
+    )
+    look = f"cat {scratch.work_dir}/*/{reserve.FILE} > {tmp_path}/"
+    fake(
+        "qemu-img",
+        f'case "$1" in convert) {look}before;; check) {look}after 2>/dev/null;; esac\nexec /usr/bin/qemu-img "$@"\n',
+    )
+    assert 0 == run_job(export, scratch).returncode
+    before, after = (json.loads((tmp_path / name).read_text())["needs"][0]["bytes"] for name in ("before", "after"))
+    assert before >= 8 << 20
+    assert after < 1 << 20
 
 
 def test_what_a_dead_job_had_reserved_is_free(scratch: Settings, make_export: MakeExport, small_disk: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd.daemon import health
+from hyper2kvmd.daemon import health, watch
 from hyper2kvmd.daemon.health import Health, Probe, Verdict
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import existing_parent
@@ -144,7 +144,19 @@ def test_a_mount_that_keeps_its_locks_to_this_host_is_not_ready(
     line = f"41 23 {os.major(device)}:{os.minor(device)} / {tmp_path} rw shared:1 - nfs4 kvm1:/exports {options}\n"
     mounts = tmp_path / "mountinfo"
     mounts.write_text(other + line)
-    monkeypatch.setattr(health, "MOUNTS", mounts)
+    monkeypatch.setattr(watch, "MOUNTS", mounts)
     verdict = health.check_locks(tmp_path)
     assert bool(local) == bool(verdict.problem)
     assert verdict.problem.endswith(local)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_check_with_a_defect_is_said_to_have_failed_and_begins_anew() -> None:
+    probe = Probe(lambda: Verdict(str(1 // 0)))
+    probe.try_now()
+    wait_until(lambda: "the check itself failed" in probe.state(time.monotonic()).problem)
+    probe.attempt = Verdict
+    assert probe._thread is not None
+    probe._thread.join(10)
+    probe.try_now()
+    wait_until(lambda: not probe.state(time.monotonic()).problem)

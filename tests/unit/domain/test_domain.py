@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
 
 from hyper2kvmd.domain.machine import machine_for
@@ -22,7 +23,7 @@ from hyper2kvmd.domain.model import (
     generated_mac,
 )
 from hyper2kvmd.domain.xml import job_of, to_xml
-from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.hypervisor.preflight import preflight, uuid_taken
@@ -98,6 +99,7 @@ VARIANTS = {
     "windows-xp": decided(replace(PLAIN, guest=WINDOWS_XP, disks=disks(5)), virtio=False),
     "rhel-5": decided(replace(PLAIN, guest=RHEL5, disks=disks(22))),
     "topology": replace(PLAIN, cpus=8, cores_per_socket=4),
+    "288-cpus": replace(PLAIN, cpus=288),
     "annotation": replace(
         PLAIN,
         title="Grüße\n& <Köln>\x00",
@@ -221,6 +223,26 @@ def attributes(domain: Domain, path: str, name: str) -> list[str | None]:
 )
 def test_cores_are_put_into_sockets_where_that_divides(cpus: int, cores: int | None, topology: list[str]) -> None:
     assert topology == attributes(replace(PLAIN, cpus=cpus, cores_per_socket=cores), "cpu/topology", "sockets")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "cores", "remapped"),
+    [
+        (255, None, False),
+        (256, None, True),
+        (255, 5, True),  # 51 sockets of 8
+        (192, 12, False),  # 16 sockets of 16, the last of which ends at 12
+        (192, 3, False),  # the last is number 254; 255 means all of them
+        (240, 24, True),  # 10 sockets of 32
+        (240, 23, False),  # no sockets
+    ],
+)
+def test_interrupts_are_remapped_for_cpus_that_they_do_not_reach_otherwise(
+    cpus: int, cores: int | None, remapped: bool
+) -> None:
+    domain = replace(PLAIN, cpus=cpus, cores_per_socket=cores)
+    assert (["on"] if remapped else []) == attributes(domain, "devices/iommu/driver", "eim")
+    assert (["qemu"] if remapped else []) == attributes(domain, "features/ioapic", "driver")
 
 
 def test_serials_are_short_and_stay_different() -> None:
@@ -388,6 +410,36 @@ def test_a_pool_that_is_not_active_is_in_the_way_and_is_not_refreshed() -> None:
         assert Code.POOL_MISSING == found.code
         assert "virsh pool-start default-pool" in found.hint
         assert refresh_pools(connection, POOL, "default-pool") is None
+
+
+class Modular:
+    """A libvirt whose parts are daemons of their own, of which only the first runs: what it says of the others."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        part = {"listAllNetworks": "network", "listAllStoragePools": "storage", "interfaceLookupByName": "interface"}
+        if name not in part:
+            return getattr(self._connection, name)
+        return lambda *args: libvirt.open(f"{part[name]}+unix:///system?socket=/nonexistent/virt{part[name]}d-sock")
+
+
+def test_a_part_of_libvirt_that_does_not_run_is_no_reason_to_end_the_job() -> None:
+    nics = (PLAIN.nics[0], DomainNic("00:50:56:aa:bb:06", "bridge:br7"))
+    warnings: list[Finding] = []
+    with connect("test:///default") as connection:
+        modular, domain = Modular(connection), replace(PLAIN, nics=nics)
+        assert [] == preflight(modular, domain, "default-pool", POOL, warn=warnings.append)
+        assert ["network_unknown", "interface_unknown", "storage_unknown"] == [warning.code for warning in warnings]
+        assert all(str(warning.field).startswith("libvirt.") for warning in warnings)
+        assert "Failed to connect socket to '/nonexistent/virtnetworkd-sock'" in warnings[0].message
+        assert "no VM that is connected to a network of libvirt can start before" in warnings[0].hint
+        assert refresh_pools(modular, POOL, None) is None
+        assert refresh_pools(modular, POOL, "default-pool") is not None
+        # To start it is to need the network now.
+        (error,) = preflight(modular, domain, None, POOL, start=True)
+        assert (Code.NETWORK_MISSING, warnings[0].message) == (error.code, error.message)
 
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:

@@ -9,9 +9,10 @@ from typing import Literal
 
 import pytest
 
-from hyper2kvmd.domain.machine import machine_for
+from hyper2kvmd.domain.machine import check_cpus, machine_for
 from hyper2kvmd.domain.model import GuestSystem, Machine
 from hyper2kvmd.domain.xml import to_xml
+from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.guest.linux.kernels import bus_of
 from tests.unit.domain.test_domain import DEBIAN, PLAIN, RHEL5, WINDOWS_2022, WINDOWS_XP, disks
 
@@ -51,3 +52,12 @@ def test_the_proof_is_about_the_buses_that_the_domain_has(guest: GuestSystem | N
         for way in bus_of(machine, count).ways:
             seen = {bus for bus, drivers in DRIVERS.items() if drivers & {*way}}
             assert given == seen, (count, virtio, way)
+
+
+def test_more_cpus_than_the_older_chipset_has_room_for_are_refused_with_the_way_out() -> None:
+    older = machine_for(RHEL5, "bios", 1, virtio=True)
+    check_cpus(replace(PLAIN, cpus=288))
+    check_cpus(replace(PLAIN, cpus=255, machine=older))
+    with pytest.raises(MigrationError, match="288 CPUs are more than the older chipset") as caught:
+        check_cpus(replace(PLAIN, cpus=288, machine=older))
+    assert "at most 255" in caught.value.hint

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
+import hyper2kvmd
 from hyper2kvmd.errors import Code
 from hyper2kvmd.manifest import Manifest, ManifestError, parse, wire
-from hyper2kvmd.manifest.model import Configuration, Interface, Services, User, slug
+from hyper2kvmd.manifest.model import Configuration, Interface, Options, Output, Services, Stages, User, slug
 from tests import DATA
 from tests.pace import work_of_at_most
 
@@ -111,7 +115,7 @@ def test_everything_that_the_go_library_writes_is_read() -> None:
     ]
     assert manifest.output.filename == "shop.img"
     assert (manifest.options.dry_run, manifest.options.verbose) == (True, 2)
-    assert (manifest.options.report_enabled, manifest.options.report_path) == (True, "report.json")
+    assert "report.json" == manifest.options.report_path
     assert manifest.exporter_warnings == ("export: CBT was disabled",)
     assert manifest.configuration == Configuration(hostname="shop")
     assert not manifest.stages.validate_.enabled
@@ -120,6 +124,7 @@ def test_everything_that_the_go_library_writes_is_read() -> None:
         "disks[1].checksum",
         "pipeline.convert",
         "pipeline.convert.compress_level",
+        "options.verbose",
     }
 
 
@@ -640,6 +645,70 @@ def test_what_the_newest_exporter_asks_for_and_is_not_done_is_said() -> None:
     asked = read(changed("pipeline.fix.enable_rdp", True)).warnings
     assert [("not_done", "pipeline.fix.enable_rdp")] == [(warning.code, warning.field) for warning in asked]
     assert () == read(changed("pipeline.fix.enable_rdp", False)).warnings
+
+
+WISHES: dict[str, type[BaseModel]] = {
+    "pipeline.inspect": wire.Inspect,
+    "pipeline.fix": wire.Fix,
+    "pipeline.convert": wire.Convert,
+    "pipeline.validate": wire.Validate,
+    "output": wire.Output,
+    "options": wire.Options,
+    "options.report": wire.Report,
+}
+VALUES = (True, False, 3, "noop", "raw", "/elsewhere", "x.json", {"enabled": True, "path": "x.json"})
+
+
+def outcome(manifest: Manifest) -> tuple[object, ...]:
+    return manifest.stages, manifest.output, manifest.options
+
+
+@pytest.mark.parametrize("dialect", [{}, {"backup": True}], ids=["guide", "go"])
+@pytest.mark.parametrize(
+    ("table", "key"), [(t, f.alias or k) for t, m in WISHES.items() for k, f in m.model_fields.items()]
+)
+def test_every_wish_has_an_effect_or_is_said_to_have_none(table: str, key: str, dialect: dict[str, bool]) -> None:
+    stages = {"inspect": {}, "fix": dialect, "convert": {}, "validate": {}}
+    base: Any = changed("pipeline", {name: {"enabled": True, **stage} for name, stage in stages.items()})
+    base |= {"output": {}, "options": {"report": {"path": "y.json"}}}
+    plain = read(base)
+    found = []
+    for value in VALUES:
+        content = copy.deepcopy(base)
+        place = content
+        for part in table.split("."):
+            place = place[part]
+        place[key] = value
+        with contextlib.suppress(ManifestError):  # not a value of this key
+            manifest = read(content)
+            warned = f"{table}.{key}" in {warning.field for warning in manifest.warnings}
+            found.append(warned or outcome(manifest) != outcome(plain))
+    assert any(found), f"{table}.{key} is read by nobody, whatever its value"
+
+
+# What the translation between the dialects alone reads; there is a warning of each.
+TRANSLATED = {"validate_.check", "convert.compress_level", "manifest.options.verbose"}
+
+
+def test_every_wish_that_is_kept_is_read_by_who_fulfils_it() -> None:
+    root = Path(hyper2kvmd.__file__).parent
+    sources = [
+        path.read_text()
+        for path in root.rglob("*.py")
+        if path.relative_to(root).parts[0] not in ("manifest", "authoring", "settings")
+    ]
+    parts: dict[str, Any] = {"manifest.output": Output, "manifest.options": Options}
+    parts |= {name: field.annotation for name, field in Stages.model_fields.items()}
+    for part, model in parts.items():
+        for field in model.model_fields:
+            read_ = re.compile(rf"\b(?:{part}|wanted)\.{field}\b")
+            assert any(map(read_.search, sources)) != (f"{part}.{field}" in TRANSLATED), f"{part}.{field}"
+
+
+def test_a_copy_of_the_report_that_is_switched_off_is_not_written() -> None:
+    for enabled, path in ((None, "copy.json"), (True, "copy.json"), (False, None)):
+        report = {"enabled": enabled, "path": "copy.json"}
+        assert path == read(changed("options", {"report": report})).options.report_path
 
 
 def test_unknown_keys_of_the_exporter_are_warnings() -> None:

@@ -68,6 +68,13 @@ def test_a_file_overrides_defaults_and_set_overrides_the_file(tmp_path: Path) ->
         ),
         ("metrics: {listen: nonsense}\n", "c.yaml:1: metrics.listen:"),
         ("metrics: {listen: '127.0.0.1:65536'}\n", "c.yaml:1: metrics.listen:"),
+        ("workers: " + "[" * 20000, "nested too deep"),
+        ("workers: 2026-02-31\n", "holds a value that is none: day is out of range for month"),
+        ("workers: !!bool perhaps\n", "holds a value that is none"),
+        ("workers: !!timestamp now\n", "holds a value that is none"),
+        ('exports_dir: "/a\\0b"\n', "c.yaml:1: exports_dir: Value error, '/a\\x00b' holds characters"),
+        ('work_dir: "/a\\ud800b"\n', "c.yaml:1: work_dir: Value error, '/a\\ud800b' holds characters"),
+        ('output: {allowed_dirs: ["/a", "/\\n"]}\n', "output.allowed_dirs: Value error, '/\\n' holds characters"),
     ],
 )
 def test_a_bad_file_is_explained_with_line_and_remedy(tmp_path: Path, text: str, expected: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hyper2kvmd.domain.model import Machine
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.guest.change import Change, encode
 from hyper2kvmd.guest.inspect import Inspection, inspect
@@ -438,3 +439,21 @@ def test_photon_names_its_kernel_in_a_file_beside_it(mend: Mend) -> None:
     modules = drivers(ON_VMWARE, MODULES, {"virtio_pci"})
     assert [[*DRACUT, "--drivers", modules, image, version]] == guest.calls
     assert {(version, "virtio_pci"), (version, "virtio_blk")} == {*proved(guest.result)}
+
+
+def test_a_guest_that_was_at_home_on_kvm_is_not_changed(tmp_path: Path, shop: Workshop) -> None:
+    """As Nutanix exports it: said to have BIOS whatever is so, without NICs, and with nothing but virtio-scsi."""
+    overlay = tmp_path / "rhel10.qcow2"
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b"]
+    subprocess.run([*command, str(phony.disk("rhel10").path), str(overlay)], check=True)
+    session = shop.put_in(overlay, "qcow2")
+    inspection = inspect(session, firmware_hint="bios")
+    assert "uefi" == inspection.firmware
+    for kernel in inspection.kernels:
+        place = f"usr/lib/modules/{kernel.version}/kernel/drivers"
+        names = ("init", f"{place}/scsi/virtio_scsi.ko.xz", f"{place}/scsi/sd_mod.ko.xz")
+        session.g.write(kernel.initrd, phony.initramfs(names, "zstd", microcode=True))
+    result = fix(session, inspection, FixOptions())
+    assert [] == [(change.fixer, change.path) for change in result.changes]
+    assert Machine("q35", "scsi", "virtio") == result.machine
+    assert {"virtio_scsi", "sd_mod"} <= {driver for kernel, driver in proved(result)}

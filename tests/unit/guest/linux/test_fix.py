@@ -99,3 +99,26 @@ def test_a_rescue_image_alone_is_no_reason_for_a_machine() -> None:
     rescue = replace(there, kernel=replace(there.kernel, rescue=True))
     with pytest.raises(MigrationError):
         choose_machine(inspection(rescue), [rescue], FixOptions())
+
+
+AHV = image("5.14.0", "virtio_pci", "virtio_scsi", "sd_mod")  # what dracut puts in where disks are virtio-scsi
+AHV = replace(AHV, depends={**AHV.depends, "virtio_blk": (), "virtio_net": (), "vmxnet3": ()})
+
+
+def test_a_guest_that_was_at_home_on_virtio_scsi_stays_there_and_its_image_is_left_alone() -> None:
+    choice = choose_machine(inspection(AHV), [AHV], FixOptions())
+    assert (Machine("q35", "scsi", "virtio"), ()) == (choice.machine, choice.warnings)
+    assert () == AHV.lacks(choice.bus)
+    assert all(proof.ok for proof in kernels.prove(choice.able, choice.able, choice.bus))
+
+
+def test_a_guest_with_both_drivers_gets_virtio_blk() -> None:
+    both = replace(AHV, modules=frozenset((*(AHV.modules or ()), "virtio_blk")))
+    assert "virtio" == choose_machine(inspection(both), [both], FixOptions()).machine.disks
+    assert () == both.lacks(kernels.VIRTIO)
+
+
+def test_an_image_that_brings_up_an_old_network_card_is_given_the_new_one() -> None:
+    """Such as one that asks a key server for the key of its root."""
+    remote = replace(AHV, modules=frozenset((*(AHV.modules or ()), "vmxnet3")))
+    assert ("virtio_blk", "virtio_net") == remote.lacks(kernels.VIRTIO_SCSI)
