@@ -45,6 +45,7 @@ PYTHONPATH=. "$venv/bin/python" -B -m tests.reference --man man
 for page in man/*; do
     install -D -m 0644 -t "$share/man/man${page##*.}" "$page"
 done
+ln -s hyper2kvmctl.1 "$share/man/man1/hyper2kvm.1"
 install -d "$share/hyper2kvmd" "$share/doc/hyper2kvmd/examples"
 cp -r packaging/grafana packaging/prometheus "$share/hyper2kvmd"
 rm -f "$share/hyper2kvmd/grafana/dashboards/.lint"

@@ -687,7 +687,8 @@ def template_unit() -> str:
         ("/usr/bin/hyper2kvmd (run|check-config)", f"\\g<0> --config {DEFAULT_PATH.parent}/%i/{DEFAULT_PATH.name}"),
         ("StateDirectory=hyper2kvmd", "\\g<0>/instances/%i"),
         ("ConfigurationDirectory=hyper2kvmd", "\\g<0>/%i"),
-        ("ReadWritePaths=.*", "ReadWritePaths=/var/lib/libvirt/images"),
+        ("ReadWritePaths=/var/lib/hypersdk/exports .*", "ReadWritePaths=/var/lib/libvirt/images"),
+        ("Alias=hyper2kvm", "\\g<0>@%i"),
         ("# Others by a drop-in", "# The exports, and others, by a drop-in"),
     ):
         unit, count = re.subn(f"(?m){line}", instance, unit)

@@ -25,7 +25,7 @@ from hyper2kvmd.exits import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND
 from hyper2kvmd.queue.asked import Asked
 from hyper2kvmd.queue.state import State
 from hyper2kvmd.settings.load import load_file, overridden
-from hyper2kvmd.settings.model import Settings
+from hyper2kvmd.settings.model import Hypersdk, Settings
 from hyper2kvmd.text import duration, nearest
 
 # In a table that is higher than the terminal, the first of these are shown.
@@ -54,7 +54,9 @@ def _workers(text: str) -> int:
 def run(options: argparse.Namespace, config: Settings) -> int:
     """Migrate what is to be migrated; the exit status is 1 if something failed, 75 if something is not over yet."""
     overrides = overrides_wanted(options)
-    config = quiet(overridden(config, overrides)).model_copy(update={"exports_dir": options.directory.resolve()})
+    # These exports and no others, whatever exporters have handed over.
+    update = {"exports_dir": options.directory.resolve(), "hypersdk": Hypersdk()}
+    config = quiet(overridden(config, overrides)).model_copy(update=update)
     try:
         plan = BatchPlan() if options.plan is None else load_file(BatchPlan, options.plan)
         entries = batch.entries(config, plan, dry_run=options.dry_run)

@@ -15,6 +15,7 @@ from hyper2kvmd.ctl.output import print_json
 from hyper2kvmd.daemon.progress import Progress as JobProgress
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.job.events import CHOICES, Event
+from hyper2kvmd.queue.answer import boot_disk
 from hyper2kvmd.report.model import Report
 from hyper2kvmd.report.results import Results
 from hyper2kvmd.settings.load import writing_to
@@ -28,6 +29,11 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     add_migration_options(parser)
     parser.add_argument("--name", metavar="VM", help="call the VM so, whatever the manifest calls it")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="write the disks there")
+    parser.add_argument(
+        "--print-output",
+        action="store_true",
+        help="print a line `Output: PATH` with the disk that the VM boots from, which hypersdk's exporters read",
+    )
     parser.set_defaults(run=migrate)
     return [parser]
 
@@ -105,6 +111,9 @@ def migrate(options: argparse.Namespace, config: Settings) -> int:
             report, status = failed.report, failed.exit_status
     if report is not None:
         document = report.model_dump(mode="json")
+        if options.print_output and status == EXIT_DONE and (disk := boot_disk(document)) is not None:
+            # At once, and not wrapped: the exporter reads the second word of the line, and only as long as we run.
+            print(f"Output: {disk[0]}", file=sys.stderr if options.json else sys.stdout, flush=True)
         if options.json:
             print_json(document)
         else:

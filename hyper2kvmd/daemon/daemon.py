@@ -17,6 +17,7 @@ from pathlib import Path
 import structlog
 
 from hyper2kvmd import journal
+from hyper2kvmd.daemon.handover import Handover
 from hyper2kvmd.daemon.health import MEND, Health
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.daemon.periodic import PeriodicTask
@@ -80,7 +81,9 @@ class Daemon:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._signals: set[int] = set()
         self._watch = Watch(self.wake, metrics.watched)
-        self._scanner = Scanner(self._watch)
+        self._handover = Handover()
+        self._queue_watch = Watch(self._handed_over)
+        self._scanner = Scanner(self._watch, self._handover, self._queue_watch)
         # By export: its newest modification, and when that was by a clock that does not jump.
         self._settling: dict[Path, tuple[float, float]] = {}
         self._last_status = ""
@@ -101,6 +104,11 @@ class Daemon:
         """Have the directory looked at soon. Safe in threads and signal handlers."""
         with contextlib.suppress(BlockingIOError):  # full of wake-ups already
             os.write(self._wake_write, b"w")
+
+    def _handed_over(self) -> None:
+        """Something is in the queue of exporters: it is taken out at once, in the thread that heard of it."""
+        self._handover.receive(self.settings)
+        self.wake()
 
     def run(self, *, once: bool = False) -> int:
         """Work until SIGTERM or SIGINT; with `once`, until there is nothing left to do. Return the exit status.
@@ -356,7 +364,8 @@ class Daemon:
         interval = self.settings.scan_interval_seconds
         if self._watch.polls:
             return min(interval, POLL_SECONDS)
-        return max(interval, REST_FACTOR * took) if self._watch.up else interval
+        seen = self._watch.up and (self.settings.hypersdk.queue_dir is None or self._queue_watch.up)
+        return max(interval, REST_FACTOR * took) if seen else interval
 
     def _next_look(self, now: float, took: float) -> float:
         interval = self._interval(took) * random.uniform(0.75, 1.25)

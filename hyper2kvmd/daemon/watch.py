@@ -15,6 +15,7 @@ import structlog
 from watchdog.events import DirCreatedEvent, DirMovedEvent, FileClosedEvent, FileMovedEvent, FileSystemEvent
 from watchdog.observers import Observer
 
+from hyper2kvmd.daemon.handover import Handover
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.queue import facts, requests
 from hyper2kvmd.queue.names import LOCK, REPORT
@@ -162,8 +163,10 @@ class Scanner:
     It is a daemon thread, so the program can end without it.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, handover: Handover, queue_watch: Watch) -> None:
         self._watch = watch
+        self._handover = handover
+        self._queue_watch = queue_watch
         self._thread: threading.Thread | None = None
         self._found: Scan | None = None
         self._step = (Path(), 0.0)  # what is being looked at, and since when (monotonic)
@@ -202,6 +205,11 @@ class Scanner:
     def _look(self, settings: Settings) -> Scan:
         began = time.monotonic()
         self._watch.ensure(settings.exports_dir, settings.watch.mode)
+        if settings.hypersdk.queue_dir is not None:
+            # Whatever `watch` says: exporters use it on this host, and what is not taken at once may be overwritten.
+            self._queue_watch.ensure(settings.hypersdk.queue_dir, "inotify")
+            self._handover.receive(settings)
+        all_looks: dict[Path, Facts | Finding | None] = {}
         looks: dict[Path, Facts] = {}
         unreadable: dict[Path, str] = {}
         try:
@@ -212,11 +220,12 @@ class Scanner:
             return Scan({}, {}, (), trouble, False, settings, time.monotonic() - began)
         for export in exports:
             self._step = (export, time.monotonic())
-            found = facts.look_or_reason(export, settings)
+            found = all_looks[export] = facts.look_or_reason(export, settings)
             if isinstance(found, Finding):
                 unreadable[export] = found.message
             elif found is not None:
                 looks[export] = found
+        self._handover.answer(settings, all_looks)
         return Scan(looks, unreadable, tuple(ignored), "", draining, settings, time.monotonic() - began)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyper2kvmd.errors import MEANING, Code, MigrationError
 from hyper2kvmd.files import open_directory, open_file, remove_leftovers, timestamp, user_name, write_durably
-from hyper2kvmd.queue.access import let_in
+from hyper2kvmd.queue.access import let_in, open_shared
 from hyper2kvmd.queue.export import Export
 from hyper2kvmd.queue.names import ASKED, CANCEL, LOCK, REPORT
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # A look at the lock takes it for an instant; a claimer that meets it there tries again for this long.
 CLAIM_PATIENCE_SECONDS = 0.5
+FILES_LIMIT = 1000  # of an export; a hostile one could have millions
 
 
 class Busy(Exception):
@@ -158,6 +159,7 @@ def claim_export(directory: Path) -> Claim:
             },
         )
         os.fsync(fd)
+        _let_in_files(fd)
         for name in (REPORT, ASKED):
             remove_leftovers(fd, name)  # of attempts that died; the claim makes them ours
         return Claim(Export(directory, fd), lock_fd, attempt, crashes, retries)
@@ -165,6 +167,15 @@ def claim_export(directory: Path) -> Claim:
         os.close(lock_fd)
         os.close(fd)
         raise
+
+
+def _let_in_files(dir_fd: int) -> None:
+    """Have the files of an export open to us, and to tools without our capabilities; who cannot says so later."""
+    with os.scandir(dir_fd) as entries:
+        for entry in itertools.islice(entries, FILES_LIMIT):
+            if not os.access(entry.name, os.R_OK, dir_fd=dir_fd, effective_ids=True):
+                with contextlib.suppress(OSError):
+                    os.close(open_shared(entry.name, dir_fd=dir_fd))
 
 
 def _open_lock(dir_fd: int) -> int:

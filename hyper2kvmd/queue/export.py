@@ -20,6 +20,14 @@ class Export:
     fd: int
 
 
+def is_export_name(name: str) -> bool:
+    """Whether a directory of this name can be an export: hidden ones are none.
+
+    One with control characters, or that is no text, could forge lines wherever it is shown.
+    """
+    return name != "" and not name.startswith(".") and name.isprintable()
+
+
 @contextmanager
 def beside(manifest: Path) -> Iterator[Export]:
     """The export that a manifest lies in, closed in the end; nobody claims it. Raise MigrationError."""

@@ -29,7 +29,10 @@ from hyper2kvmd.files import (
     trouble,
 )
 from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
+from hyper2kvmd.queue.access import open_shared
 from hyper2kvmd.queue.claim import probe
+from hyper2kvmd.queue.export import is_export_name
+from hyper2kvmd.queue.handover import tickets
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.queue.requests import pending
 from hyper2kvmd.queue.state import FINAL, Facts, State
@@ -39,7 +42,10 @@ REPORT_LIMIT = 8 << 20  # ours are far smaller; what an exporter puts there may 
 
 
 def look(directory: Path, settings: Settings) -> Facts:
-    """Look at one export, changing nothing. Raise OSError if the directory cannot be read."""
+    """Look at one export, changing nothing but who may read its manifest, if we may not.
+
+    Raise OSError if the directory cannot be read.
+    """
     fd = open_directory(directory)
     try:
         held, crashes, began_at = probe(fd)
@@ -92,14 +98,19 @@ def look_or_reason(directory: Path, settings: Settings) -> Facts | Finding | Non
 def exports(settings: Settings) -> tuple[list[Path], list[str]]:
     """The export directories in order of name, and the names of directories that cannot be exports.
 
-    Hidden directories and symbolic links are neither. Raise OSError if the exports directory cannot be read.
+    Hidden directories and symbolic links are neither. Those that were handed over from elsewhere come last.
+    Raise OSError if the exports directory cannot be read.
     """
     with os.scandir(settings.exports_dir) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-    names = [name for name in names if not name.startswith(".")]
-    # A name with control characters, or that is no text, could forge lines wherever it is shown.
-    good = [name for name in names if name.isprintable()]
-    return [settings.exports_dir / name for name in good], [name for name in names if not name.isprintable()]
+    good = [settings.exports_dir / name for name in names if is_export_name(name)]
+    handed_over: set[Path] = set()
+    with contextlib.suppress(OSError):  # told by the daemon; what lies in exports_dir is there all the same
+        handed_over = {
+            ticket.directory for ticket in tickets(settings) if ticket.directory and ticket.directory.is_dir()
+        }
+    ignored = [name for name in names if not name.startswith(".") and not is_export_name(name)]
+    return [*good, *sorted(handed_over - {*good})], ignored
 
 
 def read_manifest(dir_fd: int, directory: Path, names: tuple[str, ...]) -> tuple[str, bytes]:
@@ -134,7 +145,7 @@ def _read_manifest(
     """Name, bytes and problem of the first manifest that is there, and when it was written."""
     for name in names:
         try:
-            fd = open_file(name, dir_fd=dir_fd)
+            fd = open_shared(name, dir_fd=dir_fd)
         except FileNotFoundError:
             continue
         except OSError as error:

@@ -13,5 +13,8 @@ ASKED = ".hyper2kvmd.asked"
 # What was seen of the guest in the boot test.
 BOOT_LOG = "boot-test.log"
 BOOT_SCREEN = "boot-test.png"
+# In the queue of exporters: what manifests are called that were taken, and those whose exporters have the answer.
+TAKEN = ".hyper2kvmd.taken."
+ANSWERED = ".hyper2kvmd.answered."
 # In the exports directory itself: no daemon starts another job.
 DRAIN = ".hyper2kvmd.drain"

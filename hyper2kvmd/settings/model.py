@@ -1,4 +1,7 @@
-"""The settings and their defaults: the only place a default is written."""
+"""The settings and their defaults: the only place a default is written.
+
+It is long because it is that one document: whoever looks for a setting finds it here, and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from hyper2kvmd.domain.model import attachment
@@ -421,6 +433,35 @@ class Hooks(Section):
     )
 
 
+class Hypersdk(Section):
+    """For exporters that hand over by themselves: the queue that they copy manifests to, and where they wait for the
+    answer; docs/hypersdk.md says how both sides are set up.
+    """
+
+    queue_dir: Path | None = Field(
+        default=None,
+        description="Where exporters put copies of their manifests, such as /var/lib/hyper2kvm/queue; null for nowhere."
+        " Each is taken out at once.",
+    )
+    output_dir: Path | None = Field(
+        default=None,
+        description="Where the answers appear, such as /var/lib/hyper2kvm/output: VM.qcow2, a link to the disk that the"
+        " VM boots from, or VM.error. Set both, or neither.",
+    )
+    allowed_dirs: tuple[Path, ...] = Field(
+        default=(),
+        description="Directories, besides exports_dir, whose directories are exports too once a manifest in the queue"
+        " names their disks. The unit has to allow them too (ReadWritePaths=).",
+        examples=[["/srv/exports"]],
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Hypersdk:
+        if (self.queue_dir is None) != (self.output_dir is None):
+            raise ValueError("queue_dir and output_dir belong together: set both, or neither")
+        return self
+
+
 class Log(Section):
     """What is logged."""
 
@@ -489,6 +530,27 @@ class Settings(Section):
     metrics: Metrics = Metrics()
     notify: Notify = Notify()
     hooks: Hooks = Hooks()
+    hypersdk: Hypersdk = Hypersdk()
     log: Log = Log()
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @field_validator("hypersdk")
+    @classmethod
+    def _apart(cls, hypersdk: Hypersdk, info: ValidationInfo) -> Hypersdk:
+        # A manifest in the queue must not look like an export, nor an answer like a disk.
+        others: dict[str, Path] = {
+            key: info.data[key] for key in ("exports_dir", "work_dir", "output_dir") if key in info.data
+        }
+        for key, directory in (("queue_dir", hypersdk.queue_dir), ("output_dir", hypersdk.output_dir)):
+            if directory is None:
+                continue
+            for other, place in others.items():
+                nested = directory in place.parents or place in directory.parents
+                if directory == place or (nested and other != "output_dir"):
+                    raise ValueError(
+                        f"hypersdk.{key} ({directory}) and {other} ({place}) must not be the same, nor one in the"
+                        f" other: set hypersdk.{key} to a directory of its own"
+                    )
+            others[f"hypersdk.{key}"] = directory
+        return hypersdk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,22 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import disk_entry, write_manifest
 from tests.e2e.conftest import Drop
 from tests.e2e.container import Container, wait_until
-from tests.e2e.test_systemd import CONFIG, EXPORTS, IMAGES, QEMU_IMG, calls, content, hold, images, of_export, report
+from tests.e2e.test_systemd import (
+    CONFIG,
+    EXPORTS,
+    IMAGES,
+    QEMU_IMG,
+    calls,
+    content,
+    hand_over,
+    hold,
+    images,
+    of_export,
+    report,
+)
 
 LIBVIRT_HOOK = "/etc/libvirt/hooks/qemu"
 VIRSH = ("virsh", "-q", "-c", "qemu:///system")
@@ -103,6 +117,47 @@ def test_a_lock_that_root_left_is_not_in_the_services_way(host: Container, drop:
     host.run("systemctl", "start", "hyper2kvmd")
     document = report(host, name)
     assert ("succeeded", 8) == (document["status"], document["attempts"]), document["error"]
+
+
+def test_an_exporter_that_hands_over_by_itself_finds_the_service_and_gets_its_disk(
+    host: Container, tmp_path: Path
+) -> None:
+    """As docs/hypersdk.md has it; like the newest, the exporter lets nobody else read what it writes."""
+    queue, answers = "/var/lib/hyper2kvm/queue", "/var/lib/hyper2kvm/output"
+
+    def exported(name: str) -> str:
+        directory = tmp_path / name
+        directory.mkdir()
+        disk = directory / "disk.raw"
+        disk.write_bytes(os.urandom(1 << 20))
+        write_manifest(directory, [disk_entry(disk, local_path=of_export(name, disk.name))])
+        for file in directory.iterdir():
+            file.chmod(0o600)
+        return of_export(hand_over(host, directory, "0750"), "manifest.json")
+
+    host.run("install", "-d", "-o", "hyper2kvm", "-g", "hypersdk", "-m", "2770", queue, answers)
+    settings = {"hypersdk": {"queue_dir": queue, "output_dir": answers}}
+    host.write(f"{Path(CONFIG).parent}/conf.d/hypersdk.yaml", yaml.safe_dump(settings))
+    try:
+        host.run("systemctl", "restart", "hyper2kvmd")
+        assert "active" == host.run("systemctl", "is-active", "hyper2kvm.service").strip()
+        host.run("systemctl", "enable", "hyper2kvmd@site2")
+        instance = host.run("systemctl", "show", "--value", "--property=Id", "hyper2kvm@site2.service").strip()
+        assert "hyper2kvmd@site2.service" == instance
+        assert "manifests are taken from" in ctl(host, "doctor", "handover")
+        host.run("sh", "-c", f"umask 077; cat {exported('web01')} >{queue}/artifact-manifest.json")
+        wait_until(lambda: "" != host.run("ls", answers), "the exporter is told")
+        assert f"{IMAGES}/web01-disk-0.qcow2" == host.run("readlink", f"{answers}/web01.qcow2").strip()
+        host.run("runuser", "-u", "hypersdk", "--", "stat", "-L", f"{answers}/web01.qcow2")
+        assert {"web01": "running"} == domains(host)
+
+        host.run("systemctl", "stop", "hyper2kvmd")  # then the exporter runs a program instead
+        said = host.run("hyper2kvm", exported("web02"), "-v").splitlines()
+        assert f"Output: {IMAGES}/web02-disk-0.qcow2" in said
+    finally:
+        host.run("systemctl", "disable", "hyper2kvmd@site2")
+        made = ("/var/lib/hyper2kvm", "/etc/systemd/system/hyper2kvm@site2.service")
+        host.run("rm", "-rf", *made, f"{Path(CONFIG).parent}/conf.d/hypersdk.yaml")
 
 
 def test_root_retries_what_was_blocked(host: Container, drop: Drop) -> None:

@@ -11,7 +11,14 @@ from rich.console import Console
 
 from hyper2kvmd.ctl.as_service import become_service, service_of, unit_properties
 from hyper2kvmd.ctl.doctor.diagnosis import Diagnosis, Host
-from hyper2kvmd.ctl.doctor.directories import check_exports, check_locks, check_output, check_watching, check_work
+from hyper2kvmd.ctl.doctor.directories import (
+    check_exports,
+    check_handover,
+    check_locks,
+    check_output,
+    check_watching,
+    check_work,
+)
 from hyper2kvmd.ctl.doctor.host import (
     check_kvm,
     check_libguestfs,
@@ -97,6 +104,7 @@ CHECKS: dict[str, Callable[[Host, Diagnosis], str]] = {
     "exports": check_exports,
     "watching": check_watching,
     "locks": check_locks,
+    "handover": check_handover,
     "output": check_output,
     "work": check_work,
     "memory": check_memory,

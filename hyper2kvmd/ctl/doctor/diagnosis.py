@@ -38,3 +38,13 @@ def output_dirs(settings: Settings) -> Iterator[tuple[Path, str]]:
     yield settings.output_dir, "output_dir"
     for directory in settings.output.allowed_dirs:
         yield directory, "output.allowed_dirs"
+
+
+def handover_dirs(settings: Settings) -> Iterator[tuple[Path, str]]:
+    """The directories of exporters that hand over by themselves, and the settings that name them; none without them."""
+    if settings.hypersdk.queue_dir is not None:
+        yield settings.hypersdk.queue_dir, "hypersdk.queue_dir"
+    if settings.hypersdk.output_dir is not None:
+        yield settings.hypersdk.output_dir, "hypersdk.output_dir"
+    for directory in settings.hypersdk.allowed_dirs:
+        yield directory, "hypersdk.allowed_dirs"

@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hyper2kvmd.ctl.doctor.diagnosis import ANSWER_SECONDS, Diagnosis, Host, output_dirs
+from hyper2kvmd.ctl.as_service import unit_properties
+from hyper2kvmd.ctl.doctor.diagnosis import ANSWER_SECONDS, Diagnosis, Host, handover_dirs, output_dirs
 from hyper2kvmd.ctl.doctor.service import is_below, made_by_systemd
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.files import existing_parent, user_name
+from hyper2kvmd.files import existing_parent, explained, user_name
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.job.plan import FIX_SPACE
 from hyper2kvmd.queue import facts
@@ -131,6 +132,37 @@ def check_locks(host: Host, diagnosis: Diagnosis) -> str:
     if verdict.problem:
         raise MigrationError(Code.IO_ERROR, verdict.problem, verdict.remedy, field="exports_dir")
     return "flock works"
+
+
+def check_handover(host: Host, diagnosis: Diagnosis) -> str:
+    """Whether exporters find a service to hand over to, and this user can take from them and answer."""
+    if host.settings.hypersdk.queue_dir is None:
+        return "off"
+    for directory, field in [*handover_dirs(host.settings)][:2]:  # of the others, what is in them counts
+        _answers(directory)
+        with diagnosis:
+            try:
+                with _file_in(directory):
+                    pass
+            except OSError as error:
+                user = user_name(os.geteuid())
+                raise MigrationError(
+                    Code.IO_ERROR,
+                    f"{explained(error, directory)}: {user} cannot write there",
+                    f"Run `install -d -o {user} -g hypersdk -m 2770 {shlex.quote(str(directory))}`, and allow the unit"
+                    " to write there (ReadWritePaths=).",
+                    field=field,
+                ) from None
+    if host.unit:
+        service = host.unit["Id"]
+        alias = service.replace("hyper2kvmd", "hyper2kvm")
+        if unit_properties(alias).get("Id") != service:
+            diagnosis.warn(
+                "handover_unseen",
+                f"exporters look for {alias}, which is not {service}: they do not hand over",
+                f"Run `systemctl enable {service}`, which gives it this name, too.",
+            )
+    return f"manifests are taken from {host.settings.hypersdk.queue_dir}"
 
 
 def check_output(host: Host, diagnosis: Diagnosis) -> str:

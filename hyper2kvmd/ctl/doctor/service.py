@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hyper2kvmd.ctl.as_service import service_of
-from hyper2kvmd.ctl.doctor.diagnosis import Diagnosis, Host, output_dirs
+from hyper2kvmd.ctl.doctor.diagnosis import Diagnosis, Host, handover_dirs, output_dirs
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.settings.model import Settings
 
@@ -94,6 +94,7 @@ def _confined(unit: dict[str, str], settings: Settings) -> Iterator[MigrationErr
         (settings.exports_dir, "exports_dir", Code.EXPORT_UNWRITABLE),
         (settings.work_dir, "work_dir", Code.IO_ERROR),
         *((directory, field, Code.OUTPUT_DENIED) for directory, field in output_dirs(settings)),
+        *((directory, field, Code.IO_ERROR) for directory, field in handover_dirs(settings)),
     ]
     for directory, field, code in wanted:
         lines = []

@@ -26,6 +26,7 @@ complete -c hyper2kvmctl -n '__fish_seen_subcommand_from migrate' -l no-import -
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from migrate' -l strict -d 'compare every byte of the result with the source and the fix'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from migrate' -l name -r -F -d 'call the VM so, whatever the manifest calls it'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from migrate' -l output-dir -r -F -d 'write the disks there'
+complete -c hyper2kvmctl -n '__fish_seen_subcommand_from migrate' -l print-output -d 'print a line `Output: PATH` with the disk that the VM boots from, which hypersdk’s exporters read'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from migrate' -l json -d 'print JSON and nothing else on standard output'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from migrate' -l config -r -F -d 'settings file (default: /etc/hyper2kvmd/hyper2kvmd.yaml)'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from migrate' -l set -r -F -d 'override a setting, for example --set workers=4 or --set libvirt.import=false'

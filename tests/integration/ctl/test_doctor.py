@@ -558,6 +558,30 @@ def test_root_sees_what_the_user_of_the_service_sees(service: Container) -> None
     assert f"{EXPORTS}: Permission denied" == report.only()[0]
 
 
+def test_a_queue_that_exporters_do_not_find_or_that_we_cannot_use_is_named(service: Container) -> None:
+    configure(service, hypersdk={"queue_dir": "/var/lib/hyper2kvm/queue", "output_dir": "/srv/answers"})
+    try:
+        report = inside(service, "handover", "service")
+        assert [("io_error", "hypersdk.queue_dir"), ("io_error", "hypersdk.output_dir")] == [
+            (row["finding"]["code"], row["finding"]["field"])
+            for row in report.rows
+            if row["check"] == "handover" and row["result"] == "failed"
+        ]
+        assert any("ReadWritePaths=/srv/answers" in row["finding"]["hint"] for row in report.rows if row["finding"])
+        for row in report.rows:
+            if row["check"] == "handover" and row["result"] == "failed":
+                command = row["finding"]["hint"].split("`")[1]
+                assert command.startswith("install -d -o hyper2kvm -g hypersdk -m 2770 ")
+                service.run(*command.split())
+        service.run("systemctl", "disable", "hyper2kvmd")
+        report = inside(service, "handover")
+        assert (0, [("handover", "warning", "handover_unseen")]) == (report.status, report.faults())
+        service.run(*report.only()[1].split("`")[1].split())
+        assert [] == inside(service, "handover").faults()
+    finally:
+        service.run("rm", "-rf", "/var/lib/hyper2kvm", "/srv/answers")
+
+
 def test_somebody_else_is_told_so_and_what_they_lack(service: Container) -> None:
     service.run("rm", "-rf", "/var/lib/hyper2kvmd/work")
     report = inside(service, "user", "exports", "work", "kvm", by=NOBODY)

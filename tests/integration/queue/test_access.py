@@ -71,6 +71,31 @@ def test_the_service_lets_itself_into_an_export_of_somebody_else(export: Path) -
     assert again == acl(export)
 
 
+def test_files_that_the_exporter_keeps_for_itself_can_be_read_once_the_export_is_claimed(export: Path) -> None:
+    elsewhere = export.parent / "elsewhere"
+    for file in (export / "manifest.json", export / "disk.vmdk", elsewhere):
+        file.write_text("x")
+        file.chmod(0o600)
+    (export / "link.vmdk").symlink_to(elsewhere)
+    assert 0 == claim(export, capable=True).returncode
+    for name in ("manifest.json", "disk.vmdk"):
+        status = (export / name).stat()
+        assert (0, 0) == (status.st_uid, status.st_mode & 0o007)
+        assert {"user::rw-", "group::---", "other::---"} <= {*acl(export / name)}
+        read = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "cat", export / name)
+        assert "x" == subprocess.run(read, capture_output=True, text=True, check=True).stdout
+    assert ["user::rw-", "group::---", "other::---"] == acl(elsewhere)
+
+
+def test_a_file_with_a_second_name_may_be_anybodys_and_stays_closed(export: Path) -> None:
+    secret = export.parent / "secret"
+    secret.write_text("x")
+    secret.chmod(0o600)
+    os.link(secret, export / "disk.vmdk")
+    assert 0 == claim(export, capable=True).returncode
+    assert ["user::rw-", "group::---", "other::---"] == acl(secret)
+
+
 def test_without_the_capability_the_export_stays_as_it_is(export: Path) -> None:
     done = claim(export, capable=False)
     assert 1 == done.returncode

@@ -34,14 +34,14 @@ def test_the_examples_are_settings(tmp_path: Path) -> None:
     examples = re.findall(r"^ *# For example: (.*)\n *(\w+): ", text, flags=re.MULTILINE)
     assert {"allowed_dirs", "pipeline", "network_map", "luks_keys"} == {key for _, key in examples}
     for example, key in examples:
-        text = re.sub(rf"^( *{key}): .*", rf"\1: {example}", text, flags=re.MULTILINE)
+        its_place = rf"^( *# For example: {re.escape(example)}\n *{key}): .*"
+        text = re.sub(its_place, rf"\1: {example}", text, flags=re.MULTILINE)
     path = tmp_path / "c.yaml"
     path.write_text(text)
     settings = load_settings(path)
-    assert ("bridge:br0", [Path("/srv/fast"), Path("/srv/big")]) == (
-        settings.libvirt.network_map["VM Network"],
-        [*settings.output.allowed_dirs],
-    )
+    assert "bridge:br0" == settings.libvirt.network_map["VM Network"]
+    assert [Path("/srv/fast"), Path("/srv/big")] == [*settings.output.allowed_dirs]
+    assert [Path("/srv/exports")] == [*settings.hypersdk.allowed_dirs]
 
 
 def test_a_file_overrides_defaults_and_set_overrides_the_file(tmp_path: Path) -> None:
