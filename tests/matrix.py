@@ -81,7 +81,7 @@ def works(result: BootResult, cards: Sequence[str] = ONE_NIC) -> bool:
         and bool(said)
         and "failed" not in said["mounts"]
         and "none" != said["swap"]
-        and ",".join(cards) == said["net"]
+        and sorted(cards) == _sorted(said["net"])
         and "none" == said["failed"]
     )
 
@@ -148,7 +148,14 @@ def migrate(guest: Guest, scratch: Path) -> Migration:
 def differences(original: dict[str, str], after: dict[str, str]) -> list[str]:
     """What two guests that work say of themselves that should be the same; device and kernel names need not."""
     same = ("mounts", "net", "links", "canary")
-    return [f"{key}: {original[key]} became {after[key]}" for key in same if original[key] != after[key]]
+    return [
+        f"{key}: {original[key]} became {after[key]}" for key in same if _sorted(original[key]) != _sorted(after[key])
+    ]
+
+
+def _sorted(words: str) -> list[str]:
+    """Interfaces are listed as the kernel numbered them, and networkd makes its own in no order."""
+    return sorted(words.split(","))
 
 
 def run(guest: Guest, say: Callable[[str], None]) -> Row:

@@ -13,6 +13,8 @@ GIB = 1 << 30
 CPUS, MEMORY_GIB = 2, 1
 ONE_NIC = ("ens192:UP:10.0.2.15/24",)
 TWO_NICS = (*ONE_NIC, "ens224:UP:10.0.3.15/24")
+# A VLAN on the first card; the second in a bond, and that in a bridge.
+STACKED = (*ONE_NIC, "ens224:UP:none", "bond0:UP:none", "br0:UP:10.0.3.15/24", "backup@ens192:UP:10.0.4.15/24")
 
 COMMON = (
     *("linux-image-amd64", "zstd", "kmod", "udev", "systemd-sysv", "mount", "login", "iproute2", "open-vm-tools"),
@@ -55,7 +57,7 @@ class Guest:
     disk_sizes: tuple[int, ...] = (3 * GIB,)  # bytes; in the guest's order, sda first
     fallback: bool = False  # also EFI/BOOT/BOOTX64.EFI, so that it boots without an NVRAM entry
     passphrase: str | None = None  # unlocks its encrypted disk
-    # Its network cards as its boot-report names them. What is installed makes them so: they are not in the digest.
+    # Its network interfaces as its boot-report names them. What is installed makes them so: they are not in the digest.
     cards: tuple[str, ...] = field(default=ONE_NIC, repr=False)
 
     @property
@@ -146,7 +148,7 @@ GUESTS = {
                 "debian12-three-disks",
                 "bookworm",
                 (*INITRAMFS_TOOLS, "grub-pc-bin", "lvm2", "ifupdown"),
-                *("initramfs-tools", "two-nics"),
+                *("initramfs-tools", "disks"),
                 commands=BUILD_INITRAMFS,
             ),
             "bios",
@@ -161,16 +163,16 @@ GUESTS = {
             _debian(
                 "debian12-uefi-three-disks",
                 "bookworm",
-                (*INITRAMFS_TOOLS, "grub-efi-amd64-bin", "ifupdown"),
-                *("initramfs-tools", "debian12", "two-nics"),
-                commands=("systemctl enable --quiet data.mount logs.mount", *BUILD_INITRAMFS),
+                (*INITRAMFS_TOOLS, "grub-efi-amd64-bin"),
+                *("initramfs-tools", "debian12", "disks"),
+                commands=("systemctl enable --quiet data.mount logs.mount systemd-networkd", *BUILD_INITRAMFS),
             ),
             "uefi",
             "ext4, GPT; /data and /logs on disks of their own, by label",
             "initramfs-tools",
-            "ifupdown",
+            "systemd-networkd: a VLAN, and a bond in a bridge",
             (2 * GIB, 256 * MIB, 512 * MIB),
-            cards=TWO_NICS,
+            cards=STACKED,
         ),
         Guest(
             "debian12-networkmanager",

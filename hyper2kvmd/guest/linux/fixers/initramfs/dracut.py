@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
+from hyper2kvmd.guest.linux.fixers.network.udev import RULES
 from hyper2kvmd.guest.linux.kernels import Bus, Image
 
 # The number makes it one of the last that are read, and so the administrator can still come after it.
@@ -34,9 +35,10 @@ def commands(view: View, images: Sequence[Image], bus: Bus) -> Mapping[str, str]
     options = ["--force"]
     # Versions before 013 (RHEL 6) build for any hardware and have no such options.
     options += [o for o in ("--no-hostonly", "--no-hostonly-cmdline", "--mdadmconf", "--lvmconf") if o in knows]
-    # An image for any hardware has udev's own rule for names, and would be the first to rename a card by it.
-    if links := view.g.glob_expand(LINKS):
-        options += ["--install", " ".join(links)]
+    # An image for any hardware has udev's own rule for names, and would be the first to rename a card by it. Rules of
+    # the guest's own are left out of it, where one for this hardware has them.
+    if names := [*view.g.glob_expand(LINKS), *(view.g.glob_expand(RULES) if "--no-hostonly" in options else ())]:
+        options += ["--install", " ".join(names)]
     return {image.kernel.version: shlex.join(["dracut", *options, *_own(image, bus)]) for image in images}
 
 

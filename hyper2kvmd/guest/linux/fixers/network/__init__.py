@@ -4,6 +4,10 @@ On VMware a card is called after its slot, ens192 say, and on KVM it would be en
 The domain keeps the MAC addresses, so each name is bound to one, in a file that udev reads. The configuration itself,
 and all that refers to the names (firewalls, routes, scripts), is left as it is.
 
+VLANs, bridges and bonds have the MAC address of the card that they stand on. What is written matches the card alone: a
+.link file by the address that the hardware has of itself, where udev knows that key, and else a rule for devices that
+have a driver.
+
 The initramfs must be built anew after these edits. Its udev renames cards before the system's does, and what it has
 named stays named with older systemd. initramfs-tools copies .link files and rules of one's own into every image.
 dracut copies rules into images for this host only (hostonly), and .link files only where a network module is in the
@@ -34,6 +38,10 @@ _COMMAND_LINES = (
 )
 _KERNEL_NAMES = re.compile(r"^[^#\n]*\bnet\.ifnames=0\b", re.MULTILINE)
 _RULES_DIRECTORIES = ("/etc/udev/rules.d", "/usr/lib/udev/rules.d", "/lib/udev/rules.d")
+_UDEV = ("/usr/lib/systemd/systemd-udevd", "/lib/systemd/systemd-udevd")
+_PERMANENT = b"Match.PermanentMACAddress"  # as the program has it in its table of keys
+_PROGRAM_LIMIT = 16 << 20  # bytes; it has one or two MiB
+_CHUNK = 1 << 20
 
 
 def plan(view: View, nics: Sequence[Nic]) -> FixPlan:
@@ -60,7 +68,7 @@ def link_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -
         path = f"/etc/systemd/network/10-hyper2kvm-{one.name}.link"
         text = (
             "# Written by hyper2kvmd, so that the card keeps its name; may be removed if that does not matter.\n"
-            f"[Match]\nMACAddress={one.mac}\n\n[Link]\nName={one.name}\n"
+            f"[Match]\nPermanentMACAddress={one.mac}\n\n[Link]\nName={one.name}\n"
         )
         if (before := read(path)) != text:
             edits.append(Edit("network", path, before, text, f"{one.name} is the card {one.mac}", one.evidence))
@@ -68,7 +76,7 @@ def link_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -
 
 
 def rule_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -> tuple[Edit, ...]:
-    """A rule for each name, after those that udev's rules have, where .link files are not read."""
+    """A rule for each name, after those that udev's rules have, where a .link file will not do."""
     if not bindings:
         return ()
     before = read(udev.RULES)
@@ -113,7 +121,21 @@ def _naming(view: View) -> Naming:
         for directory in _RULES_DIRECTORIES[1:]
         for name in ("setup-link", "name-slot")
     )
-    return Naming(setup_link and not generator, (setup_link or name_slot) and not kernel_names, swaps=not systemd)
+    links = setup_link and not generator and _knows_permanent_addresses(view)
+    return Naming(links, (setup_link or name_slot) and not kernel_names, swaps=not systemd)
+
+
+def _knows_permanent_addresses(view: View) -> bool:
+    """Whether udev knows PermanentMACAddress= in a .link file: systemd's does since 245, and where it was backported.
+
+    It must not be written for one that does not: udev passes the key over, and the file then matches every card.
+    """
+    return any(
+        _PERMANENT in view.g.pread(path, _CHUNK + len(_PERMANENT), start)
+        for path in _UDEV
+        if view.g.is_file(path, followsymlinks=True)
+        for start in range(0, min(view.g.filesize(path), _PROGRAM_LIMIT), _CHUNK)
+    )
 
 
 def _rule(view: View, name: str) -> str:
@@ -179,8 +201,9 @@ def _netplan(view: View, warnings: list[Finding]) -> tuple[Interface, ...]:
 
 
 def _keyfiles(view: View) -> Iterator[Interface]:
+    made = {keyfile.netdev(text) for _, text in _files(view, "/etc/systemd/network/*.netdev")}
     for path, text in _files(view, "/etc/systemd/network/*.network"):
-        yield from keyfile.networkd(text, path)
+        yield from (one for one in keyfile.networkd(text, path) if not one.name or one.name not in made)
     for path, text in _files(view, "/etc/NetworkManager/system-connections/*"):
         yield from keyfile.networkmanager(text, path)
 

@@ -36,8 +36,9 @@ class Nic:
 class Naming:
     """How udev in the guest names cards.
 
-    links: it reads .link files. predictable: it makes names from the place of the card (enp1s0) unless told otherwise.
-    swaps: it is old enough to wait for a name that another card still has.
+    links: it reads .link files, and can match a card there without what stands on it. predictable: it makes names from
+    the place of the card (enp1s0) unless told otherwise. swaps: it is old enough to wait for a name that another card
+    still has.
     """
 
     links: bool

@@ -25,9 +25,10 @@ def redhat(text: str, file: str, *, renames: bool) -> tuple[Interface, ...]:
     mac = mac_address(values.get("HWADDR", ""))
     device = values.get("DEVICE", "") or ("" if mac else suffix)
     slaves = _slaves(values)
-    virtual = values.get("TYPE", "Ethernet").lower() != "ethernet" or "yes" in (
-        values.get("VLAN", "").lower(),
-        values.get("BONDING_MASTER", "").lower(),
+    virtual = (
+        values.get("TYPE", "Ethernet").lower() != "ethernet"
+        or values.get("DEVICETYPE", "").lower() == "team"
+        or "yes" in (values.get("VLAN", "").lower(), values.get("BONDING_MASTER", "").lower())
     )
     if virtual or slaves:
         names = [*slaves, card(device) if "." in device else ""]

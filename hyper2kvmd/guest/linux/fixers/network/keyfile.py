@@ -25,6 +25,11 @@ def networkd(text: str, file: str) -> tuple[Interface, ...]:
     return tuple(Interface(file, name, mac, driver) for name in names)
 
 
+def netdev(text: str) -> str:
+    """The name of the device that a .netdev file makes: a VLAN, a bridge, a bond; "" if it has none."""
+    return _last(_sections(text).get("NetDev", {}), "Name")
+
+
 def link(text: str, file: str) -> tuple[Pin, ...]:
     """The name that a .link file gives to a MAC address."""
     sections = _sections(text)

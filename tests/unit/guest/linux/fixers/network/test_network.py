@@ -21,7 +21,12 @@ from hyper2kvmd.text import mac_address
 from tests.pace import work_of_at_most
 
 A, B, C = "00:50:56:aa:bb:01", "00:50:56:aa:bb:02", "00:50:56:aa:bb:03"
-SETUP_LINK = {"/lib/udev/rules.d/80-net-setup-link.rules": 'IMPORT{builtin}="net_setup_link"\n'}
+OLD_SETUP_LINK = {"/lib/udev/rules.d/80-net-setup-link.rules": 'IMPORT{builtin}="net_setup_link"\n'}
+# What the programs have in them, of systemd 241 and of 247.
+UDEV = "/lib/systemd/systemd-udevd"
+OLD_KEYS = "\x7fELF\0Match.MACAddress\0Match.OriginalName\0Match.Path\0Match.Driver\0Match.Type\0"
+KEYS = OLD_KEYS + "Match.PermanentMACAddress\0Match.Property\0"
+SETUP_LINK = {**OLD_SETUP_LINK, UDEV: KEYS}
 NAME_SLOT = {"/usr/lib/udev/rules.d/80-net-name-slot.rules": 'NAME=="", NAME="$env{ID_NET_NAME_ONBOARD}"\n'}
 STATIC = "auto lo\niface lo inet loopback\n\nallow-hotplug ens192\niface ens192 inet static\n  address 10.0.2.15/24\n"
 INTERFACES = "/etc/network/interfaces"
@@ -47,6 +52,9 @@ class Guest:
 
     def read_file(self, path: str) -> bytes:
         return self.files[path]
+
+    def pread(self, path: str, count: int, offset: int) -> bytes:
+        return self.files[path][offset : offset + count]
 
     def glob_expand(self, pattern: str) -> list[str]:
         depth = pattern.count("/")
@@ -89,7 +97,7 @@ def test_static_address_of_debian_is_kept_by_a_link_file() -> None:
                 LINK,
                 None,
                 "# Written by hyper2kvmd, so that the card keeps its name; may be removed if that does not matter.\n"
-                f"[Match]\nMACAddress={A}\n\n[Link]\nName=ens192\n",
+                f"[Match]\nPermanentMACAddress={A}\n\n[Link]\nName=ens192\n",
                 f"ens192 is the card {A}",
                 "it is the only name and the only card that are left",
             ),
@@ -119,7 +127,7 @@ def test_name_in_every_format_is_bound(kind: str) -> None:
     assert planned.warnings == ()
 
 
-@pytest.mark.parametrize("rules", [SETUP_LINK, NAME_SLOT, {}])
+@pytest.mark.parametrize("rules", [SETUP_LINK, OLD_SETUP_LINK, NAME_SLOT, {}])
 @pytest.mark.parametrize("kind", CONFIGURED)
 def test_plan_for_the_changed_guest_is_empty(kind: str, rules: dict[str, str]) -> None:
     guest = Guest({**CONFIGURED[kind], **rules})
@@ -133,7 +141,7 @@ def test_our_link_file_is_corrected_when_the_card_gets_another_address() -> None
     guest = Guest({INTERFACES: STATIC, **SETUP_LINK})
     guest.apply(plan(guest, Nic(A)).edits)
     guest.apply(plan(guest, Nic(B)).edits)
-    assert f"MACAddress={B}\n" in decode(guest.files[LINK])
+    assert f"PermanentMACAddress={B}\n" in decode(guest.files[LINK])
     assert plan(guest, Nic(B)) == FixPlan()
 
 
@@ -146,6 +154,42 @@ def test_rule_is_appended_where_udev_does_not_read_link_files() -> None:
         + 'SUBSYSTEM=="net", ACTION=="add", DRIVERS=="?*", '
         + f'ATTR{{address}}=="{A}", ATTR{{dev_id}}=="0x0", ATTR{{type}}=="1", NAME="ens192"\n'
     )
+
+
+@pytest.mark.parametrize(
+    "udev_program",
+    [
+        {UDEV: OLD_KEYS},  # systemd 209 to 244, with or without lists and negations in Type=
+        {"/usr/lib/systemd/systemd-udevd": OLD_KEYS, UDEV: OLD_KEYS},
+        {"/sbin/udevd": "\x7fELF eudev\0"},
+        {},
+    ],
+)
+def test_udev_that_does_not_know_a_cards_own_address_gets_a_rule_for_real_cards(udev_program: dict[str, str]) -> None:
+    """A .link file would match each VLAN on the card as well, and with a key that is unknown every card there is."""
+    (edit,) = plan(Guest({INTERFACES: STATIC, **OLD_SETUP_LINK, **udev_program}), Nic(A)).edits
+    assert (edit.path, edit.before) == (udev.RULES, None)
+    assert edit.after is not None
+    assert edit.after.split("\n")[1:] == [
+        f'SUBSYSTEM=="net", ACTION=="add", DRIVERS=="?*", ATTR{{address}}=="{A}", ATTR{{dev_id}}=="0x0", '
+        'ATTR{type}=="1", NAME="ens192"',
+        "",
+    ]
+
+
+def test_what_udev_knows_is_looked_up_where_its_program_is_whatever_the_version() -> None:
+    backported = {"/usr/lib/systemd/systemd-udevd": KEYS, "/usr/lib/systemd/libsystemd-shared-239.so": "\x7fELF"}
+    assert [edit.path for edit in plan(Guest({INTERFACES: STATIC, **OLD_SETUP_LINK, **backported}), Nic(A)).edits] == [
+        LINK
+    ]
+
+
+@pytest.mark.parametrize("before", [0, (1 << 20) - 10, 3 << 20])
+def test_key_is_found_wherever_it_is_in_the_program(before: int) -> None:
+    program = {UDEV: "\0" * before + KEYS}
+    assert [edit.path for edit in plan(Guest({INTERFACES: STATIC, **OLD_SETUP_LINK, **program}), Nic(A)).edits] == [
+        LINK
+    ]
 
 
 def test_masked_naming_rule_means_that_link_files_are_not_read() -> None:
@@ -180,6 +224,7 @@ def test_card_without_a_known_address_is_not_bound() -> None:
 
 PINNED = {
     "link": {"/etc/systemd/network/10-lan.link": f"[Match]\nMACAddress={A.upper()}\n[Link]\nName=ens192\n"},
+    "permanent": {"/etc/systemd/network/10-lan.link": f"[Match]\nPermanentMACAddress={A}\n[Link]\nName=ens192\n"},
     "rule": {
         udev.RULES: f'SUBSYSTEM=="net", ACTION=="add", DRIVERS=="?*", ATTR{{address}}=="{A}", ATTR{{dev_id}}=="0x0", '
         'ATTR{type}=="1", KERNEL=="eth*", NAME="ens192"\n'
@@ -206,7 +251,7 @@ def test_rule_that_only_the_old_card_meets_is_evidence_for_a_new_one(rule: str) 
         (LINK, "/etc/udev/rules.d/10-a.rules gave it the name")
     ]
     assert planned.edits[0].after is not None
-    assert f"MACAddress={A}\n" in planned.edits[0].after
+    assert f"PermanentMACAddress={A}\n" in planned.edits[0].after
 
 
 @pytest.mark.parametrize(
@@ -501,6 +546,21 @@ def test_match_section_of_networkd_becomes_interfaces(match: str, expected: list
     assert list(keyfile.networkd(f"[Match]\n{match}\n[Network]\nDHCP=yes\n", "f")) == expected
 
 
+NETDEVS = {"backup": "vlan", "uplink": "bond", "lan": "bridge"}
+
+
+def test_devices_that_networkd_makes_are_no_cards_whatever_they_are_called() -> None:
+    """Of a single card that its file matches by a pattern, the one name that is left would be taken for the card's."""
+    files = {"/etc/systemd/network/10.network": "[Match]\nName=en*\n[Network]\nVLAN=backup\nBond=uplink\n"}
+    for name, kind in NETDEVS.items():
+        files[f"/etc/systemd/network/{name}.netdev"] = f"[NetDev]\nName={name}\nKind={kind}\n"
+        files[f"/etc/systemd/network/{name}.network"] = f"[Match]\nName={name}\n[Network]\nAddress=10.0.4.2/24\n"
+    assert plan(Guest({**files, **SETUP_LINK}), Nic(A)) == FixPlan()
+    both = files | {"/etc/systemd/network/9.network": "[Match]\nName=ens192\n[Network]\nVLAN=backup\n"}
+    planned = plan(Guest({**both, **SETUP_LINK}), Nic(A))
+    assert ([edit.path for edit in planned.edits], planned.warnings) == ([LINK], ())
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -534,6 +594,8 @@ def test_profile_of_networkmanager_becomes_interfaces(text: str, expected: list[
         ("vlan7", "TYPE=Vlan\nPHYSDEV=ens192\nVLAN=yes\nDEVICE=vlan7\n", ["ens192"]),
         ("bond0", "DEVICE=bond0\nTYPE=Bond\nBONDING_MASTER=yes\n", []),
         ("lan", "DEVICE=lan\nTYPE=Bridge\n", []),
+        ("uplink", "DEVICE=uplink\nDEVICETYPE=Team\n", []),
+        ("ens192", "DEVICE=ens192\nDEVICETYPE=TeamPort\nTEAM_MASTER=uplink\n", ["ens192"]),
         ("lo", "DEVICE=lo\n", []),
         ("ens192.bak", "DEVICE=ens192\n", []),
         ("ens192", "#DEVICE=ens224\nMACADDR=00:50:56:aa:bb:09\n", ["ens192"]),
@@ -598,6 +660,7 @@ def test_words_that_name_no_card(word: str) -> None:
 
 PATHS = [
     *(INTERFACES, "/etc/netplan/a.yaml", "/etc/systemd/network/a.network", "/etc/systemd/network/a.link", udev.RULES),
+    "/etc/systemd/network/a.netdev",
     *("/etc/NetworkManager/system-connections/a", "/etc/sysconfig/network-scripts/ifcfg-a", "/var/lib/dhcp/a.leases"),
     *("/etc/sysconfig/network/ifcfg-a", "/etc/default/grub"),
 ]
