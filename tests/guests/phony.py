@@ -315,7 +315,7 @@ def _write_tree(archive: Path, family: Family, disk: Disk) -> list[str]:
     files["etc/hostname"] = b"web01\n"
     files["var/log/recorded"] = b""
     directories = ["dev", "proc", "sys", "root", "tmp", "var/tmp", "var/lib/rpm", "etc/dracut.conf.d"]
-    directories += ["etc/systemd/network"] if family.merged else []
+    directories += ["etc/systemd/network", "etc/udev/rules.d"] if family.merged else []
     for kernel in family.kernels:
         files |= _kernel(kernel, family)
     files |= {f"boot/efi/{name}": b"MZ" + name.encode() for name in family.loaders}
