@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -63,13 +63,6 @@ def uuid_taken(connection: Any, uuid: str, job: str) -> bool:
         return any(other.uuid == uuid and other.job != job for other in existing_domains(connection))
 
 
-def runs_already(connection: Any, domain: Domain) -> bool:
-    """Whether the domain that this job made runs. Raise MigrationError (libvirt_unavailable)."""
-    ours = (domain.name, domain.uuid, domain.job, True)
-    with translated(Code.LIBVIRT_UNAVAILABLE):
-        return any((one.name, one.uuid, one.job, one.active) == ours for one in existing_domains(connection))
-
-
 @dataclass(frozen=True)
 class ExistingDomain:
     """A domain that libvirt has.
@@ -111,6 +104,22 @@ def _disks(connection: Any, domain: ET.Element) -> Iterator[str]:
         elif (pool := source.get("pool")) and (volume := source.get("volume")):
             with contextlib.suppress(libvirt.libvirtError):  # the pool or the volume is not there any more
                 yield connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path()
+
+
+def users_of(connection: Any, files: Iterable[Path]) -> list[ExistingDomain]:
+    """The domains that refer to one of the files. Raise MigrationError (libvirt_unavailable)."""
+    wanted = {os.path.realpath(file) for file in files}
+    with translated(Code.LIBVIRT_UNAVAILABLE):
+        existing = existing_domains(connection)
+    return [domain for domain in existing if wanted & {os.path.realpath(disk) for disk in domain.disks}]
+
+
+def runs_already(connection: Any, files: Iterable[Path], job: str) -> bool:
+    """Whether the domain that this job made runs on what it published: then the import is done.
+
+    Raise MigrationError (libvirt_unavailable).
+    """
+    return any(domain.active and domain.job == job for domain in users_of(connection, files))
 
 
 def conflicts(existing: list[ExistingDomain], name: str, uuid: str, job: str) -> Iterator[MigrationError]:

@@ -134,7 +134,7 @@ def make_plan(
     if convert and (defines or boot):
         with problems, connect(settings.libvirt.uri) as connection:
             domain = replace(domain, virt_type=virt_type(connection, acceleration))
-            imported = defines and bool(published) and runs_already(connection, domain)
+            imported = defines and runs_already(connection, published, job.id)
             if defines and not imported:
                 domain = _check_target(connection, job, domain, uuid, directory, problems)
             # Last, as it writes into the output directory, and starts QEMU.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import libvirt
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.hypervisor.connection import connect, translated
-from hyper2kvmd.hypervisor.preflight import ExistingDomain, existing_domains
+from hyper2kvmd.hypervisor.preflight import runs_already, users_of
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import Job
 from hyper2kvmd.text import show
@@ -26,13 +27,13 @@ def is_imported(job: Job) -> bool:
     A libvirt that does not answer cannot say so.
     """
     files = steps.published(job.work_dir)
-    if not files:
-        return False
     try:
-        with connect(job.settings.libvirt.uri) as connection, translated(Code.LIBVIRT_UNAVAILABLE):
-            return any(domain.active and domain.job == job.id for domain in _users(existing_domains(connection), files))
+        if files:
+            with connect(job.settings.libvirt.uri) as connection:
+                return runs_already(connection, files, job.id)
     except MigrationError:
-        return False
+        pass
+    return False
 
 
 def undo(job: Job) -> Finding | None:
@@ -44,12 +45,12 @@ def undo(job: Job) -> Finding | None:
     if files:
         try:
             with connect(job.settings.libvirt.uri) as connection, translated(Code.LIBVIRT_UNAVAILABLE):
-                users = _users(existing_domains(connection), files)
+                users = users_of(connection, files)
                 if other := next((one for one in users if one.job != job.id or one.active), None):
                     how, virsh = ("runs on", ["destroy"]) if other.active else ("has", [])
                     # Its own domain is undefined by the next cancel.
                     commands = [*virsh, *(["undefine"] if other.job != job.id else [])]
-                    remedy = " and ".join(f"`virsh {command} {other.name}`" for command in commands)
+                    remedy = " and ".join(f"`virsh {command} {shlex.quote(other.name)}`" for command in commands)
                     return _kept(files, f"the domain {show(other.name)} {how} them", f"run {remedy}")
                 if opened := next((file for file in files if _in_use(file)), None):
                     return _kept(files, f"a process uses {opened}", f"find it with `fuser -v {opened}`, and end it")
@@ -73,12 +74,6 @@ def _kept(files: Sequence[Path], why: str, remedy: str) -> Finding:
         f"If nobody needs them, {remedy[0].lower()}{remedy[1:].rstrip('.')}; then run `hyper2kvmctl cancel` once more,"
         " which removes them.",
     )
-
-
-def _users(domains: Sequence[ExistingDomain], files: Sequence[Path]) -> list[ExistingDomain]:
-    """The domains that refer to one of the files."""
-    wanted = {os.path.realpath(file) for file in files}
-    return [domain for domain in domains if wanted & {os.path.realpath(disk) for disk in domain.disks}]
 
 
 def _in_use(file: Path) -> bool:
