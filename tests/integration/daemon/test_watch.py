@@ -238,7 +238,8 @@ def test_a_directory_that_goes_and_comes_back_is_watched_again(
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     check_none_lost_none_twice(scratch, ["first", "second", "third"])
-    assert 1 == output.count("No such file or directory"), "said once, not at every scan"
+    # The first prune, a process of its own, may meet the gap, too.
+    assert 1 == output.count(f"cannot read {root}: No such file or directory"), "said once, not at every scan"
 
 
 def test_events_come_again_after_the_directory_was_replaced(tmp_path: Path) -> None:
