@@ -341,7 +341,7 @@ def _small(directory: Path, kind: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _libvirt(root: Path, account: str) -> Iterator[Libvirt]:
-    with session(root, account) as uri:
+    with session(root, account, alone=True) as uri:
         pid = int((root / "libvirt" / "pid").read_text())
         namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
         libvirt = Libvirt(root / "libvirt", uri, pid, namespace)
@@ -449,10 +449,11 @@ def _one_report(here: Site, vm: Vm) -> dict[str, Any]:
 
 def _complete(vm: Vm, source: Path, format: str, final: Path) -> None:
     """Check that a published disk is whole, and holds what the source holds."""
-    command = ["qemu-img", "check", "-q", "-f", "qcow2", str(final)]
+    # -U: a VM may run on it.
+    command = ["qemu-img", "check", "-q", "-U", "-f", "qcow2", str(final)]
     if not vm.fixed:
         # What FIX wrote is proved by the product itself (validate.compare); here it is only known to differ.
-        command = ["qemu-img", "compare", "-f", format, "-F", "qcow2", str(source), str(final)]
+        command = ["qemu-img", "compare", "-U", "-f", format, "-F", "qcow2", str(source), str(final)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{final.name} is published and not whole: {done.stdout}{done.stderr}"
     links = final.stat().st_nlink

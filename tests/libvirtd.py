@@ -13,12 +13,13 @@ from pathlib import Path
 
 
 @contextmanager
-def session(directory: Path, account: str = "root") -> Iterator[str]:
+def session(directory: Path, account: str = "root", *, alone: bool = False) -> Iterator[str]:
     """The URI of a libvirt with the QEMU driver that leaves the host's own alone.
 
     For everybody but root that is qemu:///session, which starts its own daemon. For root the same name means the
     host's libvirt, so a daemon is started whose configuration and state are on file systems of its own, in a mount
-    namespace that ends with it. account: as whom its QEMU runs. Root may enter the scratch directories of tests, which
+    namespace that ends with it. alone: in a network of its own, too, so that the guests of several have ports enough.
+    account: as whom its QEMU runs. Root may enter the scratch directories of tests, which
     are closed to all others; what holds on a host as its distribution ships it is for the tests in tests/e2e.
     """
     if os.geteuid() != 0:
@@ -32,6 +33,7 @@ def session(directory: Path, account: str = "root") -> Iterator[str]:
     config = run / "libvirtd.conf"
     config.write_text(f'unix_sock_dir = "{run}"\nauth_unix_ro = "none"\nauth_unix_rw = "none"\nlog_level = 3\n')
     script = (
+        f"{'ip link set lo up && ' if alone else ''}"
         # The images stay in sight, for guests that are started.
         f"mkdir -p {run}/images && mount --bind /var/lib/libvirt/images {run}/images || exit 1;"
         " for d in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt /run/libvirt; do"
@@ -45,7 +47,7 @@ def session(directory: Path, account: str = "root") -> Iterator[str]:
     )
     with (run / "log").open("wb") as log:
         process = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
+            ["unshare", "--mount", *(["--net"] if alone else []), "--propagation", "private", "sh", "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
