@@ -36,7 +36,6 @@ from tests.e2e.test_systemd import (
     SETTINGS,
     calls,
     content,
-    hand_over,
     hold,
     images,
     is_same,
@@ -46,7 +45,6 @@ from tests.e2e.test_systemd import (
     report,
     show,
 )
-from tests.guests.build import export
 
 # The package as a file ------------------------------------------------------------------------------------
 
@@ -185,15 +183,6 @@ def test_an_export_is_migrated_by_the_services_user(machine: Container, drop: Dr
     assert is_same(machine, name)
     files = (of_export(name, "migration-report.json"), f"{IMAGES}/{name}-disk-0.qcow2")
     assert {"hyper2kvm"} == set(machine.run("stat", "-c", "%U", *files).split())
-
-
-def test_a_guest_is_fixed_inside_the_sandbox(machine: Container, tmp_path: Path) -> None:
-    name = hand_over(machine, export("debian12-bios", tmp_path, vm_name="guest"))
-    document = report(machine, name, 900)
-    assert "succeeded" == document["status"], document["error"]
-    proofs = document["results"]["fix"]["proofs"]
-    assert proofs
-    assert all(proof["ok"] for proof in proofs)
 
 
 def test_an_upgrade_waits_for_the_jobs_that_run(machine: Container, drop: Drop, packages: dict[str, Path]) -> None:
