@@ -51,7 +51,7 @@ UNIT := tests/unit
 OTHERS := tests/integration tests/e2e
 
 .PHONY: test
-test: deps package-deps venv lint ## what every change must pass: 15 minutes, 30 the first time
+test: deps package-deps venv lint ## what every change must pass: up to half an hour
 	$(call pytest,unit,$(UNIT))
 	$(call pytest,test,$(OTHERS))
 	@$(call SAY,unit test)
