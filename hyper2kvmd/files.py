@@ -145,6 +145,12 @@ def trouble(error: OSError) -> Trouble:
     return _TROUBLES.get(error.errno or 0, "other")
 
 
+def remedy(error: OSError) -> str:
+    """What to do about an error of the operating system, as the beginning of a sentence."""
+    text = REMEDIES[trouble(error)]
+    return f"{text[0].upper()}{text[1:]}"
+
+
 def explained(error: OSError, where: Path | None = None) -> str:
     """An error of the operating system in words: the path, if there is one, and the reason.
 
@@ -211,11 +217,6 @@ def grant(fd: int | str, uid: int, rights: int) -> None:
     _set_access_list(fd, [*(entry for entry in _access_list(fd) if entry[::2] != theirs[::2]), theirs])
 
 
-def revoke(fd: int, uid: int) -> None:
-    """Take another user's entry away again, and all that it brought about. Raise OSError."""
-    _set_access_list(fd, [entry for entry in _access_list(fd) if entry[::2] != (_USER, uid)])
-
-
 @contextlib.contextmanager
 def granted(path: Path, uid: int, rights: int) -> Iterator[None]:
     """Let another user at a file of ours for a while; on a file system without access control lists, nothing is done.
@@ -230,7 +231,7 @@ def granted(path: Path, uid: int, rights: int) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                revoke(fd, uid)
+                _set_access_list(fd, [entry for entry in _access_list(fd) if entry[::2] != (_USER, uid)])
     finally:
         os.close(fd)
 

@@ -667,6 +667,13 @@ def failing(calls: str, error: str) -> Inject:
     return inject
 
 
+def until_stage(here: Site, runner: int, stage: str, seconds: float = PATIENCE_SECONDS) -> None:
+    """Wait for the beginning of a stage, or the end of the runner."""
+    for _ in waiting(f"{stage} does not begin", seconds):
+        if re.search(rf"stage started .* stage={stage} ", here.log()) or not is_alive(runner):
+            break
+
+
 def until_dead(runner: int) -> None:
     """Wait for the end of a runner."""
     for _ in waiting("the runner does not end"):
@@ -796,17 +803,25 @@ def libvirt_before(here: Site, rng: random.Random) -> int:
     return 1
 
 
+def at_request(here: Site, rng: random.Random, *, defines: float, others: tuple[int, int]) -> tuple[Vm, int, bool]:
+    """A VM whose runner stands still after a request to libvirt, the runner, and whether it came as far as that.
+
+    defines: how often the request is that to define the domain; else it is one of those with a number in `others`.
+    """
+    vm = here.drop(rng)
+    here.arm(vm, options=["-f", "-b", "execve", "-e", "trace=write", "-e", "inject=write:signal=STOP"])
+    here.start()
+    runner = here.caught(vm)
+    words, wanted = (DEFINE, 1) if rng.random() < defines else (REQUEST, rng.randint(*others))
+    return vm, runner, stop_at(runner, here.trace(vm), wanted, words) == wanted
+
+
 def in_define(how: str) -> Inject:
     """Do it to libvirtd when the runner has just asked it to define the domain, or for something else."""
 
     def inject(here: Site, rng: random.Random) -> int:
         assert here.libvirt
-        vm = here.drop(rng)
-        here.arm(vm, options=["-f", "-b", "execve", "-e", "trace=write", "-e", "inject=write:signal=STOP"])
-        here.start()
-        runner = here.caught(vm)
-        words, wanted = (DEFINE, 1) if rng.random() < 0.5 else (REQUEST, rng.randint(1, 16))
-        hit = stop_at(runner, here.trace(vm), wanted, words) == wanted
+        _, runner, hit = at_request(here, rng, defines=0.5, others=(1, 16))
         if hit and how == "paused":
             os.kill(here.libvirt.pid, signal.SIGSTOP)
         elif hit:
@@ -826,12 +841,7 @@ def cancelled(here: Site, rng: random.Random) -> int:
     """Kill the runner after a request to libvirt, which may have started the VM, and have the job cancelled."""
     assert here.libvirt
     here.settings = _changed(here.settings, "libvirt", start=True)
-    vm = here.drop(rng)
-    here.arm(vm, options=["-f", "-b", "execve", "-e", "trace=write", "-e", "inject=write:signal=STOP"])
-    here.start()
-    runner = here.caught(vm)
-    words, wanted = (DEFINE, 1) if rng.random() < 0.3 else (REQUEST, rng.randint(8, 30))
-    hit = stop_at(runner, here.trace(vm), wanted, words) == wanted
+    vm, runner, hit = at_request(here, rng, defines=0.3, others=(8, 30))
     if hit:
         requests.ask(here.export(vm), CANCEL)
         kill(here, runner, victims="runner")
@@ -847,9 +857,7 @@ def in_boot_test(here: Site, rng: random.Random) -> int:
     here.arm(vm)
     here.start()
     runner = here.caught(vm)
-    for _ in waiting("the boot test does not begin"):
-        if re.search(r"stage started .* stage=boot ", here.log()) or not is_alive(runner):
-            break
+    until_stage(here, runner, "boot")
     time.sleep(rng.uniform(0, 1.5))
     return kill(here, runner, victims="runner") if is_alive(runner) else 0
 
@@ -923,9 +931,7 @@ def in_stage(stage: str, seconds: float) -> Inject:
         here.arm(vm)
         here.start()
         runner = here.caught(vm)
-        for _ in waiting(f"{stage} does not begin", 600):
-            if re.search(rf"stage started .* stage={stage} ", here.log()) or not is_alive(runner):
-                break
+        until_stage(here, runner, stage, 600)
         time.sleep(rng.uniform(0, seconds))
         if not is_alive(runner):
             return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import structlog
 
 from hyper2kvmd.errors import Code, Finding
-from hyper2kvmd.files import REMEDIES, explained, fsync_directory, trouble
+from hyper2kvmd.files import explained, fsync_directory, remedy
 from hyper2kvmd.queue import answer
 from hyper2kvmd.queue.handover import Ticket, answered, take, tickets
 from hyper2kvmd.queue.state import Facts
@@ -108,6 +108,5 @@ def _say(settings: Settings, due: answer.Due) -> None:
 
 
 def _cannot(error: OSError, directory: Path | None) -> Finding:
-    remedy = REMEDIES[trouble(error)]
     message = f"{explained(error, directory)}: what exporters hand over cannot be worked off"
-    return Finding(Code.IO_ERROR, message, f"{remedy[0].upper()}{remedy[1:]}; `hyper2kvmctl doctor` checks the queue.")
+    return Finding(Code.IO_ERROR, message, f"{remedy(error)}; `hyper2kvmctl doctor` checks the queue.")

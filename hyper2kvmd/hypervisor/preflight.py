@@ -85,11 +85,13 @@ def existing_domains(connection: Any) -> list[ExistingDomain]:
     for domain in connection.listAllDomains():
         try:
             active, xml = bool(domain.isActive()), domain.XMLDesc(0)
-            described = [ET.fromstring(text) for text in (xml, domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))]
+            # What runs may have been given other disks for its next start.
+            following = [domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)] if active else []
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:  # undefined since it was listed
                 continue
             raise
+        described = [ET.fromstring(text) for text in (xml, *following)]
         macs = frozenset(str(mac.get("address")).lower() for mac in described[0].findall("devices/interface/mac"))
         disks = frozenset(path for one in described for path in _disks(connection, one))
         found.append(ExistingDomain(domain.name(), domain.UUIDString(), active, job_of(xml), macs, disks))
@@ -109,6 +111,8 @@ def _disks(connection: Any, domain: ET.Element) -> Iterator[str]:
 def users_of(connection: Any, files: Iterable[Path]) -> list[ExistingDomain]:
     """The domains that refer to one of the files. Raise MigrationError (libvirt_unavailable)."""
     wanted = {os.path.realpath(file) for file in files}
+    if not wanted:
+        return []
     with translated(Code.LIBVIRT_UNAVAILABLE):
         existing = existing_domains(connection)
     return [domain for domain in existing if wanted & {os.path.realpath(disk) for disk in domain.disks}]

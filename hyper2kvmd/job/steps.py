@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -340,11 +340,16 @@ def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _remove_all_but(job: Job, plan: Plan, keep: set[str]) -> None:
-    for directory in {disk.final.parent for disk in plan.disks} if plan.convert else ():
-        for leftover in directory.glob(f".*.{job.id}.*.partial"):
+def remove_partials(id: str, directories: Iterable[Path], keep: Set[str] = frozenset()) -> None:
+    """Remove what attempts of a job have in the directories that disks go to, also what none could note any more."""
+    for directory in directories:
+        for leftover in directory.glob(f".*.{id}.*.partial"):
             if str(leftover) not in keep:
                 leftover.unlink(missing_ok=True)
+
+
+def _remove_all_but(job: Job, plan: Plan, keep: set[str]) -> None:
+    remove_partials(job.id, {disk.final.parent for disk in plan.disks} if plan.convert else (), keep)
     if job.work_dir.is_dir():
         for leftover in job.work_dir.iterdir():
             if leftover.is_dir() and not leftover.is_symlink():

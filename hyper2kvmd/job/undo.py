@@ -59,10 +59,7 @@ def undo(job: Job) -> Finding | None:
         except MigrationError as error:
             return _kept(files, f"libvirt did not say that no VM uses them: {error.message}", error.hint)
     steps.undo(job.work_dir)
-    # Of an attempt that died before it noted what it wrote.
-    for directory in (job.settings.output_dir, *job.settings.output.allowed_dirs):
-        for leftover in directory.glob(f".*.{job.id}.*.partial"):
-            leftover.unlink(missing_ok=True)
+    steps.remove_partials(job.id, (job.settings.output_dir, *job.settings.output.allowed_dirs))
     return None
 
 

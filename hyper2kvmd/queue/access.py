@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from hyper2kvmd.files import grant, open_file
 
@@ -45,18 +46,29 @@ def open_shared(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> i
     try:
         return open_file(path, dir_fd=dir_fd)
     except PermissionError as denied:
-        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # a second name may be that of anything
+        with pinned(path, dir_fd=dir_fd) as (there, status):
+            if status is None:
                 raise
             try:
-                grant(f"/proc/self/fd/{fd}", os.geteuid(), os.R_OK)
+                grant(there, os.geteuid(), os.R_OK)
             except OSError:
                 raise denied from None
-            return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        finally:
-            os.close(fd)
+            return os.open(there, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+@contextlib.contextmanager
+def pinned(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> Iterator[tuple[str, os.stat_result | None]]:
+    """A path that leads to the file which has a name now, whatever gets the name meanwhile, and the file's status.
+
+    The status is None unless it is a regular file with one name: a second may be that of anything. Raise OSError.
+    """
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        status = os.fstat(fd)
+        plain = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+        yield f"/proc/self/fd/{fd}", status if plain else None
+    finally:
+        os.close(fd)
 
 
 def forgo_capabilities() -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyper2kvmd.errors import MEANING, Code, MigrationError
 from hyper2kvmd.files import open_directory, open_file, remove_leftovers, timestamp, user_name, write_durably
-from hyper2kvmd.queue.access import let_in, open_shared
+from hyper2kvmd.queue.access import let_in, open_shared, pinned
 from hyper2kvmd.queue.export import Export
 from hyper2kvmd.queue.names import ASKED, CANCEL, LOCK, REPORT
 
@@ -118,8 +118,10 @@ def claim_export(directory: Path) -> Claim:
             lock_fd = _open_lock(fd)
         except PermissionError:
             let_in(fd)
-            with contextlib.suppress(FileNotFoundError):
-                _let_in_to_lock(fd)
+            with contextlib.suppress(FileNotFoundError), pinned(LOCK, dir_fd=fd) as (lock, status):
+                # As a command of root's makes it where there is no service's user.
+                if status is not None and status.st_uid == 0:
+                    let_in(lock)
             lock_fd = _open_lock(fd)
     except OSError as error:
         os.close(fd)
@@ -180,17 +182,6 @@ def _let_in_files(dir_fd: int) -> None:
 
 def _open_lock(dir_fd: int) -> int:
     return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o640, dir_fd=dir_fd)
-
-
-def _let_in_to_lock(dir_fd: int) -> None:
-    """Let this process's user write to a lock that root made, as a command of root's does without a service's user."""
-    fd = os.open(LOCK, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-    try:
-        status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode) and status.st_uid == 0 and status.st_nlink == 1:
-            let_in(f"/proc/self/fd/{fd}")
-    finally:
-        os.close(fd)
 
 
 def holder(directory: Path) -> dict[str, Any]:

@@ -20,13 +20,12 @@ from typing import Any
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import (
     OURS,
-    REMEDIES,
     explained,
     inside,
     open_directory,
     open_directory_of,
     open_file,
-    trouble,
+    remedy,
 )
 from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
 from hyper2kvmd.queue.access import open_shared
@@ -90,9 +89,8 @@ def look_or_reason(directory: Path, settings: Settings) -> Facts | Finding | Non
     except FileNotFoundError:
         return None
     except OSError as error:
-        remedy = REMEDIES[trouble(error)]
-        hint = f"{remedy[0].upper()}{remedy[1:]}."
-        return Finding(Code.IO_ERROR, f"{explained(error, directory)}: the export cannot be looked at", hint)
+        message = f"{explained(error, directory)}: the export cannot be looked at"
+        return Finding(Code.IO_ERROR, message, f"{remedy(error)}.")
 
 
 def exports(settings: Settings) -> tuple[list[Path], list[str]]:

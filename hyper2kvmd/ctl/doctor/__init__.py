@@ -33,7 +33,7 @@ from hyper2kvmd.ctl.doctor.service import check_metrics, check_service
 from hyper2kvmd.ctl.output import print_json
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
-from hyper2kvmd.files import REMEDIES, explained, trouble
+from hyper2kvmd.files import explained, remedy
 from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.settings.model import Settings
 
@@ -75,8 +75,7 @@ def _examine(name: str, host: Host) -> list[dict[str, Any]]:
         with diagnosis:
             detail = CHECKS[name](host, diagnosis)
     except OSError as error:
-        remedy = REMEDIES[trouble(error)]
-        hint = f"{remedy[0].upper()}{remedy[1:]}, or change the setting."
+        hint = f"{remedy(error)}, or change the setting."
         diagnosis.errors.append(MigrationError(Code.IO_ERROR, explained(error), hint))
     found = [("failed", finding) for finding in diagnosis.findings()]
     found += [("warning", finding) for finding in dict.fromkeys(diagnosis.warnings)]
