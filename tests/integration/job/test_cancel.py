@@ -25,7 +25,7 @@ DISK = "web01-disk-0.qcow2"
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with session(tmp_path_factory.mktemp("libvirtd")) as uri:
+    with session(tmp_path_factory.mktemp("libvirtd"), alone=True) as uri:
         yield uri
 
 
