@@ -44,6 +44,7 @@ class Code(StrEnum):
     GUEST_ENCRYPTED = "guest_encrypted"
     GUEST_DIRTY = "guest_dirty"
     GUEST_SPACE = "guest_space"
+    DEVICE_UNCERTAIN = "device_uncertain"
     FIX_FAILED = "fix_failed"
     FIX_UNPROVED = "fix_unproved"
     APPLIANCE_FAILED = "appliance_failed"
@@ -113,6 +114,9 @@ MEANING: dict[Code, Meaning] = {
     Code.GUEST_ENCRYPTED: Meaning(Outcome.BLOCKED, "the guest's disks are encrypted"),
     Code.GUEST_DIRTY: Meaning(Outcome.BLOCKED, "a file system in the guest is damaged or hibernated"),
     Code.GUEST_SPACE: Meaning(Outcome.BLOCKED, "the guest has too little free space for a new initramfs"),
+    Code.DEVICE_UNCERTAIN: Meaning(
+        Outcome.BLOCKED, "a device that the guest starts from is missing, or cannot be told from another one"
+    ),
     Code.FIX_FAILED: Meaning(Outcome.FAILED, "a change inside the guest failed"),
     Code.FIX_UNPROVED: Meaning(Outcome.FAILED, "the changed guest does not hold what it needs to boot on virtio"),
     Code.APPLIANCE_FAILED: Meaning(Outcome.RETRY, "the libguestfs appliance could not be started"),

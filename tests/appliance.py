@@ -31,6 +31,7 @@ LENSES = "/usr/share/augeas/lenses/dist"
 # fstab and mdadm.conf, and what their descriptions are made of
 NEEDED = {f"{name}.aug" for name in ("build", "fstab", "mdadm_conf", "rx", "sep", "util")}
 MEMORY_MB = 1280
+DISKS = 3  # of a guest in the workshop, at most
 
 
 def fixed() -> Path:
@@ -92,35 +93,44 @@ class Workshop:
         self._answers = self._socket.makefile()
         self._answers.readline()  # a greeting
         self._tell("qmp_capabilities")
-        self._device = self._first()
-        self._node = ""
+        self._devices = self._empty()
+        self._nodes: list[str] = []
         self._count = 0
 
-    def put_in(self, disk: Path, format: str) -> Session:
-        """Take out the disk of before, whatever state it is in, and put in this one."""
+    def put_in(self, disk: Path, format: str, *more: tuple[Path, str]) -> Session:
+        """Take out the disks of before, whatever state they are in, and put in these."""
         self.g.umount_all()
         self.g.vg_activate_all(False)
-        self._tell("device_del", id=self._device)
+        for array in self.g.list_md_devices():
+            self.g.md_stop(array)
+        for device in self._devices:
+            self._tell("device_del", id=device)
         self._wait([])
-        if self._node:
-            self._let_go(self._node)
-        self._count += 1
-        self._node, self._device = f"disk{self._count}", f"drive{self._count}"
-        file = {"driver": "file", "filename": str(disk)}
-        node = {"driver": format, "node-name": self._node, "file": file, "cache": {"no-flush": True}}
-        self._tell("blockdev-add", **node)
-        place = {"bus": "scsi.0", "scsi-id": 0, "lun": 0}
-        self._tell("device_add", driver="scsi-hd", drive=self._node, id=self._device, **place)
-        self._wait(["/dev/sda"])
+        for node in self._nodes:
+            self._let_go(node)
+        self._devices, self._nodes = [], []
+        disks = [(disk, format), *more]
+        for number, (path, kind) in enumerate(disks):
+            self._count += 1
+            node, device = f"disk{self._count}", f"drive{self._count}"
+            file = {"driver": "file", "filename": str(path)}
+            self._tell("blockdev-add", **{"driver": kind, "node-name": node, "file": file, "cache": {"no-flush": True}})
+            place = {"bus": "scsi.0", "scsi-id": number, "lun": 0}
+            self._tell("device_add", driver="scsi-hd", drive=node, id=device, **place)
+            self._devices.append(device)
+            self._nodes.append(node)
+            self._wait([f"/dev/sd{chr(ord('a') + number)}" for number in range(number + 1)])
         self.g.debug("sh", ["udevadm settle"])
-        return Session(self.g, (disk,), Tools())
+        return Session(self.g, tuple(path for path, _ in disks), Tools())
 
-    def _first(self) -> str:
-        """The disk that it was launched with, as QEMU calls it."""
+    def _empty(self) -> list[str]:
+        """The disks that it was launched with, as QEMU calls them."""
         listed = self._tell("qom-list", path="/machine/peripheral-anon")
         paths = [f"/machine/peripheral-anon/{one['name']}" for one in listed if one["type"] == "child<scsi-hd>"]
-        (path,) = [path for path in paths if self._tell("qom-get", path=path, property="drive") == "hd0"]
-        return path
+        drives = {f"hd{number}" for number in range(DISKS)}
+        found = [path for path in paths if self._tell("qom-get", path=path, property="drive") in drives]
+        assert DISKS == len(found)
+        return found
 
     def _tell(self, command: str, **arguments: Any) -> Any:
         """Say something to QEMU, and return its answer."""
@@ -159,11 +169,9 @@ class Workshop:
 
 @contextmanager
 def workshop(directory: Path, accelerator: str) -> Iterator[Workshop]:
-    """A workshop, with an empty disk in it."""
+    """A workshop, with empty disks in it: as many as one will want at once, for their letters come before its own."""
     import guestfs
 
-    empty = directory / "empty.raw"
-    empty.write_bytes(bytes(1 << 20))
     g = guestfs.GuestFS(python_return_dict=True)
     try:
         g.set_backend("direct")
@@ -171,7 +179,10 @@ def workshop(directory: Path, accelerator: str) -> Iterator[Workshop]:
         g.set_memsize(MEMORY_MB)
         g.set_smp(2)
         g.config("-qmp", f"unix:{directory / 'monitor'},server=on,wait=off")
-        g.add_drive_opts(str(empty), format="raw")
+        for number in range(DISKS):
+            empty = directory / f"empty{number}.raw"
+            empty.write_bytes(bytes(1 << 20))
+            g.add_drive_opts(str(empty), format="raw")
         g.launch()
         yield Workshop(g, directory / "monitor")
         g.shutdown()

@@ -92,6 +92,23 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Named:
+    """A place in the guest that names a device: what it said, what it says now, and which device that is.
+
+    line: from 1, 0 where the file is not read by lines. use: a mount point, or a word of a kernel command line.
+    device: as the appliance has it, "" if it is not there, or nobody can know it. proof: how that is known, or why not.
+    """
+
+    path: str
+    line: int
+    use: str
+    before: str
+    after: str
+    device: str
+    proof: str
+
+
+@dataclass(frozen=True)
 class Proof:
     """One claim about the changed guest, whether it holds, and how we know."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +9,17 @@ from typing import Any, Literal
 
 from hyper2kvmd.domain.model import GuestSystem
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.guest import storage
+from hyper2kvmd.guest import mounts as guest_mounts
+from hyper2kvmd.guest import storage, systems
 from hyper2kvmd.guest.linux import kernels, menu
-from hyper2kvmd.guest.linux.devices import Device
+from hyper2kvmd.guest.linux import names as guest_names
+from hyper2kvmd.guest.linux.devices import Device, Names
 from hyper2kvmd.guest.linux.kernels import Kernel
 from hyper2kvmd.guest.linux.menu import Menu
+from hyper2kvmd.guest.mounts import device_of
 from hyper2kvmd.guest.session import Session, read_text
-from hyper2kvmd.guest.storage import KeyFor, device_of
+from hyper2kvmd.guest.storage import KeyFor, System
+from hyper2kvmd.guest.systems import Release
 from hyper2kvmd.text import printable
 
 ESP = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
@@ -59,10 +62,11 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection(Found):
-    """What FIX needs besides. `boot_disk` is an index into `disks`."""
+    """What FIX needs besides. `boot_disk` is an index into `disks`; `names` knows what the guest calls its devices."""
 
     boot_disk: int
     menu: Menu | None
+    names: Names
     warnings: tuple[Finding, ...]
 
 
@@ -71,51 +75,144 @@ def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint
 
     key_for: from the UUID of a LUKS container to its passphrase, or None. firmware_hint: "bios" or "uefi" decides for
     disks that are made for both. The guest stays mounted in the session.
-    Raise MigrationError: os_unknown, guest_encrypted, guest_dirty, appliance_too_old.
+    Raise MigrationError: os_unknown, guest_encrypted, guest_dirty, device_uncertain, appliance_too_old.
     """
     g = session.g
     warnings: list[Finding] = []
     disks = tuple(g.list_devices())
-    root, devices, locked = storage.find_system(g, disks, key_for, warnings)
-    esp = next((d.name for d in devices if d.part_type in (ESP, "0xef") and _has_loaders(g, d.name)), None)
-    firmware, evidence, boot_disk = _firmware(g, disks, devices, esp, firmware_hint)
-    mounts = storage.mount(g, root, disks, devices, warnings)
-    mounted = next((point for point, device in mounts.items() if device == esp), None)
-    if esp is not None and mounted is None and g.is_dir("/boot/efi"):
-        g.mount(esp, "/boot/efi")
-        mounts["/boot/efi"] = esp
-        mounted = "/boot/efi"
+    starts: list[_Start] = []
+
+    def starts_from(devices: Sequence[Device]) -> str:
+        esp = next((d.name for d in devices if d.part_type in (ESP, "0xef") and _has_loaders(g, d.name)), None)
+        starts.append(_firmware(g, disks, devices, esp, firmware_hint))
+        return "" if starts[0].disk is None else disks[starts[0].disk]
+
+    system = storage.find_system(g, disks, key_for, starts_from, warnings)
+    looked = _linux(g, system, disks, starts[0].esp, warnings) if system.is_linux else _other(g, system, disks)
+    boot_disk = starts[0].disk
     if boot_disk is None:
-        boot_disk = _disk_index(g, device_of(mounts.get("/boot", mounts["/"])))
+        boot_disk = _disk_index(g, device_of(looked.mounts.get("/boot", looked.mounts["/"])))
+    menu = looked.menu
+    return Inspection(
+        os_type=looked.os_type,
+        distro=looked.release.distro,
+        version=f"{looked.release.major}.{looked.release.minor}",
+        product_name=looked.release.product_name,
+        arch=looked.release.arch,
+        hostname=looked.release.hostname,
+        package_format=looked.release.package_format,
+        root=device_of(looked.mounts["/"]),
+        mounts=looked.mounts,
+        kernels=looked.kernels,
+        initramfs=_initramfs(g) if system.is_linux else "none",
+        bootloader=menu.loader if menu else "none",
+        firmware=starts[0].firmware,
+        firmware_evidence=starts[0].evidence,
+        esp=starts[0].esp,
+        boot_disk=boot_disk or 0,
+        disks=disks,
+        filesystems=system.devices,
+        locked=system.locked,
+        menu=menu,
+        names=looked.names,
+        serial_console=menu is not None and any("console=ttyS" in file.text for file in menu.files),
+        warnings=tuple(warnings),
+    )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What firmware starts: the ESP if it is one with loaders on it, and the index of the disk if that is known."""
+
+    firmware: Literal["bios", "uefi"]
+    evidence: str
+    disk: int | None
+    esp: str | None
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """A system that is mounted."""
+
+    os_type: str
+    release: Release
+    mounts: dict[str, str]
+    menu: Menu | None
+    kernels: tuple[Kernel, ...]
+    names: Names
+
+
+def _linux(g: Any, system: System, disks: Sequence[str], esp: str | None, warnings: list[Finding]) -> _Looked:
+    """Mount the Linux that the boot menu starts.
+
+    What seems to start is mounted first; if its own menu names another root, that is the one.
+    """
+    read = partial(read_text, g)
+    devices = {device.name: device for device in system.devices}
+    root, tried = system.root, set[str]()
+    while True:
+        tried.add(root)
+        said: list[Finding] = []
+        g.mount_ro(root, "/")
+        names = guest_names.known(read, g.glob_expand, None, disks, devices, device_of(root)).names
+        g.umount_all()
+        mounts = guest_mounts.mount(g, root, names, system.locked, said)
+        if esp is not None and esp not in mounts.values() and g.is_dir("/boot/efi"):
+            g.mount(esp, "/boot/efi")
+            mounts["/boot/efi"] = esp
+        found = menu.read(read, g.glob_expand)
+        known = guest_names.known(read, g.glob_expand, found, disks, devices, device_of(root))
+        other = _named_root(found, known.names, system.roots, root)
+        if other is None or other in tried:
+            break
+        g.umount_all()
+        root = other
+    warnings += said
+    if known.disagrees:
+        warnings.append(guest_names.disk_order(known.root, device_of(root)))
+    mounted = next((point for point, device in mounts.items() if device == esp), None)
+    release = systems.release(g, read)
+    return _Looked("linux", release, mounts, found, kernels.find(g, found, mounted), known.names)
+
+
+def _named_root(found: Menu | None, names: Names, roots: Sequence[str], root: str) -> str | None:
+    """Another of the roots, if the entry that starts by default names that one."""
+    if found is None or found.default is None:
+        return None
+    entry = found.entries[found.default]
+    device = names.find(entry.option("root"))
+    if device is None:
+        return None
+    candidates = [one for one in roots if device_of(one) == device.name]
+    flags = dict(word.partition("=")[::2] for word in entry.option("rootflags").split(","))
+    if subvolume := flags.get("subvol", "").strip("/"):
+        candidates = [one for one in candidates if one.endswith(f"{device.name}/{subvolume}")]
+    if device.name == device_of(root) and not subvolume:
+        return None
+    return next((one for one in candidates if one != root), None) if root not in candidates else None
+
+
+def _other(g: Any, system: System, disks: Sequence[str]) -> _Looked:
+    """Mount what is no Linux, of which libguestfs knows."""
+    root = system.root
+    if root not in g.inspect_get_roots():
+        g.inspect_os()
+        g.umount_all()
+    g.mount(root, "/")
     os_type = g.inspect_get_type(root)
     if os_type == "windows":
         _refuse_hibernated_windows(g, root)
-    found = menu.read(partial(read_text, g), g.glob_expand) if os_type == "linux" else None
-    major, minor = g.inspect_get_major_version(root), g.inspect_get_minor_version(root)
-    return Inspection(
-        os_type=os_type,
+    release = Release(
         distro=g.inspect_get_distro(root),
-        version=f"{major}.{minor}",
-        product_name=_product_name(g, root),
+        major=g.inspect_get_major_version(root),
+        minor=g.inspect_get_minor_version(root),
+        product_name=printable(g.inspect_get_product_name(root)),
         arch=g.inspect_get_arch(root),
         hostname=printable(g.inspect_get_hostname(root)),
         package_format=g.inspect_get_package_format(root),
-        root=device_of(root),
-        mounts=mounts,
-        kernels=kernels.find(g, found, mounted) if os_type == "linux" else (),
-        initramfs=_initramfs(g) if os_type == "linux" else "none",
-        bootloader=found.loader if found else "none",
-        firmware=firmware,
-        firmware_evidence=evidence,
-        esp=esp,
-        boot_disk=boot_disk or 0,
-        disks=disks,
-        filesystems=devices,
-        locked=locked,
-        menu=found,
-        serial_console=found is not None and any("console=ttyS" in file.text for file in found.files),
-        warnings=tuple(warnings),
     )
+    names = Names({device.name: device for device in system.devices}, {})
+    return _Looked(os_type, release, {"/": root}, None, (), names)
 
 
 def _refuse_hibernated_windows(g: Any, root: str) -> None:
@@ -126,13 +223,6 @@ def _refuse_hibernated_windows(g: Any, root: str) -> None:
             f"Windows on {device_of(root)} is hibernated (or was shut down with fast startup)",
             "Start it on VMware, run `powercfg /h off` and `shutdown /s /t 0`, and export it again.",
         )
-
-
-def _product_name(g: Any, root: str) -> str:
-    """What the system calls itself; libguestfs's answer for Debian is only the version."""
-    release = read_text(g, "/etc/os-release") or ""
-    found = re.search(r"^PRETTY_NAME=[\"']?([^\"'\n]+)", release, re.MULTILINE)
-    return printable(found[1] if found else g.inspect_get_product_name(root))
 
 
 def _initramfs(g: Any) -> str:
@@ -150,24 +240,23 @@ def _initramfs(g: Any) -> str:
     return "none"
 
 
-def _firmware(
-    g: Any, disks: Sequence[str], devices: Sequence[Device], esp: str | None, hint: str
-) -> tuple[Literal["bios", "uefi"], str, int | None]:
-    """The firmware that the disks are made for, how that was seen, and the index of the disk it starts from."""
+def _firmware(g: Any, disks: Sequence[str], devices: Sequence[Device], esp: str | None, hint: str) -> _Start:
+    """The firmware that the disks are made for, how that was seen, and what it starts."""
     sectors = [g.pread_device(disk, 512, 0) for disk in disks]
     grub_disk = next((number for number, sector in enumerate(sectors) if b"GRUB" in sector[:440]), None)
     has_bios_boot = any(device.part_type == BIOS_BOOT for device in devices)
     both = esp is not None and has_bios_boot and grub_disk is not None
     if esp is not None and (not both or hint == "uefi"):
         more = ", and so does a boot sector, but the manifest says UEFI" if both else ""
-        return "uefi", f"the EFI system partition {esp} holds boot loaders{more}", _disk_index(g, esp)
+        evidence = f"the EFI system partition {esp} holds boot loaders{more}"
+        return _Start("uefi", evidence, _disk_index(g, esp), esp)
     if grub_disk is not None:
         more = f", and {esp} is an EFI system partition with boot loaders too" if esp is not None else ""
-        return "bios", f"GRUB is in the boot sector of {disks[grub_disk]}{more}", grub_disk
+        return _Start("bios", f"GRUB is in the boot sector of {disks[grub_disk]}{more}", grub_disk, esp)
     for number, sector in enumerate(sectors):
         if any(sector[:440]) and 0x80 in sector[446:510:16]:
-            return "bios", f"{disks[number]} has boot code and an active partition", number
-    return "bios", "nothing on the disks says otherwise", None
+            return _Start("bios", f"{disks[number]} has boot code and an active partition", number, esp)
+    return _Start("bios", "nothing on the disks says otherwise", None, esp)
 
 
 def _has_loaders(g: Any, esp: str) -> bool:

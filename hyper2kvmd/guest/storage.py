@@ -1,52 +1,58 @@
-"""Opens what the guest's file systems lie on (LUKS, LVM, RAID, btrfs), picks its root, and mounts it."""
+"""Opens what the guest's file systems lie on (LUKS, LVM, RAID, btrfs), and picks its root."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.guest.linux.devices import Device, Names
+from hyper2kvmd.guest import systems
+from hyper2kvmd.guest.linux.devices import Device, work_out
+from hyper2kvmd.guest.mounts import ENCRYPTED, JOURNALED, appliance_too_old, device_of, is_subvolume, too_new
 from hyper2kvmd.guest.session import read_text
 from hyper2kvmd.text import printable
 
-FSTAB = "/etc/fstab"
 CRYPTTAB = "/etc/crypttab"
-ENCRYPTED = ("crypto_LUKS", "BitLocker")
-# File systems whose journal the appliance can replay: one that still cannot be mounted is damaged.
-_JOURNALED = ("ext2", "ext3", "ext4", "xfs", "btrfs", "vfat")
-# What names a device by what is on it, and which property of a Device that is.
-BY_CONTENT = {
-    "UUID=": "uuid",
-    "/dev/disk/by-uuid/": "uuid",
-    "LABEL=": "label",
-    "/dev/disk/by-label/": "label",
-    "PARTUUID=": "part_uuid",
-    "/dev/disk/by-partuuid/": "part_uuid",
-}
-_EXT_STATE = 1024 + 58  # where the superblock of ext2 and its successors says how the file system is
-_EXT_ERRORS = 2
-# What mount says, and the kernel to its log, of a file system that they do not know, or of which they do not know all.
-_TOO_NEW = re.compile(
-    r".*(?:unknown filesystem type|(?:unknown|unsupported) (?:optional|incompat|compat_ro|(?:read-only )?compatible"
-    r"|incompatible) ?features?).*"
-)
 _MAPPED_NAME = re.compile(r"[A-Za-z0-9._+-]{1,100}")
-
 # From the UUID of a LUKS container to its passphrase, or None if there is none.
 KeyFor = Callable[[str], str | None]
 
 
-def find_system(
-    g: Any, disks: Sequence[str], key_for: KeyFor, warnings: list[Finding]
-) -> tuple[str, tuple[Device, ...], tuple[str, ...]]:
-    """The root of the one system on the disks, as libguestfs says it, all devices, and those that stay locked.
+@dataclass(frozen=True)
+class System:
+    """What is on the disks. roots: of every Linux, as libguestfs says them; root: the one that is likely to start.
 
+    locked: the encrypted devices that nobody had a key for.
+    """
+
+    roots: tuple[str, ...]
+    root: str
+    devices: tuple[Device, ...]
+    locked: tuple[str, ...]
+
+    @property
+    def is_linux(self) -> bool:
+        """Whether the one that starts is a Linux."""
+        return self.root in self.roots
+
+
+def find_system(
+    g: Any,
+    disks: Sequence[str],
+    key_for: KeyFor,
+    starts_from: Callable[[Sequence[Device]], str],
+    warnings: list[Finding],
+) -> System:
+    """Open all devices, and find the systems on them.
+
+    starts_from: from the devices to the disk that firmware starts from, "" if that is not known.
     Raise MigrationError: os_unknown, guest_encrypted, guest_dirty, appliance_too_old.
     """
     devices = _devices(g, disks)
     _refuse_hibernated(devices)
+    boot_disk = starts_from(devices)
     opened = {
         device.name: f"luks-{device.uuid}"
         for device in devices
@@ -56,7 +62,9 @@ def find_system(
         g.lvm_scan(True)
         devices = _devices(g, disks)
         _refuse_hibernated(devices)
-    root = _choose_root(g, _roots(g, devices), devices, warnings)
+    said: list[Finding] = []
+    roots, others = _roots(g, devices)
+    root = _choose_root(g, (*roots, *others), devices, boot_disk, said)
     if opened and (names := _names_in_crypttab(g, root, disks, devices, opened)) != opened:
         # fstab and the builder of the initramfs know an encrypted device by the name that crypttab gives it.
         g.vg_activate_all(False)
@@ -68,7 +76,9 @@ def find_system(
                 _unlock(g, device, names[device.name], key_for)
         g.lvm_scan(True)
         devices = _devices(g, disks)
-        root = _choose_root(g, _roots(g, devices), devices, [])
+        roots, others = _roots(g, devices)
+        root = _choose_root(g, (*roots, *others), devices, boot_disk, [])
+    warnings += said
     locked = tuple(device.name for device in devices if device.type in ENCRYPTED and device.name not in opened)
     if locked:
         warnings.append(
@@ -79,22 +89,49 @@ def find_system(
                 "key in fix.luks_keys it is looked into as well.",
             )
         )
-    return root, devices, locked
-
-
-def device_of(mountable: str) -> str:
-    """The device of what libguestfs calls a mountable: `/dev/sda2`, or `btrfsvol:/dev/sda2/path`."""
-    if not _is_subvolume(mountable):
-        return mountable
-    # a logical volume has four parts, everything else three: /dev/mapper/name, /dev/vg/lv, /dev/sda2
-    parts = mountable.removeprefix("btrfsvol:").split("/")
-    return "/".join(parts[:3] if re.fullmatch(r"(?:[hsv]d[a-z]{1,3}\d*|md\d+(?:p\d+)?)", parts[2]) else parts[:4])
+    return System(roots, root, devices, locked)
 
 
 def _devices(g: Any, disks: Sequence[str]) -> tuple[Device, ...]:
     """Every disk, partition, array and volume with what is on it; one probe each, as probing is slow."""
-    names = dict.fromkeys([*disks, *g.list_partitions(), *g.list_md_devices(), *g.list_dm_devices(), *g.lvs()])
-    return tuple(_device(name, _probe(g, name)) for name in names)
+    partitions = g.list_partitions()
+    arrays = {name: _names_of_array(g, name) for name in g.list_md_devices()}
+    # A snapshot has all identifiers of its origin, and nobody mounts it by one of them.
+    volumes = g.lvs()
+    snapshots = _snapshots(g, volumes)
+    volumes = [name for name in volumes if name not in snapshots]
+    aliases = arrays | {name: (_mapper_name(name),) for name in volumes}
+    names = dict.fromkeys([*disks, *partitions, *arrays, *g.list_dm_devices(), *volumes])
+    return tuple(_device(name, _probe(g, name), _disk_of(name, disks), aliases.get(name, ())) for name in names)
+
+
+def _disk_of(name: str, disks: Sequence[str]) -> str:
+    return next((disk for disk in disks if re.fullmatch(rf"{re.escape(disk)}\d*", name)), "")
+
+
+def _mapper_name(volume: str) -> str:
+    """What device mapper calls /dev/VG/LV: hyphens are doubled, and one joins the two."""
+    group, name = (part.replace("-", "--") for part in volume.removeprefix("/dev/").split("/", 1))
+    return f"/dev/mapper/{group}-{name}"
+
+
+def _snapshots(g: Any, volumes: Sequence[str]) -> set[str]:
+    """The volumes that are snapshots of others; a name that one of them has and one that is none has, is not told."""
+    told: dict[str, set[bool]] = {}
+    for volume in g.lvs_full() if volumes else ():
+        told.setdefault(volume["lv_name"], set()).add(volume["lv_attr"][:1] in ("s", "S"))
+    return {volume for volume in volumes if told.get(volume.rpartition("/")[2]) == {True}}
+
+
+def _names_of_array(g: Any, name: str) -> tuple[str, ...]:
+    """What the guest may call an array, by the name in its superblock: /dev/md0, /dev/md/0, /dev/md/root."""
+    try:
+        said = str(g.md_detail(name).get("name", "")).rpartition(":")[2]
+    except RuntimeError:
+        return ()
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", said):
+        return ()
+    return (f"/dev/md/{said}", *([f"/dev/md{said}"] if said.isdigit() else []))
 
 
 def _probe(g: Any, name: str) -> dict[str, str]:
@@ -105,7 +142,7 @@ def _probe(g: Any, name: str) -> dict[str, str]:
     return probed
 
 
-def _device(name: str, probed: dict[str, str]) -> Device:
+def _device(name: str, probed: Mapping[str, str], disk: str, aliases: tuple[str, ...]) -> Device:
     return Device(
         name=name,
         type=printable(probed.get("TYPE", "")),
@@ -113,6 +150,10 @@ def _device(name: str, probed: dict[str, str]) -> Device:
         label=printable(probed.get("LABEL", "")),
         part_uuid=printable(probed.get("PART_ENTRY_UUID", "")),
         part_type=printable(probed.get("PART_ENTRY_TYPE", "")),
+        part_label=printable(probed.get("PART_ENTRY_NAME", "")),
+        member=printable(probed.get("UUID_SUB", "")),
+        aliases=aliases,
+        disk=disk,
     )
 
 
@@ -157,42 +198,35 @@ def _names_in_crypttab(
         text = read_text(g, CRYPTTAB) or ""
     finally:
         g.umount_all()
+    lines = [words for line in text.split("\n") if len(words := line.split("#", 1)[0].split()) >= 2]
+    known = work_out(disks, {device.name: device for device in devices}, (words[1] for words in lines), None).names
     names = dict(opened)
-    for line in text.split("\n"):
-        words = line.split("#", 1)[0].split()
-        if len(words) >= 2 and _MAPPED_NAME.fullmatch(words[0]):
-            found = resolve(words[1], disks, devices)
-            if found in opened and words[0] not in names.values():
-                names[found] = words[0]
+    for name, spec, *_ in lines:
+        found = known.find(spec)
+        if found and found.name in opened and _MAPPED_NAME.fullmatch(name) and name not in names.values():
+            names[found.name] = name
     return names
 
 
-def resolve(spec: str, disks: Sequence[str], devices: Sequence[Device]) -> str:
-    """The device that fstab or crypttab means by `spec`, "" if nobody knows."""
-    for start, key in BY_CONTENT.items():
-        if spec.startswith(start):
-            value = spec.removeprefix(start).strip("\"'").lower()
-            return next((device.name for device in devices if value and getattr(device, key).lower() == value), "")
-    known = {device.name: device for device in devices}
-    if spec.startswith("/dev/mapper/") and spec in known:
-        return spec
-    found = Names(disks, known).find(spec)
-    return found.name if found else ""
-
-
-def _roots(g: Any, devices: Sequence[Device]) -> list[str]:
-    """The roots that libguestfs finds. It passes over what it cannot mount, and gives up if that is a btrfs."""
-    roots: list[str] = []
+def _roots(g: Any, devices: Sequence[Device]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What can be started from: every Linux, by looking; and anything else, as libguestfs finds it."""
+    roots = systems.linux_roots(g, devices)
+    if roots:
+        return tuple(roots), tuple(systems.windows(g, devices))
+    others: list[str] = []
     try:
-        roots = g.inspect_os()
+        others = g.inspect_os()
     finally:
-        for device in devices if not roots else ():
-            if device.type in _JOURNALED and (why := _too_new(g, device.name)):
-                raise _appliance_too_old(device.name, device.type, why)
-    return roots
+        # libguestfs passes over what it cannot mount, and gives up if that is a btrfs.
+        for device in devices if not others else ():
+            if device.type in JOURNALED and (why := too_new(g, device.name)):
+                raise appliance_too_old(device.name, device.type, why)
+    return (), tuple(others)
 
 
-def _choose_root(g: Any, roots: Sequence[str], devices: Sequence[Device], warnings: list[Finding]) -> str:
+def _choose_root(
+    g: Any, roots: Sequence[str], devices: Sequence[Device], boot_disk: str, warnings: list[Finding]
+) -> str:
     if not roots:
         if encrypted := [f"{device.name} (UUID {device.uuid})" for device in devices if device.type in ENCRYPTED]:
             raise MigrationError(
@@ -209,8 +243,12 @@ def _choose_root(g: Any, roots: Sequence[str], devices: Sequence[Device], warnin
             "Check that the export has all disks of the VM; for a VM without a known system set fix.enabled to false "
             "in the manifest, or fix.allow_unsupported in the settings.",
         )
-    default = _default_subvolume(g, device_of(roots[0])) if len(roots) > 1 and _is_subvolume(roots[0]) else ""
-    root = pick_root(roots, default)
+    on = {device.name: device.disk for device in devices}
+    # What the firmware starts is on its disk, as a rule; the boot menu has the last word.
+    ordered = sorted(roots, key=lambda root: on.get(device_of(root)) != boot_disk)
+    first = [root for root in ordered if device_of(root) == device_of(ordered[0])]
+    default = _default_subvolume(g, device_of(first[0])) if any(map(is_subvolume, first)) else ""
+    root = pick_root(first, default)
     others = {device_of(other) for other in roots} - {device_of(root)}
     if others:
         warnings.append(
@@ -231,13 +269,9 @@ def pick_root(roots: Sequence[str], default_subvolume: str) -> str:
     that is not a snapshot.
     """
     for root in roots:
-        if default_subvolume and _is_subvolume(root) and root.endswith(f"/{default_subvolume}"):
+        if default_subvolume and is_subvolume(root) and root.endswith(f"/{default_subvolume}"):
             return root
     return next((root for root in roots if "snapshots/" not in root), roots[0])
-
-
-def _is_subvolume(mountable: str) -> bool:
-    return mountable.startswith("btrfsvol:")
 
 
 def _default_subvolume(g: Any, device: str) -> str:
@@ -248,87 +282,3 @@ def _default_subvolume(g: Any, device: str) -> str:
                      if v["btrfssubvolume_id"] == number), "")  # fmt: skip
     finally:
         g.umount_all()
-
-
-def mount(
-    g: Any, root: str, disks: Sequence[str], devices: Sequence[Device], warnings: list[Finding]
-) -> dict[str, str]:
-    """Mount the system by its own fstab, shortest mount point first, and return what is mounted where.
-
-    Raise MigrationError (guest_dirty, appliance_too_old) for a file system that is there and cannot be mounted.
-    """
-    types = {device.name: device.type for device in devices}
-    points: dict[str, str] = g.inspect_get_mountpoints(root)
-    points["/"] = root  # found by looking; the name in fstab may be one that only the old controller gave
-    mounted: dict[str, str] = {}
-    _mount_one(g, "/", root, types, mounted, warnings)
-    text = read_text(g, FSTAB) or ""
-    # libguestfs leaves out what it cannot resolve, such as a name that it does not know from crypttab.
-    for spec, point in re.findall(r"^[ \t]*([^\s#]\S*)[ \t]+(/\S+)[ \t]", text, re.MULTILINE):
-        if point not in points and (found := resolve(spec, disks, devices)) and types[found] in _JOURNALED:
-            points[point] = found
-        # And it was seen to take the name of a disk that is not in the export for another one.
-        if point in points and point != "/" and Names(disks, {}).lacks(spec):
-            del points[point]
-    for point in sorted(points, key=len):
-        if point not in mounted:
-            _mount_one(g, point, points[point], types, mounted, warnings)
-    return mounted
-
-
-def _mount_one(
-    g: Any, point: str, mountable: str, types: Mapping[str, str], mounted: dict[str, str], warnings: list[Finding]
-) -> None:
-    device = device_of(mountable)
-    type = types.get(device, "")
-    try:
-        # A kernel that found errors leaves this mark; changes on top of them could make it worse.
-        if type.startswith("ext") and g.pread_device(device, 1, _EXT_STATE)[0] & _EXT_ERRORS:
-            raise RuntimeError("it is marked as having errors")
-        g.mount(mountable, point)
-    except RuntimeError as error:
-        said = printable(str(error), 400)
-        if point == "/" or type in _JOURNALED:
-            if why := _too_new(g, mountable):
-                raise _appliance_too_old(mountable, type, why) from None
-            raise MigrationError(
-                Code.GUEST_DIRTY,
-                f"the file system of {printable(point)} on {printable(mountable)} cannot be used: {said}",
-                "Start the guest on VMware, run fsck on that file system, shut down properly, and export again.",
-            ) from None
-        warnings.append(
-            Finding(
-                "not_mounted",
-                f"{printable(point)} ({printable(mountable)}) cannot be mounted: {said}",
-                "Check that the export has all disks of the VM.",
-            )
-        )
-    else:
-        mounted[point] = mountable
-
-
-def _too_new(g: Any, mountable: str) -> str:
-    """What of a file system is newer than the appliance, in the words of its kernel or of mount; "" if nothing is.
-
-    All that is mounted is unmounted: where somebody asks, nothing can be done with the guest.
-    """
-    g.umount_all()
-    last = g.dmesg().rstrip("\n").rpartition("\n")[2]
-    try:
-        g.mount(mountable, "/")
-    except RuntimeError as error:
-        said = _TOO_NEW.search(g.dmesg().rpartition(last)[2]) or _TOO_NEW.search(str(error))
-        return printable(said[0].strip(), 400) if said else ""
-    finally:
-        g.umount_all()
-    return ""
-
-
-def _appliance_too_old(mountable: str, type: str, why: str) -> MigrationError:
-    return MigrationError(
-        Code.APPLIANCE_TOO_OLD,
-        f"the file system {type} on {printable(mountable)} is newer than the libguestfs appliance of this host: {why}",
-        "The appliance is made from this host's newest kernel in /boot: install a newer one (on Debian from backports;"
-        " a reboot is not needed), or migrate on a newer release; then `hyper2kvmctl retry`. If the guest holds the"
-        " virtio drivers already, set fix.enabled to false in the manifest.",
-    )

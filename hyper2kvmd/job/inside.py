@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -84,8 +85,19 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
                 proofs=result.proofs,
                 machine=result.machine,
                 fstab=fstab,
+                names=tuple(replace(name, device=_on_disk(name.device, inspection, plan)) for name in result.names),
             )
             stack.close()  # what the appliance could not write is an error of this stage
+
+
+def _on_disk(device: str, inspection: Inspection, plan: Plan) -> str:
+    """A device as people know it, by the disk of the export; what may span several keeps the guest's name."""
+    disk = next((one.disk for one in inspection.filesystems if one.name == device), "")
+    if not disk:
+        return device
+    part = device.removeprefix(disk)
+    name = plan.disks[inspection.disks.index(disk)].id
+    return f"{name}, partition {part}" if part else name
 
 
 def key_for(job: Job, plan: Plan) -> Callable[[str], str | None]:

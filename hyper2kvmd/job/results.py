@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hyper2kvmd.domain.model import GuestSystem, Machine
-from hyper2kvmd.guest.change import Proof
+from hyper2kvmd.guest.change import Named, Proof
 from hyper2kvmd.guest.inspect import Found, Inspection
 
 
@@ -47,13 +47,17 @@ class Inspected(Found):
 
 
 class Fixed(Result):
-    """What FIX did, and the machine that it proved the guest for. fstab: before and after, if it is to be shown."""
+    """What FIX did, and the machine that it proved the guest for.
+
+    fstab: before and after, if it is to be shown. names: every device that the guest names, each with what it is.
+    """
 
     drivers_injected: tuple[str, ...]
     boot_updated: bool
     proofs: tuple[Proof, ...]
     machine: Machine
     fstab: dict[Literal["before", "after"], str] | None = None
+    names: tuple[Named, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The result as it stands in the report."""

@@ -39,6 +39,16 @@ class _Proof(_Seen):
     evidence: str
 
 
+class _Named(_Seen):
+    path: str
+    line: int = 0
+    use: str
+    before: str
+    after: str
+    device: str = ""
+    proof: str = ""
+
+
 class _Machine(_Seen):
     disks: str = ""
 
@@ -49,6 +59,7 @@ class _Fix(_Seen):
     compatible: bool = False
     machine: _Machine | None = None
     fstab: dict[str, str] = {}
+    names: tuple[_Named, ...] = ()
 
 
 class _Checked(_Seen):

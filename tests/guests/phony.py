@@ -439,7 +439,7 @@ def _red_hat_loaders(vendor: str) -> tuple[str, ...]:
     return (*_LOADERS, *(f"EFI/{vendor}/{name}" for name in ("shimx64.efi", "grubx64.efi", "mmx64.efi")))
 
 
-QUICK = ("rhel9", "sles11")  # of which `make test` mends some
+QUICK = ("rhel7-ready", "rhel9", "sles11")  # of which `make test` mends some
 
 FAMILIES = (
     Family(
@@ -452,6 +452,22 @@ FAMILIES = (
             "3.10.0-1160.el7.x86_64",
             "3.10.0-957.el7.x86_64",
             "0-rescue-2f6e0b5d8c7a4f1e9b3d6a5c4e8f7012",
+        ),
+        {**_RED_HAT, "usr/sbin/dracut": "dracut"},
+        _DRACUT,
+        _OPTIONS,
+        extra=_HOSTONLY,
+    ),
+    Family(
+        "rhel7-ready",  # its kernels have virtio, so that what takes the time, a new initramfs, is not needed
+        "rhel7",
+        "mbr",
+        (Volume(320, "0x83", "xfs", "/boot"), Volume(16, "0x82", "swap"), Volume(_ROOT, "0x83", "xfs", "/")),
+        _dracut_kernels(
+            "3.10.0-1160.119.1.el7.x86_64",
+            "3.10.0-1160.el7.x86_64",
+            "0-rescue-2f6e0b5d8c7a4f1e9b3d6a5c4e8f7012",
+            builtin=VIRTIO,
         ),
         {**_RED_HAT, "usr/sbin/dracut": "dracut"},
         _DRACUT,

@@ -1,4 +1,4 @@
-"""Reads an initramfs on the host, down to the names of its files, without trusting any program of the guest.
+"""Reads an initramfs on the host, down to its files, without trusting any program of the guest.
 
 By hand, as an initramfs is several archives in a row, and libarchive stops behind the first.
 """
@@ -10,15 +10,18 @@ import lzma
 import mmap
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.guest.change import decode
 from hyper2kvmd.run import Tools
 
 MAX_UNPACKED_BYTES = 4 << 30
 MAX_FILES = 200_000
+MAX_TEXT_BYTES = 1 << 20
 _CHUNK = 1 << 20
 _HEADER = 110
 _MAGICS = (b"070701", b"070702")
@@ -43,13 +46,22 @@ _LIBRARY: dict[bytes, Callable[[], _Decompressor]] = {
 _PROGRAM = {b"\x28\xb5\x2f\xfd": "zstd", b"\x02\x21\x4c\x18": "lz4", b"\x89LZO": "lzop"}
 
 
-def file_names(image: Path, tools: Tools) -> frozenset[str]:
-    """The paths of all files in an initramfs, relative to its root.
+@dataclass(frozen=True)
+class Contents:
+    """What is in an initramfs: the paths of all its files, relative to its root, and the texts of those asked for."""
+
+    names: frozenset[str]
+    texts: Mapping[str, str]
+
+
+def read(image: Path, tools: Tools, wanted: Collection[str] = ()) -> Contents:
+    """Read an initramfs to its end. wanted: the paths of the files whose texts are kept, if they are small.
 
     An initramfs is a row of cpio archives: early ones (microcode) plain, the main one compressed.
     Raise MigrationError (fix_unproved, tool_missing) if the image is not complete and readable to its end.
     """
     names: set[str] = set()
+    texts: dict[str, str] = {}
     unpacked = 0
     if image.stat().st_size == 0:  # which cannot be mapped
         raise _unreadable(image, 0, "it is empty")
@@ -59,7 +71,7 @@ def file_names(image: Path, tools: Tools) -> frozenset[str]:
             if data[at] == 0:  # padding between archives
                 at += 1
                 continue
-            walker = Walker(MAX_UNPACKED_BYTES - unpacked)
+            walker = Walker(MAX_UNPACKED_BYTES - unpacked, wanted)
             try:
                 at = _read_one(image, data, at, walker, tools)
             except (ValueError, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
@@ -68,7 +80,8 @@ def file_names(image: Path, tools: Tools) -> frozenset[str]:
                 raise _unreadable(image, at, "the archive ends before its trailer")
             unpacked += walker.read
             names |= walker.names
-    return frozenset(names)
+            texts |= walker.texts
+    return Contents(frozenset(names), texts)
 
 
 def _read_one(image: Path, data: mmap.mmap, at: int, walker: Walker, tools: Tools) -> int:
@@ -78,9 +91,10 @@ def _read_one(image: Path, data: mmap.mmap, at: int, walker: Walker, tools: Tool
             found = _entry(data, at)
             if found is None:
                 raise ValueError("cut off")
-            name, size = found
-            walker.found(name)
-            at += size
+            walker.found(found.name)
+            if walker.wants(found):
+                walker.keep(found, data[at + found.body : at + found.body + found.size])
+            at += found.end
             if walker.complete:
                 return at
     for magic, open_decompressor in _LIBRARY.items():
@@ -126,11 +140,13 @@ def _unpack(decompressor: _Decompressor, chunk: bytes) -> Iterator[bytes]:
 class Walker:
     """Collects the names of the files in a cpio archive (newc) that comes in pieces."""
 
-    def __init__(self, limit: int = MAX_UNPACKED_BYTES) -> None:
+    def __init__(self, limit: int = MAX_UNPACKED_BYTES, wanted: Collection[str] = ()) -> None:
         self.names: set[str] = set()
+        self.texts: dict[str, str] = {}
         self.complete = False
         self.read = 0
         self._limit = limit
+        self._wanted = wanted
         self._buffer = bytearray()
         self._skip = 0
 
@@ -153,21 +169,48 @@ class Walker:
             found = _entry(self._buffer, at)
             if found is None:
                 break
-            name, self._skip = found
-            self.found(name)
+            if self.wants(found):
+                body = bytes(self._buffer[at + found.body : at + found.body + found.size])
+                if len(body) < found.size:
+                    break  # the rest of it is in the next piece
+                self.keep(found, body)
+            self._skip = found.end
+            self.found(found.name)
         del self._buffer[:at]
 
     def found(self, name: str) -> None:
         """Take the name of one file."""
         self.complete = name == _TRAILER
         if not self.complete:
-            self.names.add(name.removeprefix("./").lstrip("/"))
+            self.names.add(_relative(name))
             if len(self.names) > MAX_FILES:
                 raise ValueError(f"holds more than {MAX_FILES} files")
 
+    def wants(self, entry: _Entry) -> bool:
+        """Whether the text of a file is asked for."""
+        return 0 < entry.size <= MAX_TEXT_BYTES and _relative(entry.name) in self._wanted
 
-def _entry(data: mmap.mmap | bytearray, at: int) -> tuple[str, int] | None:
-    """The name of the file whose header is at `at`, and the bytes to the next header; None if it is cut off."""
+    def keep(self, entry: _Entry, body: bytes) -> None:
+        """Take the text of one file; the kernel keeps the last of several."""
+        self.texts[_relative(entry.name)] = decode(body)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file's header: its name, where its content begins, how long that is, and where the next header is."""
+
+    name: str
+    body: int
+    size: int
+    end: int
+
+
+def _relative(name: str) -> str:
+    return name.removeprefix("./").lstrip("/")
+
+
+def _entry(data: mmap.mmap | bytearray, at: int) -> _Entry | None:
+    """The file whose header is at `at`; None if it is cut off."""
     header = bytes(data[at : at + _HEADER])
     if len(header) < _HEADER:
         return None
@@ -179,7 +222,8 @@ def _entry(data: mmap.mmap | bytearray, at: int) -> tuple[str, int] | None:
     name = bytes(data[at + _HEADER : at + _HEADER + name_size])
     if len(name) < name_size:
         return None
-    return name[:-1].decode("utf-8", "replace"), _padded(_HEADER + name_size) + _padded(size)
+    body = _padded(_HEADER + name_size)
+    return _Entry(name[:-1].decode("utf-8", "replace"), body, size, body + _padded(size))
 
 
 def _padded(size: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -13,33 +12,30 @@ from typing import Any, Literal
 from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Machine
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.guest.change import Change, Command, Edit, Proof, encode
+from hyper2kvmd.guest.change import Change, Command, Edit, Named, Proof, encode
 from hyper2kvmd.guest.inspect import Inspection
-from hyper2kvmd.guest.linux import kernels, selinux
-from hyper2kvmd.guest.linux.devices import Names, changes_with_hardware
+from hyper2kvmd.guest.linux import fstab, kernels, selinux
 from hyper2kvmd.guest.linux.fixers import (
     FixPlan,
     View,
     bootloader,
     configuration,
-    crypttab,
+    disks,
     efi,
-    fstab,
     initramfs,
-    lvm,
     network,
-    resume,
     vmware,
 )
 from hyper2kvmd.guest.linux.kernels import VIRTIO, VIRTIO_SCSI, Bus, Image, bus_of
+from hyper2kvmd.guest.linux.menu import Menu
+from hyper2kvmd.guest.mounts import device_of
 from hyper2kvmd.guest.session import Session, last_line, shell
-from hyper2kvmd.guest.storage import device_of
 from hyper2kvmd.manifest import Configuration
 from hyper2kvmd.run import tail
 from hyper2kvmd.text import printable
 
 # Fixers whose files are also copied into the initramfs, where the old ones must not stay.
-_COPIED = frozenset({"resume", "crypttab", "lvm", "network"})
+_COPIED = frozenset({"resume", "crypttab", "lvm", "raid", "network"})
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class FixOptions:
 class FixResult:
     """What was changed, and what was proved of the result.
 
-    machine: what the guest was proved for. fstab: its text before and after.
+    machine: what the guest was proved for. fstab: its text before and after. names: every device that the guest names.
     """
 
     changes: tuple[Change, ...]
@@ -75,6 +71,7 @@ class FixResult:
     machine: Machine
     fstab: tuple[str, str]
     warnings: tuple[Finding, ...]
+    names: tuple[Named, ...] = ()
 
 
 def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixResult:
@@ -84,8 +81,8 @@ def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixRes
     """
     g = session.g
     tools = session.tools
-    names, warnings = _names(g, inspection)
-    view = View(g, inspection, names)
+    view = View(g, inspection, inspection.names)
+    warnings: list[Finding] = []
     # The overlays lie in the job's own directory: what is downloaded next to them goes when they go.
     with tempfile.TemporaryDirectory(prefix="initramfs-", dir=session.disks[0].parent) as scratch:
         on_menu = [kernel for kernel in inspection.kernels if kernel.chosen_by_bootloader]
@@ -106,7 +103,14 @@ def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixRes
         }
     able = [image for image in before if image in choice.able]
     after = [built.get(image.kernel.path, image) for image in able]
-    proofs = (*kernels.prove(able, after, choice.bus), *efi.prove(view))
+    named = bootloader.prove(view, able)
+    warnings += named.warnings
+    proofs = (
+        *kernels.prove(able, after, choice.bus),
+        *disks.prove(view, choice.machine.disks, after),
+        *named.proofs,
+        *efi.prove(view),
+    )
     if failed := [proof for proof in proofs if not proof.ok]:
         said = (f"{proof.subject}: it is not so that {proof.claim}: {proof.evidence}" for proof in failed)
         raise _unproved("; ".join(said), inspection, options)
@@ -123,6 +127,7 @@ def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixRes
         machine=choice.machine,
         fstab=(fstab_before, fstab_after),
         warnings=tuple(warnings),
+        names=tuple(dict.fromkeys(name for plan in plans for name in plan.names)),
     )
 
 
@@ -157,7 +162,7 @@ def choose_machine(inspection: Inspection, images: Sequence[Image], options: Fix
             able = tuple(one for one in images if one.can(bus, rebuilt=rebuilt))
             if image not in able or all(one.kernel.rescue for one in able):
                 continue
-            warnings = _bus_warnings(machine, bus, able, images)
+            warnings = _bus_warnings(machine, bus, able, images, inspection.menu)
             if starts is None or image is starts:
                 return Choice(machine, bus, able, None, warnings)
             warning = Finding(
@@ -200,17 +205,10 @@ def _default(inspection: Inspection, images: Sequence[Image]) -> Image | None:
     return next((image for image in images if image.kernel.entry == first), None)
 
 
-def _bus_warnings(machine: Machine, bus: Bus, able: Sequence[Image], images: Sequence[Image]) -> tuple[Finding, ...]:
-    found = [
-        Finding(
-            "kernel_unable",
-            f"the kernel {image.kernel.version} on the boot menu does not find its root on {bus.name} disks: it lacks "
-            + _lacking(image, bus),
-            "Do not choose it; remove it from the guest, or install one that has the drivers.",
-        )
-        for image in images
-        if image not in able
-    ]
+def _bus_warnings(
+    machine: Machine, bus: Bus, able: Sequence[Image], images: Sequence[Image], menu: Menu | None
+) -> tuple[Finding, ...]:
+    found = [_unable(image, bus, menu) for image in images if image not in able]
     if not machine.virtio:
         found.append(
             Finding(
@@ -223,14 +221,30 @@ def _bus_warnings(machine: Machine, bus: Bus, able: Sequence[Image], images: Seq
     return tuple(found)
 
 
+def _unable(image: Image, bus: Bus, menu: Menu | None) -> Finding:
+    """The warning that an entry of the menu does not start: a rescue image has the version of another kernel."""
+    kernel = image.kernel
+    entry = menu.entries[kernel.entry] if menu is not None and kernel.entry is not None else None
+    title = f"the entry {printable(entry.title)}" if entry and entry.title else f"the kernel {kernel.version}"
+    file = kernel.initrd or kernel.path
+    hint = "Do not choose it; remove it from the guest, or install one that has the drivers."
+    if kernel.rescue:
+        hint = (
+            f"Do not choose it. To have one that starts, remove {file} and its kernel once the guest runs on KVM, "
+            "and reinstall the newest kernel, which makes it anew."
+        )
+    message = f"{title} on the boot menu ({file}) does not find its root on {bus.name} disks: it lacks "
+    return Finding("kernel_unable", message + _lacking(image, bus), hint)
+
+
 def _plans(view: View, choice: Choice, options: FixOptions) -> list[FixPlan]:
     """What every fixer that is wanted wants to do."""
-    plans = [lvm.plan(view), network.plan(view, options.nics)]
-    if options.fstab != "noop":
-        plans += [fstab.plan(view, by_path_only=options.fstab == "bypath-only"), crypttab.plan(view)]
+    plans = [
+        *disks.plans(view, choice.machine.disks, options.fstab, bootloader=options.bootloader),
+        network.plan(view, options.nics),
+    ]
     if options.bootloader:
-        loader = bootloader.plan(view, console=options.serial_console, default=choice.default)
-        plans += [resume.plan(view), loader, efi.plan(view)]
+        plans += [bootloader.plan(view, console=options.serial_console, default=choice.default), efi.plan(view)]
     if options.drivers:
         plans.append(initramfs.plan(view, choice.able, choice.bus))
     if options.remove_vmware_tools:
@@ -248,31 +262,6 @@ def _unsupported(inspection: Inspection) -> MigrationError:
         "If the guest holds virtio drivers already, set fix.enabled to false in its manifest; or set "
         "fix.allow_unsupported to migrate such guests unchanged, with SATA disks and an e1000e network card.",
     )
-
-
-def _names(g: Any, inspection: Inspection) -> tuple[Names, list[Finding]]:
-    """The guest's device names, if its disks are in the order that the names say.
-
-    The root's own line in fstab is the test: looking told where the root is.
-    """
-    names = Names(inspection.disks, {device.name: device for device in inspection.filesystems})
-    text = View(g, inspection, names).read(fstab.PATH) or ""
-    line = re.search(r"^[ \t]*(/dev/\S+)[ \t]+/[ \t]", text, re.MULTILINE)
-    if line is None or not changes_with_hardware(line[1]):
-        return names, []
-    device = names.find(line[1])
-    if device is not None and device.name == inspection.root:
-        return names, []
-    if device is None and len(inspection.disks) > 1 and "/dev/disk/" in line[1]:
-        return names, []  # an address, which says nothing about the order
-    warning = Finding(
-        "disk_order",
-        f"the guest calls its root {line[1]}, but its root is {inspection.root} here: the disks are not in the guest's "
-        "order, and device names of disks that cannot be told apart are not translated",
-        "List the disks in the manifest in the order of their controller slots.",
-        "disks",
-    )
-    return names.corrected(line[1], inspection.root), [warning]
 
 
 def _to_rebuild(choice: Choice, edits: Sequence[Edit], options: FixOptions) -> tuple[Image, ...]:
@@ -376,7 +365,7 @@ def add_serial_console(session: Session, inspection: Inspection) -> bool:
 
     Return whether there was anything to change. Raise MigrationError (guest_dirty).
     """
-    view = View(session.g, inspection, _names(session.g, inspection)[0])
+    view = View(session.g, inspection, inspection.names)
     plan = bootloader.plan(view, console=True)
     if plan.edits:
         _apply(session.g, [plan], FixOptions())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ MAX_IMAGE_BYTES = 1 << 30
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_~-]{0,100}")
 # Programs that find the root; an image that had one and lost it does not boot any more.
 _ROOT_PROGRAMS = frozenset({"cryptsetup", "systemd-cryptsetup", "lvm", "mdadm", "btrfs"})
+# Settings that are copied into an initramfs and may keep it from using the new disks.
+_NAME_DISKS = frozenset(("etc/lvm/lvm.conf", "etc/lvm/lvmlocal.conf", "etc/mdadm.conf", "etc/mdadm/mdadm.conf"))
 # For kernels from before modules.builtin: what the kernel's own configuration calls the drivers.
 _CONFIG = {
     "virtio_pci": "VIRTIO_PCI",
@@ -97,6 +99,7 @@ class Image:
     builtin: frozenset[str]
     depends: Mapping[str, tuple[str, ...]]  # of each module of this kernel, on which others it depends
     files: frozenset[str] = frozenset()  # the names of all files in the initramfs
+    texts: Mapping[str, str] = field(default_factory=dict)  # of those of its files that name disks
 
     def has(self, driver: str) -> bool:
         """Whether the driver, and all it depends on, are there when the kernel looks for its root."""
@@ -209,11 +212,11 @@ def _look(g: Any, kernel: Kernel, tools: Tools, scratch: Path) -> Image:
     local = scratch / f"initrd-{kernel.version}"
     g.download(kernel.initrd, str(local))
     try:
-        files = cpio.file_names(local, tools)
+        inside = cpio.read(local, tools, _NAME_DISKS)
     finally:
         local.unlink()
         local.with_name(local.name + ".main").unlink(missing_ok=True)
-    return Image(kernel, size, module_names(files), builtin, depends, files)
+    return Image(kernel, size, module_names(inside.names), builtin, depends, inside.names, inside.texts)
 
 
 def module_names(paths: Iterable[str]) -> frozenset[str]:

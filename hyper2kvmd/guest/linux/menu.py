@@ -34,6 +34,7 @@ _PLAIN = re.compile(r"[^>\"'$`\\\r\n]+")
 # Nobody nests submenus or loads environments like this; only a file made to keep us busy does.
 _MAX_DEPTH = 8
 _MAX_ENVIRONMENTS = 4
+_MAX_OPTIONS = 8192
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,19 @@ class MenuEntry:
     """A line on the menu. `kernel` and `initrds` are paths as the menu has them, without GRUB's device.
 
     `name` is what makes the entry the default: GRUB's path of ids, titles or numbers (`1>0`), the stem of a BLS file, a
-    label.
+    label. options: the kernel's command line, with the variables that are known.
     """
 
     kernel: str
     initrds: tuple[str, ...]
     title: str
     name: str
+    options: str = ""
+
+    def option(self, key: str) -> str:
+        """The value of an option, the last one if there are several, as the kernel reads it; "" if there is none."""
+        values = (word.removeprefix(f"{key}=") for word in self.options.split() if word.startswith(f"{key}="))
+        return (["", *values])[-1].strip("\"'")
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ class _Node:
     id: str = ""
     conditional: bool = False
     kernel: str = ""
+    options: str = ""
     initrds: list[str] = field(default_factory=list)
     children: list[_Node] = field(default_factory=list)
 
@@ -154,11 +162,14 @@ def _grub_entries(text: str, environment: Mapping[str, str], bls: Sequence[File]
                 conditions -= 1
             case ["blscfg", *_]:
                 top.children += (
-                    _Node(entry.title, entry.name, kernel=entry.kernel, initrds=list(entry.initrds))
+                    _Node(
+                        entry.title, entry.name, kernel=entry.kernel, options=entry.options, initrds=list(entry.initrds)
+                    )
                     for entry in _bls_entries(bls, variables)
                 )
-            case ["linux" | "linux16" | "linuxefi", path, *_]:
-                node.kernel = node.kernel or _path(path, variables)
+            case ["linux" | "linux16" | "linuxefi", path, *options]:
+                if not node.kernel:
+                    node.kernel, node.options = _path(path, variables), _expanded(" ".join(options), variables)
             case ["initrd" | "initrd16" | "initrdefi", *paths]:
                 node.initrds += filter(None, (_path(path, variables) for path in paths))
             case ["set", assignment, *_] | [assignment] if said := _ASSIGNMENT.fullmatch(assignment):
@@ -171,7 +182,7 @@ def _grub_entries(text: str, environment: Mapping[str, str], bls: Sequence[File]
                     else:
                         default = value
     walked = list(_walk(top.children))
-    entries = [MenuEntry(node.kernel, tuple(node.initrds), node.title, name) for name, node in walked]
+    entries = [MenuEntry(node.kernel, tuple(node.initrds), node.title, name, node.options) for name, node in walked]
     start = _start(top.children, once or default)
     return entries, next((number for number, (_, node) in enumerate(walked) if node is start), None)
 
@@ -260,7 +271,9 @@ def _bls_entries(files: Iterable[File], variables: Mapping[str, str]) -> list[Me
         fields = _bls_fields(file.text)
         if kernel := _path(fields.get("linux", ""), variables):
             initrds = (_path(word, variables) for word in fields.get("initrd", "").split())
-            entries.append(MenuEntry(kernel, tuple(filter(None, initrds)), fields.get("title", ""), _stem(file.path)))
+            options = _expanded(fields.get("options", ""), variables)
+            title = fields.get("title", "")
+            entries.append(MenuEntry(kernel, tuple(filter(None, initrds)), title, _stem(file.path), options))
     return entries
 
 
@@ -327,7 +340,8 @@ def _extlinux(read: Read, glob: Glob) -> Menu | None:
             inside = re.findall(r"(?<!\S)initrd=(\S+)", values.get("append", ""))
             initrds = ",".join([*inside, *values.get("initrd", "").split()]).split(",")
             title = values.get("title", values["label"])
-            entries.append(MenuEntry(values["kernel"], tuple(filter(None, initrds)), title, values["label"]))
+            options = values.get("append", "")
+            entries.append(MenuEntry(values["kernel"], tuple(filter(None, initrds)), title, values["label"], options))
     default = next((defaults[place] for place in ("ontimeout", "menu", "default") if place in defaults), None)
     named = (n for n, entry in enumerate(entries) if entry.name == default)
     return Menu("extlinux", files, tuple(entries), next(named, None if default else 0))
@@ -348,14 +362,14 @@ def _legacy(read: Read, glob: Glob) -> Menu | None:
             case "title":
                 nodes.append(_Node(value))
             case "kernel" if nodes:
-                paths_and_options = (word for word in value.split() if not word.startswith("--"))
-                nodes[-1].kernel = _path(next(paths_and_options, ""))
+                path, *options = [word for word in value.split() if not word.startswith("--")] or [""]
+                nodes[-1].kernel, nodes[-1].options = _path(path), " ".join(options)
             case "initrd" if nodes:
                 nodes[-1].initrds += map(_path, value.split())
             case "default":
                 default = value
     entries = [
-        MenuEntry(node.kernel, tuple(node.initrds), node.title, str(number))
+        MenuEntry(node.kernel, tuple(node.initrds), node.title, str(number), node.options)
         for number, node in enumerate(nodes)
         if node.kernel
     ]
@@ -380,6 +394,15 @@ def _path(word: str, variables: Mapping[str, str] | None = None) -> str:
     if variables and "$" in path:
         path = _VARIABLE.sub(lambda v: variables.get(v["name"], v[0]), path)
     return "" if "$" in path or len(path) > 4096 else path
+
+
+def _expanded(options: str, variables: Mapping[str, str]) -> str:
+    """A command line with the variables that are known; the values of some hold others."""
+    for _ in range(3):
+        if "$" not in options or len(options) > _MAX_OPTIONS:
+            break
+        options = _VARIABLE.sub(lambda v: variables.get(v["name"], v[0])[:_MAX_OPTIONS], options)
+    return options[:_MAX_OPTIONS]
 
 
 def _stem(path: str) -> str:

@@ -146,6 +146,26 @@ def rich() -> dict[str, Any]:
                 "drivers_injected": ["virtio_blk", "virtio_net"],
                 "proofs": [{**proof, "ok": True}, {**proof, "claim": "it has cryptsetup", "ok": False}],
                 "fstab": {"before": "/dev/sda2 / ext4", "after": "UUID=fe88be10 / ext4"},
+                "names": [
+                    {
+                        "path": "/etc/fstab",
+                        "line": 1,
+                        "use": "/",
+                        "before": "/dev/sda2",
+                        "after": "UUID=fe88be10",
+                        "device": "disk-0, partition 2",
+                        "proof": "found by looking",
+                    },
+                    {
+                        "path": "/etc/fstab",
+                        "line": 2,
+                        "use": "/backup",
+                        "before": "/dev/sdz1",
+                        "after": "/dev/sdz1",
+                        "device": "",
+                        "proof": "no disk of this export has that device",
+                    },
+                ],
             },
             "validate": {"all_valid": True, "disks": {"disk-0": {"checked": True, "compared": False}}},
             "boot": {

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from hyper2kvmd.domain.model import Machine
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Proof
+from hyper2kvmd.guest.change import Named, Proof
 from hyper2kvmd.guest.linux.devices import Device
 from hyper2kvmd.job.context import Record
 from hyper2kvmd.job.results import Booted, Checked, Converted, Fixed, Imported, Inspected, Results, Validated
@@ -22,12 +22,13 @@ FOUND = inspection(image("6.1.0", *VIRTIO), image("5.10.0", *VIRTIO, entry=1))
 DEVICES = (Device("/dev/sda1", "ext4", "0123", "root"), Device("/dev/sda2", "swap"))
 MACHINE = Machine("q35", "virtio", "virtio")
 PROOFS = (Proof("/boot/initrd", "6.1.0 has virtio_blk", True, "the initramfs holds virtio_blk"),)
+NAMES = (Named("/etc/fstab", 1, "/", "/dev/sda2", "UUID=fe88be10", "disk-0, partition 2", "found by looking"),)
 
 
 def results() -> Results:
     return Results(
         inspect=Inspected.of(dataclasses.replace(FOUND, filesystems=DEVICES), "disk-0"),
-        fix=Fixed(drivers_injected=("virtio_blk",), boot_updated=True, proofs=PROOFS, machine=MACHINE),
+        fix=Fixed(drivers_injected=("virtio_blk",), boot_updated=True, proofs=PROOFS, machine=MACHINE, names=NAMES),
         validate=Validated(all_valid=True, disks={"disk-0": Checked(checked=True, compared=False)}),
         boot=Booted(outcome="passed", reason="login prompt", seconds=31.5, serial_log="boot-test.log"),
         convert=Converted(disks={"disk-0": "/images/a.qcow2"}, format="qcow2", compressed=False),
@@ -37,9 +38,9 @@ def results() -> Results:
 
 def test_the_report_has_what_was_inspected_with_the_boot_disk_and_the_first_kernel() -> None:
     shape = json.loads(json.dumps(results().as_json()["inspect"]))
-    plain = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(FOUND, menu=None, filesystems=DEVICES))))
-    del plain["menu"], plain["warnings"]
-    assert {**plain, "boot_disk": "disk-0", "kernel_version": "6.1.0"} == shape
+    plain = dataclasses.asdict(dataclasses.replace(FOUND, menu=None, filesystems=DEVICES))
+    del plain["menu"], plain["warnings"], plain["names"]
+    assert {**json.loads(json.dumps(plain)), "boot_disk": "disk-0", "kernel_version": "6.1.0"} == shape
 
 
 def test_the_report_has_what_was_fixed_and_the_machine_that_was_proved() -> None:
@@ -50,6 +51,7 @@ def test_the_report_has_what_was_fixed_and_the_machine_that_was_proved() -> None
         "proofs": [dataclasses.asdict(PROOFS[0])],
         "compatible": False,
         "machine": {"type": "q35", "disks": "virtio", "cards": "virtio"},
+        "names": [dataclasses.asdict(NAMES[0])],
     } == shape
     assert shape["machine"] == results().as_json()["import"]["machine"]
 

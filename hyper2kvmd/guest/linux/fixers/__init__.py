@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Command, Copy, Edit
+from hyper2kvmd.guest.change import Command, Copy, Edit, Named
 from hyper2kvmd.guest.inspect import Inspection
 from hyper2kvmd.guest.linux.devices import Names
 from hyper2kvmd.guest.session import read_text
@@ -27,9 +27,10 @@ class View:
 
 @dataclass(frozen=True)
 class FixPlan:
-    """What a fixer wants to do."""
+    """What a fixer wants to do. names: the places that it looked at which name a device."""
 
     edits: tuple[Edit, ...] = ()
     copies: tuple[Copy, ...] = ()
     commands: tuple[Command, ...] = ()
     warnings: tuple[Finding, ...] = ()
+    names: tuple[Named, ...] = ()

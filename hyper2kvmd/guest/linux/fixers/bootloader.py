@@ -6,15 +6,17 @@ The menus are edited, never generated anew: what generates them looks at the app
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Edit
+from hyper2kvmd.guest.change import Edit, Named, Proof
 from hyper2kvmd.guest.linux import menu as boot_menu
-from hyper2kvmd.guest.linux.devices import changes_with_hardware
+from hyper2kvmd.guest.linux.devices import BY_CONTENT, Became, as_path, changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
-from hyper2kvmd.guest.linux.menu import INITRD_LINE, LINUX_LINE, Menu
+from hyper2kvmd.guest.linux.kernels import Image
+from hyper2kvmd.guest.linux.menu import INITRD_LINE, LINUX_LINE, Menu, MenuEntry
+from hyper2kvmd.guest.linux.names import MENU_DEFAULTS
 from hyper2kvmd.text import printable
 
 CONSOLES = ("console=tty0", "console=ttyS0,115200")
@@ -22,10 +24,16 @@ GRUBENV_BYTES = 1024
 
 # Words of a kernel command line that name a device. A colon belongs to names by path, and ends the others.
 _WORD = re.compile(
-    r"(?<![^\s\"'=,])(?P<key>root|real_root|boot|resume|source|cryptdevice(?!=/dev/disk/by-path/))"
+    r"(?<![^\s\"'=,])(?P<key>root|real_root|boot|resume|source|mount\.usr|cryptdevice(?!=/dev/disk/by-path/)"
+    r"|(?:rd\.)?systemd\.(?:mount|swap)-extra|logdev|rtdev|journal_path)"
     r"=(?P<spec>/dev/(?:disk/by-path/[^\s\"',;]+|[^\s\"',;:]+))"
 )
+_TAKE_PATHS = frozenset(("logdev", "rtdev", "journal_path"))
+# The members of a btrfs in rootflags=, which find each other.
+_FLAGS = re.compile(r"(?<![^\s\"'=])rootflags=(?P<flags>[^\s\"';]+)")
 _NEVER = re.compile(r"(?!)")
+_BY_NUMBER = re.compile(r"(?:0x)?[0-9a-f]{3,5}|\d{1,4}:\d{1,5}")
+_SEARCH = re.compile(r"(?m)^\s*search\b[^\n]*?--fs-uuid\b[^\n]*?\s([0-9A-Fa-f]{4,}(?:-[0-9A-Fa-f]{4,}){1,4})\s*$")
 
 
 @dataclass(frozen=True)
@@ -65,15 +73,6 @@ _FORMATS = {
 }
 # The line of a GRUB menu that an entry's kernel is on.
 _ENTRY = {"grub.cfg": LINUX_LINE, "menu.lst": re.compile(r"\s*(?:kernel|title)[\s=]")}
-_DEFAULTS = (
-    ("/etc/default/grub", "grub-defaults"),
-    ("/etc/default/grub.d/*.cfg", "grub-defaults"),
-    ("/etc/kernel/cmdline", "cmdline"),
-    ("/etc/sysconfig/bootloader", "suse"),
-    ("/etc/default/extlinux", "extlinux-defaults"),
-    ("/etc/update-extlinux.conf", "extlinux-defaults"),
-    ("/etc/dracut.conf.d/*.conf", "dracut"),
-)
 _NO_UUID = re.compile(r"(?P<lead>\s*)(?:export\s+)?GRUB_DISABLE_LINUX_UUID=[\"']?true\b")
 
 # The places that say which entry is the default, each with the part before the value.
@@ -109,24 +108,33 @@ def plan(view: View, *, console: bool = False, default: int | None = None) -> Fi
     """
     menu = view.inspection.menu
     root = view.names.devices.get(view.inspection.root)
+    looked_up: dict[str, Became] = {}
 
     def stable(key: str, spec: str, by_partition: bool) -> str | None:
-        if key in ("root", "real_root") and not by_partition and root is not None and root.uuid:
-            return f"UUID={root.uuid}"  # found by looking, which is better than any name
-        return view.names.stable(spec, by_partition=by_partition)
+        if key in ("root", "real_root") and root is not None:  # found by looking, which is better than any name
+            unique = view.names.name_of(root, by_partition=by_partition)
+            found = Became(root, unique, "found by looking" if unique else "nothing on it is unique")
+        else:
+            type = "swap" if key == "resume" else "auto"
+            found = view.names.becomes(spec, type=type, by_partition=by_partition)
+        looked_up[f"{key}={spec}"] = found
+        name = found.name
+        return as_path(name) if name and key in _TAKE_PATHS else name
 
     files: list[tuple[str, str, str]] = [(file.path, file.kind, file.text) for file in menu.files] if menu else []
-    for pattern, kind in _DEFAULTS:
+    for pattern, kind in MENU_DEFAULTS:
         paths = sorted(view.g.glob_expand(pattern)) if "*" in pattern else [pattern]
         files += [(path, kind, text) for path in paths if (text := view.read(path)) is not None]
     edits = []
     warnings = []
+    named: list[Named] = []
     for path, kind, text in files:
         new = rewrite(kind, text, stable, console=console)
         after = choose(kind, new.text, menu, default) if menu is not None and default is not None else new.text
         if after != text:
             edits.append(Edit("bootloader", path, text, after, _summary(new, text, after, menu, default)))
-        warnings += [_unresolved(path, word) for word in dict.fromkeys(new.unresolved)]
+        warnings += [_unresolved(path, word, looked_up) for word in dict.fromkeys(new.unresolved)]
+        named += [_named(path, word, looked_up[word]) for word in dict.fromkeys(new.replaced) if word in looked_up]
     if menu is not None and default is not None:
         warnings += _check(view, menu, default, edits)
     for path in ("/boot/grub/device.map", "/boot/grub2/device.map"):
@@ -134,13 +142,19 @@ def plan(view: View, *, console: bool = False, default: int | None = None) -> Fi
         if device_map is not None and any(changes_with_hardware(word) for word in device_map.split()):
             # GRUB reads it only when grub-install or update-grub runs, and then it must be right or absent.
             edits.append(Edit("bootloader", path, device_map, None, "GRUB finds the disks by itself"))
-    return FixPlan(tuple(edits), warnings=tuple(warnings))
+    return FixPlan(tuple(edits), warnings=tuple(warnings), names=tuple(named))
 
 
-def _unresolved(path: str, word: str) -> Finding:
+def _named(path: str, word: str, found: Became) -> Named:
+    key, _, spec = word.partition("=")
+    return Named(path, 0, f"{key}=", spec, found.name or spec, found.device.name if found.device else "", found.why)
+
+
+def _unresolved(path: str, word: str, looked_up: Mapping[str, Became]) -> Finding:
+    why = looked_up[word].why if word in looked_up else "its file has no room for the new name"
     return Finding(
         "bootloader_unresolved",
-        f"{path} has {printable(word)} on a kernel command line, and no disk of this export is certainly that device",
+        f"{path} has {printable(word)} on a kernel command line: {why}",
         "Put a UUID there in the guest, or take the word out; or export the disk that is missing.",
     )
 
@@ -159,6 +173,79 @@ def _check(view: View, menu: Menu, default: int, edits: list[Edit]) -> list[Find
             "Choose it on the menu when the guest starts, and set it as the default in the guest.",
         )
     ]
+
+
+@dataclass(frozen=True)
+class Proved:
+    """What was proved of the menu, and a warning for each entry that starts another root than it should."""
+
+    proofs: tuple[Proof, ...]
+    warnings: tuple[Finding, ...]
+
+
+def prove(view: View, images: Sequence[Image]) -> Proved:
+    """That the entries of these kernels name the root by something that only it has, and GRUB finds what it looks for.
+
+    The entry that starts by default must; of the others it is said if they do not.
+    """
+    old = view.inspection.menu
+    menu = boot_menu.read(view.read, view.g.glob_expand)
+    if old is None or menu is None:
+        return Proved((), ())
+    kernels = {old.entries[image.kernel.entry].kernel: image for image in images if image.kernel.entry is not None}
+    starts = menu.entries[menu.default].kernel if menu.default is not None else None
+    proofs: list[Proof] = []
+    warnings: list[Finding] = []
+    for entry in menu.entries:
+        image = kernels.get(entry.kernel)
+        proof = _prove_root(view, menu, entry) if image and not image.kernel.rescue else None
+        if proof is None:
+            continue
+        if proof.ok or starts in (None, entry.kernel):
+            proofs.append(proof)
+        else:
+            warnings.append(_other_root(entry, proof))
+    return Proved((*dict.fromkeys(proofs), *_prove_search(view, menu)), tuple(dict.fromkeys(warnings)))
+
+
+def _prove_root(view: View, menu: Menu, entry: MenuEntry) -> Proof | None:
+    """That an entry's root is the guest's; None if it names none that could be known here."""
+    spec = entry.option("root")
+    root = view.names.devices.get(view.inspection.root)
+    path = menu.files[0].path
+    claim = f"the entry {printable(entry.title)} names the guest's root, and nothing else has that name"
+    if root is None or not spec or "$" in spec:
+        return None
+    if _BY_NUMBER.fullmatch(spec):
+        return Proof(path, claim, False, f"root={spec} is a number that the old controller's driver had")
+    if not spec.startswith(("/dev/", *BY_CONTENT)) or (
+        re.match(r"/dev/(?:md|nfs|ram)", spec) and not view.names.all(spec)
+    ):
+        return None  # a network, a RAM disk; an array whose superblock has no name
+    devices = view.names.all(spec)
+    if changes_with_hardware(spec):
+        return Proof(path, claim, False, f"root={printable(spec)} is a name that the old hardware gave")
+    said = ", ".join(device.name for device in devices) or "no device here"
+    return Proof(path, claim, [device.name for device in devices] == [root.name], f"root={printable(spec)} is {said}")
+
+
+def _prove_search(view: View, menu: Menu) -> Iterator[Proof]:
+    """That what GRUB searches for is not there twice."""
+    for file in menu.files:
+        for uuid in dict.fromkeys(_SEARCH.findall(file.text)) if file.kind == "grub.cfg" else ():
+            devices = view.names.all(f"UUID={uuid}")
+            if len(devices) > 1:
+                said = " and ".join(device.name for device in devices)
+                claim = f"GRUB finds the one file system with the UUID {uuid}"
+                yield Proof(file.path, claim, False, f"{said} both have it")
+
+
+def _other_root(entry: MenuEntry, proof: Proof) -> Finding:
+    return Finding(
+        "entry_root",
+        f"the entry {printable(entry.title)} of the boot menu does not start this guest: {proof.evidence}",
+        "Do not choose it, or correct its root in the guest.",
+    )
 
 
 def _summary(new: Rewritten, text: str, after: str, menu: Menu | None, default: int | None) -> str:
@@ -215,7 +302,12 @@ def _replace_words(line: str, stable: Stable, by_partition: bool, replaced: list
         (unresolved if name is None else replaced).append(found[0])
         return found[0] if name is None else f"{found['key']}={name}"
 
-    return _WORD.sub(word, line)
+    def flags(found: re.Match[str]) -> str:
+        parts = found["flags"].split(",")
+        kept = [part for part in parts if not part.startswith("device=/dev/")]
+        return found[0] if kept == parts else f"rootflags={','.join(kept)}" if kept else ""
+
+    return _FLAGS.sub(flags, _WORD.sub(word, line))
 
 
 def _is_alone(kind: str, lines: list[str], number: int) -> bool:

@@ -35,7 +35,7 @@ def archive(*names: str, content: bytes = b"x" * 777) -> bytes:
 def names(tmp_path: Path, data: bytes) -> frozenset[str]:
     image = tmp_path / "initrd.img"
     image.write_bytes(data)
-    return cpio.file_names(image, Tools())
+    return cpio.read(image, Tools()).names
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hyper2kvmd.domain.model import Machine
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.guest.inspect import Inspection
 from hyper2kvmd.guest.linux import kernels
+from hyper2kvmd.guest.linux.devices import Names
 from hyper2kvmd.guest.linux.fix import FixOptions, choose_machine
 from hyper2kvmd.guest.linux.kernels import Image, Kernel
 from hyper2kvmd.guest.linux.menu import Menu, MenuEntry
@@ -31,7 +32,8 @@ def inspection(*images: Image, disks: int = 1, default: int = 0) -> Inspection:
         package_format="rpm", root="/dev/sda1", mounts={"/": "/dev/sda1"},
         kernels=tuple(one.kernel for one in images), initramfs="mkinitrd", bootloader="grub", firmware="bios",
         firmware_evidence="", esp=None, boot_disk=0, disks=tuple(f"/dev/sd{n}" for n in range(disks)), filesystems=(),
-        locked=(), menu=Menu("grub-legacy", (), entries, default), serial_console=False, warnings=(),
+        locked=(), menu=Menu("grub-legacy", (), entries, default), names=Names({}, {}), serial_console=False,
+        warnings=(),
     )  # fmt: skip
 
 
@@ -122,3 +124,19 @@ def test_an_image_that_brings_up_an_old_network_card_is_given_the_new_one() -> N
     """Such as one that asks a key server for the key of its root."""
     remote = replace(AHV, modules=frozenset((*(AHV.modules or ()), "vmxnet3")))
     assert ("virtio_blk", "virtio_net") == remote.lacks(kernels.VIRTIO_SCSI)
+
+
+def test_a_rescue_entry_that_does_not_start_is_named_by_its_title_and_its_file() -> None:
+    there = image("6.1.0", *VIRTIO)
+    rescue = replace(
+        image("6.1.0", entry=1),
+        kernel=Kernel("6.1.0", "/boot/vmlinuz-0-rescue-a", "/boot/initramfs-0-rescue-a.img", True, 1, rescue=True),
+    )
+    found = inspection(there, rescue)
+    assert found.menu is not None
+    titled = replace(found.menu, entries=(found.menu.entries[0], replace(found.menu.entries[1], title="Rescue")))
+    (warning,) = choose_machine(replace(found, menu=titled), [there, rescue], FixOptions()).warnings
+    assert (
+        "the entry Rescue on the boot menu (/boot/initramfs-0-rescue-a.img) does not find its root" in warning.message
+    )
+    assert "remove /boot/initramfs-0-rescue-a.img" in warning.hint

@@ -914,7 +914,7 @@ class Guest:
 
 def planned(guest: Guest, *, default: int | None = None) -> FixPlan:
     root = Device("/dev/sda2", "ext4", uuid="root-uuid", part_uuid="root-part")
-    names = Names(("/dev/sda",), {"/dev/sda2": root})
+    names = Names({"/dev/sda2": root}, {("sd", (0,)): "/dev/sda"})
     inspection = SimpleNamespace(menu=read(guest.files), root="/dev/sda2")
     return bootloader.plan(View(guest, cast(Inspection, inspection), names), console=True, default=default)
 

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.devices import Device, Names
-from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses, configuration, lvm
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses, configuration
 from hyper2kvmd.guest.linux.selinux import policy_of, relabel, topmost
 from hyper2kvmd.manifest.model import Configuration, Interface, Services, User
 
@@ -85,7 +85,7 @@ def view(guest: Guest, *, hostname: str = "shop", package_format: str = "deb", *
         mounts={"/": "/dev/sda2", "/boot/efi": "/dev/sda1"},
         filesystems=(Device("/dev/sda2", "ext4"), Device("/dev/sda1", "vfat")),
     )
-    return View(guest, inspection, Names((), {}))
+    return View(guest, inspection, Names({}, {}))
 
 
 def applied(guest: Guest, plan: FixPlan) -> Guest:
@@ -563,63 +563,6 @@ def test_a_network_that_nobody_knows_is_said() -> None:
     plan = planned(Guest({}), BOTH)
     assert ["network_unknown"] * 2 == [warning.code for warning in plan.warnings]
     assert "ens192" in plan.warnings[0].message
-
-
-# LVM ------------------------------------------------------------------------------------------------------
-
-SYSTEM_DEVICES = """\
-# LVM uses devices listed in this file.
-# Created by LVM command pvcreate pid 812 at Mon Jan  1 10:00:00 2024
-VERSION=1.1.2
-IDTYPE=sys_wwid IDNAME=naa.6000c29f00 DEVNAME=/dev/sda3 PVID=q0 PART=3
-IDTYPE=md_uuid IDNAME=aa:bb DEVNAME=/dev/md0 PVID=q1
-IDTYPE=devname IDNAME=/dev/sdb DEVNAME=/dev/sdb PVID=q2
-"""
-
-
-def test_lvms_list_of_devices_goes_if_the_hardware_is_in_it() -> None:
-    assert ["naa.6000c29f00", "/dev/sdb"] == lvm.changing_ids(SYSTEM_DEVICES)
-    guest = Guest({lvm.SYSTEM_DEVICES: SYSTEM_DEVICES, "/etc/lvm/cache/.cache": 'valid_devices=[ "/dev/sda3" ]'})
-    plan = lvm.plan(view(guest))
-    assert [(lvm.SYSTEM_DEVICES, None), ("/etc/lvm/cache/.cache", None)] == [(e.path, e.after) for e in plan.edits]
-    assert FixPlan() == lvm.plan(view(applied(guest, plan)))
-
-
-def test_lvms_list_of_devices_stays_if_the_content_is_in_it() -> None:
-    text = (
-        "VERSION=1.1.1\nIDTYPE=md_uuid IDNAME=aa DEVNAME=/dev/md0\nIDTYPE=crypt_uuid IDNAME=CRYPT-LUKS2-x\n#IDTYPE=x\n"
-    )
-    assert FixPlan() == lvm.plan(
-        view(Guest({lvm.SYSTEM_DEVICES: text, "/etc/blkid.tab": "<device>/dev/dm-0</device>"}))
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "hidden"),
-    [
-        ('filter = [ "a|/dev/sda.*|", "r|.*|" ]', True),
-        ('\tglobal_filter = [ "a|^/dev/sd|",\n   "r|.*|" ]', True),
-        ('filter = [ "a|/dev/disk/by-path/pci.*|", "r/.*/" ]', True),
-        ('filter = [ "r|/dev/vd.*|" ]', True),
-        ('filter = [ "a|/dev/[sv]d.*|", "r|.*|" ]', False),
-        ('filter = [ "a|/dev/sda|", "a|.*|", "r|.*|" ]', False),
-        ('filter = [ "r|/dev/cdrom|" ]', False),
-        ('# filter = [ "r|.*|" ]', False),
-        ('sysfs_filter = [ "r|.*|" ]', False),
-        ("filter = [ ", False),
-        ("filter = [" + '"r|' * 20000, False),
-    ],
-)
-def test_filters_of_lvm_that_hide_virtio_disks_are_found(text: str, hidden: bool) -> None:
-    assert hidden == bool(lvm.hiding_filters(text))
-
-
-def test_a_filter_of_lvm_is_shown_and_not_changed() -> None:
-    plan = lvm.plan(view(Guest({"/etc/lvm/lvm.conf": 'devices {\n filter = [ "a|sda|", "r|.*|" ]\n}\n'})))
-    assert () == plan.edits
-    assert ['/etc/lvm/lvm.conf has filter = [ "a|sda|", "r|.*|" ], which hides virtio disks (/dev/vda) from LVM'] == [
-        warning.message for warning in plan.warnings
-    ]
 
 
 # SELinux --------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import pytest
 
 from hyper2kvmd.guest.linux import kernels
 from hyper2kvmd.guest.linux.kernels import SATA, VIRTIO, Image, Kernel
-from hyper2kvmd.guest.storage import device_of, pick_root
+from hyper2kvmd.guest.mounts import device_of
+from hyper2kvmd.guest.storage import pick_root
 
 DEPENDS = kernels.dependencies(
     (

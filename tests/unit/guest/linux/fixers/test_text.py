@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyper2kvmd.guest.change import Edit, decode, encode
-from hyper2kvmd.guest.linux.devices import changes_with_hardware
-from hyper2kvmd.guest.linux.fixers import crypttab, fstab, resume
+from hyper2kvmd.guest.linux.devices import Became, changes_with_hardware
+from hyper2kvmd.guest.linux.fixers.disks import crypttab, fstab, resume
 from hyper2kvmd.guest.linux.fixers.initramfs import initramfs_tools as initramfs
 from hyper2kvmd.guest.linux.kernels import VIRTIO
 from hyper2kvmd.text import printable
@@ -18,7 +18,20 @@ KNOWN = {"/dev/sda1": "UUID=efi", "/dev/sda2": "UUID=root", "/dev/sda3": "UUID=s
 
 
 def rewritten(text: str, known: Mapping[str, str] = KNOWN, missing: Container[str] = ()) -> fstab.Rewritten:
-    return fstab.rewrite(text, changes_with_hardware, lambda spec, where: known.get(spec), missing.__contains__)
+    def becomes(spec: str, type: str, where: str) -> Became:
+        if spec in missing or (changes_with_hardware(spec) and spec not in known):
+            return Became(None, None, "it is not there")
+        return Became(None, known.get(spec, spec), "")
+
+    return fstab.rewrite(text, becomes)
+
+
+def replaced(new: fstab.Rewritten) -> tuple[str, ...]:
+    return tuple(name.before for name in new.names if name.after != name.before)
+
+
+def unresolved(new: fstab.Rewritten) -> tuple[tuple[str, str], ...]:
+    return tuple((entry.spec, entry.where) for entry, _ in new.unresolved)
 
 
 FSTAB = """\
@@ -49,8 +62,8 @@ def test_fstab_changes_device_names_and_nothing_else() -> None:
     )
     new = rewritten(FSTAB)
     assert new.text == expected
-    assert new.replaced == ("/dev/sda2", "/dev/sda3", "/dev/sdb1")
-    assert new.unresolved == (("/dev/sdc1", "/backup"), ("/dev/sdd1", "/scratch\\040space"))
+    assert replaced(new) == ("/dev/sda2", "/dev/sda3", "/dev/sdb1")
+    assert unresolved(new) == (("/dev/sdc1", "/backup"), ("/dev/sdd1", "/scratch space"))
 
 
 def test_fstab_of_a_root_that_nobody_knows_does_not_get_nofail() -> None:
@@ -61,13 +74,13 @@ def test_fstab_line_of_a_file_system_that_is_on_no_disk_gets_nofail_unless_it_is
     text = "UUID=gone /data ext4 defaults 0 2\nUUID=gone / ext4 defaults 0 1\nUUID=gone /net ext4 _netdev 0 0\n"
     new = rewritten(text, missing={"UUID=gone"})
     assert text.replace("/data ext4 defaults", "/data ext4 defaults,nofail") == new.text
-    assert (("UUID=gone", "/data"),) == new.unresolved
+    assert (("UUID=gone", "/data"),) == unresolved(new)
 
 
 def test_fstab_that_is_rewritten_twice_is_rewritten_once() -> None:
     once = rewritten(FSTAB).text
     twice = rewritten(once)
-    assert (twice.text, twice.replaced) == (once, ())
+    assert (twice.text, replaced(twice)) == (once, ())
 
 
 words = st.text(st.characters(blacklist_characters=" \t\n", blacklist_categories=["Cs"]), min_size=1, max_size=12)
@@ -98,7 +111,8 @@ def test_fstab_keeps_every_other_byte(text: str, newline: bool) -> None:
         if name:
             assert new_line == old_line.replace(spec, name, 1)
         else:
-            assert new_line.replace(",nofail", "", 1).replace(" nofail", "", 1) == old_line
+            added = (",nofail", " nofail", " auto nofail")
+            assert old_line in [new_line.replace(one, "", 1) for one in added]
 
 
 @given(st.binary(max_size=300))
@@ -108,8 +122,8 @@ def test_text_of_any_bytes_is_written_back_as_the_same_bytes(data: bytes) -> Non
 
 
 def test_crypttab_uses_the_partition_for_what_is_encrypted_afresh_at_every_boot() -> None:
-    def stable(spec: str, fresh: bool) -> str | None:
-        return "PARTUUID=p3" if fresh else KNOWN.get(spec)
+    def becomes(spec: str, fresh: bool) -> Became:
+        return Became(None, "PARTUUID=p3" if fresh else KNOWN.get(spec, spec if "abc" in spec else None), "gone")
 
     text = (
         "# <target> <source> <key> <options>\n"
@@ -118,9 +132,10 @@ def test_crypttab_uses_the_partition_for_what_is_encrypted_afresh_at_every_boot(
         "other UUID=abc none luks\n"
         "gone /dev/sdz1 none luks"
     )
-    new, replaced = crypttab.rewrite(text, stable)
-    assert new == text.replace("/dev/sdb1", "UUID=data").replace("/dev/sda3", "PARTUUID=p3")
-    assert replaced == ["/dev/sdb1", "/dev/sda3"]
+    new = crypttab.rewrite(text, becomes)
+    expected = text.replace("/dev/sdb1", "UUID=data").replace("/dev/sda3", "PARTUUID=p3")
+    assert new.text == expected.replace("/dev/sdz1 none luks", "/dev/sdz1 none luks,nofail")
+    assert [(5, "gone")] == [(name.line, name.use) for name in new.unresolved]
 
 
 def test_resume_device_is_replaced_where_it_is_assigned() -> None:

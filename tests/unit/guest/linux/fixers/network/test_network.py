@@ -69,7 +69,7 @@ class Guest:
 
 def plan(guest: Guest, *nics: Nic, os_type: str = "linux") -> FixPlan:
     inspection: Any = SimpleNamespace(os_type=os_type)
-    return network.plan(View(guest, inspection, Names((), {})), nics)
+    return network.plan(View(guest, inspection, Names({}, {})), nics)
 
 
 def codes(planned: FixPlan) -> list[str]:

@@ -1,0 +1,75 @@
+"""/etc/crypttab: encrypted devices by UUID instead of by a device name that changes with the controller."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hyper2kvmd.errors import Finding
+from hyper2kvmd.guest.change import Edit, Named
+from hyper2kvmd.guest.linux.devices import BY_CONTENT, Became
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
+from hyper2kvmd.text import printable
+
+PATH = "/etc/crypttab"
+_LINE = re.compile(r"[ \t]*(?P<name>[^\s#]\S*)[ \t]+(?P<spec>\S+)(?:[ \t]+(?P<key>\S+))?(?:[ \t]+(?P<options>\S+))?")
+
+
+def plan(view: View) -> FixPlan:
+    """Replace what changes with the hardware; the boot does not wait for what is not there."""
+    text = view.read(PATH)
+    if text is None:
+        return FixPlan()
+    new = rewrite(text, lambda spec, fresh: view.names.becomes(spec, by_partition=fresh))
+    warnings = tuple(
+        Finding(
+            "crypttab_unresolved",
+            f"{PATH} line {name.line} opens {printable(name.before)} as {printable(name.use)}: {name.proof}",
+            "The line got the option nofail, so that the guest starts without it. Write the UUID of the container "
+            "there, export the disk that is missing too, or delete the line.",
+        )
+        for name in new.unresolved
+    )
+    replaced = [name.before for name in new.names if name.after != name.before]
+    said = f"UUIDs instead of {', '.join(map(printable, replaced))}" if replaced else "nofail for what is missing"
+    edits = (Edit("crypttab", PATH, text, new.text, said),) if new.text != text else ()
+    return FixPlan(edits, warnings=warnings, names=new.names)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The new text, what names became, and those of them whose line got `nofail`."""
+
+    text: str
+    names: tuple[Named, ...]
+    unresolved: tuple[Named, ...]
+
+
+def rewrite(text: str, becomes: Callable[[str, bool], Became]) -> Rewritten:
+    """The text with device names replaced, and every other byte as it was.
+
+    becomes: from a device name to what it has to be; with True, only `PARTUUID=...` will do, because the device is
+    encrypted afresh at every boot (random key), which destroys any UUID on it.
+    """
+    named: list[Named] = []
+    unresolved: list[Named] = []
+    lines = text.split("\n")
+    for number, old in enumerate(lines, start=1):
+        found = _LINE.match(old)
+        if found is None or not found["spec"].startswith(("/dev/", *BY_CONTENT)):
+            continue
+        options = set((found["options"] or "").split(","))
+        fresh = found["key"] in ("/dev/urandom", "/dev/random") or bool(options & {"swap", "plain", "tmp"})
+        became = becomes(found["spec"], fresh)
+        device = became.device.name if became.device else ""
+        name = Named(PATH, number, found["name"], found["spec"], became.name or found["spec"], device, became.why)
+        named.append(name)
+        if became.name is not None:
+            lines[number - 1] = old[: found.start("spec")] + became.name + old[found.end("spec") :]
+        elif not options & {"nofail", "noauto"}:
+            unresolved.append(name)
+            end = old.rstrip()
+            key = "" if found["key"] else " none"
+            lines[number - 1] = f"{end},nofail" if found["options"] else f"{end}{key} nofail"
+    return Rewritten("\n".join(lines), tuple(named), tuple(unresolved))

@@ -1,0 +1,55 @@
+"""Files of the guest that go by the kernel's name of a disk and that nobody can rewrite safely: a warning for each."""
+
+from __future__ import annotations
+
+import re
+
+from hyper2kvmd.domain.model import DiskBus
+from hyper2kvmd.errors import Finding
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
+from hyper2kvmd.guest.linux.fixers.disks.lvm import DISK_NAMES
+from hyper2kvmd.guest.linux.names import files
+from hyper2kvmd.text import printable
+
+# What a rule asks for of a disk, and what it does with one: it gives a name or rights.
+_ASKS = re.compile(
+    r"\b(?:KERNEL|KERNELS)==\"(?P<name>(?:sd|hd|xvd|vd|nvme|cciss|dasd)[^\"]*)\"|ENV\{(?:ID_SERIAL\w*|ID_PATH|ID_WWN|"
+    r"DM_NAME)\}==\"(?P<id>[^\"]+)\""
+)
+_GIVES = re.compile(r"\b(?:SYMLINK|NAME|OWNER|GROUP|MODE|RUN|ENV\{[^}]*\})(?:\{\w+\})?\s*(?:\+|:)?=(?!=)")
+_RULES = "/etc/udev/rules.d/*.rules"
+# Settings of Oracle's ASM and of raw devices, each with what in it is a name of a disk.
+_SETTINGS = (
+    ("/etc/sysconfig/oracleasm", re.compile(r"(?m)^\s*ORACLEASM_SCANORDER=[\"']?(?P<name>[^\"'\n]+)")),
+    ("/etc/sysconfig/rawdevices", re.compile(r"(?m)^\s*/dev/raw/\S+\s+(?P<name>/dev/\S+)")),
+)
+
+
+def plan(view: View, bus: DiskBus) -> FixPlan:
+    """Name the files, the lines and what they look for."""
+    warnings = []
+    new = DISK_NAMES[bus]
+    for path, text in files(view.read, view.g.glob_expand, _RULES):
+        for number, line in enumerate(text.replace("\\\n", "  ").split("\n"), start=1):
+            found = None if line.lstrip().startswith("#") else _ASKS.search(line)
+            if found and _GIVES.search(line):
+                wanted = found["name"] or found["id"]
+                if found["name"] and found["name"].startswith(new):
+                    continue
+                warnings.append(_warning(f"{path} line {number}", wanted, new))
+                break
+    for path, pattern in _SETTINGS:
+        found = pattern.search(view.read(path) or "")
+        if found and not re.match(rf"(?:/dev/)?{new}", found["name"].split()[0] if found["name"].split() else ""):
+            warnings.append(_warning(path, found["name"], new))
+    return FixPlan(warnings=tuple(warnings))
+
+
+def _warning(where: str, wanted: str, new: str) -> Finding:
+    return Finding(
+        "disk_rule",
+        f"{printable(where)} in the guest goes by the disk {printable(wanted)}, and the new disks are called {new}a, "
+        f"{new}b, …: what it names, or gives rights to, will not be there",
+        "Have the rule go by what is on the disk (ENV{ID_FS_UUID}, ENV{ID_PART_ENTRY_UUID}), or by the new serial "
+        "numbers, before the programs that need it are started.",
+    )

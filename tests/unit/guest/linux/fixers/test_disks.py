@@ -1,0 +1,410 @@
+"""Names of disks in the guest's settings: what becomes of those that the old hardware gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hyper2kvmd.domain.model import DiskBus
+from hyper2kvmd.guest.linux import names
+from hyper2kvmd.guest.linux.devices import Device, Names
+from hyper2kvmd.guest.linux.fixers import FixPlan, View
+from hyper2kvmd.guest.linux.fixers.disks import crypttab, fstab, lvm, raid, rules
+from hyper2kvmd.guest.linux.kernels import Image, Kernel
+from tests.unit.guest.linux.fixers.test_configuration import Guest, applied
+
+SDA = (
+    Device("/dev/sda", disk="/dev/sda"),
+    Device("/dev/sda1", "xfs", "boot", part_uuid="p1", disk="/dev/sda"),
+    Device("/dev/sda2", "swap", "swap", part_uuid="p2", disk="/dev/sda"),
+    Device("/dev/sda3", "xfs", "root", part_uuid="p3", disk="/dev/sda"),
+)
+SDB = (
+    Device("/dev/sdb", disk="/dev/sdb"),
+    Device("/dev/sdb1", "ext4", "data", part_uuid="q1", disk="/dev/sdb"),
+    Device("/dev/sdb2", "xfs_external_log", part_uuid="q2", disk="/dev/sdb"),
+)
+ROOT = "/dev/sda3 / xfs defaults 0 0\n"
+
+
+def view(files: Mapping[str, str] | Guest, *devices: Device, locked: tuple[str, ...] = ()) -> View:
+    """A guest with these files and devices, whose root is the third partition of the first disk."""
+    guest = files if isinstance(files, Guest) else Guest(files)
+    devices = devices or (*SDA, *SDB)
+    by_name = {device.name: device for device in devices}
+    disks = list(dict.fromkeys(device.disk for device in devices if device.disk))
+    inspection: Any = SimpleNamespace(root="/dev/sda3", locked=locked, disks=tuple(disks))
+    known = names.known(
+        View(guest, inspection, Names({}, {})).read, guest.glob_expand, None, disks, by_name, "/dev/sda3"
+    )
+    return View(guest, inspection, known.names)
+
+
+def table(text: str, *devices: Device, locked: tuple[str, ...] = ()) -> tuple[str, list[str]]:
+    """/etc/fstab after the fix without its first line, which is the root's, and the warnings."""
+    guest = view({"/etc/fstab": ROOT + text}, *devices, locked=locked)
+    plan = fstab.plan(guest)
+    new = applied(Guest({"/etc/fstab": ROOT + text}), plan).files["/etc/fstab"]
+    assert new.startswith("UUID=root / xfs defaults 0 0\n")
+    again = fstab.plan(view({"/etc/fstab": new}, *devices, locked=locked))
+    assert () == again.edits, "what is mended is left alone"
+    return new.partition("\n")[2], [finding.message for finding in plan.warnings]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ".host:/ /mnt/hgfs fuse.vmhgfs-fuse defaults,allow_other 0 0",
+        "vmhgfs-fuse /mnt/hgfs fuse defaults 0 0",
+        "shared /mnt/shared vboxsf defaults 0 0",
+        "/dev/sr0 /mnt/repo iso9660 ro 0 0",
+        "/dev/cdrom /mnt/repo iso9660 ro 0 0",
+        "/dev/fd0 /mnt/floppy auto rw 0 0",
+    ],
+)
+def test_what_the_new_machine_certainly_lacks_does_not_stop_the_boot(line: str) -> None:
+    fields = line.split(" ")
+    fields[3] += ",nofail"
+    new, (warning,) = table(line + "\n")
+    assert " ".join(fields) + "\n" == new
+    assert f"/etc/fstab line 2 mounts {fields[0]} on {fields[1]}: the " in warning
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/dev/sr0 /media/cdrom0 udf,iso9660 user,noauto 0 0",
+        "192.0.2.9:/nfs/SH /SH nfs ,nofail,noatime 0 0",
+        "//filer/share /srv cifs credentials=/root/x 0 0",
+        "tmpfs /tmp tmpfs size=1g 0 0",
+        "/srv/a /srv/b none bind 0 0",
+        "/dev/mapper/cryptswap none swap sw 0 0",
+        "/dev/loop0 /mnt/loop ext4 loop 0 0",
+        "UUID=data /data ext4 ,defaults 0 0 a seventh field",
+    ],
+)
+def test_what_no_hardware_named_stays_as_it_is(line: str) -> None:
+    assert (f"{line}\n", []) == table(line + "\n")
+
+
+@pytest.mark.parametrize(
+    "spec", ["/dev/sdb1", "/dev/disk/by-path/pci-0000:03:00.0-scsi-0:0:1:0-part1",
+             "/dev/disk/by-id/wwn-0x6000c29-part1",
+             "/dev/mapper/mpathb1", "/dev/mapper/mpathbp1", "/dev/mapper/36000c29d5e8a4b7c1f3e2d1c0b9a8f7e-part1",
+             "/dev/nvme0n1p1", "/dev/cciss/c0d1p1", "/dev/disk/azure/scsi1/lun0-part1"]
+)  # fmt: skip
+def test_one_disk_that_is_left_over_is_the_one_name_that_is_left_over(spec: str) -> None:
+    assert ("UUID=data /data ext4 defaults 0 0\n", []) == table(f"{spec} /data ext4 defaults 0 0\n")
+
+
+def test_two_names_for_one_disk_that_is_left_over_are_uncertain_and_said_to_be() -> None:
+    text = "/dev/nvme0n1p1 /logs ext4 defaults 0 0\n/dev/nvme1n1p1 /data ext4 defaults 0 0\n"
+    new, warnings = table(text)
+    assert text.replace("defaults", "defaults,nofail") == new
+    assert 2 == len(warnings)
+    assert all(warning.endswith("nobody can know which disk that is") for warning in warnings)
+
+
+def test_a_position_where_something_else_lies_is_not_taken() -> None:
+    new, (warning,) = table("/dev/sdb1 none swap sw 0 0\n")
+    assert "/dev/sdb1 none swap sw,nofail 0 0\n" == new
+    assert warning.endswith("by its place it would be /dev/sdb1, which is no swap but ext4")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/dev/nvme0n1p1 /data xfs defaults 0 0",  # sda1, which is /boot
+        "/dev/nvme0n1 /data xfs defaults 0 0",  # sda, which is a whole disk with partitions
+        "/dev/xvda2 /data ext4 defaults 0 0",  # sda2, which is swap
+        "/dev/hda9 /data ext4 defaults 0 0",  # not there
+    ],
+)
+def test_positions_that_mean_what_they_cannot_mean_are_not_those_of_these_disks(line: str) -> None:
+    text = f"UUID=root / xfs defaults 0 0\nUUID=boot /boot xfs defaults 0 0\n{line}\n"
+    (edit,) = fstab.plan(view({"/etc/fstab": text})).edits
+    assert text.replace(line, line.replace("defaults", "defaults,nofail")) == edit.after
+
+
+def test_a_disk_that_was_not_exported_is_said_to_be_missing() -> None:
+    new, (warning,) = table("/dev/sdc1 /backup ext4 defaults 0 2\n")
+    assert "/dev/sdc1 /backup ext4 defaults,nofail 0 2\n" == new
+    assert warning.endswith("on /backup: no disk of this export has that device")
+
+
+def test_members_of_a_btrfs_find_each_other() -> None:
+    members = (
+        Device("/dev/sdb", "btrfs", "pool", member="one", disk="/dev/sdb"),
+        Device("/dev/sdc", "btrfs", "pool", member="two", disk="/dev/sdc"),
+    )
+    line = "/dev/sdb /data btrfs defaults,device=/dev/sdb,device=/dev/sdc,compress=zstd 0 0\n"
+    assert ("UUID=pool /data btrfs defaults,compress=zstd 0 0\n", []) == table(line, *SDA, *members)
+    only = "/dev/sdb /data btrfs device=/dev/sdb,device=/dev/sdc 0 0\n"
+    assert ("UUID=pool /data btrfs defaults 0 0\n", []) == table(only, *SDA, *members)
+
+
+def test_a_copy_of_a_btrfs_member_is_a_twin() -> None:
+    twins = tuple(Device(f"/dev/{name}", "btrfs", "pool", member="one", disk=f"/dev/{name}") for name in ("sdb", "sdc"))
+    new, (warning,) = table("/dev/sdb /data btrfs defaults 0 0\n", *SDA, *twins)
+    assert "/dev/sdb /data btrfs defaults,nofail 0 0\n" == new
+    assert warning.endswith("/dev/sdb has no identifier that no other device has")
+
+
+def test_a_log_on_another_partition_is_named_by_its_own_identifier() -> None:
+    new, _ = table("/dev/sdb1 /data xfs logdev=/dev/sdb2 0 0\n", *SDA, Device("/dev/sdb", disk="/dev/sdb"),
+                   Device("/dev/sdb1", "xfs", "data", part_uuid="q1", disk="/dev/sdb"), SDB[2])  # fmt: skip
+    assert "UUID=data /data xfs logdev=/dev/disk/by-partuuid/q2 0 0\n" == new
+
+
+def test_a_journal_that_is_on_no_disk_does_not_stop_the_boot() -> None:
+    new, (warning,) = table("UUID=data /data ext4 journal_path=/dev/sdz1 0 0\n")
+    assert "UUID=data /data ext4 journal_path=/dev/sdz1,nofail 0 0\n" == new
+    assert "journal_path is /dev/sdz1" in warning
+
+
+def test_an_identifier_that_two_devices_have_is_not_written() -> None:
+    copies = (Device("/dev/sdb1", "xfs", "boot", part_uuid="q1", disk="/dev/sdb"), Device("/dev/sdb", disk="/dev/sdb"))
+    assert "PARTUUID=p1 /boot xfs defaults 0 0\n" == table("/dev/sda1 /boot xfs defaults 0 0\n", *SDA, *copies)[0]
+
+
+def test_escapes_and_line_ends_of_another_system_are_read_and_kept() -> None:
+    text = "/dev/sdb1 /data\\040one ext4 defaults 0 0\r\n"
+    guest = view({"/etc/fstab": ROOT + text})
+    (edit,) = fstab.plan(guest).edits
+    assert "UUID=data /data\\040one ext4 defaults 0 0\r\n" in (edit.after or "")
+    (_, name) = fstab.plan(guest).names
+    assert (2, "/data one", "/dev/sdb1") == (name.line, name.use, name.device)
+
+
+def test_what_lies_in_a_locked_container_is_not_said_to_be_missing() -> None:
+    line = "UUID=inside /secret ext4 defaults 0 0\n"
+    assert (line, []) == table(line, locked=("/dev/sdb2",))
+
+
+# Units ------------------------------------------------------------------------------------------------------
+
+UNIT = "[Unit]\nDescription=Data\n\n[Mount]\nWhat={}\nWhere=/srv/data\nType=ext4\nOptions=noatime\n"
+DIRECTORY = "/etc/systemd/system"
+REQUIRED = {f"{DIRECTORY}/local-fs.target.requires/srv-data.mount": "../srv-data.mount"}
+
+
+@pytest.mark.parametrize(
+    "spec", ["/dev/sdb1", "/dev/disk/by-path/pci-0000:03:00.0-scsi-0:0:1:0-part1", "/dev/mapper/mpathb1"]
+)
+def test_a_mount_unit_is_mended_as_fstab_is(spec: str) -> None:
+    path = f"{DIRECTORY}/srv-data.mount"
+    plan = fstab.plan(view({"/etc/fstab": ROOT, path: UNIT.format(spec)}))
+    assert UNIT.format("/dev/disk/by-uuid/data") in [edit.after for edit in plan.edits]
+    assert () == plan.warnings
+
+
+def test_a_swap_unit_is_mended_too() -> None:
+    path = f"{DIRECTORY}/dev-sda2.swap"
+    plan = fstab.plan(view({"/etc/fstab": ROOT, path: "[Swap]\nWhat=/dev/sda2\n"}))
+    assert "[Swap]\nWhat=/dev/disk/by-uuid/swap\n" in [edit.after for edit in plan.edits]
+
+
+@pytest.mark.parametrize("what", ["/dev/sdc1", "/dev/sr0", "UUID=gone"])
+def test_a_unit_of_what_is_not_there_is_no_longer_required(what: str) -> None:
+    guest = Guest({"/etc/fstab": ROOT, f"{DIRECTORY}/srv-data.mount": UNIT.format(what)}, links=REQUIRED)
+    plan = fstab.plan(view(guest))
+    (command,) = plan.commands
+    link, wants = (f"{DIRECTORY}/local-fs.target.{kind}" for kind in ("requires/srv-data.mount", "wants"))
+    assert f"mkdir -p {wants} && mv {link} {wants}/" == command.command
+    assert [f"{DIRECTORY}/srv-data.mount in the guest mounts {what} on /srv/data"] == [
+        finding.message.partition(":")[0] for finding in plan.warnings
+    ]
+
+
+# crypttab ---------------------------------------------------------------------------------------------------
+
+
+def test_a_container_on_no_disk_does_not_stop_the_boot() -> None:
+    text = "data /dev/sdc1 none luks\nmore UUID=gone\nhere UUID=data none luks\n"
+    plan = crypttab.plan(view({"/etc/fstab": ROOT, "/etc/crypttab": text}))
+    assert (
+        "data /dev/sdc1 none luks,nofail\nmore UUID=gone none nofail\nhere UUID=data none luks\n" == plan.edits[0].after
+    )
+    assert ["line 1", "line 2"] == [finding.message[14:20] for finding in plan.warnings]
+
+
+# LVM --------------------------------------------------------------------------------------------------------
+
+PV = Device("/dev/sda3", "LVM2_member", "pv", disk="/dev/sda")
+SYSTEM_DEVICES = """\
+# LVM uses devices listed in this file.
+# Created by LVM command pvcreate pid 812 at Mon Jan  1 10:00:00 2024
+VERSION=1.1.2
+IDTYPE=sys_wwid IDNAME=naa.6000c29f00 DEVNAME=/dev/sda3 PVID=q0 PART=3
+IDTYPE=md_uuid IDNAME=aa:bb DEVNAME=/dev/md0 PVID=q1
+IDTYPE=devname IDNAME=/dev/sdb DEVNAME=/dev/sdb PVID=q2
+"""
+
+
+def test_lvms_list_of_devices_goes_if_the_hardware_is_in_it() -> None:
+    assert ["naa.6000c29f00", "/dev/sdb"] == lvm.changing_ids(SYSTEM_DEVICES)
+    guest = Guest({lvm.SYSTEM_DEVICES: SYSTEM_DEVICES, "/etc/lvm/cache/.cache": 'valid_devices=[ "/dev/sda3" ]'})
+    plan = lvm.plan(view(guest, PV), "virtio")
+    assert [(lvm.SYSTEM_DEVICES, None), ("/etc/lvm/cache/.cache", None)] == [(e.path, e.after) for e in plan.edits]
+    assert FixPlan() == lvm.plan(view(applied(guest, plan), PV), "virtio")
+
+
+def test_lvms_list_of_devices_stays_if_the_content_is_in_it() -> None:
+    text = (
+        "VERSION=1.1.1\nIDTYPE=md_uuid IDNAME=aa DEVNAME=/dev/md0\nIDTYPE=crypt_uuid IDNAME=CRYPT-LUKS2-x\n#IDTYPE=x\n"
+    )
+    guest = Guest({lvm.SYSTEM_DEVICES: text, "/etc/blkid.tab": "<device>/dev/dm-0</device>"})
+    assert FixPlan() == lvm.plan(view(guest, PV), "virtio")
+
+
+FILTERS = [
+    ('filter = [ "a|/dev/sda.*|", "r|.*|" ]', True),
+    ('\tglobal_filter = [ "a|^/dev/sd|",\n   "r|.*|" ]', True),
+    ('global_filter = [ "a|pci-0000:03.*|", "r|.*|" ]', True),
+    ('filter = [ "a|/dev/disk/by-path/pci.*|", "r/.*/" ]', True),
+    ('filter = [ "a|/dev/[sh]d[a-z]|", "r|.*|" ]', True),
+    ('filter = [ "r|/dev/vd.*|" ]', True),
+    ('filter = "r|.*|"', True),
+    ('filter = [ "a|/dev/vda|", "r|.*|" ]', True),  # one of the new disks is not all of them
+    ('filter = [ "a|/dev/[sv]d.*|", "r|.*|" ]', False),
+    ('filter = [ "a|/dev/sda|", "a|.*|", "r|.*|" ]', False),
+    ('filter = [ "r|/dev/cdrom|" ]', False),
+    ('filter = [ "a/.*/" ]', False),
+    ('# filter = [ "r|.*|" ]', False),
+    ('sysfs_filter = [ "r|.*|" ]', False),
+    ("filter = [ ", False),
+    ("filter = [" + '"r|' * 20000, False),
+]
+
+
+@pytest.mark.parametrize(("text", "hidden"), FILTERS)
+def test_a_filter_of_lvm_that_hides_the_new_disks_accepts_them_afterwards(text: str, hidden: bool) -> None:
+    guest = Guest({"/etc/lvm/lvm.conf": f"devices {{\n{text}\n}}\n"})
+    looked = view(guest, PV)
+    assert hidden == (not all(proof.ok for proof in lvm.prove(looked, "virtio", ())))
+    plan = lvm.plan(looked, "virtio")
+    assert hidden == bool(plan.edits)
+    mended = view(applied(guest, plan), PV)
+    assert all(proof.ok for proof in lvm.prove(mended, "virtio", ()))
+    assert FixPlan() == lvm.plan(mended, "virtio")
+
+
+def test_the_rest_of_a_filter_stays() -> None:
+    text = 'devices {\n filter = [ "a|sda|",  # ours\n "r|.*|" ]\n global_filter = "r|.*|"\n}\n'
+    plan = lvm.plan(view({"/etc/lvm/lvm.conf": text}, PV), "virtio")
+    assert (
+        'devices {\n filter = [ "a|^/dev/vd|", "a|sda|",  # ours\n "r|.*|" ]\n'
+        ' global_filter = [ "a|^/dev/vd|", "r|.*|" ]\n}\n'
+    ) == plan.edits[0].after
+
+
+def image(**texts: str) -> Image:
+    kernel = Kernel("6.1", "/boot/vmlinuz-6.1", "/boot/initrd.img-6.1", True, 0)
+    return Image(kernel, 1, frozenset(), frozenset(), {}, frozenset(texts), texts)
+
+
+def test_a_filter_that_stayed_in_the_initramfs_is_found_out() -> None:
+    copy = image(**{"etc/lvm/lvm.conf": 'filter = [ "a|/dev/sda|", "r|.*|" ]'})
+    (proof,) = lvm.prove(view({}, PV), "virtio", [copy])
+    assert not proof.ok
+    assert "/boot/initrd.img-6.1: /etc/lvm/lvm.conf" == proof.subject
+
+
+@pytest.mark.parametrize(("bus", "hidden"), [("virtio", True), ("sata", False), ("scsi", False)])
+def test_a_filter_is_held_against_the_disks_that_the_machine_gets(bus: DiskBus, hidden: bool) -> None:
+    text = 'filter = [ "a|/dev/sd.*|", "r|.*|" ]'
+    assert hidden == bool(lvm.hiding_filters(text, bus))
+
+
+def test_a_filter_of_a_guest_without_lvm_on_a_disk_is_left_alone() -> None:
+    files = {"/etc/lvm/lvm.conf": 'filter = [ "a|/dev/md.*|", "r|.*|" ]'}
+    on_raid = Device("/dev/md0", "LVM2_member", "pv")
+    assert (FixPlan(), ()) == (lvm.plan(view(files, on_raid), "virtio"), lvm.prove(view(files, on_raid), "virtio", ()))
+
+
+# RAID -------------------------------------------------------------------------------------------------------
+
+MEMBERS = tuple(
+    Device(f"/dev/{name}", "linux_raid_member", "array", member=name, disk=f"/dev/{name}") for name in ("sdb", "sdc")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "DEVICE /dev/sd[a-z]\nARRAY /dev/md0 UUID=a:b devices=/dev/sdb,/dev/sdc\n",
+            "DEVICE partitions\nARRAY /dev/md0 UUID=a:b\n",
+        ),
+        ("device /dev/sda1\n  /dev/sdb1\nMAILADDR root\n", "device partitions\nMAILADDR root\n"),
+        (
+            "ARRAY /dev/md0 metadata=1.2\n   devices=/dev/nvme0n1\n   name=a:0\n",
+            "ARRAY /dev/md0 metadata=1.2\n   name=a:0\n",
+        ),
+        ("DEVICE /dev/disk/by-id/scsi-*\n", "DEVICE partitions\n"),
+        ("DEVICE containers\n", "DEVICE partitions\n"),
+    ],
+)
+def test_arrays_are_found_by_their_uuid(text: str, expected: str) -> None:
+    guest = Guest({"/etc/mdadm.conf": text})
+    looked = view(guest, *SDA, *MEMBERS)
+    assert not all(proof.ok for proof in raid.prove(looked, "virtio", ()))
+    mended = applied(guest, raid.plan(looked, "virtio"))
+    assert expected == mended.files["/etc/mdadm.conf"]
+    copy = image(**{"etc/mdadm.conf": expected})
+    assert all(proof.ok for proof in raid.prove(view(mended, *SDA, *MEMBERS), "virtio", [copy]))
+    stale = image(**{"etc/mdadm.conf": text})
+    assert not all(proof.ok for proof in raid.prove(view(mended, *SDA, *MEMBERS), "virtio", [stale]))
+
+
+@pytest.mark.parametrize(
+    "text", ["DEVICE partitions\nARRAY /dev/md0 UUID=a\n", "DEVICE /dev/vd* /dev/sd*\n", "# DEVICE x\n"]
+)
+def test_settings_that_name_no_hardware_stay(text: str) -> None:
+    assert FixPlan() == raid.plan(view({"/etc/mdadm/mdadm.conf": text}, *SDA, *MEMBERS), "virtio")
+
+
+def test_an_array_that_is_known_by_its_members_only_is_said_and_not_proved() -> None:
+    looked = view({"/etc/mdadm.conf": "ARRAY /dev/md0 devices=/dev/sdb,/dev/sdc\n"}, *SDA, *MEMBERS)
+    (warning,) = raid.plan(looked, "virtio").warnings
+    assert "/etc/mdadm.conf knows the array /dev/md0 by its members only" in warning.message
+    assert [False] == [proof.ok for proof in raid.prove(looked, "virtio", ())]
+
+
+# What is only said ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "wanted"),
+    [
+        (
+            "/etc/udev/rules.d/99-oracle-asmdevices.rules",
+            '# ASM\nKERNEL=="sd?1", SUBSYSTEM=="block", PROGRAM=="/usr/lib/udev/scsi_id -g -u -d /dev/$parent", '
+            'RESULT=="36000c29", SYMLINK+="oracleasm/asm1", OWNER="oracle"\n',
+            "line 2 in the guest goes by the disk sd?1",
+        ),
+        ("/etc/udev/rules.d/60-db.rules", 'ENV{ID_SERIAL}=="36000c29", OWNER="db"\n', "goes by the disk 36000c29"),
+        ("/etc/sysconfig/oracleasm", 'ORACLEASM_SCANORDER="sd"\n', "goes by the disk sd"),
+        ("/etc/sysconfig/rawdevices", "/dev/raw/raw1 /dev/sdb1\n", "goes by the disk /dev/sdb1"),
+    ],
+)
+def test_files_that_go_by_the_kernels_names_are_named(path: str, text: str, wanted: str) -> None:
+    (warning,) = rules.plan(view({path: text}), "virtio").warnings
+    assert warning.message.startswith(path)
+    assert wanted in warning.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '# KERNEL=="sd?1", OWNER="oracle"\n',
+        'KERNEL=="vd?1", OWNER="oracle"\n',
+        'KERNEL=="sd*", ATTR{queue/scheduler}=="x"\n',
+        'ENV{ID_FS_UUID}=="data", OWNER="db"\n',
+    ],
+)
+def test_rules_that_hold_are_not_named(text: str) -> None:
+    assert FixPlan() == rules.plan(view({"/etc/udev/rules.d/9.rules": text}), "virtio")
