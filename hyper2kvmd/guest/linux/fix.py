@@ -176,6 +176,11 @@ def choose_machine(inspection: Inspection, images: Sequence[Image], options: Fix
         raise _unsupported(inspection)
     missing = (
         f"{image.kernel.version} lacks {_lacking(image, _machine(inspection, image, virtio=True)[1])}"
+        + (
+            f" in {image.kernel.path}, a unified kernel image, which only the guest can make"
+            if image.kernel.sealed
+            else ""
+        )
         for image in images
     )
     raise _unproved("; ".join(missing), inspection, options)
@@ -272,7 +277,7 @@ def _to_rebuild(choice: Choice, edits: Sequence[Edit], options: FixOptions) -> t
     return tuple(
         image
         for image in choice.able
-        if image.kernel.initrd and not image.kernel.rescue and (copied or (options.drivers and image.lacks(choice.bus)))
+        if image.kernel.can_be_rebuilt and (copied or (options.drivers and image.lacks(choice.bus)))
     )
 
 

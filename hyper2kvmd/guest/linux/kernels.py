@@ -11,7 +11,7 @@ from typing import Any
 from hyper2kvmd.domain.model import DiskBus, Machine
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.guest.change import Proof, decode
-from hyper2kvmd.guest.linux import cpio
+from hyper2kvmd.guest.linux import cpio, uki
 from hyper2kvmd.guest.linux.menu import Menu
 from hyper2kvmd.run import Tools
 
@@ -78,7 +78,8 @@ class Kernel:
     """A kernel and its initramfs if it has one.
 
     `entry` is the first place on the boot menu that starts it (an index into Menu.entries), None for one that no
-    entry starts. A `rescue` image is made once, when the system is installed, and never again.
+    entry starts. A `rescue` image is made once, when the system is installed, and never again. A `sealed` one is in one
+    file with its kernel, which only the guest's own tools can make (and sign) anew.
     """
 
     version: str
@@ -87,6 +88,12 @@ class Kernel:
     chosen_by_bootloader: bool
     entry: int | None = None
     rescue: bool = False
+    sealed: bool = False
+
+    @property
+    def can_be_rebuilt(self) -> bool:
+        """Whether its initramfs can be built anew."""
+        return self.initrd is not None and not self.rescue and not self.sealed
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ class Image:
     depends: Mapping[str, tuple[str, ...]]  # of each module of this kernel, on which others it depends
     files: frozenset[str] = frozenset()  # the names of all files in the initramfs
     texts: Mapping[str, str] = field(default_factory=dict)  # of those of its files that name disks
+    options: str = ""  # the kernel's command line, where it is in the same file
 
     def has(self, driver: str) -> bool:
         """Whether the driver, and all it depends on, are there when the kernel looks for its root."""
@@ -130,7 +138,7 @@ class Image:
 
     def can(self, bus: Bus, *, rebuilt: bool) -> bool:
         """Whether this kernel finds its root on `bus`: as it is, or once its initramfs is `rebuilt`."""
-        possible = rebuilt and self.kernel.initrd is not None and not self.kernel.rescue
+        possible = rebuilt and self.kernel.can_be_rebuilt
         return all(self.has(driver) or (possible and driver in self.depends) for driver in self.needs(bus))
 
 
@@ -142,6 +150,10 @@ def find(g: Any, menu: Menu | None, esp: str | None) -> tuple[Kernel, ...]:
     found: dict[str, Kernel] = {}
     for number, entry in enumerate(menu.entries if menu else ()):
         path = _file(g, entry.kernel, esp)
+        if path and (sealed := _sealed(g, path)):
+            said = sealed.version or path.rpartition("/")[2].removesuffix(".efi")
+            found.setdefault(path, Kernel(said, path, path if sealed.initrd else None, True, number, sealed=True))
+            continue
         version = _version(g, path) if path else None
         if path is None or version is None:
             continue
@@ -167,6 +179,11 @@ def _file(g: Any, name: str, esp: str | None) -> str | None:
             if g.is_file(path, followsymlinks=True):
                 return str(g.realpath(path))
     return None
+
+
+def _sealed(g: Any, path: str) -> uki.Image | None:
+    """What is in a unified kernel image; None for any other file."""
+    return uki.read(lambda at, size: bytes(g.pread(path, size, at))) if path.endswith(".efi") else None
 
 
 def _version(g: Any, path: str) -> str | None:
@@ -209,14 +226,19 @@ def _look(g: Any, kernel: Kernel, tools: Tools, scratch: Path) -> Image:
             f"{kernel.initrd} in the guest has {size} bytes, more than the {MAX_IMAGE_BYTES} that are read",
             "Remove what makes it so large, or the kernel, on VMware, and export again.",
         )
-    local = scratch / f"initrd-{kernel.version}"
-    g.download(kernel.initrd, str(local))
+    local = scratch / f"initrd-{kernel.entry}"
+    sealed = _sealed(g, kernel.path) if kernel.sealed else None
+    if sealed and sealed.initrd:
+        g.download_offset(kernel.initrd, str(local), *sealed.initrd)
+    else:
+        g.download(kernel.initrd, str(local))
     try:
         inside = cpio.read(local, tools, _NAME_DISKS)
     finally:
         local.unlink()
         local.with_name(local.name + ".main").unlink(missing_ok=True)
-    return Image(kernel, size, module_names(inside.names), builtin, depends, inside.names, inside.texts)
+    options = sealed.options if sealed else ""
+    return Image(kernel, size, module_names(inside.names), builtin, depends, inside.names, inside.texts, options)
 
 
 def module_names(paths: Iterable[str]) -> frozenset[str]:

@@ -295,12 +295,18 @@ def _systemd_boot(read: Read, glob: Glob) -> Menu | None:
     keyed.sort(key=lambda file: _version_key(fields[file.path].get("version", "")), reverse=True)
     keyed.sort(key=lambda file: [fields[file.path].get(key, "") for key in ("sort-key", "machine-id")])
     rest = [file for file in bls if "sort-key" not in fields[file.path]]
-    entries = _bls_entries([*keyed, *rest], {})
+    # Unified kernel images are on the menu by being there. What is in them is read with the kernels.
+    images = sorted({path for root in ESP_ROOTS for path in glob(f"{root}/EFI/Linux/*.efi")})
+    images.sort(key=lambda path: _version_key(_stem(path)), reverse=True)
+    sealed = [MenuEntry(path, (), _stem(path), path.rpartition("/")[2]) for path in images]
+    entries = [*_bls_entries([*keyed, *rest], {}), *sealed]
     said = [value for key, value in map(_key_value, config.text.split("\n")) if key == "default"] if config else []
     pattern = "".join(said[-1:]).removesuffix(".conf").lower()
-    # What matches nothing, or is saved in the old machine's firmware, leaves the first.
-    default = next((n for n, entry in enumerate(entries) if fnmatch.fnmatchcase(entry.name.lower(), pattern)), 0)
-    return Menu("systemd-boot", (*([config] if config else []), *bls), tuple(entries), default)
+    # What matches nothing, or is saved in the old machine's firmware, leaves the first. Which that is among entries of
+    # both kinds is up to sort keys inside of the images.
+    first = None if sealed and len(sealed) < len(entries) else 0
+    named = (n for n, entry in enumerate(entries) if pattern and fnmatch.fnmatchcase(entry.name.lower(), pattern))
+    return Menu("systemd-boot", (*([config] if config else []), *bls), tuple(entries), next(named, first))
 
 
 def _extlinux(read: Read, glob: Glob) -> Menu | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit, Named, Proof
@@ -198,6 +198,8 @@ def prove(view: View, images: Sequence[Image]) -> Proved:
     warnings: list[Finding] = []
     for entry in menu.entries:
         image = kernels.get(entry.kernel)
+        if image and image.options:
+            entry = replace(entry, options=image.options)
         proof = _prove_root(view, menu, entry) if image and not image.kernel.rescue else None
         if proof is None:
             continue
@@ -212,7 +214,7 @@ def _prove_root(view: View, menu: Menu, entry: MenuEntry) -> Proof | None:
     """That an entry's root is the guest's; None if it names none that could be known here."""
     spec = entry.option("root")
     root = view.names.devices.get(view.inspection.root)
-    path = menu.files[0].path
+    path = menu.files[0].path if menu.files else entry.kernel
     claim = f"the entry {printable(entry.title)} names the guest's root, and nothing else has that name"
     if root is None or not spec or "$" in spec:
         return None
@@ -380,7 +382,8 @@ def choose(kind: str, text: str, menu: Menu, default: int) -> str:
         case "menu.lst":
             return _replaced(_LEGACY_DEFAULT, name, text) or f"default {name}\n{text}"
         case "loader.conf":
-            return _replaced(_LOADER_DEFAULT, f"{name}.conf", text) or f"default {name}.conf\n{text}"
+            file = name if name.endswith(".efi") else f"{name}.conf"
+            return _replaced(_LOADER_DEFAULT, file, text) or f"default {file}\n{text}"
         case "extlinux":
             return _choose_label(text, menu, name)
     return text

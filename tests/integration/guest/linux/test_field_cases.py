@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,7 +63,8 @@ def data(tmp_path: Path) -> Path:
 def attempt(shop: Workshop, tmp_path: Path) -> Try:
     """A function that writes files into the guest and mends it.
 
-    disks: more disks of it. directories: that it has, too. copied: its disk is there twice.
+    disks: more disks of it. directories: that it has, too. copied: its disk is there twice. prepare: does something to
+    the disks first.
     """
 
     def run(
@@ -71,6 +73,7 @@ def attempt(shop: Workshop, tmp_path: Path) -> Try:
         directories: tuple[str, ...] = (),
         copied: bool = False,
         family: str = "rhel7-ready",
+        prepare: Callable[[Any], None] = lambda g: None,
     ) -> Case:
         disk = phony.disk(family)
         overlays = [tmp_path / f"{number}.qcow2" for number in range(1 + copied)]
@@ -80,12 +83,14 @@ def attempt(shop: Workshop, tmp_path: Path) -> Try:
         more = [*((overlay, "qcow2") for overlay in overlays[1:]), *((path, "raw") for path in disks)]
         session = shop.put_in(overlays[0], "qcow2", *more)
         g = session.g
+        prepare(g)
         root = "/dev/sda3" if family == "rhel7-ready" else "/dev/rl/root"
         g.mount(root, "/")
         for directory in directories:
             g.mkdir_p(directory)
         for path, text in files.items():
             g.mkdir_p(path.rpartition("/")[0])
+            text = text.replace("@sdb@", g.vfs_uuid("/dev/sdb")) if "@sdb@" in text else text
             g.write(path, disk.text(text).encode())
         g.umount_all()
         inspection = inspect(session)
@@ -197,3 +202,39 @@ def test_a_filter_of_lvm_on_the_old_controller_is_mended(attempt: Try) -> None:
     case = attempt({"/etc/lvm/lvm.conf": config}, family="rhel9")
     assert config.replace('[ "a|pci', '[ "a|^/dev/vd|", "a|pci') == case.files["/etc/lvm/lvm.conf"]
     assert ["LVM may use /dev/vd*"] == [proof.claim for proof in case.result.proofs if "LVM" in proof.claim]
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> tuple[Path, Path]:
+    """Two empty disks of 128 MiB."""
+    paths = tmp_path / "one.raw", tmp_path / "two.raw"
+    for path in paths:
+        with path.open("wb") as file:
+            file.truncate(128 << 20)
+    return paths
+
+
+def test_a_btrfs_on_two_disks_goes_by_its_uuid(attempt: Try, empty: tuple[Path, Path]) -> None:
+    def prepare(g: Any) -> None:
+        g.mkfs_btrfs(["/dev/sdb", "/dev/sdc"], datatype="raid1", metadata="raid1")
+
+    line = "/dev/sdb /data btrfs defaults,device=/dev/sdb,device=/dev/sdc 0 0\n"
+    case = attempt({FSTAB: BASE + line}, *empty, directories=("/data",), prepare=prepare)
+    uuid = next(device.uuid for device in case.inspection.filesystems if device.name == "/dev/sdb")
+    assert case.text(f"{ROOT}UUID={uuid} /data btrfs defaults 0 0\n") == case.files[FSTAB]
+    assert "/dev/sdb" == case.inspection.mounts["/data"]
+    assert "fstab_unresolved" not in case.said
+
+
+def test_a_mirror_is_found_by_its_uuid_and_not_by_its_members(attempt: Try, empty: tuple[Path, Path]) -> None:
+    def prepare(g: Any) -> None:
+        g.md_create("data", ["/dev/sdb", "/dev/sdc"], nrdevices=2, level="raid1")
+        g.mkfs("ext4", "/dev/md/data" if "/dev/md/data" in g.list_md_devices() else g.list_md_devices()[0])
+
+    config = "DEVICE /dev/sd[a-z]\nARRAY /dev/md/data level=raid1 UUID=a:b devices=/dev/sdb,/dev/sdc\n"
+    files = {FSTAB: f"{BASE}/dev/md/data /data ext4 defaults 0 0\n", "/etc/mdadm.conf": config}
+    case = attempt(files, *empty, directories=("/data",), prepare=prepare)
+    assert "DEVICE partitions\nARRAY /dev/md/data level=raid1 UUID=a:b\n" == case.files["/etc/mdadm.conf"]
+    assert case.text(f"{ROOT}/dev/md/data /data ext4 defaults 0 0\n") == case.files[FSTAB]
+    assert "/data" in case.inspection.mounts
+    assert [True] == [proof.ok for proof in case.result.proofs if "mdadm" in proof.claim]
