@@ -112,16 +112,38 @@ class Workshop:
         disks = [(disk, format), *more]
         for number, (path, kind) in enumerate(disks):
             self._count += 1
-            node, device = f"disk{self._count}", f"drive{self._count}"
+            node = f"disk{self._count}"
             file = {"driver": "file", "filename": str(path)}
             self._tell("blockdev-add", **{"driver": kind, "node-name": node, "file": file, "cache": {"no-flush": True}})
+            self._nodes.append(node)
+            self._plug_in(node, number)
+        self.g.debug("sh", ["udevadm settle"])
+        return Session(self.g, tuple(path for path, _ in disks), Tools())
+
+    def _plug_in(self, node: str, number: int) -> None:
+        """Give the appliance a disk under the letter of this number, which the disk of before may have for a moment."""
+        names = [f"/dev/sd{chr(ord('a') + place)}" for place in range(number + 1)]
+        deadline = time.monotonic() + 120
+        while True:
+            self._count += 1
+            device = f"drive{self._count}"
             place = {"bus": "scsi.0", "scsi-id": number, "lun": 0}
             self._tell("device_add", driver="scsi-hd", drive=node, id=device, **place)
             self._devices.append(device)
-            self._nodes.append(node)
-            self._wait([f"/dev/sd{chr(ord('a') + number)}" for number in range(number + 1)])
-        self.g.debug("sh", ["udevadm settle"])
-        return Session(self.g, tuple(path for path, _ in disks), Tools())
+            while len(found := self._seen()) <= number:
+                assert time.monotonic() < deadline, f"the appliance does not have {names}"
+                time.sleep(0.05)
+            if found == names:
+                return
+            self._tell("device_del", id=self._devices.pop())
+            self._wait(names[:-1])
+
+    def _seen(self) -> list[str]:
+        """The disks that the appliance has, none while it looks for one that has just come or gone."""
+        try:
+            return list(self.g.list_devices())
+        except RuntimeError:
+            return []
 
     def _empty(self) -> list[str]:
         """The disks that it was launched with, as QEMU calls them."""
@@ -157,12 +179,8 @@ class Workshop:
         """Until the appliance has these disks."""
         deadline = time.monotonic() + 120
         while True:
-            try:
-                if list(devices) == self.g.list_devices():
-                    return
-            except RuntimeError:  # it looks for the one that has just gone
-                if not devices:
-                    return
+            if list(devices) == self._seen():
+                return
             assert time.monotonic() < deadline, f"the appliance does not have {devices}"
             time.sleep(0.05)
 

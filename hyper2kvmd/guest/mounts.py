@@ -55,7 +55,7 @@ def mount(g: Any, root: str, names: Names, locked: Sequence[str], warnings: list
     """
     mounted: dict[str, str] = {}
     types = {device.name: device.type for device in names.devices.values()}
-    _mount_one(g, "/", root, types, mounted, warnings)
+    _mount_one(g, "/", root, types, mounted, warnings, waits=True)
     refuse_twins(names, names.devices.get(device_of(root)), f"the root of the guest, {device_of(root)}, is not unique")
     found = [entry for entry in fstab.entries(read_text(g, fstab.PATH) or "") if _is_local(entry)]
     for entry in sorted(found, key=lambda entry: entry.where.count("/")):
@@ -71,7 +71,7 @@ def mount(g: Any, root: str, names: Names, locked: Sequence[str], warnings: list
             g.mkdir_p(point)
         subvolume = _subvolume(g, entry, device, root)
         mountable = f"btrfsvol:{device.name}/{subvolume}" if subvolume else device.name
-        _mount_one(g, str(g.realpath(point)), mountable, types, mounted, warnings)
+        _mount_one(g, str(g.realpath(point)), mountable, types, mounted, warnings, waits=entry.waits)
     _refuse_copied_members(g, names, mounted)
     return mounted
 
@@ -158,8 +158,16 @@ def _subvolume(g: Any, entry: Entry, device: Device, root: str) -> str:
 
 
 def _mount_one(
-    g: Any, point: str, mountable: str, types: Mapping[str, str], mounted: dict[str, str], warnings: list[Finding]
+    g: Any,
+    point: str,
+    mountable: str,
+    types: Mapping[str, str],
+    mounted: dict[str, str],
+    warnings: list[Finding],
+    *,
+    waits: bool,
 ) -> None:
+    """Mount one file system. waits: whether the guest does not start without it, as far as its fstab is concerned."""
     device = device_of(mountable)
     type = types.get(device, "")
     try:
@@ -169,12 +177,15 @@ def _mount_one(
         g.mount(mountable, point)
     except RuntimeError as error:
         said = printable(str(error), 400)
-        if point not in NEEDED and (type not in JOURNALED or _can_be_mounted(g, device, mounted)):
+        is_damaged = type in JOURNALED and (point in NEEDED or not _can_be_mounted(g, device, mounted))
+        if point not in NEEDED and not (is_damaged and waits):
             warnings.append(
                 Finding(
                     "not_mounted",
                     f"{printable(point)} ({printable(mountable)}) cannot be mounted: {said}",
-                    f"Look at its line in {fstab.PATH} in the guest; the file system itself can be mounted."
+                    "Run fsck on it in the guest."
+                    if is_damaged
+                    else f"Look at its line in {fstab.PATH} in the guest; the file system itself is sound."
                     if type in JOURNALED
                     else "Check that the export has all disks of the VM.",
                 )

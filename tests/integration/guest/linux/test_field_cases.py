@@ -120,6 +120,13 @@ def test_a_copy_of_the_boot_disk_is_refused_and_both_are_named(attempt: Try) -> 
     assert "leave that disk out of the manifest" in error.hint
 
 
+def test_a_copy_of_a_disk_with_the_volume_group_is_refused(attempt: Try) -> None:
+    error = refusal(attempt, {}, copied=True, family="rhel9")
+    assert Code.DEVICE_UNCERTAIN == error.code
+    assert "/dev/sda" in error.message
+    assert "/dev/sdb" in error.message
+
+
 # What fstab may say -----------------------------------------------------------------------------------------
 
 
