@@ -86,16 +86,21 @@ class Workshop:
     To libguestfs and to us it is as if it had just been launched with that disk, but for the ten seconds.
     """
 
-    def __init__(self, g: Any, monitor: Path) -> None:
+    def __init__(self, g: Any, monitor: Path, empties: Sequence[Path]) -> None:
         self.g = g
+        self._empties = empties
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(str(monitor))
         self._answers = self._socket.makefile()
         self._answers.readline()  # a greeting
         self._tell("qmp_capabilities")
-        self._devices = self._empty()
-        self._nodes: list[str] = []
+        self._inside = self._empty()
         self._count = 0
+        # libguestfs calls a disk by its place at the launch, the kernel by the order in which it found the disks: the
+        # places, in the order in which the kernel gives its letters again.
+        links = self.g.debug("sh", ["for n in 0 1 2; do readlink -f /dev/disk/by-path/*scsi-0:0:$n:0; done"]).split()
+        assert DISKS == len(links)
+        self._places = sorted(range(DISKS), key=links.__getitem__)
 
     def put_in(self, disk: Path, format: str, *more: tuple[Path, str]) -> Session:
         """Take out the disks of before, whatever state they are in, and put in these."""
@@ -103,56 +108,60 @@ class Workshop:
         self.g.vg_activate_all(False)
         for array in self.g.list_md_devices():
             self.g.md_stop(array)
-        for device in self._devices:
-            self._tell("device_del", id=device)
-        self._wait([])
-        for node in self._nodes:
-            self._let_go(node)
-        self._devices, self._nodes = [], []
+        self._take_out(self._inside)
         disks = [(disk, format), *more]
-        for number, (path, kind) in enumerate(disks):
-            self._count += 1
-            node = f"disk{self._count}"
-            file = {"driver": "file", "filename": str(path)}
-            self._tell("blockdev-add", **{"driver": kind, "node-name": node, "file": file, "cache": {"no-flush": True}})
-            self._nodes.append(node)
-            self._plug_in(node, number)
+        # What only takes a letter that comes before those that are wanted goes again.
+        stand_ins: list[tuple[str, str]] = []
+        self._inside = []
+        for place in self._places:
+            if place < len(disks):
+                self._inside.append(self._plug_in(*disks[place], place))
+            elif len(self._inside) < len(disks):
+                stand_ins.append(self._plug_in(self._empties[place], "raw", place))
+        self._take_out(stand_ins)
+        names = [f"/dev/sd{chr(ord('a') + place)}" for place in range(len(disks))]
+        assert names == self._seen(), f"the appliance calls them {self._seen()}"
         self.g.debug("sh", ["udevadm settle"])
         return Session(self.g, tuple(path for path, _ in disks), Tools())
 
-    def _plug_in(self, node: str, number: int) -> None:
-        """Give the appliance a disk under the letter of this number, which the disk of before may have for a moment."""
-        names = [f"/dev/sd{chr(ord('a') + place)}" for place in range(number + 1)]
-        deadline = time.monotonic() + 120
-        while True:
-            self._count += 1
-            device = f"drive{self._count}"
-            place = {"bus": "scsi.0", "scsi-id": number, "lun": 0}
-            self._tell("device_add", driver="scsi-hd", drive=node, id=device, **place)
-            self._devices.append(device)
-            while len(found := self._seen()) <= number:
-                assert time.monotonic() < deadline, f"the appliance does not have {names}"
-                time.sleep(0.05)
-            if found == names:
-                return
-            self._tell("device_del", id=self._devices.pop())
-            self._wait(names[:-1])
+    def _plug_in(self, path: Path, format: str, place: int) -> tuple[str, str]:
+        """Give the appliance a disk, and return what QEMU calls it and its file."""
+        before = len(self._seen())
+        self._count += 1
+        node, device = f"disk{self._count}", f"drive{self._count}"
+        file = {"driver": "file", "filename": str(path)}
+        options = {"driver": format, "node-name": node, "file": file, "cache": {"no-flush": True}}
+        self._tell("blockdev-add", **options)
+        where = {"bus": "scsi.0", "scsi-id": place, "lun": 0}
+        self._tell("device_add", driver="scsi-hd", drive=node, id=device, **where)
+        self._wait(before + 1)
+        return device, node
+
+    def _take_out(self, disks: Sequence[tuple[str, str]]) -> None:
+        left = len(self._seen()) - len(disks)
+        for device, _ in disks:
+            self._tell("device_del", id=device)
+        self._wait(left)
+        for _, node in disks:
+            if node:
+                self._let_go(node)
 
     def _seen(self) -> list[str]:
-        """The disks that the appliance has, none while it looks for one that has just come or gone."""
-        try:
-            return list(self.g.list_devices())
-        except RuntimeError:
-            return []
+        """The disks that the appliance has."""
+        while True:
+            try:
+                return list(self.g.list_devices())
+            except RuntimeError:  # it looks for one that has just come or gone
+                time.sleep(0.05)
 
-    def _empty(self) -> list[str]:
-        """The disks that it was launched with, as QEMU calls them."""
+    def _empty(self) -> list[tuple[str, str]]:
+        """The disks that it was launched with, as QEMU calls them; their files are libguestfs's."""
         listed = self._tell("qom-list", path="/machine/peripheral-anon")
         paths = [f"/machine/peripheral-anon/{one['name']}" for one in listed if one["type"] == "child<scsi-hd>"]
         drives = {f"hd{number}" for number in range(DISKS)}
         found = [path for path in paths if self._tell("qom-get", path=path, property="drive") in drives]
         assert DISKS == len(found)
-        return found
+        return [(path, "") for path in found]
 
     def _tell(self, command: str, **arguments: Any) -> Any:
         """Say something to QEMU, and return its answer."""
@@ -175,13 +184,11 @@ class Workshop:
             else:
                 return
 
-    def _wait(self, devices: Sequence[str]) -> None:
-        """Until the appliance has these disks."""
+    def _wait(self, count: int) -> None:
+        """Until the appliance has so many disks."""
         deadline = time.monotonic() + 120
-        while True:
-            if list(devices) == self._seen():
-                return
-            assert time.monotonic() < deadline, f"the appliance does not have {devices}"
+        while len(self._seen()) != count:
+            assert time.monotonic() < deadline, f"the appliance does not have {count} disks"
             time.sleep(0.05)
 
 
@@ -197,12 +204,12 @@ def workshop(directory: Path, accelerator: str) -> Iterator[Workshop]:
         g.set_memsize(MEMORY_MB)
         g.set_smp(2)
         g.config("-qmp", f"unix:{directory / 'monitor'},server=on,wait=off")
-        for number in range(DISKS):
-            empty = directory / f"empty{number}.raw"
+        empties = [directory / f"empty{number}.raw" for number in range(DISKS)]
+        for empty in empties:
             empty.write_bytes(bytes(1 << 20))
             g.add_drive_opts(str(empty), format="raw")
         g.launch()
-        yield Workshop(g, directory / "monitor")
+        yield Workshop(g, directory / "monitor", empties)
         g.shutdown()
     finally:
         g.close()
