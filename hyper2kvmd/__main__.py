@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument("export", type=Path, help="directory of the export")
     job.add_argument("--events-fd", type=int, metavar="N", help="write events as JSON lines to this descriptor")
     job.add_argument("--dry-run", action="store_true", help="inspect and fix on throw-away overlays, change nothing")
-    job.add_argument("--stages", metavar="A,B", help=f"run only these of {', '.join(CHOICES)}")
+    job.add_argument("--stages", metavar="A,B", help=f"run these of {', '.join(CHOICES)}, and no others")
     job.add_argument("--name", metavar="VM", help="call the VM so, whatever the manifest calls it")
     job.add_argument("--as-before", action="store_true", help="as was asked for the last time, on any host")
     job.add_argument("--if-ready", action="store_true", help="do nothing while the export is being written")

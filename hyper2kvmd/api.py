@@ -110,7 +110,8 @@ class MigrationPipeline:
 
     - `manifest`: the path of a manifest, or of the directory of an export.
     - `settings`: those in force; None reads /etc/hyper2kvmd/hyper2kvmd.yaml, if there is one.
-    - `stages`: those to run, of inspect, fix, convert, validate and import; None runs what the manifest enables.
+    - `stages`: those to run, of inspect, fix, convert, validate and import, and no others, whatever the manifest and
+      the settings enable; None runs what these enable.
     - `dry_run`: check, inspect and fix on throw-away overlays only.
     - `vm_name`: what to call the VM, if not as the manifest does.
     - `overrides`: what goes before the settings, as `key.path=value`.

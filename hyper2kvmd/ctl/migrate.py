@@ -21,6 +21,8 @@ from hyper2kvmd.report.results import Results
 from hyper2kvmd.settings.load import writing_to
 from hyper2kvmd.settings.model import Settings
 
+_STAGES = f"run these of {', '.join(CHOICES)}, whatever the manifest enables, and no others"
+
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command to the parser."""
@@ -42,7 +44,7 @@ def add_migration_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that migrates."""
     parser.add_argument("--dry-run", action="store_true", help="check, inspect and fix on throw-away overlays only")
     parser.add_argument("--skip-fix", action="store_true", help="leave the guest as it is")
-    parser.add_argument("--stages", type=_stages, metavar="A,B", help=f"run only these of {', '.join(CHOICES)}")
+    parser.add_argument("--stages", type=_stages, metavar="A,B", help=_STAGES)
     parser.add_argument("--no-import", action="store_true", help="do not define a domain")
     parser.add_argument(
         "--strict", action="store_true", help="compare every byte of the result with the source and the fix"
@@ -58,13 +60,17 @@ def _stages(text: str) -> tuple[str, ...]:
 
 def stages_wanted(options: argparse.Namespace) -> frozenset[str] | None:
     """The stages that a person wants; None: those that the manifest enables."""
-    stages = None if options.stages is None else frozenset(options.stages)
-    return (stages or frozenset(CHOICES)) - {"fix"} if options.skip_fix else stages
+    if options.stages is None:
+        return None
+    left_out = {"fix"} if options.skip_fix else set()
+    return frozenset(options.stages) - left_out - ({"import"} if options.no_import else set())
 
 
 def overrides_wanted(options: argparse.Namespace) -> list[str]:
     """What a person wants beyond the settings: --set, and what other options say of settings."""
     found = [*options.overrides]
+    if options.skip_fix:
+        found.append("pipeline.fix.enabled=false")
     if options.no_import:
         found.append("libvirt.import=false")
     if options.strict:

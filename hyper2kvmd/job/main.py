@@ -111,7 +111,7 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
                 "Look for the reason in the journal (out of memory? a crash of a library?); then `hyper2kvmctl retry`.",
             )
         name, data = facts.read_manifest(export.fd, export.directory, settings.manifest_names)
-        manifest = parse(data, name, settings.pipeline, request.vm_name)
+        manifest = parse(data, name, request.pipeline(settings.pipeline), request.vm_name)
         if manifest.sha256 != look.manifest_sha256:  # replaced just now; the next look begins anew
             raise Cancelled
         structlog.contextvars.bind_contextvars(vm=manifest.vm_name)

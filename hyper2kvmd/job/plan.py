@@ -101,10 +101,9 @@ def make_plan(
     settings, stages = job.settings, manifest.stages
     format = stages.convert.format or manifest.output.format or settings.output.format
     compress = settings.output.compress if stages.convert.compress is None else stages.convert.compress
-    convert = job.request.wants("convert", stages.convert.enabled)
+    inspect, fix, convert = stages.inspect.enabled, stages.fix.enabled, stages.convert.enabled
+    check = stages.validate_.enabled
     dry_run = job.request.dry_run or manifest.options.dry_run
-    inspect, fix = job.request.wants("inspect", stages.inspect.enabled), job.request.wants("fix", stages.fix.enabled)
-    check = job.request.wants("validate", stages.validate_.enabled)
     boot = check and convert and (settings.validate_.test_boot or bool(stages.validate_.test_boot))
     defines = job.request.wants("import", settings.libvirt.import_)
     sources, directory = _sources(job, manifest, problems, stack), settings.output_dir
@@ -169,7 +168,11 @@ def make_plan(
         imported=imported,
     )
     if not convert:
-        job.warn(Finding("not_converted", "the CONVERT stage is off: no disk is written", "Enable it in the manifest."))
+        idle = [name.upper() for name in ("validate", "import") if job.request.wants(name, enabled=False)]
+        message = "the CONVERT stage is off: no disk is written" + (
+            f", so that {' and '.join(idle)} ha{'ve' if len(idle) > 1 else 's'} nothing to work on" if idle else ""
+        )
+        job.warn(Finding("not_converted", message, "Enable it in the manifest, or name it with --stages."))
     return plan
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hyper2kvmd.manifest import wire
 from hyper2kvmd.queue.asked import Asked
 
 
@@ -35,10 +36,23 @@ class Request:
         """What to call the VM, if not as the manifest does."""
         return None if self.asked is None else self.asked.vm_name
 
+    @property
+    def _stages(self) -> frozenset[str] | None:
+        return None if self.asked is None else self.asked.stages
+
     def wants(self, stage: str, enabled: bool) -> bool:
-        """Whether a stage is to run, by the manifest (`enabled`) and by this request."""
-        stages = None if self.asked is None else self.asked.stages
-        return enabled and (stages is None or stage in stages)
+        """Whether a stage is to run: if this request names any, those, or else what is `enabled`."""
+        return enabled if self._stages is None else stage in self._stages
+
+    def pipeline(self, wishes: wire.Pipeline) -> wire.Pipeline:
+        """What goes before the manifest's pipeline: the settings' `wishes`, and the stages that this request names."""
+        if self._stages is None:
+            return wishes
+        stages = {}
+        for name, field in wire.Pipeline.model_fields.items():
+            table = getattr(wishes, name) or (wire.table(field.annotation) or wire.Wish)()
+            stages[name] = table.model_copy(update={"enabled": (field.alias or name) in self._stages})
+        return wishes.model_copy(update=stages)
 
     @property
     def writes(self) -> bool:

@@ -304,11 +304,11 @@ def _vm(vm: wire.VM, warnings: list[Finding]) -> model.VMSpec:
 
 def _stages(pipeline: wire.Pipeline | None, wishes: wire.Pipeline, warnings: list[Finding]) -> model.Stages:
     """The stages that are wanted: without a pipeline all of them, and with one those that it enables."""
-    if pipeline is None:
+    own, wished = _stage_keys(pipeline or wire.Pipeline()), _stage_keys(wishes)
+    if pipeline is None and not all("enabled" in stage for stage in wished.values()):
         message = "the manifest has no pipeline: every stage is run"
         warnings.append(Finding("no_pipeline", message, "Add a pipeline to choose the stages.", "pipeline"))
     on = {"enabled": True} if pipeline is None else {}
-    own, wished = _stage_keys(pipeline or wire.Pipeline()), _stage_keys(wishes)
     inspect, fix, convert, validate = ({**on, **own[name], **wished[name]} for name in own)
     for name, stage in zip(own, (inspect, fix, convert, validate), strict=True):
         if "enabled" not in stage:

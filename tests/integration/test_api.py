@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,9 @@ from hyper2kvmd.api import MigrationFailed, MigrationPipeline
 from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.job.events import Event
+from hyper2kvmd.settings.load import overridden
 from hyper2kvmd.settings.model import Settings
-from tests.conftest import MakeExport, disk_entry, report_of, write_manifest
+from tests.conftest import Ctl, MakeExport, disk_entry, report_of, write_manifest
 
 
 def test_run_migrates_and_returns_the_report(scratch: Settings, make_export: MakeExport) -> None:
@@ -56,12 +58,72 @@ def test_the_callback_sees_every_stage_and_the_progress(scratch: Settings, make_
     assert 1.0 in ratios
 
 
-@pytest.mark.parametrize("stage", ["inspect", "fix", "convert", "validate", "import"])
+@pytest.mark.parametrize("stage", ["inspect", "fix", "convert", "import"])
 def test_every_stage_can_be_left_out(scratch: Settings, make_export: MakeExport, stage: str) -> None:
-    others = {"inspect", "fix", "convert", "validate", "import"} - {stage}
-    export = make_export(pipeline={name: {"enabled": name == stage} for name in ("convert", "validate")})
-    report = MigrationPipeline(export, scratch, stages=others).run()
+    """Although the manifest enables it, and the settings do."""
+    settings = scratch.model_copy(update={"libvirt": scratch.libvirt.model_copy(update={"import_": True})})
+    export = make_export(pipeline={name: {"enabled": True} for name in ("inspect", "fix", "convert", "validate")})
+    report = MigrationPipeline(export, settings, stages={"convert", "validate"} - {stage}).run()
     assert "skipped" == next(record.status for record in report.stages if record.name == stage)
+
+
+def test_validation_can_be_left_out(scratch: Settings, make_export: MakeExport) -> None:
+    report = MigrationPipeline(make_export(), scratch, stages={"convert"}).run()
+    assert report.results["validate"]["all_valid"] is None
+
+
+# What no manifest and no setting says, or what they forbid; the last names what to do, as far as that is cheap.
+SILENT: dict[str, dict[str, Any]] = {
+    "an empty pipeline": {},
+    "stages without a word": {"convert": {}, "validate": {"verify_checksum": True}},
+    "stages that are off": {"convert": {"enabled": False}, "validate": {"enabled": False}},
+    "other stages": {"inspect": {"enabled": True}, "fix": {"enabled": True}},
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_a_stage_that_is_asked_for_by_name_is_done_and_no_other(
+    scratch: Settings, make_export: MakeExport, case: str
+) -> None:
+    export = make_export(pipeline=SILENT[case])
+    report = MigrationPipeline(export, scratch, stages=("convert", "validate")).run()
+    assert report.disks[0].target is not None
+    assert Path(report.disks[0].target).stat().st_size > 1 << 20
+    assert report.results["validate"]["all_valid"] is True
+    done = {record.name for record in report.stages if record.status == "done"}
+    assert {"plan", "verify", "convert", "validate", "publish"} == done
+    assert [] == [warning.code for warning in report.warnings if warning.code in ("stage_off", "not_converted")]
+
+
+def test_a_stage_that_is_asked_for_by_name_is_done_whatever_the_settings_say(
+    scratch: Settings, make_export: MakeExport
+) -> None:
+    settings = overridden(scratch, ("pipeline.convert.enabled=false", "libvirt.uri=test:///default"))
+    assert not settings.libvirt.import_
+    report = MigrationPipeline(make_export(), settings, stages=("convert", "import")).run()
+    assert report.domain is not None
+    assert ("web01", "done") == (report.domain.name, report.stages[-1].status)
+
+
+def test_stages_that_have_nothing_to_work_on_are_named(scratch: Settings, make_export: MakeExport) -> None:
+    report = MigrationPipeline(make_export(), scratch, stages=("validate",)).run()
+    (warning,) = [warning for warning in report.warnings if warning.code == "not_converted"]
+    assert warning.message.endswith("no disk is written, so that VALIDATE has nothing to work on")
+
+
+def test_leaving_fix_out_enables_no_other_stage(ctl: Ctl, make_export: MakeExport) -> None:
+    export = make_export(pipeline={"fix": {"enabled": True}, "convert": {"enabled": True}})
+    assert 0 == ctl("migrate", export, "--skip-fix").returncode
+    stages = {stage["name"]: stage["status"] for stage in report_of(export)["stages"]}
+    assert ("skipped", "skipped", "done") == (stages["inspect"], stages["fix"], stages["convert"])
+    assert report_of(export)["results"]["validate"]["all_valid"] is None
+
+
+def test_what_is_left_out_by_an_option_is_not_done_though_it_is_named(ctl: Ctl, make_export: MakeExport) -> None:
+    export = make_export()
+    assert 0 == ctl("migrate", export, "--stages", "fix,convert,import", "--skip-fix", "--no-import").returncode
+    stages = {stage["name"]: stage["status"] for stage in report_of(export)["stages"]}
+    assert ("skipped", "done", "skipped") == (stages["fix"], stages["convert"], stages["import"])
 
 
 def test_a_dry_run_leaves_everything_as_it_was(scratch: Settings, make_export: MakeExport) -> None:

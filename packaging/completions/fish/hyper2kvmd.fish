@@ -11,7 +11,7 @@ complete -c hyper2kvmd -n '__fish_seen_subcommand_from run' -l set -r -F -d 'ove
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -s h -l help -d 'show this help message and exit'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l events-fd -r -F -d 'write events as JSON lines to this descriptor'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l dry-run -d 'inspect and fix on throw-away overlays, change nothing'
-complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l stages -r -F -d 'run only these of inspect, fix, convert, validate, import'
+complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l stages -r -F -d 'run these of inspect, fix, convert, validate, import, and no others'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l name -r -F -d 'call the VM so, whatever the manifest calls it'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l as-before -d 'as was asked for the last time, on any host'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l if-ready -d 'do nothing while the export is being written'
