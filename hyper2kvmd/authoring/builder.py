@@ -13,6 +13,7 @@ from typing import Any, Literal
 from hyper2kvmd.authoring.rewrite import Dialect, dump, upgrade
 from hyper2kvmd.errors import Code, Collected, Finding, MigrationError
 from hyper2kvmd.files import open_directory, write_durably
+from hyper2kvmd.image.extents import check_whole, look_beside
 from hyper2kvmd.image.header import examine
 from hyper2kvmd.image.source import OpenDisk, Source, check_unchanged, open_disk, open_sources, sha256
 from hyper2kvmd.manifest import wire
@@ -114,7 +115,7 @@ class ManifestBuilder:
         try:
             with opened(self.directory, os.fspath(path), id, format) as source:
                 format, size = source.disk.format, source.size
-                for file in dict.fromkeys((source.file, source.data)):
+                for file in source.files:
                     other = self._files.setdefault((file.device, file.inode), id)
                     if other != id:
                         what = f"{source.name} is the file of the disk {other} already"
@@ -332,6 +333,8 @@ def opened(directory: Path, path: str, id: str, format: Format | None = None) ->
         file, _ = open_disk(fd, directory, str(name), "disks[0].local_path")
         stack.callback(os.close, file.fd)
         try:
+            vmdk = format or ("vmdk" if file.name.lower().endswith(".vmdk") else "raw")
+            check_whole(look_beside(fd, file.name), file.name, vmdk, str(directory / name))
             found = format or _find_format(file, directory / name)
         except MigrationError as error:
             error.field = f"disks[0].{'source_format' if error.code == Code.FORMAT_MISMATCH else 'local_path'}"

@@ -20,6 +20,7 @@ from hyper2kvmd.authoring.rewrite import Dialect
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import open_directory, timestamp
 from hyper2kvmd.image import qemu_img
+from hyper2kvmd.image.extents import look_beside
 from hyper2kvmd.image.source import Source, open_disk
 from hyper2kvmd.manifest import ovf
 from hyper2kvmd.run import Tools
@@ -57,7 +58,12 @@ def in_directory(directory: Path, vm_name: str | None, default: str | None = Non
     """
     name = vm_name or default or directory.resolve().name
     names = sorted((name for name in os.listdir(directory) if not name.startswith(".")), key=_natural)
-    disks = [name for name in names if name.lower().endswith(_DISK_SUFFIXES) and not _belongs(name, names)]
+    parts = _extents(directory)
+    disks = [
+        name
+        for name in names
+        if name.lower().endswith(_DISK_SUFFIXES) and name not in parts and not _belongs(name, names)
+    ]
     if not disks:
         message = f"{directory} holds no disk images ({', '.join(_DISK_SUFFIXES)})"
         raise MigrationError(Code.DISK_MISSING, message, "Name the directory that the VM was exported to.")
@@ -163,7 +169,7 @@ def _gib(mib: int | None) -> float | None:
 def _start(tools: Tools, source: Source) -> bytes:
     """The first MiB that the guest sees. Raise MigrationError or OSError."""
     if source.header.format == "raw":
-        return os.pread(source.data.fd, bootsector.READ_BYTES, 0)
+        return os.pread(source.image, bootsector.READ_BYTES, 0)
     with tempfile.TemporaryDirectory() as directory:  # qemu-img writes into no pipe
         start = Path(directory) / "start"
         tools.run(
@@ -192,6 +198,15 @@ def _files(descriptor: ovf.Ovf, names: Sequence[str]) -> tuple[str, ...]:
     """The files of the descriptor's disks. The standard has URIs there, but not all writers do."""
     written = [disk.file for disk in descriptor.disks if disk.file is not None]
     return tuple(dict.fromkeys(file if file in names else unquote(file) for file in written))
+
+
+def _extents(directory: Path) -> frozenset[str]:
+    """The files in a directory that are parts of disks which others there describe."""
+    fd = open_directory(directory.resolve())
+    try:
+        return look_beside(fd, "any").extents
+    finally:
+        os.close(fd)
 
 
 def _belongs(name: str, names: Sequence[str]) -> bool:

@@ -32,14 +32,17 @@ def check_source(tools: Tools, source: Source) -> None:
 
     Raise MigrationError: image_unsafe if it finds another file behind the image, image_corrupt.
     """
-    done = tools.run("qemu-img", "info", "--output=json", source.node, accept=(0, 1), limits=INFO_LIMITS)
+    limits = (*INFO_LIMITS[:-2], f"--nofile={64 + len(source.extents)}", INFO_LIMITS[-1])
+    done = tools.run("qemu-img", "info", "--output=json", source.node, accept=(0, 1), limits=limits)
     if done.returncode:
         raise _damaged(source, done.stderr)
     info = json.loads(done.stdout)
     data = info.get("format-specific", {}).get("data", {})
     others = [info[key] for key in ("backing-filename", "full-backing-filename") if key in info]
     others += [data["data-file"]] if "data-file" in data else []
-    others += [extent["filename"] for extent in data.get("extents", ()) if source.data.path not in extent["filename"]]
+    ours = {file.path for file in source.files}
+    extents = (extent["filename"] for extent in data.get("extents", ()))
+    others += [name for name in extents if not ours & {*_PATHS.findall(name)}]
     if others:
         raise MigrationError(
             Code.IMAGE_UNSAFE,
@@ -55,6 +58,9 @@ def check_source(tools: Tools, source: Source) -> None:
     done = tools.run("qemu-img", "check", "-q", source.node, accept=_CHECKED, limits=WORK_LIMITS)
     if done.returncode not in _SOUND:
         raise _damaged(source, done.stdout + done.stderr)
+
+
+_PATHS = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 
 
 def _unchanged(source: Source) -> str:

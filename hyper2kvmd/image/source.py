@@ -20,13 +20,20 @@ from typing import Any
 
 from hyper2kvmd.errors import Cancelled, Code, Collected, Finding, MigrationError
 from hyper2kvmd.files import OURS, inside, open_directory_of, open_file
-from hyper2kvmd.image.header import examine
+from hyper2kvmd.image.extents import check_whole, delta_of, look_beside
+from hyper2kvmd.image.header import examine, examine_extent
 from hyper2kvmd.image.header.reader import Header
+from hyper2kvmd.image.header.vmdk import descriptor_for
 from hyper2kvmd.manifest import Disk
+from hyper2kvmd.text import plain
 
 DEPTH_LIMIT = 4
 BLOCK = 4 << 20
 _FINISH_EXPORT = "Copy it there, or export the VM again. `hyper2kvmctl manifest relocate` changes paths in a manifest."
+
+
+def _path(fd: int) -> str:
+    return f"/proc/{os.getpid()}/fd/{fd}"
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class OpenDisk:
     @property
     def path(self) -> str:
         """A path that means this very file to us and to our children, whatever happens to its name."""
-        return f"/proc/{os.getpid()}/fd/{self.fd}"
+        return _path(self.fd)
 
     def unchanged(self) -> bool:
         """Whether the file is as it was when it was opened."""
@@ -57,16 +64,24 @@ class OpenDisk:
 class Source:
     """A disk of the manifest, open and examined.
 
-    `file` is what the manifest names, and what its checksum is about. `data` holds the disk: the same file,
-    or the flat extent that it describes. `field` is its place in the manifest, such as `disks[0]`.
+    `file` is what the manifest names, and what its checksum is about. It holds the disk, or describes the `extents`
+    that do. `image` is the open file that qemu gets: that one, or its only extent, or a description of our own in
+    memory, in which the extents have paths that nobody can put another file at. `field` is its place in the manifest,
+    such as `disks[0]`.
     """
 
     disk: Disk
     file: OpenDisk
-    data: OpenDisk
+    extents: tuple[OpenDisk, ...]
+    image: int
     header: Header
     field: str
     warnings: tuple[Finding, ...] = ()
+
+    @property
+    def files(self) -> tuple[OpenDisk, ...]:
+        """The files of the export that the disk is read from."""
+        return (self.file, *self.extents)
 
     @property
     def name(self) -> str:
@@ -86,7 +101,7 @@ class Source:
     @property
     def node(self) -> str:
         """The source as a name for qemu: this driver on this file, read-only, and nothing else."""
-        return "json:" + json.dumps(_node(self.header.format, self.data.path), separators=(",", ":"))
+        return "json:" + json.dumps(_node(self.header.format, _path(self.image)), separators=(",", ":"))
 
 
 def _node(driver: str, path: str) -> dict[str, Any]:
@@ -114,7 +129,7 @@ def open_sources(
         field = f"disks[{index}]"
         try:
             source = _open_source(export_fd, export_dir, disk, stack, field)
-            for file in dict.fromkeys((source.file, source.data)):
+            for file in source.files:
                 other = taken.setdefault((file.device, file.inode), disk.id)
                 if other != disk.id:
                     raise MigrationError(
@@ -136,28 +151,44 @@ def _open_source(export_fd: int, export_dir: Path, disk: Disk, stack: contextlib
     file, warnings = open_disk(export_fd, export_dir, disk.path, f"{field}.local_path")
     stack.callback(os.close, file.fd)
     name = str(export_dir / file.name)
+    beside = look_beside(export_fd, file.name)
+    check_whole(beside, file.name, disk.format, name)
     header = examine(file.fd, file.size, disk.format, name)
-    data = file
-    if header.flat_extent is not None:
-        beside = str(PurePosixPath(file.name).with_name(header.flat_extent))
-        data, _ = open_disk(export_fd, export_dir, beside, f"{field}.local_path")
-        stack.callback(os.close, data.fd)
-        if data.size != header.virtual_size:
-            raise MigrationError(
-                Code.IMAGE_CORRUPT,
-                f"{export_dir / data.name} has {data.size} bytes, but {name} describes {header.virtual_size}",
-                "Copy the disk again, or export the VM again.",
-            )
-        if disk.sha256 is not None:
-            warnings += (
-                Finding(
-                    "checksum_partial",
-                    f"the checksum of {disk.id} covers the description {file.name}, not the data in {data.name}",
-                    "Export as OVF or OVA, which has both in one file.",
-                    f"{field}.checksum",
-                ),
-            )
-    if disk.bytes not in (file.size, data.size, header.virtual_size):
+    extents = []
+    for extent in header.extents:
+        path = str(PurePosixPath(file.name).with_name(extent.file))
+        opened, _ = open_disk(export_fd, export_dir, path, f"{field}.local_path")
+        stack.callback(os.close, opened.fd)
+        examine_extent(opened.fd, opened.size, extent, str(export_dir / opened.name))
+        extents.append(opened)
+    image = extents[0].fd if extents and header.format == "raw" else file.fd
+    if extents and header.format != "raw":
+        image = os.memfd_create("descriptor", os.MFD_CLOEXEC)
+        stack.callback(os.close, image)
+        paths = (opened.path for opened in extents)
+        os.write(image, descriptor_for([*zip(header.extents, paths, strict=True)]))
+    if extents and disk.sha256 is not None:
+        data = extents[0].name + (f" and {len(extents) - 1} more" if len(extents) > 1 else "")
+        warnings += (
+            Finding(
+                "checksum_partial",
+                f"the checksum of {disk.id} covers the description {file.name}, not the data in {data}",
+                "Export as OVF or OVA, which has both in one file.",
+                f"{field}.checksum",
+            ),
+        )
+    if delta := delta_of(beside, file.name):
+        warnings += (
+            Finding(
+                "snapshot_beside",
+                f"{plain(delta)} beside {plain(file.name)} is the delta of a snapshot of it: what the VM wrote after"
+                " the snapshot is not in this disk",
+                "If the VM used it, consolidate its snapshots, and export it again.",
+                f"{field}.local_path",
+            ),
+        )
+    held = sum(opened.size for opened in extents)
+    if disk.bytes not in (file.size, held, file.size + held, header.virtual_size):
         size = Finding(
             Code.DISK_SIZE,
             f"{name} has {file.size} bytes and holds a disk of {header.virtual_size}, the manifest says {disk.bytes}",
@@ -167,7 +198,7 @@ def _open_source(export_fd: int, export_dir: Path, disk: Disk, stack: contextlib
         if disk.sha256 is None:
             raise MigrationError(Code.DISK_SIZE, size.message, size.hint, field=size.field)
         warnings += (size,)  # the checksum will tell
-    return Source(disk, file, data, header, field, warnings)
+    return Source(disk, file, tuple(extents), image, header, field, warnings)
 
 
 def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> tuple[OpenDisk, tuple[Finding, ...]]:
@@ -250,7 +281,7 @@ def _unsafe(message: str, field: str) -> MigrationError:
 
 def check_unchanged(source: Source) -> None:
     """Raise MigrationError (source_changed) if a file of the source was written to or replaced since it was opened."""
-    changed = [file for file in (source.file, source.data) if not file.unchanged()]
+    changed = [file for file in source.files if not file.unchanged()]
     # A program that has the file mapped can write to it a while before the file's times say so.
     if not changed and _examined(source) != source.header:
         changed = [source.file]
@@ -264,7 +295,10 @@ def check_unchanged(source: Source) -> None:
 
 def _examined(source: Source) -> Header | None:
     with contextlib.suppress(MigrationError):
-        return examine(source.file.fd, source.file.size, source.disk.format, source.name)
+        header = examine(source.file.fd, source.file.size, source.disk.format, source.name)
+        for extent, file in zip(header.extents, source.extents, strict=False):
+            examine_extent(file.fd, file.size, extent, file.name)
+        return header
     return None
 
 

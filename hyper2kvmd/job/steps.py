@@ -323,9 +323,7 @@ def _shape(job: Job, plan: Plan) -> str:
     Not on the device that a source is on: many file systems have another number after the next boot.
     """
     sources = [
-        [disk.id, file.name, file.inode, file.size, file.mtime_ns]
-        for disk in plan.disks
-        for file in (disk.source.file, disk.source.data)
+        [disk.id, file.name, file.inode, file.size, file.mtime_ns] for disk in plan.disks for file in disk.source.files
     ]
     wishes = [plan.format, plan.compress, plan.inspect, plan.fix, [str(disk.final) for disk in plan.disks]]
     guest = [

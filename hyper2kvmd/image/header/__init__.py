@@ -7,15 +7,14 @@ It can also be cut short in ways that those programs turn into zeros without a w
 from __future__ import annotations
 
 import os
-import re
 
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.image.header.qcow2 import read_qcow2
-from hyper2kvmd.image.header.reader import SECTOR, VIRTUAL_SIZE_LIMIT, Header, Image
+from hyper2kvmd.image.header.reader import SECTOR, VIRTUAL_SIZE_LIMIT, Extent, Header, Image
 from hyper2kvmd.image.header.vdi import read_vdi
 from hyper2kvmd.image.header.vhd import is_vhd_footer, read_vhd
 from hyper2kvmd.image.header.vhdx import read_vhdx
-from hyper2kvmd.image.header.vmdk import read_vmdk
+from hyper2kvmd.image.header.vmdk import check_extent, is_text, read_vmdk
 
 DRIVERS = {"vmdk": "vmdk", "qcow2": "qcow2", "raw": "raw", "vhd": "vpc", "vhdx": "vhdx", "vdi": "vdi"}
 
@@ -42,6 +41,15 @@ def examine(fd: int, size: int, declared: str, name: str) -> Header:
     return header
 
 
+def examine_extent(fd: int, size: int, extent: Extent, name: str) -> None:
+    """Check the file of `size` bytes open as `fd` against what a description says of it. Raise MigrationError."""
+    image = Image(fd, size, name)
+    if extent.sparse:
+        check_extent(image, extent.bytes)
+    elif size != extent.bytes:
+        raise image.corrupt(f"has {size} bytes, but its description says {extent.bytes}")
+
+
 _MAGICS = (
     (0, b"KDMV", "vmdk"),
     (0, b"COWD", "vmdk"),
@@ -64,9 +72,7 @@ def _detect(image: Image) -> str | None:
     for offset, magic, name in _MAGICS:
         if start.startswith(magic, offset):
             return name
-    # qemu takes for a VMDK what has, after comments and blank lines, a line with the version.
-    text = re.match(rb"(?:[ \t\r]*\n|#[^\n]*\n)*(?:version=[0-9]|# Disk Descriptor)", start)
-    if text or start.startswith(b"# Disk DescriptorFile"):
+    if is_text(start):
         return "vmdk"
     if image.size >= SECTOR and is_vhd_footer(os.pread(image.fd, SECTOR, image.size - SECTOR)):
         return "vhd"

@@ -17,17 +17,27 @@ MERGE = "Remove the VM's snapshots so that each disk is one file, and export the
 
 
 @dataclass(frozen=True)
+class Extent:
+    """A part of a disk in a file beside its description: `bytes` as they are, or a sparse image of that many."""
+
+    file: str
+    bytes: int
+    sparse: bool
+
+
+@dataclass(frozen=True)
 class Header:
     """What an image says of itself.
 
     `format` is qemu's name of the driver that reads the data, `virtual_size` the disk's size in bytes.
-    With `flat_extent`, the image is a text that names the file beside it which holds the data, as raw.
+    With `extents`, the image is a text that names the files beside it which hold the data, one after the other. A
+    single one that is not sparse is read as raw.
     """
 
     format: str
     virtual_size: int
     subformat: str | None = None
-    flat_extent: str | None = None
+    extents: tuple[Extent, ...] = ()
 
 
 @dataclass(frozen=True)

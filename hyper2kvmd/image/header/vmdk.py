@@ -1,17 +1,33 @@
-"""VMDK: the text that describes a flat extent, and sparse extents, streams included."""
+"""VMDK: the text that describes extents in other files, and sparse extents, streams included."""
 
 from __future__ import annotations
 
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hyper2kvmd.image.header.reader import MERGE, SECTOR, Header, Image, integers
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.image.header.reader import MERGE, SECTOR, Extent, Header, Image, integers
 
 _AT_END = 0xFFFFFFFFFFFFFFFF
 _COMPRESSED, _MARKERS = 1 << 16, 1 << 17
 _DESCRIPTOR_LIMIT = 20 * SECTOR  # how much of it qemu looks at, whatever the header says
+TEXT_LIMIT = 1 << 16  # bytes of a description
+EXTENT_LIMIT = 512  # each is an open file; VMware's have 2 GiB, so that is a disk of 1 TiB
+# What a description of extents calls itself; the numbers are VMware's older spelling.
+_IN_EXTENTS = frozenset(
+    {"monolithicflat", "vmfs", "twogbmaxextentsparse", "twogbmaxextentflat", "2gbmaxextentsparse", "2gbmaxextentflat"}
+)
+_DELTAS = frozenset({"vmfssparse", "sesparse"})
+_CONSOLIDATE = (
+    "Consolidate the VM's snapshots (delete all of them, or clone the VM), so that each disk is whole, and export it"
+    " again."
+)
+_MERGE_EXTENTS = (
+    "`vmware-vdiskmanager -r OLD.vmdk -t 0 NEW.vmdk` makes one file of it; so does an export as OVF or OVA."
+)
 _EXTENT = re.compile(r'(RW|RDONLY|NOACCESS)\s+(\d{1,18})\s+(\w+)(?:\s+"([^"]*)"(?:\s+(\d{1,18}))?.*)?')
 _SETTING = re.compile(r'([\w.]+)\s*=\s*"?([^"]*)"?')
 
@@ -44,31 +60,104 @@ class _Descriptor:
     extents: tuple[tuple[int, str, str, int], ...]
 
 
+def is_text(start: bytes) -> bool:
+    """Whether a file that starts so is a description."""
+    # qemu takes for one what has, after comments and blank lines, a line with the version.
+    found = re.match(rb"(?:[ \t\r]*\n|#[^\n]*\n)*(?:version=[0-9]|# Disk Descriptor)", start)
+    return found is not None or start.startswith(b"# Disk DescriptorFile")
+
+
 def read_vmdk(image: Image) -> Header:
     """The header of a VMDK, sparse or a description. Raise MigrationError like read_vdi()."""
     magic = os.pread(image.fd, 4, 0)
     if magic == b"COWD":
-        raise image.unsupported("is an ESX snapshot or thin disk (COWD), which refers to others", MERGE)
+        raise image.unsupported("is an ESX snapshot or thin disk (COWD), which refers to others", _CONSOLIDATE)
     return _vmdk_sparse(image) if magic == b"KDMV" else _vmdk_text(image)
 
 
 def _vmdk_text(image: Image) -> Header:
-    if image.size > 1 << 16:
-        raise image.unsupported(f"is a descriptor of {image.size} bytes: more than 65536 are not read", MERGE)
+    if image.size > TEXT_LIMIT:
+        raise image.unsupported(f"is a descriptor of {image.size} bytes: more than {TEXT_LIMIT} are not read", MERGE)
     descriptor = _descriptor(image, image.read(0, image.size, "the descriptor"))
     kind = descriptor.settings["createtype"]
     for _, extent_kind, file, _ in descriptor.extents:
         if extent_kind == "ZERO":
             continue
-        if not file or file.startswith(".") or not file.isprintable() or re.search(r"[/\\:]|\.\.", file):
+        if not file or file.startswith(".") or not file.isprintable() or re.search(r'[/\\:"]|\.\.', file):
             raise image.refused(f"takes its data from {file!r}, which is not the name of a file beside it")
-    if kind.lower() not in ("monolithicflat", "vmfs") or len(descriptor.extents) != 1:
+    if _DELTAS & {kind.lower(), *(extent_kind.lower() for _, extent_kind, _, _ in descriptor.extents)}:
+        raise _delta(image)
+    if kind.lower() not in _IN_EXTENTS or not descriptor.extents:
         what = f"is of the type {kind} with {len(descriptor.extents)} extents, which is not supported"
         raise image.unsupported(what, f"{MERGE} Exporting as OVF or OVA gives a type that is.")
-    sectors, extent_kind, file, offset = descriptor.extents[0]
-    if extent_kind not in ("FLAT", "VMFS") or offset != 0:
-        raise image.unsupported(f"has an extent {extent_kind} at {offset}, which is not supported", MERGE)
-    return Header("raw", sectors * SECTOR, kind, file)
+    if len(descriptor.extents) > EXTENT_LIMIT:
+        what = f"is in {len(descriptor.extents)} extents; {EXTENT_LIMIT} is the most that is opened"
+        raise image.unsupported(what, _MERGE_EXTENTS)
+    extents = []
+    for sectors, extent_kind, file, offset in descriptor.extents:
+        if extent_kind not in ("FLAT", "VMFS", "SPARSE") or offset != 0 or sectors == 0:
+            what = f"has an extent {extent_kind} of {sectors} sectors at {offset}, which is not supported"
+            raise image.unsupported(what, MERGE)
+        extents.append(Extent(file, sectors * SECTOR, extent_kind == "SPARSE"))
+    if len({extent.file for extent in extents}) != len(extents):
+        raise image.refused("takes its data from one file twice")
+    raw = len(extents) == 1 and not extents[0].sparse
+    return Header("raw" if raw else "vmdk", sum(extent.bytes for extent in extents), kind, tuple(extents))
+
+
+def check_extent(image: Image, bytes: int) -> None:
+    """Check one sparse extent of a disk in several files, which must be a part of `bytes`. Raise MigrationError."""
+    magic = os.pread(image.fd, 4, 0)
+    if magic != b"KDMV":
+        raise image.corrupt(
+            f"is not the sparse extent that its descriptor says: it starts with the bytes {magic.hex(' ')}"
+        )
+    header = _Sparse.parse(image.read(0, SECTOR, "the VMDK header"))
+    # With a capacity of 0 qemu would read a text in it as a descriptor.
+    if header.capacity * SECTOR != bytes or not bytes:
+        raise image.refused(f"is an extent of {header.capacity * SECTOR} bytes, its descriptor says {bytes}")
+    _check_grains(image, _footer(image, header) if header.directory == _AT_END else header)
+
+
+def descriptor_for(extents: Sequence[tuple[Extent, str]]) -> bytes:
+    """A description of our own of a disk in extents that are at these paths, in which qemu finds no other name."""
+    sparse = any(extent.sparse for extent, _ in extents)
+    lines = [
+        f"RW {extent.bytes // SECTOR} " + (f'SPARSE "{path}"' if extent.sparse else f'FLAT "{path}" 0')
+        for extent, path in extents
+    ]
+    kind = "twoGbMaxExtentSparse" if sparse else "twoGbMaxExtentFlat"
+    head = ("# Disk DescriptorFile", "version=1", "CID=fffffffe", "parentCID=ffffffff", f'createType="{kind}"')
+    return "".join(f"{line}\n" for line in (*head, *lines, 'ddb.adapterType = "lsilogic"')).encode()
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a VMDK says of other files: those beside it that hold its data, and the image that it is a delta to."""
+
+    extents: tuple[str, ...]
+    parent: str | None
+
+
+def described(start: bytes) -> Described | None:
+    """What a VMDK that starts so names, whatever that is worth and whether or not it is supported; None for no VMDK."""
+    embedded = start.startswith(b"KDMV")
+    if not embedded and not is_text(start):
+        return None
+    text = start[SECTOR if embedded else 0 :].split(b"\0", 1)[0].decode("utf-8", "replace")
+    found = [_EXTENT.fullmatch(line.strip()) for line in text.splitlines()]
+    # A sparse file has its own name in it, often that from before it was renamed.
+    extents = () if embedded else tuple(extent[4] for extent in found if extent and extent[4])
+    parent = re.search(r'(?im)^\s*parentFileNameHint\s*=\s*"([^"]*)"', text)
+    return Described(extents, re.split(r"[/\\]", parent[1])[-1] if parent else None)
+
+
+def _delta(image: Image) -> MigrationError:
+    return MigrationError(
+        Code.IMAGE_UNSAFE,
+        f"{image.name} builds on another disk image: it is the delta of a snapshot, with only what was written since",
+        _CONSOLIDATE,
+    )
 
 
 def _descriptor(image: Image, data: bytes) -> _Descriptor:
@@ -95,7 +184,7 @@ def _descriptor(image: Image, data: bytes) -> _Descriptor:
             raise image.corrupt(f"has the line {line[:60]!r} in its descriptor, which means nothing")
     # qemu searches the text for these words wherever they stand, so a comment is no hiding place.
     if b"parentfilenamehint" in text.lower() or settings.get("parentcid", "ffffffff").lower() != "ffffffff":
-        raise image.refused("builds on another disk image (it is the delta of a snapshot)")
+        raise _delta(image)
     if "createtype" not in settings:
         raise image.corrupt("does not say its createType in its descriptor")
     return _Descriptor(settings, tuple(extents))
@@ -107,10 +196,12 @@ def _vmdk_sparse(image: Image) -> Header:
     if header.capacity == 0:
         raise image.refused("has a capacity of 0, with which its descriptor could name any file")
     # qemu looks for it in the second sector, whatever the header says.
-    if header.descriptor != 1:
-        raise image.unsupported("is one extent of a disk, without its descriptor", MERGE)
     length = min(_DESCRIPTOR_LIMIT, max(image.size - SECTOR, SECTOR))
-    descriptor = _descriptor(image, image.read(SECTOR, length, "the descriptor"))
+    text = image.read(SECTOR, length, "the descriptor") if header.descriptor == 1 else b""
+    if not text.strip(b"\0"):
+        hint = "Name the descriptor in its place: the small file beside it, a text, that lists the extents."
+        raise image.unsupported("is one extent of a disk, and not its descriptor", hint)
+    descriptor = _descriptor(image, text)
     kind = descriptor.settings["createtype"]
     if kind.lower() not in ("monolithicsparse", "streamoptimized"):
         raise image.unsupported(f"is of the type {kind}, which is not supported", MERGE)

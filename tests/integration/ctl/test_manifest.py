@@ -153,6 +153,56 @@ def test_a_directory_gives_its_disks_in_the_order_of_its_descriptor(ctl: Ctl, tm
     assert [("00:50:56:aa:bb:01", "DMZ")] == [(nic.mac, nic.network) for nic in manifest.nics]
 
 
+@pytest.mark.parametrize("subformat", ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "monolithicFlat"])
+def test_a_disk_in_extents_is_one_disk_and_is_migrated(
+    ctl: Ctl, scratch: Settings, tmp_path: Path, subformat: str
+) -> None:
+    export = scratch.exports_dir / "web01"
+    export.mkdir()
+    size = (2 << 30) + (8 << 20)  # two extents, where they have 2 GiB at most
+    image(export / "web01.vmdk", "vmdk", LINUX, size, f"subformat={subformat}")
+    image(export / "data.vmdk", "vmdk", size=8 << 20, options=f"subformat={subformat}")
+    for extent in [*export.iterdir()]:
+        if extent.name.startswith("data-"):  # under a name that says nothing
+            text = (export / "data.vmdk").read_text().replace(extent.name, "part.vmdk")
+            (export / "data.vmdk").write_text(text)
+            extent.rename(export / "part.vmdk")
+    done = ctl("manifest", "create", export, "--json")
+    assert 0 == done.returncode, done.stderr
+    shown = json.loads(done.stdout)
+    assert [("data.vmdk", 8 << 20), ("web01.vmdk", size)] == [
+        (disk["path"], disk["virtual_size"]) for disk in shown["disks"]
+    ]
+    assert "disk-1" == shown["boot_disk"]
+    document = json.loads((export / "manifest.json").read_text())
+    looks = subformat == "twoGbMaxExtentSparse"  # once: it takes a while
+    document["pipeline"]["inspect"]["enabled"], document["pipeline"]["fix"]["enabled"] = looks, False
+    (export / "manifest.json").write_text(json.dumps(document))
+    settings = scratch.model_copy(update={"cleanup_source": True})
+    done = run_job(export, settings)
+    assert 0 == done.returncode, done.stderr
+    if looks:  # INSPECT saw the disks, on which there is no system
+        assert "os_unknown" in {warning["code"] for warning in report_of(export)["warnings"]}
+    target = scratch.output_dir / "web01-disk-1.qcow2"
+    info = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", target]))
+    assert size == info["virtual-size"]
+    assert [] == [path.name for path in export.iterdir() if path.suffix == ".vmdk"], "all that was read is removed"
+
+
+def test_an_extent_or_a_delta_that_is_named_is_refused_with_what_to_do(ctl: Ctl, tmp_path: Path) -> None:
+    path = image(tmp_path / "web01.vmdk", "vmdk", size=3 << 30, options="subformat=twoGbMaxExtentFlat")
+    done = ctl("manifest", "create", tmp_path / "web01-f002.vmdk")
+    assert 1 == done.returncode
+    assert "is one of the 2 extents of the disk that web01.vmdk describes" in done.stderr
+    assert "Name web01.vmdk in its place" in done.stderr
+    command = ["qemu-img", "create", "-q", "-f", "vmdk", "-b", str(path), "-F", "vmdk"]
+    subprocess.run([*command, str(tmp_path / "web01-000001.vmdk")], check=True)
+    done = ctl("manifest", "create", tmp_path)
+    assert (1, []) == (done.returncode, [*tmp_path.glob("*.json.tmp")])
+    assert "Consolidate the VM's snapshots" in done.stderr
+    assert not (tmp_path / "manifest.json").exists()
+
+
 def test_a_descriptor_gives_the_disks_that_it_names_and_no_others(ctl: Ctl, tmp_path: Path) -> None:
     image(tmp_path / "a.vmdk")
     image(tmp_path / "other.vmdk")

@@ -477,7 +477,16 @@ def hostile(directory: Path, canary: Path) -> dict[str, tuple[Format, bytes]]:
         "vmdk zero": ("vmdk", vmdk_text("RW 4 ZERO")),
         "vmdk no extent": ("vmdk", vmdk_text("")),
         "vmdk two extents": ("vmdk", vmdk_text('RW 1 FLAT "extent" 0\nRW 1 FLAT "extent" 0')),
-        "vmdk two gigabytes": ("vmdk", vmdk_text('RW 4 SPARSE "disk-s001.vmdk"', kind="twoGbMaxExtentSparse")),
+        "vmdk two gigabytes": ("vmdk", vmdk_text('RW 1 SPARSE "extent"', kind="twoGbMaxExtentSparse")),
+        "vmdk second absolute": ("vmdk", vmdk_text(f'RW 1 FLAT "extent" 0\nRW 4 FLAT "{name}" 0')),
+        "vmdk second sparse absolute": ("vmdk", vmdk_text(f'RW 1 FLAT "extent" 0\nRW 4 SPARSE "{name}"')),
+        "vmdk second link": ("vmdk", vmdk_text('RW 1 FLAT "extent" 0\nRW 4 FLAT "link" 0', kind="twoGbMaxExtentFlat")),
+        "vmdk second itself": ("vmdk", vmdk_text('RW 1 FLAT "extent" 0\nRW 4 FLAT "disk" 0')),
+        "vmdk second of zeros": ("vmdk", vmdk_text('RW 1 FLAT "extent" 0\nRW 4 ZERO')),
+        "vmdk of no sectors": ("vmdk", vmdk_text('RW 0 FLAT "extent" 0\nRW 1 FLAT "extent2" 0')),
+        "vmdk of 8 EiB in extents": ("vmdk", vmdk_text('RW 1 FLAT "extent" 0\nRW 999999999999999999 FLAT "x" 0')),
+        "vmdk of a thousand extents": ("vmdk", vmdk_text("".join(f'RW 1 FLAT "{n}" 0\n' for n in range(1000)))),
+        "vmdk delta of ESX": ("vmdk", vmdk_text('RW 1 VMFSSPARSE "extent"', kind="vmfsSparse")),
         "vmdk device": ("vmdk", vmdk_text('RW 4 FLAT "/dev/vda" 0', kind="fullDevice")),
         "vmdk raw mapping": ("vmdk", vmdk_text('RW 4 VMFSRDM "disk-rdm.vmdk"', kind="vmfsRawDeviceMap")),
         "vmdk parent": ("vmdk", vmdk_text('RW 1 FLAT "extent" 0', more=f'parentFileNameHint="{name}"')),
@@ -586,7 +595,7 @@ def test_second_line_of_defence_sees_a_backing_file_by_itself(export: Path) -> N
     fd = os.open(path, os.O_RDONLY)
     status = os.fstat(fd)
     file = OpenDisk(fd, "disk", status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    source = Source(disk(path, "qcow2"), file, file, Header("qcow2", MIB), "disks[0]")
+    source = Source(disk(path, "qcow2"), file, (), fd, Header("qcow2", MIB), "disks[0]")
     try:
         with pytest.raises(MigrationError) as caught:
             qemu_img.check_source(Tools(), source)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.image.header import DRIVERS, examine
-from hyper2kvmd.image.header.reader import Header
+from hyper2kvmd.image.header.reader import Extent, Header
 from tests.pace import work_of_at_most
 
 MIB = 1 << 20
@@ -150,7 +150,11 @@ def vdi() -> bytes:
 DISK = (b"boot" + bytes(200_000) + b"data" * 1000 + bytes(40 * MIB) + b"end").ljust(41 * MIB, b"\0")
 IMAGES: dict[str, tuple[str, bytes, Header]] = {
     "stream": ("vmdk", vmware_stream(DISK), Header("vmdk", 41 * MIB, "streamOptimized")),
-    "text": ("vmdk", vmdk_text('RW 8 VMFS "web 01-flat.vmdk"'), Header("raw", 4096, "vmfs", "web 01-flat.vmdk")),
+    "text": (
+        "vmdk",
+        vmdk_text('RW 8 VMFS "web 01-flat.vmdk"'),
+        Header("raw", 4096, "vmfs", (Extent("web 01-flat.vmdk", 4096, False),)),
+    ),
     "qcow2": ("qcow2", qcow2(), Header("qcow2", MIB)),
     "fixed": ("vhd", bytes(MIB) + vhd_footer(2), Header("vpc", MIB, "fixed")),
     "dynamic": ("vhd", vhd_dynamic(), Header("vpc", MIB, "dynamic")),
@@ -271,7 +275,7 @@ def test_damage_is_refused_or_harmless(image: tuple[str, bytes]) -> None:
         assert error.message
     else:
         assert 0 < header.virtual_size <= 64 << 40
-        assert header.flat_extent is None or "/" not in header.flat_extent
+        assert not any("/" in extent.file for extent in header.extents)
 
 
 @settings(max_examples=300)
@@ -296,7 +300,7 @@ def test_any_bytes_are_refused_or_raw(declared: str, data: bytes) -> None:
 def test_extent_may_have_a_name_of_any_script() -> None:
     for encoded in ("Köln 日本-flat.vmdk".encode(), "Köln-flat.vmdk".encode("latin-1")):
         header = look(vmdk_text('RW 8 FLAT "NAME" 0').replace(b"NAME", encoded), "vmdk")
-        assert header.flat_extent in ("Köln 日本-flat.vmdk", "Köln-flat.vmdk")
+        assert header.extents[0].file in ("Köln 日本-flat.vmdk", "Köln-flat.vmdk")
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "a\\b", "nbd:x", ".", "..", ".x", "", "a..b"])
