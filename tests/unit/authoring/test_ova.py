@@ -120,7 +120,9 @@ def test_files_without_digests_give_a_warning(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("line", ["MD5(web.ovf)= " + "0" * 32, "SHA256(web.ovf)= " + "0" * 40, "\0\x1b[2J", "(" * 9999])
+@pytest.mark.parametrize(
+    "line", ["SHA256(web.ovf) " + "0" * 64, "SHA256(web.ovf)= " + "0" * 40, "\0\x1b[2J", "(" * 9999]
+)
 def test_a_line_of_the_mf_that_is_no_digest_is_an_error(tmp_path: Path, line: str) -> None:
     error = refused(tar([("web.ovf", OVF), ("web.mf", line.encode())]), tmp_path)
     assert Code.IMAGE_CORRUPT == error.code
@@ -131,7 +133,8 @@ def test_a_line_of_the_mf_that_is_no_digest_is_an_error(tmp_path: Path, line: st
 @pytest.mark.parametrize(
     "name",
     [
-        *("../web.ovf", "/etc/cron.d/web", "a/b.vmdk", "..", "", "./", "a\x1b[2J.ovf", "\udcff.ovf", "x" * 256),
+        *("../web.ovf", "/etc/cron.d/web", "a/../b.vmdk", "..", "", "./", "a\x1b[2J.ovf", "\udcff.ovf", "x" * 256),
+        *(".hidden/web.ovf", "a/.hyper2kvmd.hold", "a/manifest.json", "a/", "x" * 256 + "/web.ovf"),
         *(".hyper2kvmd.hold", "migration-report.json", "migration-report.7.json", "manifest.json"),
         *("artifact-manifest.json", "manifest.yml", "boot-test.png"),
     ],
@@ -152,8 +155,6 @@ def test_a_name_that_is_none_of_a_file_of_the_export_is_refused(tmp_path: Path, 
         (tarfile.CHRTYPE, "a character device"),
         (tarfile.BLKTYPE, "a block device"),
         (tarfile.FIFOTYPE, "a FIFO"),
-        (tarfile.DIRTYPE, "a directory"),
-        (tarfile.GNUTYPE_SPARSE, "a sparse file"),
         (tarfile.CONTTYPE, "an entry of type '7'"),
         (tarfile.XGLTYPE, "an entry of type 'g'"),
     ],
@@ -164,11 +165,85 @@ def test_what_is_no_plain_file_is_refused(tmp_path: Path, kind: bytes, what: str
     assert error.message.endswith(f"holds 'web.ovf', which is {what}")
 
 
-def test_a_sparse_file_in_an_extended_header_is_refused(tmp_path: Path) -> None:
+def sparse(real: int, stored: bytes, **records: str) -> bytes:
+    """A sparse file whose map is what the records of an extended header say."""
     info = tarfile.TarInfo("disk.vmdk")
-    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.realsize": str(1 << 50)}
-    error = refused(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024), tmp_path)
-    assert error.message.endswith("holds a sparse file")
+    info.size = len(stored)
+    info.pax_headers = {"GNU.sparse.realsize": str(real), **records}
+    return info.tobuf(tarfile.PAX_FORMAT) + stored.ljust(-(-len(stored) // 512) * 512, b"\0") + bytes(1024)
+
+
+V1 = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (sparse(1 << 50, b"", **V1), "longer than the file"),
+        (sparse(1024, b"x\n".ljust(512, b"\0"), **V1), "damaged map"),
+        (sparse(1024, b"1\n0\n-5\n".ljust(512, b"\0"), **V1), "damaged map"),
+        (sparse(1024, b"999999999\n".ljust(512, b"\0"), **V1), "in more than 131072 pieces"),
+        (sparse(1024, b"2\n0\n512\n".ljust(512, b"\0"), **V1), "longer than the file"),
+        (sparse(100, b"1\n0\n512\n".ljust(1024, b"\0"), **V1), "whose map is damaged"),  # behind its end
+        (sparse(4096, b"2\n1024\n256\n0\n256\n".ljust(1024, b"\0"), **V1), "whose map is damaged"),  # backwards
+        (sparse(4096, b"2\n0\n300\n200\n212\n".ljust(1024, b"\0"), **V1), "whose map is damaged"),  # overlapping
+        (sparse(4096, b"1\n0\n100\n".ljust(1024, b"\0"), **V1), "whose map is damaged"),  # less than is stored
+        (sparse(4096, b"x" * 512, **{"GNU.sparse.map": "0,512,"}), "damaged map"),
+        (sparse(4096, b"x" * 512, **{"GNU.sparse.map": "0"}), "damaged map"),
+        (sparse(4096, b"x" * 512, **{"GNU.sparse.map": "0,511"}), "whose map is damaged"),
+        (sparse(4096, b"", **{"GNU.sparse.major": "2"}), "of a version that is not known"),
+    ],
+)
+def test_a_sparse_file_with_a_map_that_lies_is_refused(tmp_path: Path, data: bytes, what: str) -> None:
+    assert what in refused(data, tmp_path).message
+
+
+def old_sparse(pieces: Sequence[tuple[int, int]], real: int, stored: bytes, more: bytes = b"\0") -> bytes:
+    """A sparse file in GNU's old format, with a header that has room for four pieces."""
+    block = bytearray(header("disk.vmdk", tarfile.GNUTYPE_SPARSE, len(stored))[:512])
+    fields = b"".join(b"%011o\0%011o\0" % piece for piece in pieces)
+    block[386 : 386 + len(fields)] = fields
+    block[482:495] = more + b"%011o\0" % real
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + stored.ljust(-(-len(stored) // 512) * 512, b"\0") + bytes(1024)
+
+
+def test_a_sparse_file_of_the_old_format_is_unpacked(tmp_path: Path) -> None:
+    archive = tmp_path / "web.ova"
+    archive.write_bytes(old_sparse([(1 << 20, 512), (3 << 20, 100), (4 << 20, 0)], 4 << 20, b"a" * 512 + b"b" * 100))
+    content = unpack(archive, tmp_path / "web")
+    data = bytearray(4 << 20)
+    data[1 << 20 : (1 << 20) + 512], data[3 << 20 : (3 << 20) + 100] = b"a" * 512, b"b" * 100
+    assert bytes(data) == (tmp_path / "web/disk.vmdk").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == content.sha256["disk.vmdk"]
+    assert (tmp_path / "web/disk.vmdk").stat().st_blocks * 512 < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (old_sparse([(0, 512)], 100, b"x" * 512), "whose map is damaged"),
+        (old_sparse([(0, 100)], 4096, b"x" * 512), "whose map is damaged"),
+        (old_sparse([(0, 512)], 4096, b"x" * 512, more=b"\1"), "damaged header of a sparse file"),
+        (old_sparse([(0, 512)], 4096, b"", more=b"\1") + b"\1" * 512, "whose map is damaged"),
+    ],
+)
+def test_an_old_sparse_file_with_a_map_that_lies_is_refused(tmp_path: Path, data: bytes, what: str) -> None:
+    assert what in refused(data, tmp_path).message
+
+
+def test_a_sparse_file_that_never_ends_its_map_is_refused(tmp_path: Path) -> None:
+    """In a few kilobytes, as each of its blocks says that another one comes."""
+    block = (b"\0" * 504 + b"\1").ljust(512, b"\0")
+    data = old_sparse([(0, 512)], 4096, b"", more=b"\1")[:512] + block * 10_000
+    assert "in more than 131072 pieces" in refused(gzip.compress(data), tmp_path).message
+
+
+def test_a_sparse_file_that_is_too_large_when_it_is_whole_gets_a_way_out(tmp_path: Path) -> None:
+    error = refused(sparse(1 << 50, b"1\n0\n512\n".ljust(1024, b"\0"), **V1), tmp_path)
+    assert Code.NO_SPACE == error.code
+    assert "Unpack it with `tar -xf` into an empty directory" in error.hint
 
 
 @pytest.mark.parametrize("compress", [lambda data: data, gzip.compress], ids=["plain", "gzip"])
@@ -206,6 +281,47 @@ def test_a_hundred_thousand_files_are_refused_after_a_thousand(tmp_path: Path) -
     data = b"".join(tarfile.TarInfo(f"{number}.vmdk").tobuf() for number in range(100_000)) + bytes(1024)
     error = refused(gzip.compress(data, 1), tmp_path)
     assert error.message.endswith("holds more than 1000 files")
+
+
+@pytest.mark.parametrize("prefix", ["web/", "./web/", "a/b/c/"])
+def test_members_in_a_directory_are_unpacked_without_it(tmp_path: Path, prefix: str) -> None:
+    """With digests that name them with it, or without."""
+    good = [("web.ovf", OVF), ("disk.vmdk", DISK)]
+    named = [(prefix + name, data) for name, data in good]
+    for number, sums in enumerate((mf(good), mf(named))):
+        archive = tmp_path / "web.ova"
+        members = [(prefix + "web.mf", sums[1]), *named]
+        archive.write_bytes(header(prefix, tarfile.DIRTYPE)[:512] + tar(members))
+        content = unpack(archive, tmp_path / str(number))
+        assert {"web.mf", "web.ovf", "disk.vmdk"} == {*content.files}
+        assert () == content.warnings
+        assert DISK == (tmp_path / str(number) / "disk.vmdk").read_bytes()
+
+
+def test_members_of_one_name_in_two_directories_get_a_way_out(tmp_path: Path) -> None:
+    error = refused(tar([("a/web.ovf", OVF), ("b/web.ovf", OVF)]), tmp_path)
+    assert error.message.endswith("holds 'web.ovf' twice")
+    assert "Unpack it with `tar -xf` into an empty directory, and name the .ovf" in error.hint
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_what_macos_adds_to_an_archive_is_left_out(tmp_path: Path, format: int) -> None:
+    good = [("web.ovf", OVF), ("disk.vmdk", DISK)]
+    apple = b"\0\5\x16\7" + bytes(700)
+    members = [("web/._web.ovf", apple), ("web/web.ovf", OVF), ("._web", apple), ("web/.DS_Store", apple)]
+    members += [
+        ("web/._disk.vmdk", apple),
+        ("web/disk.vmdk", DISK),
+        ("__MACOSX/web/x", apple),
+        ("web/web.mf", mf(good)[1]),
+    ]
+    archive = tmp_path / "web.ova"
+    archive.write_bytes(tar(members, format))
+    content = unpack(archive, tmp_path / "web")
+    assert (
+        {"web.mf", "web.ovf", "disk.vmdk"} == {*content.files} == {path.name for path in (tmp_path / "web").iterdir()}
+    )
+    assert () == content.warnings
 
 
 def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
