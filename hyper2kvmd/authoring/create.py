@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,6 +16,9 @@ from urllib.parse import unquote
 from hyper2kvmd.authoring import bootsector
 from hyper2kvmd.authoring.bootsector import Firmware
 from hyper2kvmd.authoring.builder import SUFFIXES, ManifestBuilder, opened
+from hyper2kvmd.authoring.contents import Packed, Progress, copy, find_packed, make_whole, verified
+from hyper2kvmd.authoring.digests import NONE, SIZE_LIMIT, Digests
+from hyper2kvmd.authoring.digests import parse as parse_digests
 from hyper2kvmd.authoring.rewrite import Dialect
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import open_directory, timestamp
@@ -33,13 +36,28 @@ _BELONGS = re.compile(r"(.+)-(?:flat|ctk)\.vmdk", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Found:
-    """What a manifest is to be made of: the disks' files in `directory`, in the order in which the guest sees them."""
+    """What a manifest is to be made of: the disks' files in `directory`, in the order in which the guest sees them.
+
+    packed: disks that are not files of their own yet. digests: what a .mf beside the descriptor says of the files.
+    """
 
     directory: Path
     vm_name: str
     disks: tuple[str, ...]
     descriptor: ovf.Ovf | None = None
     warnings: tuple[Finding, ...] = ()
+    packed: tuple[Packed, ...] = ()
+    digests: Digests = NONE
+
+    def unpacked_digests(self) -> Digests:
+        """The digests once all is unpacked: where those of all pieces were checked, nothing is left to be checked."""
+        if self.digests is NONE:
+            return NONE
+        known = self.digests.of
+        checked: dict[str, dict[str, str]] = {
+            disk.name: {} for disk in self.packed if all(piece in known for piece in disk.pieces)
+        }
+        return Digests({**known, **checked}, self.digests.warnings)
 
 
 @dataclass(frozen=True)
@@ -58,24 +76,41 @@ def in_directory(directory: Path, vm_name: str | None, default: str | None = Non
     """
     name = vm_name or default or directory.resolve().name
     names = sorted((name for name in os.listdir(directory) if not name.startswith(".")), key=_natural)
-    parts = _extents(directory)
+    descriptor, packed, warnings = None, dict[str, Packed](), tuple[Finding, ...]()
+    try:
+        chosen = ovf.choose(names, name)
+        descriptor = None if chosen is None else _descriptor(directory / chosen)
+    except ovf.OvfError as error:
+        warnings = (error.finding,)
+    if descriptor is not None:
+        packed, more = find_packed(directory, names, descriptor)
+        warnings = (*descriptor.warnings, *more)
+    parts = _extents(directory) | {piece for disk in packed.values() for piece in disk.pieces}
     disks = [
         name
         for name in names
         if name.lower().endswith(_DISK_SUFFIXES) and name not in parts and not _belongs(name, names)
     ]
-    if not disks:
-        message = f"{directory} holds no disk images ({', '.join(_DISK_SUFFIXES)})"
-        raise MigrationError(Code.DISK_MISSING, message, "Name the directory that the VM was exported to.")
-    try:
-        chosen = ovf.choose(names, name)
-        descriptor = None if chosen is None else _descriptor(directory / chosen)
-    except ovf.OvfError as error:
-        return Found(directory, name, tuple(disks), None, (error.finding,))
+    if not disks and not packed:
+        raise _no_disks(directory, names)
     places = {name: place for place, name in enumerate(_files(descriptor, names))} if descriptor else {}
     disks.sort(key=lambda name: places.get(name, len(places)))
     name = vm_name or (descriptor and descriptor.vm_name) or name
-    return Found(directory, name, tuple(disks), descriptor, descriptor.warnings if descriptor else ())
+    digests = _digests(directory, names, descriptor) if descriptor else NONE
+    return Found(directory, name, tuple(disks), descriptor, warnings, tuple(packed.values()), digests)
+
+
+def _no_disks(directory: Path, names: Sequence[str]) -> MigrationError:
+    """The error for a directory without disks, which may have what becomes some."""
+    hint = "Name the directory that the VM was exported to."
+    for name in names:
+        if name.lower().endswith(tuple(f"{suffix}.gz" for suffix in _DISK_SUFFIXES)):
+            hint = f"{plain(name)} is compressed, and no .ovf says what it is: unpack it (`gunzip -k`), and try again."
+        elif re.fullmatch(r".+\.0{9}", name):
+            stem = plain(name[: -len(".000000000")])
+            hint = f"{stem} is in chunks, and no .ovf says so: join them (`cat {stem}.0* > {stem}`), and try again."
+    message = f"{directory} holds no disk images ({', '.join(_DISK_SUFFIXES)})"
+    return MigrationError(Code.DISK_MISSING, message, hint)
 
 
 def of_descriptor(path: Path, vm_name: str | None) -> Found:
@@ -86,16 +121,39 @@ def of_descriptor(path: Path, vm_name: str | None) -> Found:
         finding = error.finding
         hint = "Export the VM again, or name the disk files instead of the descriptor."
         raise MigrationError(Code.MANIFEST_INVALID, finding.message, hint) from None
-    disks = _files(descriptor, os.listdir(path.parent))
-    if not disks:
+    names = os.listdir(path.parent)
+    packed, more = find_packed(path.parent, names, descriptor)
+    disks = _files(descriptor, names, packed)
+    if not disks and not packed:
         message = f"{path} names no disks with content"
         raise MigrationError(Code.DISK_MISSING, message, "Export the VM again, or name the disk files themselves.")
     empty = sum(disk.file is None for disk in descriptor.disks)
-    warnings = descriptor.warnings
+    warnings = (*descriptor.warnings, *more)
     if empty:
         message = f"{show(path.name)} describes {empty} disk{'s' * (empty > 1)} without a file: left out"
         warnings += (Finding("disk_empty", message, "Add an empty disk to the VM once it runs, if it needs one."),)
-    return Found(path.parent, vm_name or descriptor.vm_name or path.stem, disks, descriptor, warnings)
+    name = vm_name or descriptor.vm_name or path.stem
+    digests = _digests(path.parent, names, descriptor)
+    return Found(path.parent, name, disks, descriptor, warnings, tuple(packed.values()), digests)
+
+
+def unpack(found: Found, target: Path, *, check: bool, on_progress: Progress) -> None:
+    """Put all that a manifest is to be made of into a new directory, with each disk a file of its own.
+
+    check: whether to hold what is read against the digests. Raise MigrationError or OSError.
+    """
+    digests = found.digests if check else NONE
+    fd = open_directory(found.directory.resolve())
+    try:
+        vmdks = look_beside(fd, "any").vmdks
+    finally:
+        os.close(fd)
+    extents = (name for disk in found.disks if disk in vmdks for name in vmdks[disk].extents)
+    files = dict.fromkeys((*([found.descriptor.name] if found.descriptor else []), *found.disks, *extents))
+    for name in files:
+        copy(found.directory, name, target, on_progress)
+    for disk in found.packed:
+        make_whole(found.directory, disk, target, on_progress, digests)
 
 
 def of_files(paths: Sequence[Path], directory: Path, vm_name: str | None) -> Found:
@@ -119,8 +177,15 @@ def describe(
     """Look at the disks, and put the manifest together; what is wrong comes out when it is written.
 
     digests: what is known already of the files' SHA-256, by their names. on_progress: gets a name and the ratio done.
+    Raise MigrationError (checksum_mismatch) for a file that is not what the .mf says, if checksums are computed.
     """
     warnings, sizes, boots = list(found.warnings), dict[str, int](), list[frozenset[Firmware]]()
+    if checksum and not digests and found.digests is not NONE:
+        digests = verified(found.directory, found.disks, found.digests, on_progress)
+        warnings += (
+            *found.digests.warnings,
+            *found.digests.unproved(dict.fromkeys(found.disks), _mf(found.descriptor)),
+        )
     for index, file in enumerate(found.disks):
         boots.append(frozenset())
         # The builder says what is wrong with the file.
@@ -194,10 +259,33 @@ def _descriptor(path: Path) -> ovf.Ovf:
         os.close(file.fd)
 
 
-def _files(descriptor: ovf.Ovf, names: Sequence[str]) -> tuple[str, ...]:
-    """The files of the descriptor's disks. The standard has URIs there, but not all writers do."""
-    written = [disk.file for disk in descriptor.disks if disk.file is not None]
-    return tuple(dict.fromkeys(file if file in names else unquote(file) for file in written))
+def _files(descriptor: ovf.Ovf, names: Sequence[str], packed: Container[str] = ()) -> tuple[str, ...]:
+    """The files of the descriptor's disks, but for those that are packed."""
+    disks = (disk for disk in descriptor.disks if disk.file is not None and disk.file not in packed)
+    return tuple(
+        dict.fromkeys(next((name for name in disk.names if name in names), unquote(disk.file or "")) for disk in disks)
+    )
+
+
+def _mf(descriptor: ovf.Ovf | None) -> str:
+    """The name of the .mf that belongs to a descriptor."""
+    return f"{descriptor.name[: -len('.ovf')]}.mf" if descriptor else ""
+
+
+def _digests(directory: Path, names: Sequence[str], descriptor: ovf.Ovf) -> Digests:
+    """What the .mf of a descriptor says; NONE if there is none. Raise MigrationError."""
+    name = _mf(descriptor)
+    if name not in names:
+        return NONE
+    fd = open_directory(directory.resolve())
+    try:
+        file, _ = open_disk(fd, directory.resolve(), name, "")
+    finally:
+        os.close(fd)
+    try:
+        return parse_digests(os.pread(file.fd, SIZE_LIMIT, 0), name)
+    finally:
+        os.close(file.fd)
 
 
 def _extents(directory: Path) -> frozenset[str]:

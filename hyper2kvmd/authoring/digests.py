@@ -61,6 +61,9 @@ class Digests:
                 yield Finding("no_digests", f"{where} holds no digest of {show(name)}", hint)
 
 
+NONE = Digests({})
+
+
 def parse(data: bytes, name: str) -> Digests:
     """What the .mf called `name` says. Raise MigrationError (image_corrupt) for a line that says nothing."""
     found: dict[str, dict[str, str]] = {}

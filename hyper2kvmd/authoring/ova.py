@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hyper2kvmd.authoring import digests
-from hyper2kvmd.authoring.digests import Digests
 from hyper2kvmd.authoring.tar import BLOCK, COPY_AGAIN, GZIP, RECORD, UNPACK, Archive, Member, members
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import create_file, fsync_directory
@@ -101,7 +100,7 @@ def no_room(source: Path, directory: Path, room: int, what: str, way_out: str = 
 
 def _unpack(path: Path, directory: Path, on_progress: Callable[[float], None]) -> Unpacked:
     sums: dict[str, dict[str, str]] = {}
-    expected = Digests({})
+    expected = digests.NONE
     try:
         room = free(directory)
         with _open(path) as file:

@@ -1,14 +1,22 @@
-"""How commands answer: JSON, and errors of the system with their remedies."""
+"""How commands answer: JSON, lines and bars for people, and errors of the system with their remedies."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.exits import EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION
 from hyper2kvmd.files import REMEDIES, explained, trouble
+from hyper2kvmd.text import plain
 
 # The exit status for each kind of trouble with files, and what to do for the person at the keyboard.
 _STATUS = {"denied": EXIT_PERMISSION, "read-only": EXIT_PERMISSION, "missing": EXIT_NOT_FOUND}
@@ -37,3 +45,39 @@ def refuse(status: int, message: str) -> int:
 def print_json(shape: Any) -> None:
     """Print the result of a command with --json."""
     print(json.dumps(shape, indent=2, ensure_ascii=False))
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise MigrationError (output_exists) if there is a file of that name."""
+    if os.path.lexists(path):
+        hint = "Move it away, or name another file with -o."
+        raise MigrationError(Code.OUTPUT_EXISTS, f"{path} already exists", hint)
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Callable[[str, float], None]]:
+    """A function that shows for a name how much is done, from 0 to 1; on a terminal only."""
+    console = Console(stderr=True)
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(name: str, ratio: float) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(plain(name, 40), total=1.0)
+            bars.update(tasks[name], completed=ratio)
+
+        yield tell
+
+
+def print_warnings(warnings: Iterable[Finding]) -> None:
+    """Print warnings on standard error."""
+    console = Console(stderr=True)
+    for finding in warnings:
+        console.print(f"warning: {finding}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print a line for people."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)

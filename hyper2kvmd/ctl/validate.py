@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from hyper2kvmd import journal
-from hyper2kvmd.ctl.manifest import bars
-from hyper2kvmd.ctl.output import print_json
+from hyper2kvmd.ctl.output import bars, print_json
 from hyper2kvmd.errors import Collected, Finding
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED
 from hyper2kvmd.image.source import verify_checksum

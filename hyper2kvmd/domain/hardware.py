@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, TypeVar
-from urllib.parse import unquote
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.files import open_file
@@ -206,7 +205,7 @@ def _disks(manifest: Manifest, other: ovf.Ovf, warnings: list[Finding]) -> tuple
     """The descriptor's order for the files that it names, then the others as the manifest lists them."""
     places: dict[str, int] = {}
     for place, disk in enumerate(other.disks):
-        for name in (disk.file, unquote(disk.file)) if disk.file else ():  # the standard has a URI, but not all do
+        for name in disk.names:
             places.setdefault(name, place)
     names = {disk.id: disk.path.rpartition("/")[2] for disk in manifest.disks}
     disks = tuple(sorted(names, key=lambda id: places.get(names[id], len(other.disks))))

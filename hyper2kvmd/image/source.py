@@ -224,7 +224,14 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
         _check_plain(os.stat(path.name, dir_fd=fd, follow_symlinks=False), full, field)
         file = open_file(path.name, dir_fd=fd)
     except FileNotFoundError:
-        raise MigrationError(Code.DISK_MISSING, f"{full} does not exist", _FINISH_EXPORT, field=field) from None
+        hint = _FINISH_EXPORT
+        with contextlib.suppress(OSError):
+            os.stat(f"{path.name}.000000000", dir_fd=fd, follow_symlinks=False)
+            hint = (
+                "It is there in chunks: name the .ovf to `hyper2kvmctl manifest create`, which joins them; or join them"
+                f" with `cat {plain(path.name)}.0* > {plain(path.name)}`."
+            )
+        raise MigrationError(Code.DISK_MISSING, f"{full} does not exist", hint, field=field) from None
     except PermissionError as error:
         hint = "Let the user of the service read it, for example with `setfacl -m u:hyper2kvmd:r`."
         message = f"{full} cannot be read: {error.strerror}"

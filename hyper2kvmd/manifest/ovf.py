@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import unquote
 
 import defusedxml
 from defusedxml import ElementTree
@@ -15,6 +16,8 @@ from pydantic import ValidationError
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.manifest import wire
+from hyper2kvmd.manifest.devices import left_out
+from hyper2kvmd.manifest.elements import attribute_of, by_id, child_of, local_name, number_of, settings_of, text_of
 from hyper2kvmd.manifest.problems import PROBLEM_LIMIT
 from hyper2kvmd.text import is_card_mac, mac_address, plain, show
 
@@ -69,11 +72,20 @@ class OvfNic:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How the file of a disk is kept: its bytes, and of each of the chunks that it is cut into; its compression."""
+
+    bytes: int | None
+    chunk_bytes: int | None
+    compression: str | None
+
+
+@dataclass(frozen=True)
 class OvfDisk:
     """A hard disk; `file` is a base name, and None for a disk without content. What is not given is None.
 
     controller: its model as written (lsilogic, VirtualSCSI, vmware.sata.ahci), or else its kind (ide).
-    bus: the controller's number among those of its kind. unit: the disk's number on it.
+    bus: the controller's number among those of its kind. unit: the disk's number on it. packing: if it has one.
     """
 
     file: str | None
@@ -81,6 +93,13 @@ class OvfDisk:
     controller: str | None
     bus: int | None
     unit: int | None
+    packing: Packing | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its file can be called, the likeliest first: the standard has URIs there, but not all writers do."""
+        written = () if self.file is None else (self.file, unquote(self.file))
+        return tuple(dict.fromkeys((*written, *(name.removesuffix(".gz") for name in written))))
 
 
 @dataclass(frozen=True)
@@ -145,25 +164,25 @@ def parse(data: bytes, name: str) -> Ovf:
         where = f" at line {position[0]}, column {position[1] + 1}" if position else ""
         refused = isinstance(error, defusedxml.DefusedXmlException)
         raise unreadable(name, "it has a DTD" if refused else f"it is no complete XML{where}") from None
-    if _local(root.tag) != "Envelope":
-        raise unreadable(name, f"its root element is {show(_local(root.tag))}, not 'Envelope'")
-    systems = [element for element in root.iter() if _local(element.tag) == "VirtualSystem"]
+    if local_name(root.tag) != "Envelope":
+        raise unreadable(name, f"its root element is {show(local_name(root.tag))}, not 'Envelope'")
+    systems = [element for element in root.iter() if local_name(element.tag) == "VirtualSystem"]
     if len(systems) != 1:
         raise unreadable(name, f"it describes {len(systems)} virtual machines, not one")
-    section = _child(systems[0], "VirtualHardwareSection")
+    section = child_of(systems[0], "VirtualHardwareSection")
     if section is None:
         raise unreadable(name, "it describes no hardware: it has no VirtualHardwareSection")
 
-    warnings: list[Finding] = []
+    # OVF 2 has names of its own for some devices, and 1 calls all of them Item.
+    items = [item for item in section if local_name(item.tag) in ("Item", "StorageItem", "EthernetPortItem")]
+    warnings = left_out(items, by_id(root, "References", "File", "id"), name)
 
     def warn(what: str, value: str, hint: str, field: str | None) -> None:
         if len(warnings) < PROBLEM_LIMIT:
             message = f"the OVF descriptor {show(name)} gives {value} as {what}: it was not used"
             warnings.append(Finding("ovf_value", message, hint, field))
 
-    # OVF 2 has names of its own for some devices, and 1 calls all of them Item.
-    items = [item for item in section if _local(item.tag) in ("Item", "StorageItem", "EthernetPortItem")]
-    config = _config(section)
+    config = settings_of(section)
     cpus, cores_per_socket = _cpus(_items(items, _CPU), warn)
     return Ovf(
         name=name,
@@ -172,7 +191,7 @@ def parse(data: bytes, name: str) -> Ovf:
         memory_mib=_memory_mib(_items(items, _MEMORY), warn),
         firmware=_firmware(config.get("firmware"), warn),
         secure_boot=_secure_boot(config.get("bootOptions.efiSecureBootEnabled"), warn),
-        tpm=any(_value(item, "ResourceSubType") == "vmware.vtpm" for item in items),
+        tpm=any(text_of(item, "ResourceSubType") == "vmware.vtpm" for item in items),
         nics=_nics(_items(items, _ETHERNET), name, warn),
         disks=_disks(root, items, warn),
         uuid=_uuid(config.get("uuid") or config.get("uuid.bios"), warn),
@@ -188,28 +207,28 @@ def _items(items: list[Element], resource_type: str) -> list[Element]:
 
     A device that belongs to another choice of hardware ("configuration") than the default is not told apart.
     """
-    return [item for item in items if _value(item, "ResourceType") == resource_type]
+    return [item for item in items if text_of(item, "ResourceType") == resource_type]
 
 
 def _cpus(items: list[Element], warn: _Warn) -> tuple[int | None, int | None]:
     """The number of CPUs and that of cores per socket. Where there are alternatives, the first is the usual one."""
     if not items:
         return None, None
-    quantity, cores = _value(items[0], "VirtualQuantity"), _value(items[0], "CoresPerSocket")
-    cpus = _number(quantity)
+    quantity, cores = text_of(items[0], "VirtualQuantity"), text_of(items[0], "CoresPerSocket")
+    cpus = number_of(quantity)
     if quantity and cpus is None:
         warn("the number of CPUs", show(quantity), "Write it into the manifest's vm.cpu.", "vm.cpu")
-    cores_per_socket = _number(cores)
+    cores_per_socket = number_of(cores)
     if cores and cores_per_socket is None:
         warn("the cores per socket", show(cores), "Correct it in the descriptor: it must be a number.", None)
     return cpus, cores_per_socket or None  # 0 is vSphere's for "choose"
 
 
 def _memory_mib(items: list[Element], warn: _Warn) -> int | None:
-    quantity = _value(items[0], "VirtualQuantity") if items else None
+    quantity = text_of(items[0], "VirtualQuantity") if items else None
     if quantity is None:
         return None
-    units = _value(items[0], "AllocationUnits")
+    units = text_of(items[0], "AllocationUnits")
     size = _bytes(quantity, units)
     if size is None:
         hint = "Write it into the manifest's vm.mem_gb. Units that are known are such as 'byte * 2^20'."
@@ -258,21 +277,21 @@ def _uuid(text: str | None, warn: _Warn) -> str | None:
 
 
 def _annotation(system: Element) -> str:
-    section = _child(system, "AnnotationSection")
-    text = (_value(section, "Annotation") if section is not None else None) or ""
+    section = child_of(system, "AnnotationSection")
+    text = (text_of(section, "Annotation") if section is not None else None) or ""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")[:ANNOTATION_LIMIT]
 
 
 def _os(system: Element) -> str | None:
-    section = _child(system, "OperatingSystemSection")
+    section = child_of(system, "OperatingSystemSection")
     if section is None:
         return None
-    name = _attribute(section, "osType") or _value(section, "Description") or _attribute(section, "id")
+    name = attribute_of(section, "osType") or text_of(section, "Description") or attribute_of(section, "id")
     return plain(name, OS_LIMIT) if name else None
 
 
 def _vm_name(system: Element) -> str | None:
-    name = _value(system, "Name") or _attribute(system, "id")
+    name = text_of(system, "Name") or attribute_of(system, "id")
     try:
         return None if name is None else wire.Source(vm_name=name).vm_name
     except ValidationError:
@@ -291,19 +310,19 @@ def _nics(items: list[Element], name: str, warn: _Warn) -> tuple[OvfNic, ...]:
 
 def _in_order(items: list[Element]) -> list[Element]:
     """The adapters by their number on the parent, where each has its own; vCloud does not list them in that order."""
-    numbers = [_number(_value(item, "AddressOnParent")) for item in items]
+    numbers = [number_of(text_of(item, "AddressOnParent")) for item in items]
     if None in numbers or len(set(numbers)) < len(items):
         return items
     return [item for _, item in sorted(zip(numbers, items, strict=True), key=lambda pair: pair[0] or 0)]
 
 
 def _nic(item: Element, warn: _Warn) -> OvfNic:
-    address = _value(item, "Address")
+    address = text_of(item, "Address")
     return OvfNic(
         mac=_mac(address, warn) if address else None,
-        network=_value(item, "Connection"),
-        model=_value(item, "ResourceSubType"),
-        pci_slot=_number(_config(item).get("slotInfo.pciSlotNumber")),
+        network=text_of(item, "Connection"),
+        model=text_of(item, "ResourceSubType"),
+        pci_slot=number_of(settings_of(item).get("slotInfo.pciSlotNumber")),
     )
 
 
@@ -320,58 +339,73 @@ def _disks(root: Element, items: list[Element], warn: _Warn) -> tuple[OvfDisk, .
 
     vSphere does not list controllers in order: scsi3 can come before scsi0, and ide1 always comes before ide0.
     """
-    files = _by_id(root, "References", "File", "id")
-    disks = _by_id(root, "DiskSection", "Disk", "diskId")
+    files = by_id(root, "References", "File", "id")
+    disks = by_id(root, "DiskSection", "Disk", "diskId")
     controllers = {
         number: item
         for item in items
-        if _value(item, "ResourceType") in _CONTROLLERS and (number := _value(item, "InstanceID"))
+        if text_of(item, "ResourceType") in _CONTROLLERS and (number := text_of(item, "InstanceID"))
     }
     found: list[tuple[tuple[int, int, int], OvfDisk]] = []
     for item in _items(items, _DISK):
-        disk, file = _backing(item, disks, files, warn)
-        bus, kind, model = _controller(controllers.get(_value(item, "Parent") or ""))
-        unit = _number(_value(item, "AddressOnParent"))
+        disk, file, packing = _backing(item, disks, files, warn)
+        bus, kind, model = _controller(controllers.get(text_of(item, "Parent") or ""))
+        unit = number_of(text_of(item, "AddressOnParent"))
         if disk is not None:
-            quantity, units = _attribute(disk, "capacity"), _attribute(disk, "capacityAllocationUnits") or "byte"
+            quantity, units = attribute_of(disk, "capacity"), attribute_of(disk, "capacityAllocationUnits") or "byte"
         else:
-            quantity, units = _value(item, "VirtualQuantity"), _value(item, "AllocationUnits") or "byte"
+            quantity, units = text_of(item, "VirtualQuantity"), text_of(item, "AllocationUnits") or "byte"
         capacity = _bytes(quantity, units)
         if quantity and capacity is None:
             hint = "Correct it in the descriptor: it must be a number, and units such as 'byte * 2^30'."
             warn("the capacity of a disk", f"{show(quantity)} in {show(units)}", hint, None)
         rank = _KINDS.index(kind) if kind else len(_KINDS)
-        found.append(((rank, _last(bus), _last(unit)), OvfDisk(file, capacity, model, bus, unit)))
+        found.append(((rank, _last(bus), _last(unit)), OvfDisk(file, capacity, model, bus, unit, packing)))
     return tuple(disk for _, disk in sorted(found, key=lambda pair: pair[0]))
 
 
 def _backing(
     item: Element, disks: dict[str, Element], files: dict[str, Element], warn: _Warn
-) -> tuple[Element | None, str | None]:
-    """What a disk is made of: its entry in the DiskSection, and the base name of its file."""
-    resource = _value(item, "HostResource")
+) -> tuple[Element | None, str | None, Packing | None]:
+    """What a disk is made of: its entry in the DiskSection, and the base name and packing of its file."""
+    resource = text_of(item, "HostResource")
     if resource is None:
-        return None, None
+        return None, None, None
     id = resource.rpartition("/")[2]  # of ovf:/disk/ID or ovf:/file/ID
     disk = disks.get(id)
-    reference = id if disk is None else _attribute(disk, "fileRef")
+    reference = id if disk is None else attribute_of(disk, "fileRef")
     if reference is None:
-        return disk, None
-    href = _attribute(files[reference], "href") if reference in files else None
+        return disk, None, None
+    href = attribute_of(files[reference], "href") if reference in files else None
     if href is None:
         warn("the content of a disk", show(reference), "Export the VM again: the descriptor has no such file.", None)
-    return disk, href.rpartition("/")[2] if href else None
+        return disk, None, None
+    return disk, href.rpartition("/")[2], _packing(files[reference], warn)
+
+
+def _packing(file: Element, warn: _Warn) -> Packing | None:
+    chunk, compression = attribute_of(file, "chunkSize"), attribute_of(file, "compression")
+    if compression in (None, "", "identity"):
+        compression = None
+    if chunk is None and compression is None:
+        return None
+    chunk_bytes = _bytes(chunk, "byte")
+    if chunk is not None and not chunk_bytes:
+        warn(
+            "the size of the chunks of a file", show(chunk), "Correct it in the descriptor: it must be a number.", None
+        )
+    return Packing(_bytes(attribute_of(file, "size"), "byte"), chunk_bytes or None, compression)
 
 
 def _controller(item: Element | None) -> tuple[int | None, str | None, str | None]:
     """The number, the kind (one of _KINDS) and the model of a controller."""
     if item is None:
         return None, None, None
-    kind = _CONTROLLERS[_value(item, "ResourceType") or ""]
-    model = _value(item, "ResourceSubType") or kind
+    kind = _CONTROLLERS[text_of(item, "ResourceType") or ""]
+    model = text_of(item, "ResourceSubType") or kind
     if "nvme" in model.lower():  # of SATA's resource type
         kind = "nvme"
-    return _number(_value(item, "Address")), kind, model
+    return number_of(text_of(item, "Address")), kind, model
 
 
 def _last(number: int | None) -> int:
@@ -389,43 +423,6 @@ def _bytes(quantity: str | None, units: str | None) -> int | None:
         base, _, exponent = factor.partition("^")
         size *= int(base) ** int(exponent or 1)
     return size if size < 1 << 63 else None
-
-
-def _config(parent: Element) -> dict[str, str]:
-    """VMware's settings of the VM or of a device, which it writes as keys and values."""
-    return {
-        key: _attribute(element, "value") or ""
-        for element in parent
-        if _local(element.tag) in ("Config", "ExtraConfig") and (key := _attribute(element, "key"))
-    }
-
-
-def _by_id(root: Element, section: str, tag: str, id: str) -> dict[str, Element]:
-    parent = _child(root, section)
-    found = [] if parent is None else [element for element in parent if _local(element.tag) == tag]
-    return {key: element for element in found if (key := _attribute(element, id))}
-
-
-def _child(parent: Element, tag: str) -> Element | None:
-    return next((element for element in parent if _local(element.tag) == tag), None)
-
-
-def _value(item: Element, tag: str) -> str | None:
-    """The text of a child; writers differ in the namespace (rasd, sasd, epasd) and in their prefixes."""
-    child = _child(item, tag)
-    return (child.text or "").strip() or None if child is not None else None
-
-
-def _attribute(element: Element, key: str) -> str | None:
-    return next((value for name, value in element.items() if _local(name) == key), None)
-
-
-def _number(text: str | None) -> int | None:
-    return int(text) if text and re.fullmatch("[0-9]{1,5}", text) else None
-
-
-def _local(tag: str) -> str:
-    return tag.rpartition("}")[2]
 
 
 def unreadable(name: str, why: str) -> OvfError:

@@ -88,6 +88,12 @@ def _mismatch(image: Image, declared: str, found: str | None) -> MigrationError:
             "is a tar archive such as an OVA, not a disk",
             "Unpack it: `hyper2kvmctl manifest create` reads OVAs.",
         )
+    elif found == "gzip":
+        what = f"is compressed with gzip, and the manifest calls it {declared}"
+        hint = (
+            "Name the .ovf to `hyper2kvmctl manifest create`, which unpacks what that says is a disk; or unpack it with"
+            " `gunzip -k`, and name the result."
+        )
     elif found is not None:
         what, hint = f"holds {found} data, but the manifest calls it {declared}", "Unpack or convert it first."
     else:

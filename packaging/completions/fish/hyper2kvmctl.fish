@@ -60,7 +60,7 @@ complete -c hyper2kvmctl -n '__fish_seen_subcommand_from manifest; and __fish_se
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from manifest; and __fish_seen_subcommand_from create' -l format -x -a 'json yaml' -d 'default: by the name of FILE, or json'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from manifest; and __fish_seen_subcommand_from create' -l dialect -x -a 'seed go' -d 'whose keys are used (default: seed)'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from manifest; and __fish_seen_subcommand_from create' -l checksum -l no-checksum -d 'compute the checksums, which reads every disk (default)'
-complete -c hyper2kvmctl -n '__fish_seen_subcommand_from manifest; and __fish_seen_subcommand_from create' -l directory -r -F -d 'unpack an OVA there; it must not exist yet, or be empty'
+complete -c hyper2kvmctl -n '__fish_seen_subcommand_from manifest; and __fish_seen_subcommand_from create' -l directory -r -F -d 'unpack an OVA there, or disks that an .ovf has compressed or in chunks; it must not exist, or be empty'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from manifest; and __fish_seen_subcommand_from create' -l json -d 'print JSON and nothing else on standard output'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from manifest; and __fish_seen_subcommand_from create' -l config -r -F -d 'settings file (default: /etc/hyper2kvmd/hyper2kvmd.yaml)'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from manifest; and __fish_seen_subcommand_from create' -l set -r -F -d 'override a setting, for example --set workers=4 or --set libvirt.import=false'

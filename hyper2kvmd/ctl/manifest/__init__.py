@@ -10,15 +10,13 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-from hyper2kvmd.authoring import create, ova, rewrite
-from hyper2kvmd.ctl.output import print_json
+from hyper2kvmd.authoring import rewrite
+from hyper2kvmd.ctl.manifest.create import FORMATS, create
+from hyper2kvmd.ctl.output import bars, print_json, print_warnings, refuse_existing, say
 from hyper2kvmd.errors import Code, Collected, Finding, MigrationError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_NOT_FOUND, EXIT_USAGE
 from hyper2kvmd.files import open_directory, write_durably
@@ -28,11 +26,9 @@ from hyper2kvmd.queue.claim import probe
 from hyper2kvmd.queue.export import beside
 from hyper2kvmd.queue.facts import read_manifest
 from hyper2kvmd.queue.names import REPORT
-from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import plain
 
-_FORMATS = {".json": "json", ".yaml": "yaml", ".yml": "yaml"}
 _MANIFEST_CODES = (Code.MANIFEST_INVALID, Code.MANIFEST_UNREADABLE)
 
 _Command = Callable[[argparse.Namespace, Settings], int]
@@ -60,9 +56,12 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         help="compute the checksums, which reads every disk (default)",
     )
     make.add_argument(
-        "--directory", type=Path, metavar="DIR", help="unpack an OVA there; it must not exist yet, or be empty"
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="unpack an OVA there, or disks that an .ovf has compressed or in chunks; it must not exist, or be empty",
     )
-    make.set_defaults(run=_told(_create))
+    make.set_defaults(run=_told(create))
 
     hash_ = actions.add_parser("rehash", help="compute the checksums of a manifest's disks, and put them in")
     move = actions.add_parser("relocate", help="replace the leading directory of the disks' paths")
@@ -101,123 +100,6 @@ def _told(command: _Command) -> _Command:
             return EXIT_MANIFEST if any(found.code in _MANIFEST_CODES for found in error.problems) else EXIT_FAILED
 
     return run
-
-
-# create ---------------------------------------------------------------------------------------------------
-
-
-def _create(options: argparse.Namespace, config: Settings) -> int:
-    sources: list[Path] = options.sources
-    for source in sources:
-        if not os.path.lexists(source):
-            print(f"hyper2kvmctl: {source}: no such file or directory", file=sys.stderr)
-            return EXIT_NOT_FOUND
-    output: Path | None = options.output
-    written = _FORMATS.get("" if output is None else output.suffix.lower())
-    if output is not None and (written is None or written != (options.format or written)):
-        print(f"hyper2kvmctl: {output} does not end in .{options.format or 'json, .yaml or .yml'}", file=sys.stderr)
-        return EXIT_USAGE
-    name = output.name if output is not None else f"manifest.{options.format or 'json'}"
-    first = sources[0]
-    archive = first.is_file() and first.suffix.lower() != ".ovf" and ova.is_archive(first)
-    if len(sources) > 1 and (archive or any(source.is_dir() or source.suffix.lower() == ".ovf" for source in sources)):
-        print("hyper2kvmctl: several sources must all be disk files of one VM", file=sys.stderr)
-        return EXIT_USAGE
-    if options.directory is not None and not archive:
-        print(f"hyper2kvmctl: --directory is for OVAs, and {first} is none", file=sys.stderr)
-        return EXIT_USAGE
-    if archive:
-        return _create_from_archive(options, first, name)
-    if first.is_dir():
-        found = create.in_directory(first, options.name)
-    elif first.suffix.lower() == ".ovf":
-        found = create.of_descriptor(first, options.name)
-    else:
-        found = create.of_files(sources, first.parent if output is None else output.parent, options.name)
-    path = found.directory / name if output is None else output
-    if path.parent.resolve() != found.directory.resolve():
-        print(f"hyper2kvmctl: {path} is not in {found.directory}, where the disks are", file=sys.stderr)
-        return EXIT_USAGE
-    _refuse_existing(path)
-    with bars() as tell:
-        described = _describe(options, found, {}, tell)
-        manifest = described.builder.write(name, options.dialect)
-    return _say_created(options, path, manifest, described, ())
-
-
-def _create_from_archive(options: argparse.Namespace, archive: Path, name: str) -> int:
-    output: Path | None = options.output
-    stem = archive.name.removesuffix(".gz")
-    target: Path = options.directory or (Path(Path(stem).stem) if output is None else output.parent)
-    if output is not None and output.parent.resolve() != target.resolve():
-        print(f"hyper2kvmctl: {output} is not in {target}, where the disks are unpacked", file=sys.stderr)
-        return EXIT_USAGE
-    with bars() as tell, ova.unpacked(archive, target, lambda ratio: tell(archive.name, ratio)) as content:
-        descriptors = [file for file in content.files if file.lower().endswith(".ovf")]
-        try:
-            if len(descriptors) == 1:
-                found = create.of_descriptor(content.directory / descriptors[0], options.name)
-            else:
-                found = create.in_directory(content.directory, options.name, Path(stem).stem)
-            described = _describe(options, found, content.sha256, tell)
-            manifest = described.builder.write(name, options.dialect)
-        except MigrationError as error:
-            # Where it was unpacked will be gone when somebody reads this.
-            error.message = error.message.replace(str(content.directory), str(archive))
-            error.problems = tuple(
-                replace(finding, message=finding.message.replace(str(content.directory), str(archive)))
-                for finding in error.problems
-            )
-            raise
-    return _say_created(options, target / name, manifest, described, content.warnings)
-
-
-def _describe(
-    options: argparse.Namespace, found: create.Found, digests: dict[str, str], tell: Callable[[str, float], None]
-) -> create.Described:
-    return create.describe(
-        found, options.dialect, checksum=options.checksum, digests=digests, tools=Tools(), on_progress=tell
-    )
-
-
-def _say_created(
-    options: argparse.Namespace,
-    path: Path,
-    manifest: Manifest,
-    described: create.Described,
-    warnings: Sequence[Finding],
-) -> int:
-    warnings = (*warnings, *described.warnings, *manifest.warnings)
-    if options.json:
-        print_json(
-            {
-                "manifest": str(path),
-                "vm_name": manifest.vm_name,
-                "firmware": manifest.vm.firmware,
-                "boot_disk": manifest.boot_disk().id,
-                "disks": [
-                    {
-                        "id": disk.id,
-                        "path": disk.path,
-                        "format": disk.format,
-                        "bytes": disk.bytes,
-                        "virtual_size": described.virtual_sizes[disk.id],
-                        "sha256": disk.sha256,
-                    }
-                    for disk in manifest.disks
-                ],
-                "warnings": [finding.as_json() for finding in warnings],
-            }
-        )
-        return EXIT_DONE
-    _print_warnings(warnings)
-    for disk in manifest.disks:
-        size = described.virtual_sizes[disk.id] / 2**30
-        boot = ", boots" if disk == manifest.boot_disk() else ""
-        _say(f"{disk.id:<10} {disk.path}: {disk.format}, {size:.1f} GiB{boot}")
-    _say(f"{'VM':<10} {manifest.vm_name}: firmware {manifest.vm.firmware}, {len(manifest.nics)} network cards")
-    _say(f"{'manifest':<10} {path}")
-    return EXIT_DONE
 
 
 # rehash, relocate -----------------------------------------------------------------------------------------
@@ -306,10 +188,10 @@ def _replace(
         )
         warnings = (*warnings, lost)
     if not options.json:
-        _print_warnings(warnings)
+        print_warnings(warnings)
         for change in changes:
             old = "none" if change.old is None else plain(str(change.old), 200)
-            _say(f"{change.field}: {old} -> {plain(str(change.new), 200)}")
+            say(f"{change.field}: {old} -> {plain(str(change.new), 200)}")
     changes = [change for change in changes if change.old != change.new]
     if changes:
         if not options.yes:
@@ -331,11 +213,11 @@ def _replace(
             }
         )
     elif backup is None:
-        _say(f"{file.path}: nothing to change")
+        say(f"{file.path}: nothing to change")
     else:
-        _say(f"{file.path}: changed; the old one is {backup}")
+        say(f"{file.path}: changed; the old one is {backup}")
         if os.path.lexists(file.path.parent / REPORT):
-            _say("It has been migrated before: `hyper2kvmctl retry` has the new manifest taken.")
+            say("It has been migrated before: `hyper2kvmctl retry` has the new manifest taken.")
     return EXIT_DONE
 
 
@@ -380,13 +262,13 @@ def _upgrade(options: argparse.Namespace, config: Settings) -> int:
         changed, warnings = rewrite.upgrade(file.document, dialect)
     output: Path | None = options.output
     name = file.path.name if output is None else output.name
-    if output is not None and output.suffix.lower() not in _FORMATS:
+    if output is not None and output.suffix.lower() not in FORMATS:
         print(f"hyper2kvmctl: {output} does not end in .json, .yaml or .yml", file=sys.stderr)
         return EXIT_USAGE
     data = rewrite.dump(changed, name)
     parse(data, name)
     if output is not None:
-        _refuse_existing(output)
+        refuse_existing(output)
         fd = open_directory(output.parent.resolve())
         try:
             write_durably(fd, name, data, os.getpid())
@@ -402,45 +284,9 @@ def _upgrade(options: argparse.Namespace, config: Settings) -> int:
             }
         )
         return EXIT_DONE
-    _print_warnings(warnings)
+    print_warnings(warnings)
     if output is None:
         sys.stdout.write(data.decode())
     else:
-        _say(f"{output}: {rewrite.CALLED[dialect]} dialect")
+        say(f"{output}: {rewrite.CALLED[dialect]} dialect")
     return EXIT_DONE
-
-
-# What all of them need ------------------------------------------------------------------------------------
-
-
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
-        hint = "Move it away, or name another file with -o."
-        raise MigrationError(Code.OUTPUT_EXISTS, f"{path} already exists", hint)
-
-
-@contextlib.contextmanager
-def bars() -> Iterator[Callable[[str, float], None]]:
-    """A function that shows for a name how much is done, from 0 to 1; on a terminal only."""
-    console = Console(stderr=True)
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def tell(name: str, ratio: float) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(plain(name, 40), total=1.0)
-            bars.update(tasks[name], completed=ratio)
-
-        yield tell
-
-
-def _print_warnings(warnings: Sequence[Finding]) -> None:
-    console = Console(stderr=True)
-    for finding in warnings:
-        console.print(f"warning: {finding}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
