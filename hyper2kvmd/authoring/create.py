@@ -143,13 +143,7 @@ def unpack(found: Found, target: Path, *, check: bool, on_progress: Progress) ->
     check: whether to hold what is read against the digests. Raise MigrationError or OSError.
     """
     digests = found.digests if check else NONE
-    fd = open_directory(found.directory.resolve())
-    try:
-        vmdks = look_beside(fd, "any").vmdks
-    finally:
-        os.close(fd)
-    extents = (name for disk in found.disks if disk in vmdks for name in vmdks[disk].extents)
-    files = dict.fromkeys((*([found.descriptor.name] if found.descriptor else []), *found.disks, *extents))
+    files = dict.fromkeys((*([found.descriptor.name] if found.descriptor else []), *_whole(found)))
     for name in files:
         copy(found.directory, name, target, on_progress)
     for disk in found.packed:
@@ -181,7 +175,7 @@ def describe(
     """
     warnings, sizes, boots = list(found.warnings), dict[str, int](), list[frozenset[Firmware]]()
     if checksum and not digests and found.digests is not NONE:
-        digests = verified(found.directory, found.disks, found.digests, on_progress)
+        digests = verified(found.directory, _whole(found), found.digests, on_progress)
         warnings += (
             *found.digests.warnings,
             *found.digests.unproved(dict.fromkeys(found.disks), _mf(found.descriptor)),
@@ -295,6 +289,17 @@ def _extents(directory: Path) -> frozenset[str]:
         return look_beside(fd, "any").extents
     finally:
         os.close(fd)
+
+
+def _whole(found: Found) -> tuple[str, ...]:
+    """The files of the disks that are not packed, with their extents."""
+    fd = open_directory(found.directory.resolve())
+    try:
+        vmdks = look_beside(fd, "any").vmdks
+    finally:
+        os.close(fd)
+    extents = (name for disk in found.disks if disk in vmdks for name in vmdks[disk].extents)
+    return tuple(dict.fromkeys((*found.disks, *extents)))
 
 
 def _belongs(name: str, names: Sequence[str]) -> bool:

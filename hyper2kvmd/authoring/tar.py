@@ -61,11 +61,11 @@ class Archive:
         self.path = path
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
-        compressed = file.read(len(GZIP)) == GZIP
+        self.compressed = file.read(len(GZIP)) == GZIP
         file.seek(0)
-        self._stream: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=file, mode="rb") if compressed else file
+        self._stream: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=file, mode="rb") if self.compressed else file
         self._offset = 0
-        self._most = self._size * (_DEFLATE_RATIO if compressed else 1)
+        self._most = self._size * (_DEFLATE_RATIO if self.compressed else 1)
 
     @property
     def left(self) -> int:
@@ -134,6 +134,8 @@ def members(archive: Archive) -> Iterator[Member]:
             if not first:
                 raise archive.corrupt("has a damaged header") from None
             hint = "Name an OVA, a directory, an .ovf, or disk files."
+            if archive.compressed:
+                hint += " A disk that is compressed is to be unpacked (`gunzip -k`), or named by its .ovf."
             raise MigrationError(Code.FORMAT_UNSUPPORTED, f"{archive.path} is not a tar archive", hint) from None
         if not 0 <= header.size <= archive.left:
             raise archive.unsafe(f"claims {header.size} bytes for {show(header.name)}, more than it can hold")

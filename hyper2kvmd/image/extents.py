@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import open_directory_of, open_file
+from hyper2kvmd.image.header.reader import SECTOR
 from hyper2kvmd.image.header.vmdk import TEXT_LIMIT, Described, described
 from hyper2kvmd.text import plain
 
@@ -58,7 +59,9 @@ def _vmdks(directory: int, names: list[str]) -> Iterator[tuple[str, Described]]:
                 continue
             fd = open_file(name, dir_fd=directory)
             try:
-                found = described(os.pread(fd, TEXT_LIMIT, 0))
+                found = described(os.pread(fd, 21 * SECTOR, 0))
+                if found is not None and not found.embedded:
+                    found = described(os.pread(fd, TEXT_LIMIT, 0))
             finally:
                 os.close(fd)
             if found is not None:

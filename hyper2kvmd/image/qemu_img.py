@@ -17,7 +17,7 @@ from hyper2kvmd.image.source import Source, check_unchanged
 from hyper2kvmd.run import Done, Tools
 
 # A hostile header that slipped through must not take the machine's memory or an hour of its time.
-INFO_LIMITS = ("--as=1073741824", "--cpu=30", "--fsize=0", "--nofile=64", "--core=0")
+INFO_LIMITS = ("--as=1073741824", "--cpu=30", "--fsize=0", "--core=0")
 WORK_LIMITS = ("--as=4294967296", "--core=0")
 
 
@@ -32,7 +32,7 @@ def check_source(tools: Tools, source: Source) -> None:
 
     Raise MigrationError: image_unsafe if it finds another file behind the image, image_corrupt.
     """
-    limits = (*INFO_LIMITS[:-2], f"--nofile={64 + len(source.extents)}", INFO_LIMITS[-1])
+    limits = (*INFO_LIMITS, f"--nofile={64 + len(source.extents)}")
     done = tools.run("qemu-img", "info", "--output=json", source.node, accept=(0, 1), limits=limits)
     if done.returncode:
         raise _damaged(source, done.stderr)
@@ -188,7 +188,9 @@ def _rebase(tools: Tools, overlay: Path, backing: str, format: str) -> None:
 
 def check_target(tools: Tools, target: Path, format: str, virtual_size: int) -> None:
     """Check a disk that we wrote. Raise MigrationError (validation_failed)."""
-    info = tools.run("qemu-img", "info", "--output=json", "-f", format, target, accept=(0, 1), limits=INFO_LIMITS)
+    info = tools.run(
+        "qemu-img", "info", "--output=json", "-f", format, target, accept=(0, 1), limits=(*INFO_LIMITS, "--nofile=64")
+    )
     done = info
     if info.returncode == 0:
         found = json.loads(info.stdout)

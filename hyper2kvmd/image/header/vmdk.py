@@ -114,8 +114,10 @@ def check_extent(image: Image, bytes: int) -> None:
         )
     header = _Sparse.parse(image.read(0, SECTOR, "the VMDK header"))
     # With a capacity of 0 qemu would read a text in it as a descriptor.
-    if header.capacity * SECTOR != bytes or not bytes:
-        raise image.refused(f"is an extent of {header.capacity * SECTOR} bytes, its descriptor says {bytes}")
+    if header.capacity == 0:
+        raise image.refused("has a capacity of 0, with which its descriptor could name any file")
+    if header.capacity * SECTOR != bytes:
+        raise image.corrupt(f"is an extent of {header.capacity * SECTOR} bytes, its descriptor says {bytes}")
     _check_grains(image, _footer(image, header) if header.directory == _AT_END else header)
 
 
@@ -133,10 +135,14 @@ def descriptor_for(extents: Sequence[tuple[Extent, str]]) -> bytes:
 
 @dataclass(frozen=True)
 class Described:
-    """What a VMDK says of other files: those beside it that hold its data, and the image that it is a delta to."""
+    """What a VMDK says of other files: those beside it that hold its data, and the image that it is a delta to.
+
+    embedded: whether it is the beginning of a sparse file.
+    """
 
     extents: tuple[str, ...]
     parent: str | None
+    embedded: bool
 
 
 def described(start: bytes) -> Described | None:
@@ -149,7 +155,7 @@ def described(start: bytes) -> Described | None:
     # A sparse file has its own name in it, often that from before it was renamed.
     extents = () if embedded else tuple(extent[4] for extent in found if extent and extent[4])
     parent = re.search(r'(?im)^\s*parentFileNameHint\s*=\s*"([^"]*)"', text)
-    return Described(extents, re.split(r"[/\\]", parent[1])[-1] if parent else None)
+    return Described(extents, re.split(r"[/\\]", parent[1])[-1] if parent else None, embedded)
 
 
 def _delta(image: Image) -> MigrationError:

@@ -334,6 +334,26 @@ def test_a_file_beside_a_descriptor_that_is_not_what_the_mf_says_is_refused(
     assert 0 == ctl("manifest", "create", directory / source, "--no-checksum", *options).returncode
 
 
+def test_an_extent_that_is_not_what_the_mf_says_is_refused(ctl: Ctl, tmp_path: Path) -> None:
+    directory = put(tmp_path / "source", {"web01.ovf": ovf()})
+    image(directory / "web01.vmdk", "vmdk", LINUX, options="subformat=twoGbMaxExtentFlat")
+    files = {path.name: path.read_bytes() for path in directory.glob("*.vmdk")}
+    assert {"web01.vmdk", "web01-f001.vmdk"} == {*files}
+    (directory / "web01.mf").write_bytes(sums(files))
+    assert 0 == ctl("manifest", "create", directory / "web01.ovf").returncode
+    (directory / "manifest.json").unlink()
+    (directory / "web01-f001.vmdk").write_bytes(files["web01-f001.vmdk"][:-1] + b"!")
+    done = ctl("manifest", "create", directory / "web01.ovf")
+    assert 1 == done.returncode
+    assert "web01-f001.vmdk has sha256 " in done.stderr
+
+
+def test_a_compressed_disk_that_is_named_by_itself_gets_a_way_out(ctl: Ctl, tmp_path: Path, disk: bytes) -> None:
+    done = ctl("manifest", "create", put(tmp_path / "source", {"a.vmdk.gz": gzip.compress(disk)}) / "a.vmdk.gz")
+    assert 1 == done.returncode
+    assert "is to be unpacked (`gunzip -k`), or named by its .ovf" in done.stderr
+
+
 def test_files_without_digests_and_unknown_algorithms_are_warnings(ctl: Ctl, tmp_path: Path, disk: bytes) -> None:
     directory = put(tmp_path / "source", {"web01.ovf": ovf(), "web01.vmdk": disk})
     (directory / "web01.mf").write_text("RIPEMD160(web01.vmdk)= 00\n")
