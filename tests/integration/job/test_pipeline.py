@@ -143,6 +143,28 @@ def test_a_source_that_changes_during_the_copy_is_not_published(
     assert [] == list(scratch.output_dir.iterdir())
 
 
+def test_an_export_as_nutanix_has_it_is_converted_without_a_word_about_its_labels(scratch: Settings) -> None:
+    """Disks are called scsi.0 and so on; what its exporter says of firmware and system means nothing."""
+    export = scratch.exports_dir / "web01"
+    export.mkdir()
+    raw, disk = export.with_name("web01.raw"), export / "scsi.0.qcow2"
+    raw.write_bytes(os.urandom(1 << 20))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, disk], check=True)
+    write_manifest(
+        export,
+        [disk_entry(disk, "qcow2", label="scsi.0", disk_type="unknown")],
+        source={"provider": "nutanix", "vm_id": "0a1b", "vm_name": "web01", "export_method": "nutanix-v3-api"},
+        vm={"cpu": 2, "mem_gb": 4, "firmware": "bios", "os_hint": "unknown"},
+        output={"directory": str(export), "format": "qcow2"},
+    )
+    assert 0 == run_job(export, scratch).returncode
+    document = report_of(export)
+    assert ["no_nics"] == [warning["code"] for warning in document["warnings"]]
+    target = scratch.output_dir / "web01-disk-0.qcow2"
+    assert str(target) == document["disks"][0]["target"]
+    assert same(raw, target, "qcow2")
+
+
 def test_tags_reach_the_report(scratch: Settings, make_export: MakeExport) -> None:
     export = make_export(metadata={"tags": ["production", "database"]})
     run_job(export, scratch)
