@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, TypeVar
@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.files import open_file
 from hyper2kvmd.manifest import Manifest, ovf
+from hyper2kvmd.manifest.model import Nic
 from hyper2kvmd.text import show
 
 DEFAULT_CPU = 2  # the contract's own defaults, for what nobody says
@@ -184,9 +185,7 @@ def _cards(manifest: Manifest, other: ovf.Ovf, warnings: list[Finding]) -> tuple
         ours, theirs = ([nic.mac for nic in nics if nic.mac] for nics in (manifest.nics, other.nics))
         if ours and theirs and ours != theirs:
             warnings.append(_differs("the MAC addresses", _few(ours), _few(theirs), other.name, "nics"))
-        known = {nic.mac: nic for nic in other.nics if nic.mac}
-        nothing = ovf.OvfNic(None, None, None, None)
-        twins = [(nic, known.get(nic.mac or "", nothing)) for nic in manifest.nics]
+        twins = [(nic, _twin(nic, manifest.nics, other.nics)) for nic in manifest.nics]
         cards = tuple(Card(nic.mac, nic.network or twin.network, twin.model, twin.pci_slot) for nic, twin in twins)
     else:
         cards = tuple(Card(nic.mac, nic.network, nic.model, nic.pci_slot) for nic in other.nics)
@@ -199,6 +198,18 @@ def _cards(manifest: Manifest, other: ovf.Ovf, warnings: list[Finding]) -> tuple
         message = f"the MAC address of network card {_few(without)} is not given: a new one is made"
         warnings.append(Finding("no_mac", message, hint, "nics"))
     return cards
+
+
+def _twin(nic: Nic, ours: Sequence[Nic], theirs: Sequence[ovf.OvfNic]) -> ovf.OvfNic:
+    """The descriptor's entry for a card of the manifest: by its MAC address, or as the only one on its network.
+
+    Many descriptors have no addresses. Two lists in the same order are no proof.
+    """
+    found = [other for other in theirs if nic.mac and other.mac == nic.mac]
+    if not found and nic.network and sum(one.network == nic.network for one in ours) == 1:
+        found = [other for other in theirs if other.network == nic.network]
+    usable = len(found) == 1 and found[0].mac in (None, nic.mac)
+    return found[0] if usable else ovf.OvfNic(None, None, None, None)
 
 
 def _disks(manifest: Manifest, other: ovf.Ovf, warnings: list[Finding]) -> tuple[str, ...]:

@@ -219,6 +219,20 @@ def test_card_of_the_manifest_gets_model_and_slot_of_the_one_with_its_mac_addres
     assert "nics" == differs(warnings).field
 
 
+def test_card_of_the_manifest_gets_model_and_slot_of_the_one_on_its_network_where_addresses_are_missing() -> None:
+    nics = [{"mac": MACS[1], "network": "LAN"}, {"mac": MACS[0], "network": "DMZ"}]
+    without = replace(FULL, nics=tuple(replace(nic, mac=None) for nic in FULL.nics))
+    got, _ = hardware.merge(manifest(nics=nics), without)
+    assert (Card(MACS[1], "LAN", "E1000", 224), Card(MACS[0], "DMZ", "VmxNet3", 192)) == got.cards
+    # Two on one network are not told apart, and one with another address is another card.
+    same = [{**nic, "network": "LAN"} for nic in nics]
+    got, _ = hardware.merge(manifest(nics=same), without)
+    assert [None, None] == [card.model for card in got.cards]
+    others = [{**nic, "mac": f"00:50:56:00:00:1{number}"} for number, nic in enumerate(nics)]
+    got, _ = hardware.merge(manifest(nics=others), FULL)
+    assert [None, None] == [card.model for card in got.cards]
+
+
 def test_cards_without_a_mac_address_are_named() -> None:
     nics = tuple(replace(nic, mac=None) for nic in FULL.nics)
     got, warnings = hardware.merge(manifest(), replace(FULL, nics=nics))
