@@ -67,7 +67,7 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
             return
         with job.stage("fix"):
             try:
-                result = fix(session, inspection, _fix_options(job, plan))
+                result = fix(session, inspection, fix_options(job, plan))
             except MigrationError as error:
                 if not _tolerated(job, plan, error):
                     raise
@@ -105,7 +105,7 @@ def key_for(job: Job, plan: Plan) -> Callable[[str], str | None]:
     return partial(passphrase, job.settings.fix.luks_keys, plan.manifest.vm_name)
 
 
-def _fix_options(job: Job, plan: Plan) -> FixOptions:
+def fix_options(job: Job, plan: Plan) -> FixOptions:
     """What FIX is to do: what the guest needs, and what the manifest asks for."""
     wanted = plan.manifest.stages.fix
     return FixOptions(
@@ -116,7 +116,7 @@ def _fix_options(job: Job, plan: Plan) -> FixOptions:
         serial_console=job.settings.fix.serial_console,
         remove_vmware_tools=wanted.remove_vmware_tools,
         backup_dir=f"/root/.hyper2kvmd-backup/{job.id}" if wanted.backup else "",
-        nics=tuple(Nic(card.mac, card.pci_slot) for card in plan.cards),
+        nics=tuple(Nic(card.mac, card.pci_slot, card.model) for card in plan.cards),
         configuration=plan.manifest.configuration,
     )
 

@@ -278,6 +278,27 @@ def test_rhel10_by_uuid_needs_drivers_and_the_name_of_its_card_only(mend: Mend) 
     assert [True, False] == [not kernel.rescue for kernel in guest.inspection.kernels]
 
 
+@pytest.mark.rest
+def test_cards_of_two_models_keep_their_addresses_and_their_names_in_the_initramfs(mend: Mend) -> None:
+    """ens192 has a profile by name, the other card one by its driver; dracut's network names it ens33."""
+    profile = "/etc/NetworkManager/system-connections/storage.nmconnection"
+    line = 'kernel_cmdline="ip=10.1.0.2::10.1.0.1:255.255.255.0:web01:ens33:none"\n'
+    written = {
+        profile: "[connection]\nid=storage\ntype=ethernet\n\n[match]\ndriver=e1000;\n\n[ipv4]\naddress1=10.1.0.2/24\n",
+        "/etc/dracut.conf.d/10-network.conf": line,
+    }
+    cards = FixOptions(nics=(Nic(FIRST, None, "E1000"), Nic(SECOND, None, "VmxNet3")))
+    guest = mend("rhel9", cards, written=written, again=True)
+    links = {name: f"/etc/systemd/network/10-hyper2kvm-{name}.link" for name in ("ens33", "ens192")}
+    assert [f"PermanentMACAddress={FIRST}"] == guest.lines(links["ens33"], "MACAddress")
+    assert [f"PermanentMACAddress={SECOND}"] == guest.lines(links["ens192"], "MACAddress")
+    assert [f"mac-address={FIRST.upper()}"] == guest.lines(profile, "mac-address")
+    assert [] == guest.lines(profile, "driver")
+    assert set(links.values()) <= {*" ".join(guest.calls[0]).split()}
+    assert ["network_inferred"] == [warning.code for warning in guest.result.warnings]
+    assert () == guest.again
+
+
 def test_dracut_that_leaves_a_driver_out_is_found_out(mend: Mend) -> None:
     with pytest.raises(MigrationError) as caught:
         mend("rhel9", written={"/usr/share/phony/forgets": "virtio_blk.ko.xz\n"})

@@ -17,14 +17,28 @@ image as well; an image without one has no 99-default.link either, and so rename
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.linux.fixers import FixPlan, View
-from hyper2kvmd.guest.linux.fixers.network import ifcfg, ifupdown, keyfile, leases, netplan, udev
-from hyper2kvmd.guest.linux.fixers.network.bind import Binding, Naming, Nic, bind
-from hyper2kvmd.guest.linux.fixers.network.interface import Interface
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses
+from hyper2kvmd.guest.linux.fixers.network import (
+    cmdline,
+    dhcpcd,
+    ifcfg,
+    ifupdown,
+    keyfile,
+    leases,
+    match,
+    netplan,
+    udev,
+    wicked,
+)
+from hyper2kvmd.guest.linux.fixers.network.bind import Binding, Naming, bind
+from hyper2kvmd.guest.linux.fixers.network.interface import Interface, Nic
+from hyper2kvmd.guest.linux.fixers.network.match import Match
+from hyper2kvmd.manifest.model import Interface as Wanted
 from hyper2kvmd.text import printable
 
 __all__ = ["Nic", "plan"]
@@ -32,11 +46,16 @@ __all__ = ["Nic", "plan"]
 # A guest with more was made to keep us busy.
 FILE_LIMIT = 500  # of one kind
 INTERFACE_LIMIT = 200
-_COMMAND_LINES = (
-    *("/etc/default/grub", "/etc/kernel/cmdline", "/boot/grub/grub.cfg", "/boot/grub2/grub.cfg", "/boot/grub2/grubenv"),
-    *("/boot/efi/EFI/*/grub.cfg", "/boot/loader/entries/*.conf", "/boot/grub/menu.lst", "/boot/grub/grub.conf"),
-)
 _KERNEL_NAMES = re.compile(r"^[^#\n]*\bnet\.ifnames=0\b", re.MULTILINE)
+_SYSTEMD = (
+    "/etc/systemd/network",
+    "/usr/local/lib/systemd/network",
+    "/usr/lib/systemd/network",
+    "/lib/systemd/network",
+)
+_PROFILES = ("/etc/NetworkManager/system-connections/*", "/usr/lib/NetworkManager/system-connections/*")
+_REDHAT = "/etc/sysconfig/network-scripts/ifcfg-*"
+_ETHERNET = re.compile(r"$|[*?\[]|e(?:n|th|[*?\[])|lan|wan")
 _RULES_DIRECTORIES = ("/etc/udev/rules.d", "/usr/lib/udev/rules.d", "/lib/udev/rules.d")
 _UDEV = ("/usr/lib/systemd/systemd-udevd", "/lib/systemd/systemd-udevd")
 _PERMANENT = b"Match.PermanentMACAddress"  # as the program has it in its table of keys
@@ -44,21 +63,40 @@ _PROGRAM_LIMIT = 16 << 20  # bytes; it has one or two MiB
 _CHUNK = 1 << 20
 
 
-def plan(view: View, nics: Sequence[Nic]) -> FixPlan:
-    """Bind the names that the guest does not pin itself. `nics` are the domain's, in the order of VMware's adapters."""
+@dataclass(frozen=True)
+class _Edited(View):
+    """The guest with some of its files as they will be. texts: by path."""
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, path: str) -> str | None:
+        return self.texts[path] if path in self.texts else super().read(path)
+
+
+def plan(view: View, nics: Sequence[Nic], cards: str = "virtio", wanted: Sequence[Wanted] = ()) -> FixPlan:
+    """Bind the names that the guest does not pin itself, and mend what goes by the place or the driver of a card.
+
+    nics: the domain's, in the order of VMware's adapters. cards: their model there. wanted: what the manifest
+    configures; the files that hold it now are left to `addresses`.
+    """
     if view.inspection.os_type != "linux":
         return FixPlan()
-    warnings: list[Finding] = []
-    found = [*_ifupdown(view), *_netplan(view, warnings), *_keyfiles(view), *_ifcfg(view)]
+    driver = "virtio_net" if cards == "virtio" else cards
+    permanent = _knows_permanent_addresses(view)
+    kept = [edit.path for edit in addresses.plan(view, wanted).edits]
+    mended, warned = match.mend(list(_matches(view, permanent=permanent)), view.read, nics, driver, kept)
+    view = _Edited(view.g, view.inspection, view.names, {path: edit.after or "" for path, edit in mended.items()})
+    warnings: list[Finding] = [*warned]
+    found = [*_ifupdown(view), *_netplan(view, warnings), *_keyfiles(view), *_ifcfg(view), *_others(view)]
     interfaces = list(dict.fromkeys(found))
     if len(interfaces) > INTERFACE_LIMIT:
         return FixPlan(warnings=(*warnings, _too_many(interfaces)))
     if not nics:
         return FixPlan(warnings=(*warnings, *_no_nics(interfaces)))
-    naming = _naming(view)
+    naming = _naming(view, permanent=permanent)
     bound = bind(interfaces, nics, _pins(view), _leases(view), naming)
     edits = link_edits(bound.bindings, view.read) if naming.links else rule_edits(bound.bindings, view.read)
-    return FixPlan(edits, warnings=(*warnings, *bound.warnings))
+    return FixPlan((*mended.values(), *edits), warnings=(*warnings, *bound.warnings))
 
 
 def link_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -> tuple[Edit, ...]:
@@ -108,20 +146,20 @@ def _no_nics(interfaces: Sequence[Interface]) -> tuple[Finding, ...]:
     )
 
 
-def _naming(view: View) -> Naming:
+def _naming(view: View, *, permanent: bool) -> Naming:
     """How udev names cards, by the rules that are there; a rule in /etc takes the place of the system's."""
     setup_link = "net_setup_link" in _rule(view, "80-net-setup-link.rules")
     name_slot = "ID_NET_NAME" in _rule(view, "80-net-name-slot.rules")  # systemd before .link files, and RHEL 7's
     # Writes a rule for each new card, and so names it before a .link file can (Debian 8, SLES 12).
     generator = bool(_rule(view, "75-persistent-net-generator.rules"))
-    command_lines = (text for _, text in _files(view, *_COMMAND_LINES))
+    command_lines = (text for _, text in _files(view, *cmdline.PATHS))
     kernel_names = generator or any(_KERNEL_NAMES.search(text) for text in command_lines)
     systemd = any(
         view.g.is_file(f"{directory}/80-net-{name}.rules")
         for directory in _RULES_DIRECTORIES[1:]
         for name in ("setup-link", "name-slot")
     )
-    links = setup_link and not generator and _knows_permanent_addresses(view)
+    links = setup_link and not generator and permanent
     return Naming(links, (setup_link or name_slot) and not kernel_names, swaps=not systemd)
 
 
@@ -200,26 +238,70 @@ def _netplan(view: View, warnings: list[Finding]) -> tuple[Interface, ...]:
     return netplan.interfaces(files)
 
 
+def _systemd(view: View, suffix: str) -> list[tuple[str, str]]:
+    """systemd's files of a kind in the order of their names; the first directory that has one of a name decides.
+
+    One that is empty, or a link to /dev/null, turns that of the distribution off.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for directory in _SYSTEMD:
+        for path in _glob(view, f"{directory}/*.{suffix}"):
+            found.setdefault(path.rpartition("/")[2], (path, view.read(path) or ""))
+    return [found[name] for name in sorted(found)]
+
+
+def _networks(view: View) -> list[tuple[str, str]]:
+    """networkd's files; those of the distribution count where it runs."""
+    runs = bool(view.g.glob_expand("/etc/systemd/system/*.wants/systemd-networkd.service"))
+    return [(path, text) for path, text in _systemd(view, "network") if runs or path.startswith("/etc/")]
+
+
 def _keyfiles(view: View) -> Iterator[Interface]:
-    made = {keyfile.netdev(text) for _, text in _files(view, "/etc/systemd/network/*.netdev")}
-    for path, text in _files(view, "/etc/systemd/network/*.network"):
-        yield from (one for one in keyfile.networkd(text, path) if not one.name or one.name not in made)
-    for path, text in _files(view, "/etc/NetworkManager/system-connections/*"):
+    made = {keyfile.netdev(text) for _, text in _systemd(view, "netdev")}
+    for path, text in _networks(view):
+        for one in keyfile.networkd(text, path):
+            # What the distribution brings is for containers and the like, unless it speaks of Ethernet cards.
+            if one.name not in (made - {""}) and (path.startswith("/etc/") or _ETHERNET.match(one.name)):
+                yield one
+    for path, text in _files(view, *_PROFILES):
         yield from keyfile.networkmanager(text, path)
 
 
 def _ifcfg(view: View) -> Iterator[Interface]:
     renames = any(view.g.is_file(f"{path}/60-net.rules", followsymlinks=True) for path in _RULES_DIRECTORIES)
-    for path, text in _files(view, "/etc/sysconfig/network-scripts/ifcfg-*"):
+    for path, text in _files(view, _REDHAT):
         yield from ifcfg.redhat(text, path, renames=renames)
     for path, text in _files(view, "/etc/sysconfig/network/ifcfg-*"):
         yield from ifcfg.suse(text, path)
 
 
+def _others(view: View) -> Iterator[Interface]:
+    for path, text in _files(view, *dhcpcd.PATHS):
+        yield from dhcpcd.interfaces(text, path)
+    for path, text in _files(view, *wicked.PATHS):
+        yield from wicked.interfaces(text, path)
+    for path, text in _files(view, *cmdline.PATHS, *cmdline.DRACUT):
+        yield from cmdline.interfaces(text, path)
+    for path, text in _files(view, *cmdline.INITRAMFS_TOOLS):
+        yield from cmdline.initramfs_tools(text, path)
+
+
+def _matches(view: View, *, permanent: bool) -> Iterator[Match]:
+    """All that goes by the place, the driver or a property of a card."""
+    for path, text in (*_networks(view), *_systemd(view, "link")):
+        yield from keyfile.matches(text, path, permanent=permanent)
+    for path, text in _files(view, *_PROFILES):
+        yield from keyfile.profile_matches(text, path)
+    for path, text in _files(view, _REDHAT):
+        yield from ifcfg.matches(text, path)
+    for path, text in _files(view, "/etc/netplan/*.yaml"):
+        if netplan.load(text):
+            yield from netplan.matches(text, path)
+
+
 def _pins(view: View) -> list[udev.Pin]:
     rules = [pin for path, text in _files(view, "/etc/udev/rules.d/*.rules") for pin in udev.pins(text, path)]
-    links = [pin for path, text in _files(view, "/etc/systemd/network/*.link") for pin in keyfile.link(text, path)]
-    return rules + links
+    return rules + [pin for path, text in _systemd(view, "link") for pin in keyfile.link(text, path)]
 
 
 def _leases(view: View) -> set[tuple[str, str]]:

@@ -8,28 +8,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.linux.fixers.network.interface import Interface
+from hyper2kvmd.guest.linux.fixers.network.interface import Interface, Nic
+from hyper2kvmd.guest.linux.fixers.network.place import BY_MODEL, BY_ORDER, at, by_place, by_slot, kernel_order
 from hyper2kvmd.guest.linux.fixers.network.udev import Pin
 from hyper2kvmd.text import printable
 
 _KERNEL_NAME = re.compile(r"eth(?P<number>\d{1,3})")
+_CARD_GLOB = re.compile(r"e(?:n|th|[*?\[])")  # not such as veth*
 _MAC_NAME = re.compile(r"enx(?P<digits>[0-9a-f]{12})")
-_SLOT_NAME = re.compile(r"ens(?P<number>\d{1,5})")
-_ONBOARD_NAME = re.compile(r"eno(?P<number>\d{8,10})")
-_DRIVER = "virtio_net"
-_BY_ORDER = "VMware numbers the slots in the order of the adapters"
 _BY_HAND = "Write the MAC address of each network adapter into the manifest's nics, or bind it in the guest by hand."
-
-
-@dataclass(frozen=True)
-class Nic:
-    """A network card that the domain will have, in the order of the VM's adapters.
-
-    mac: in lower case with colons, None if nobody knows it yet. pci_slot: VMware's pciSlotNumber, where the OVF has it.
-    """
-
-    mac: str | None
-    pci_slot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,48 +64,63 @@ def bind(
     macs = {nic.mac for nic in nics if nic.mac}
     warnings = list(_unmatched(interfaces, macs, nics, naming))
     found: dict[str, Binding | None] = {}  # None: the guest sees to it, or nobody knows
+    # With a name or an address whose card nobody knows, what is left over is not that of another.
+    sure = not any(one.mac and not one.name and one.mac not in macs for one in interfaces)
     files: dict[str, str] = {}
     for one in interfaces:
         if one.name and not one.is_glob:
             files.setdefault(one.name, one.file)
     pinned = {pin.name: pin.mac for pin in pins if pin.holds and pin.mac in macs}
     pinned |= {one.name: one.mac for one in interfaces if one.pinned and one.mac and one.mac in macs}
-    taken = {*pinned.values(), *(one.mac for one in interfaces if one.mac and not one.name)}
+    taken = set(pinned.values())
+    nameless = {one.mac for one in interfaces if one.mac and not one.name}
     for name, file in files.items():
         wanted = {one.mac: one.file for one in interfaces if one.name == name and one.mac}
         mac = next(iter(wanted), None)
         if len(wanted) > 1 or (mac and pinned.get(name, mac) != mac):
             said = {*wanted, *([pinned[name]] if name in pinned else [])}
             warnings.append(_ambiguous(name, file, f"the guest gives it the MAC addresses {', '.join(sorted(said))}"))
-            found[name] = None
+            found[name], sure = None, False
         elif mac and mac not in macs:
             warnings.append(_unknown_mac(mac, wanted[mac]))
-            found[name] = None
+            found[name], sure = None, False
         elif name in pinned:
             found[name] = None
-        elif binding := _evidence(name, wanted, macs, pins, leases):
+        elif binding := _evidence(name, wanted, nics, pins, leases, naming):
             found[name] = None if _MAC_NAME.fullmatch(name) else binding
             taken.add(binding.mac)
         elif _kept_by_kernel(name, nics, pins, naming):
             found[name] = None
     warnings += _kernel_order(files, nics, pinned, naming)
     left = [name for name in files if name not in found]
-    cards = [nic for nic in nics if nic.mac is None or nic.mac not in taken]
-    inferred = _by_place(left, cards)
-    if len(inferred) > 1 and any(binding.evidence == _BY_ORDER for binding in inferred.values()):
+    cards = [nic for nic in nics if nic.mac is None or nic.mac not in taken | nameless]
+    places = by_place(left, cards, nics) if sure else by_slot(left, cards)
+    shared = [name for name in left if name not in places and any(one.shared for one in interfaces if one.name == name)]
+    if shared and sure:
+        # The initramfs speaks of a card by its name, and the system of the same by its address.
+        gone = taken | {mac for mac, _ in places.values()}
+        places |= by_place(shared, [nic for nic in nics if nic.mac is None or nic.mac not in gone], nics)
+    inferred = {name: Binding(name, mac, evidence) for name, (mac, evidence) in places.items()}
+    if any(binding.evidence in (BY_ORDER, BY_MODEL) for binding in inferred.values()):
         warnings.append(_inferred(inferred))
     for name in left:
         found[name] = inferred.get(name)
         if name not in inferred:
-            warnings.append(_ambiguous(name, files[name], _counts(left, cards)))
+            warnings.append(_ambiguous(name, files[name], _counts(left, cards, sure=sure)))
     bindings = [binding for binding in found.values() if binding]
     return _checked(bindings, pinned, files, nics, naming, warnings)
 
 
 def _evidence(
-    name: str, wanted: Mapping[str, str], macs: set[str], pins: Sequence[Pin], leases: Collection[tuple[str, str]]
+    name: str,
+    wanted: Mapping[str, str],
+    nics: Sequence[Nic],
+    pins: Sequence[Pin],
+    leases: Collection[tuple[str, str]],
+    naming: Naming,
 ) -> Binding | None:
     """The card that the guest's own files say the name belongs to."""
+    macs = {nic.mac for nic in nics if nic.mac}
     for mac, file in wanted.items():
         return Binding(name, mac, f"{printable(file)} has the MAC address")
     if (made := _MAC_NAME.fullmatch(name)) and (mac := ":".join(re.findall("..", made["digits"]))) in macs:
@@ -126,6 +128,13 @@ def _evidence(
     for pin in pins:
         if pin.name == name and pin.mac in macs:
             return Binding(name, pin.mac, f"{printable(pin.file)} gave it the name")
+        if pin.name == name and pin.path and (found := at([pin.path], nics)) and len(found) == 1 and found[0].mac:
+            return Binding(name, found[0].mac, f"{printable(pin.file)} gave the name to the card at {pin.path}")
+    order = None if naming.predictable else kernel_order(nics)
+    if (kernel := _KERNEL_NAME.fullmatch(name)) and order and order != list(nics):
+        found = order[int(kernel["number"]) :][:1]
+        if found and found[0].mac:
+            return Binding(name, found[0].mac, "the slots in the OVF say in which order the kernel found the cards")
     leased = {mac for leased, mac in leases if leased == name and mac in macs}
     return Binding(name, leased.pop(), "a DHCP lease has the MAC address") if len(leased) == 1 else None
 
@@ -134,59 +143,11 @@ def _kept_by_kernel(name: str, nics: Sequence[Nic], pins: Sequence[Pin], naming:
     """Whether the kernel itself gives the name: the cards are eth0, eth1... in order, and nothing changes that.
 
     A stale rule does: it keeps the name for the old card, and old udev then gives the next free one to the new card.
+    So does an order on the old machine that was not that of the adapters.
     """
     kernel = _KERNEL_NAME.fullmatch(name)
-    in_order = kernel is not None and int(kernel["number"]) < len(nics)
+    in_order = kernel is not None and int(kernel["number"]) < len(nics) and kernel_order(nics) == list(nics)
     return in_order and not naming.predictable and not any(pin.name == name for pin in pins)
-
-
-def _by_place(names: Sequence[str], nics: Sequence[Nic]) -> dict[str, Binding]:
-    """The cards for names that nothing in the guest tells: by slot number, or by the order of all that are left."""
-    slots = {_slot_name(nic.pci_slot): nic.mac for nic in nics if nic.pci_slot is not None}
-    found = {
-        name: Binding(name, mac, f"the OVF says that this adapter was in VMware's slot {name[3:]}")
-        for name in names
-        if (mac := slots.get(name))
-    }
-    taken = {binding.mac for binding in found.values()}
-    names = [name for name in names if name not in found]
-    nics = [nic for nic in nics if nic.mac not in taken]
-    if not names or len(names) != len(nics) or any(nic.mac is None for nic in nics):
-        return found
-    evidence = "it is the only name and the only card that are left"
-    if len(names) > 1:
-        ordered = _in_slot_order(names)
-        if ordered is None:
-            return found
-        names, evidence = ordered, _BY_ORDER
-    return found | {name: Binding(name, nic.mac or "", evidence) for name, nic in zip(names, nics, strict=True)}
-
-
-def _slot_name(slot: int) -> str:
-    """The name that Linux makes of a pciSlotNumber: 160 is ens160, and 1184 (its function 1) is ens161."""
-    return f"ens{(slot & 0x3FF) + (slot >> 10)}"
-
-
-def _in_slot_order(names: Sequence[str]) -> list[str] | None:
-    """Names of one of VMware's families in the order in which it fills the slots; None if they are mixed.
-
-    ens160, 192, 224, 256 are the first functions of four bridges, then come 161, 193... The numbers after eno count
-    the adapters in their highest byte.
-    """
-    for family, key in ((_SLOT_NAME, _slot_order), (_ONBOARD_NAME, _number)):
-        if all(family.fullmatch(name) for name in names):
-            return sorted(names, key=key)
-    return None
-
-
-def _slot_order(name: str) -> tuple[int, int]:
-    number = _number(name)
-    # Below 64 they are the places on one conventional bus: ens32, ens33...
-    return (0, number) if number < 64 else (number % 32, number // 32)
-
-
-def _number(name: str) -> int:
-    return int(name[3:])
 
 
 def _checked(
@@ -222,23 +183,22 @@ def _unmatched(interfaces: Sequence[Interface], macs: set[str], nics: Sequence[N
     for one in interfaces:
         if one.mac and not one.name and one.mac not in macs:
             found.append(_unknown_mac(one.mac, one.file))
-        if one.driver and not any(fnmatchcase(_DRIVER, driver) for driver in one.driver.split()):
-            found.append(
-                Finding(
-                    "network_driver",
-                    f"{printable(one.file)} in the guest matches cards by the driver {printable(one.driver)}, and the "
-                    f"new card's is {_DRIVER}",
-                    "Let the file match by MAC address instead.",
-                )
-            )
-        globs = [other.name for other in interfaces if other.file == one.file and other.is_glob]
-        if one.is_glob and not any(fnmatchcase(name, glob) for name in expected for glob in globs):
+        if not one.is_glob:
+            continue
+        if one.excluded:
+            fits = all(fnmatchcase(name, one.name) for name in expected) or not _CARD_GLOB.match(one.name)
+            what, hint = "excludes cards", "Let the file exclude en*, or cards by MAC address."
+        else:
+            globs = [other.name for other in interfaces if other.file == one.file and other.is_glob]
+            fits = any(fnmatchcase(name, glob) for name in expected for glob in globs)
+            what, hint = "matches cards", "Let the file match en*, or by MAC address."
+        if not fits:
             found.append(
                 Finding(
                     "network_glob",
-                    f"{printable(one.file)} in the guest matches cards by the name {printable(one.name)}, and the new "
+                    f"{printable(one.file)} in the guest {what} by the name {printable(one.name)}, and the new "
                     f"cards will be called {', '.join(expected)}",
-                    "Let the file match en*, or by MAC address.",
+                    hint,
                 )
             )
     return found
@@ -283,14 +243,17 @@ def _inferred(bindings: Mapping[str, Binding]) -> Finding:
     pairs = ", ".join(f"{name} is {binding.mac}" for name, binding in bindings.items())
     return Finding(
         "network_inferred",
-        f"which card is which was concluded from VMware's order of slots: {pairs}",
+        f"which card is which was concluded from VMware's order of slots and its models of cards: {pairs}",
         "See after the first boot that each network reaches the right card.",
     )
 
 
-def _counts(names: Sequence[str], nics: Sequence[Nic]) -> str:
+def _counts(names: Sequence[str], nics: Sequence[Nic], *, sure: bool) -> str:
     if not nics:
         return "the VM has no card for it"
     if any(nic.mac is None for nic in nics):
         return "the MAC address that the card will have is not known"
-    return f"nothing says which of {', '.join(names)} is which card (cards without a name: {len(nics)})"
+    if not sure:
+        return "other configuration of the guest is for a card that is not known either"
+    models = ", ".join(f"{nic.mac} ({printable(nic.model or 'of an unknown model')})" for nic in nics)
+    return f"nothing says which of {', '.join(names)} is which card of those that are left: {models}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 
-from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card
+from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card, card_or_glob
+from hyper2kvmd.guest.linux.fixers.network.match import Match, Rewrite, element, from_elements
 from hyper2kvmd.text import mac_address
 
 _ASSIGNMENT = re.compile(r"[ \t]*(?:export[ \t]+)?(?P<key>[A-Z][A-Z0-9_]*)=(?P<value>\"[^\"]*\"|'[^']*'|[^\s#;]*)")
 # What the network scripts and wicked pass over themselves.
 _LEFTOVER = re.compile(r".*(?:~|\.(?:bak|old|orig|rpmnew|rpmorig|rpmsave|swp|scpmbackup|template))")
+_MATCHES = ("MATCH_PATH", "MATCH_DRIVER")
+_MATCH_LINE = re.compile(r"[ \t]*(?:MATCH_PATH|MATCH_DRIVER)=")
 _SLAVES = re.compile(r"BONDING_SLAVE_?\d{0,3}|BRIDGE_PORTS|ETHERDEVICE|PHYSDEV")
 
 
@@ -23,7 +26,8 @@ def redhat(text: str, file: str, *, renames: bool) -> tuple[Interface, ...]:
     if suffix is None:
         return ()
     mac = mac_address(values.get("HWADDR", ""))
-    device = values.get("DEVICE", "") or ("" if mac else suffix)
+    matched = any(key.startswith("MATCH_") for key in values)
+    device = values.get("DEVICE", "") or ("" if mac or matched else suffix)
     slaves = _slaves(values)
     virtual = (
         values.get("TYPE", "Ethernet").lower() != "ethernet"
@@ -36,7 +40,28 @@ def redhat(text: str, file: str, *, renames: bool) -> tuple[Interface, ...]:
     name = card(device)
     if name or (mac and not device):
         return (Interface(file, name, mac, pinned=renames and bool(name and mac)),)
-    return ()
+    words = (element(word) for word in values.get("MATCH_INTERFACE_NAME", "").split())
+    found = ((card_or_glob(word), excluded) for word, excluded in words)
+    return tuple(Interface(file, name, excluded=excluded) for name, excluded in found if name)
+
+
+def matches(text: str, file: str) -> tuple[Match, ...]:
+    """What a file of Red Hat's asks of the machine; NetworkManager reads these keys."""
+    values = _values(text)
+    if _suffix(file) is None or values.get("TYPE", "Ethernet").lower() != "ethernet":
+        return ()
+    words = {key: [element(word) for word in values.get(key, "").split()] for key in _MATCHES}
+    mac = mac_address(values.get("HWADDR", ""))
+
+    def changed(text: str, new: Rewrite) -> str:
+        lines = [line for line in text.split("\n") if not _MATCH_LINE.match(line)]
+        if new.macs and not mac:
+            lines.insert(0, f"HWADDR={new.macs[0].upper()}")
+        if not new.macs:
+            lines.insert(0, f'MATCH_DRIVER="{new.driver}"')
+        return "\n".join(lines)
+
+    return from_elements(file, words["MATCH_PATH"], words["MATCH_DRIVER"], mac, changed, _MATCHES)
 
 
 def suse(text: str, file: str) -> tuple[Interface, ...]:

@@ -16,19 +16,34 @@ _GLOB = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
+class Nic:
+    """A network card that the domain will have, in the order of the VM's adapters.
+
+    mac: in lower case with colons, None if nobody knows it yet. pci_slot: VMware's pciSlotNumber, and model: what the
+    card was (VmxNet3, E1000), where the OVF has them.
+    """
+
+    mac: str | None
+    pci_slot: int | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
 class Interface:
     """One interface that a file of the guest configures.
 
     name: may be a glob, and is "" where the file goes by other properties only. mac: by which the file matches, not
-    one that it sets. driver: a glob of the driver that it asks for. pinned: the guest itself gives the name to that
-    MAC address at every boot.
+    one that it sets. pinned: the guest itself gives the name to that MAC address at every boot. excluded: the file is
+    for every card but this one, which must be known by that name all the same. shared: other files may well configure
+    the card besides.
     """
 
     file: str
     name: str = ""
     mac: str | None = None
-    driver: str = ""
     pinned: bool = False
+    excluded: bool = False
+    shared: bool = False
 
     @property
     def is_glob(self) -> bool:

@@ -14,6 +14,7 @@ _TOKEN = re.compile(
     r"(?<![A-Z])(?P<key>[A-Z]{1,20}(?:\{[^}\"]{1,40}\})?)"
     r"[ \t]{0,9}(?P<op>==|!=|\+=|:=|=)[ \t]{0,9}\"(?P<value>[^\"]{0,200})\""
 )
+_PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _ADDRESS = {"ATTR{address}", "ATTRS{address}", "SYSFS{address}"}
 # Conditions that a virtio card meets as well as the card that the rule was written for.
 _STILL_TRUE = {
@@ -25,15 +26,17 @@ _STILL_TRUE = {
 
 @dataclass(frozen=True)
 class Pin:
-    """A name that a rule or a .link file gives to a MAC address.
+    """A name that a rule or a .link file gives to a MAC address, or else ("") to the card at a PCI address.
 
     holds: it does so on KVM, too. If not, the rule has conditions that only the old card met, and is mere evidence.
+    path: such as pci-0000:0b:00.0.
     """
 
     name: str
     mac: str
     file: str
     holds: bool
+    path: str = ""
 
 
 def pins(text: str, file: str) -> tuple[Pin, ...]:
@@ -45,12 +48,22 @@ def pins(text: str, file: str) -> tuple[Pin, ...]:
         tokens = [(token["key"], token["op"], token["value"]) for token in _TOKEN.finditer(line)]
         macs = [mac_address(value) for key, op, value in tokens if key in _ADDRESS and op == "=="]
         names = [card(value) for key, op, value in tokens if key == "NAME" and op in ("=", ":=")]
+        paths = [_path(key, value) for key, op, value in tokens if op == "==" and _path(key, value)]
+        if len(names) == 1 and names[0] and not macs and len(paths) == 1:
+            found.append(Pin(names[0], "", file, holds=False, path=paths[0]))
         if len(macs) != 1 or len(names) != 1 or macs[0] is None or not names[0]:
             continue
         conditions = {(key, value) for key, op, value in tokens if op == "==" and key not in _ADDRESS}
         holds = conditions <= _STILL_TRUE and not any(op == "!=" for _, op, _ in tokens)
         found.append(Pin(names[0], macs[0], file, holds))
     return tuple(found)
+
+
+def _path(key: str, value: str) -> str:
+    """The path of a card that a condition asks for, "" if it asks for something else."""
+    if key in ("KERNELS", "BUS_ID") and _PCI_ADDRESS.fullmatch(value):
+        return f"pci-{value}"
+    return value if key == "ENV{ID_PATH}" else ""
 
 
 def with_rules(text: str, names: Iterable[tuple[str, str]]) -> str:
