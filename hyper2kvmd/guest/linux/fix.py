@@ -24,6 +24,7 @@ from hyper2kvmd.guest.linux.fixers import (
     efi,
     initramfs,
     network,
+    platform,
     vmware,
 )
 from hyper2kvmd.guest.linux.kernels import VIRTIO, VIRTIO_SCSI, Bus, Image, bus_of
@@ -246,7 +247,8 @@ def _plans(view: View, choice: Choice, options: FixOptions) -> list[FixPlan]:
     """What every fixer that is wanted wants to do."""
     plans = [
         *disks.plans(view, choice.machine.disks, options.fstab, bootloader=options.bootloader),
-        network.plan(view, options.nics),
+        network.plan(view, options.nics, choice.machine.cards, options.configuration.interfaces),
+        platform.plan(view),
     ]
     if options.bootloader:
         plans += [bootloader.plan(view, console=options.serial_console, default=choice.default), efi.plan(view)]

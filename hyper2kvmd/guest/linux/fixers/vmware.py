@@ -25,7 +25,7 @@ UNITS = (
 )
 INIT_SCRIPTS = ("open-vm-tools", "vmtoolsd", "vmware-tools", "vmware-tools-thinprint", "vmware-tools-services")
 UPSTART_JOBS = ("vmware-tools", "vmware-tools-thinprint")
-_VENDOR_UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system")
+VENDOR_UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system")
 _ADMIN_UNITS = "/etc/systemd/system"
 _PACKAGE = re.compile(
     r"open-vm-(?:tools|toolbox|source)(?:-[a-z0-9-]+)?|libvmtools(?:0|-devel)"
@@ -62,8 +62,8 @@ _MANAGERS = {
 
 def plan(view: View) -> FixPlan:
     """Remove what nothing else depends on, and switch off the rest. A guest without the tools is left alone."""
-    edits = _upstart(view)
-    disable = disable_command(_to_mask(view), _to_disable(view), _init_scripts(view), _rc_program(view))
+    edits = upstart(view, UPSTART_JOBS, FIXER)
+    disable = switch_off(view, UNITS, INIT_SCRIPTS)
     warnings = []
     if view.g.is_file(TARBALL, followsymlinks=True):
         message = f"VMware Tools were installed without a package ({TARBALL}): they are switched off, not removed"
@@ -114,45 +114,48 @@ def disable_command(to_mask: Sequence[str], to_disable: Sequence[str], scripts: 
     return "; ".join(["export SYSTEMD_OFFLINE=1", *parts]) if parts else ""
 
 
-def _to_mask(view: View) -> list[str]:
+def switch_off(view: View, units: Sequence[str], scripts: Sequence[str]) -> str:
+    """The command that keeps those of these units and init scripts from starting that do; empty if none does."""
+    program = "update-rc.d" if view.g.is_file("/usr/sbin/update-rc.d", followsymlinks=True) else "chkconfig"
+    return disable_command(_to_mask(view, units), _to_disable(view, units), _started(view, scripts), program)
+
+
+def _to_mask(view: View, units: Sequence[str]) -> list[str]:
     """The units of packages that are not masked yet."""
     return [
         unit
-        for unit in UNITS
-        if any(view.g.is_file(f"{directory}/{unit}") for directory in _VENDOR_UNITS)
+        for unit in units
+        if any(view.g.is_file(f"{directory}/{unit}") for directory in VENDOR_UNITS)
         and not view.g.is_file(f"{_ADMIN_UNITS}/{unit}")
         and not (view.g.is_symlink(link := f"{_ADMIN_UNITS}/{unit}") and view.g.readlink(link) == "/dev/null")
     ]
 
 
-def _to_disable(view: View) -> list[str]:
+def _to_disable(view: View, units: Sequence[str]) -> list[str]:
     """The units that are enabled and cannot be masked, because their file is where the mask would be."""
     return [
         unit
-        for unit in UNITS
+        for unit in units
         if view.g.is_file(f"{_ADMIN_UNITS}/{unit}") and view.g.glob_expand(f"{_ADMIN_UNITS}/*.wants/{unit}")
     ]
 
 
-def _init_scripts(view: View) -> list[str]:
+def _started(view: View, scripts: Sequence[str]) -> list[str]:
     """The init scripts that some runlevel starts."""
     runlevels = ("/etc/rc[2-5].d", "/etc/rc.d/rc[2-5].d", "/etc/init.d/rc[2-5].d")
     return [
         script
-        for script in INIT_SCRIPTS
+        for script in scripts
         if any(view.g.glob_expand(f"{runlevel}/S[0-9][0-9]{script}") for runlevel in runlevels)
     ]
 
 
-def _rc_program(view: View) -> str:
-    return "update-rc.d" if view.g.is_file("/usr/sbin/update-rc.d", followsymlinks=True) else "chkconfig"
-
-
-def _upstart(view: View) -> tuple[Edit, ...]:
+def upstart(view: View, jobs: Sequence[str], fixer: str) -> tuple[Edit, ...]:
+    """The files that keep these jobs of Upstart's from starting."""
     edits = []
-    for job in UPSTART_JOBS:
+    for job in jobs:
         path = f"/etc/init/{job}.override"
         before = view.read(path)
         if view.g.is_file(f"/etc/init/{job}.conf") and (before or "").strip() != "manual":
-            edits.append(Edit(FIXER, path, before, "manual\n", f"the job {job} does not start any more"))
+            edits.append(Edit(fixer, path, before, "manual\n", f"the job {job} does not start any more"))
     return tuple(edits)
