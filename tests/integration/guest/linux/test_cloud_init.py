@@ -95,7 +95,7 @@ def boot(root: Path, card: str, script: str = BOOT, **env: str) -> None:
 def fixed(root: Path) -> list[str]:
     """Do what the fixer wants, and return the paths."""
     inspection: Any = SimpleNamespace(os_type="linux", filesystems=())
-    planned = platform.plan(View(Tree(root), inspection, Names((), {})))
+    planned = platform.plan(View(Tree(root), inspection, Names({}, {})))
     assert planned.commands == ()
     for edit in planned.edits:
         assert edit.after is not None

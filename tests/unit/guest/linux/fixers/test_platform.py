@@ -28,7 +28,7 @@ OFF = [platform.DISABLED, platform.NETWORK]
 
 def plan(guest: Guest, label: str = "") -> FixPlan:
     inspection: Any = SimpleNamespace(os_type="linux", filesystems=(Device("/dev/sdb", "iso9660", label=label),))
-    return platform.plan(View(guest, inspection, Names((), {})))
+    return platform.plan(View(guest, inspection, Names({}, {})))
 
 
 def edited(files: dict[str, str], label: str = "") -> list[str]:

@@ -47,7 +47,7 @@ def vmxnet3(mac: str | None, slot: int | None = None) -> Nic:
 
 def plan(guest: Guest, *nics: Nic, cards: str = "virtio", wanted: Sequence[Wanted] = ()) -> FixPlan:
     inspection: Any = SimpleNamespace(os_type="linux")
-    return network.plan(View(guest, inspection, Names((), {})), nics, cards, wanted)
+    return network.plan(View(guest, inspection, Names({}, {})), nics, cards, wanted)
 
 
 def mended(files: dict[str, str], *nics: Nic, links: tuple[str, ...] = (), cards: str = "virtio") -> dict[str, str]:
@@ -341,7 +341,7 @@ def test_what_the_manifest_configures_is_not_edited_twice() -> None:
     wanted = (Wanted(name="eth0", dhcp=True), Wanted(name="eth1", dhcp=True))
     assert NETPLAN not in [edit.path for edit in plan(guest, Nic(A), Nic(B), wanted=wanted).edits]
     inspection: Any = SimpleNamespace(os_type="linux", hostname="x", package_format="deb", mounts={}, filesystems=())
-    theirs = configuration.plan(View(guest, inspection, Names((), {})), Configuration(interfaces=wanted))
+    theirs = configuration.plan(View(guest, inspection, Names({}, {})), Configuration(interfaces=wanted))
     assert NETPLAN in [edit.path for edit in theirs.edits]
 
 
