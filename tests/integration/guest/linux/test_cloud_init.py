@@ -109,8 +109,8 @@ def identity(root: Path) -> dict[str, str]:
     return {str(file.relative_to(root)): file.read_text() for file in files}
 
 
-@pytest.fixture
-def guest(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A guest that cloud-init made from vSphere's metadata."""
     words = ",".join((SUITE, *PACKAGES))
 
@@ -119,16 +119,22 @@ def guest(tmp_path: Path) -> Path:
         run("mmdebstrap", "--mode=root", "--variant=minbase", include, SUITE, directory / "root.tar")
 
     tarball = cached("guests", "cloud-init", hashlib.sha256(words.encode()).hexdigest()[:12], make) / "root.tar"
-    root = tmp_path / "root"
-    root.mkdir()
+    root = tmp_path_factory.mktemp("guest")
     run("tar", "--extract", "--file", tarball, "--directory", root, "--exclude=./dev/*")
     (root / "etc/cloud/cloud.cfg.d/99-vmware.cfg").write_text("datasource_list: [ VMware ]\n")
     metadata = base64.b64encode(METADATA.encode()).decode()
     boot(root, "ens192", VMX_GUESTINFO="1", VMX_GUESTINFO_METADATA=metadata, VMX_GUESTINFO_METADATA_ENCODING="base64")
-    made = identity(root)
-    assert "10.0.0.2/24" in made["etc/netplan/50-cloud-init.yaml"]
-    assert made["var/lib/cloud/data/instance-id"] == "vm-1\n"
+    before = identity(root)
+    assert "10.0.0.2/24" in before["etc/netplan/50-cloud-init.yaml"]
+    assert before["var/lib/cloud/data/instance-id"] == "vm-1\n"
     return root
+
+
+@pytest.fixture
+def guest(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    run("cp", "--archive", made, tmp_path / "guest")
+    return tmp_path / "guest"
 
 
 def test_cloud_init_takes_the_machine_for_a_new_one_where_nothing_is_done(guest: Path) -> None:
