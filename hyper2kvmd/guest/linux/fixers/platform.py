@@ -51,6 +51,7 @@ SCRIPTS = (
 )
 UPSTART_JOBS = ("walinuxagent", "google", "google-instance-setup", "google-network-setup", "google-startup-scripts",
                 "elastic-network-interfaces", "google-network-daemon", "google-accounts-daemon")  # fmt: skip
+_ADMIN_UNITS = "/etc/systemd/system"
 _ELSEWHERE = re.compile(r"^ConditionVirtualization=(?:microsoft|amazon|google|xen|vmware)\s*$", re.MULTILINE)
 _SOURCE = re.compile(r"DataSource(?P<name>[A-Za-z0-9]{1,40})(?:Local|Net)?(?=[ \[\n]|$)(?P<details>[^\n]{0,400})\s*$")
 _SEED = re.compile(r"\[(?:seed|source)=(?P<seed>[^\]]{0,200})\]")
@@ -175,7 +176,9 @@ def _missed(view: View, why: str) -> tuple[Finding, ...]:
 
 
 def _agents(view: View) -> FixPlan:
-    units = [unit for unit in UNITS if _starts(view, unit)]
+    directories = (*vmware.VENDOR_UNITS, _ADMIN_UNITS)
+    wanted = {path.rpartition("/")[2] for place in directories for path in view.g.glob_expand(f"{place}/*.wants/*")}
+    units = [unit for unit in UNITS if unit in wanted and not _starts_elsewhere(view, unit)]
     edits = [*vmware.upstart(view, UPSTART_JOBS, FIXER)]
     if (rules := view.read(RULES)) is not None and (after := _without_hotplug(rules)) != rules:
         edits.append(Edit(FIXER, RULES, rules, after, "cards are not configured by EC2's metadata any more"))
@@ -184,13 +187,11 @@ def _agents(view: View) -> FixPlan:
     return FixPlan(tuple(edits), commands=commands)
 
 
-def _starts(view: View, unit: str) -> bool:
-    """Whether a unit is enabled, and would start on KVM."""
-    directories = (*vmware.VENDOR_UNITS, "/etc/systemd/system")
-    if not any(view.g.glob_expand(f"{directory}/*.wants/{unit}") for directory in directories):
-        return False
+def _starts_elsewhere(view: View, unit: str) -> bool:
+    """Whether a unit starts on the hypervisor of its platform only."""
+    directories = (*vmware.VENDOR_UNITS, _ADMIN_UNITS)
     texts = [text for directory in directories if (text := view.read(f"{directory}/{unit}")) is not None]
-    return not texts or not _ELSEWHERE.search(texts[-1])
+    return bool(texts and _ELSEWHERE.search(texts[-1]))
 
 
 def _without_hotplug(text: str) -> str:

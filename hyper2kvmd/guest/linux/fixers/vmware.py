@@ -143,19 +143,17 @@ def _to_disable(view: View, units: Sequence[str]) -> list[str]:
 def _started(view: View, scripts: Sequence[str]) -> list[str]:
     """The init scripts that some runlevel starts."""
     runlevels = ("/etc/rc[2-5].d", "/etc/rc.d/rc[2-5].d", "/etc/init.d/rc[2-5].d")
-    return [
-        script
-        for script in scripts
-        if any(view.g.glob_expand(f"{runlevel}/S[0-9][0-9]{script}") for runlevel in runlevels)
-    ]
+    links = [path for runlevel in runlevels for path in view.g.glob_expand(f"{runlevel}/S[0-9][0-9]*")]
+    names = {path.rpartition("/")[2][len("S00") :] for path in links}
+    return [script for script in scripts if script in names]
 
 
 def upstart(view: View, jobs: Sequence[str], fixer: str) -> tuple[Edit, ...]:
     """The files that keep these jobs of Upstart's from starting."""
     edits = []
+    there = set(view.g.glob_expand("/etc/init/*.conf"))
     for job in jobs:
         path = f"/etc/init/{job}.override"
-        before = view.read(path)
-        if view.g.is_file(f"/etc/init/{job}.conf") and (before or "").strip() != "manual":
+        if f"/etc/init/{job}.conf" in there and ((before := view.read(path)) or "").strip() != "manual":
             edits.append(Edit(fixer, path, before, "manual\n", f"the job {job} does not start any more"))
     return tuple(edits)

@@ -93,9 +93,10 @@ def mend(
     warnings = []
     paths = {path for match in matches for path in match.paths}
     for match in matches:
-        if match.drivers and any(fnmatchcase(driver, pattern) for pattern in match.drivers) and not match.paths:
-            continue  # it fits the new card, too
         cards = None if match.excluded else _cards(match, nics, only=len(paths) == 1)
+        fits = any(fnmatchcase(driver, pattern) for pattern in match.drivers) and not match.paths + match.properties
+        if cards == [] or (fits and (cards is None or len(cards) == len(nics))):
+            continue  # it was for no card, or it is for the new ones as well
         new = None if cards is None else _rewrite(match, cards, nics, driver)
         target = in_etc(match.file)
         before = edits[match.file].after if match.file in edits else read(match.file)
@@ -117,35 +118,40 @@ def in_etc(path: str) -> str:
 
 
 def _cards(match: Match, nics: Sequence[Nic], *, only: bool) -> list[Nic] | None:
-    """The cards that the file was for on the old machine; None if nobody can know.
+    """The cards that the file was for on the old machine, which may be none; None if nobody can know.
 
     only: no other path is asked for in the guest.
     """
     if match.hypervisor:
         return list(nics)
-    if match.mac:
-        return [nic for nic in nics if nic.mac == match.mac] or None
-    if len(nics) == 1:
-        return list(nics) if only or not match.paths else at(match.paths, nics)
-    if match.properties:
+    if match.mac and not any(nic.mac == match.mac for nic in nics):
         return None
-    found = list(nics)
-    for wanted, cards in ((match.paths, at(match.paths, nics)), (match.drivers, _driven(match.drivers, nics))):
-        if wanted:
-            if not cards:
-                return None
-            found = [nic for nic in found if nic in cards]
-    return found or None
+    found = [nic for nic in nics if nic.mac == match.mac] if match.mac else list(nics)
+    if match.drivers:
+        driven = _driven(match.drivers, nics)
+        if driven is not None:
+            found = [nic for nic in found if nic in driven]
+        elif len(found) > 1:
+            return None
+    if len(found) == 1 and (match.mac or len(nics) == 1) and (only or match.mac or not match.paths):
+        return found  # it is the card, whatever its place was
+    if match.properties and found:
+        return None
+    if match.paths and found:
+        placed = at(match.paths, nics)
+        return None if placed is None else [nic for nic in found if nic in placed] or None
+    return found
 
 
 def _driven(patterns: Sequence[str], nics: Sequence[Nic]) -> list[Nic] | None:
     """The cards that one of these drivers was for; None if that is not known."""
-    if any(fnmatchcase(driver, pattern) for driver in _SOLE for pattern in patterns):
-        return list(nics) if not any(kind_of_model(nic.model) for nic in nics) else None
-    if any(kind_of_model(nic.model) is None for nic in nics):
-        return None
-    drivers = [(nic, _DRIVERS.get((nic.model or "").lower(), (nic.model or "").lower())) for nic in nics]
-    return [nic for nic, driver in drivers if any(fnmatchcase(driver, pattern) for pattern in patterns)] or None
+    models = [(nic.model or "").lower() for nic in nics]
+    if all(map(kind_of_model, models)):
+        drivers = [_DRIVERS.get(model, model) for model in models]
+        return [nic for nic, driver in zip(nics, drivers, strict=True)
+                if any(fnmatchcase(driver, pattern) for pattern in patterns)]  # fmt: skip
+    sole = any(fnmatchcase(driver, pattern) for driver in _SOLE for pattern in patterns)
+    return list(nics) if sole and not any(map(kind_of_model, models)) else None
 
 
 def _rewrite(match: Match, cards: Sequence[Nic], nics: Sequence[Nic], driver: str) -> Rewrite | None:

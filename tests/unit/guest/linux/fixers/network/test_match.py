@@ -348,6 +348,27 @@ def test_what_the_manifest_configures_is_not_edited_twice() -> None:
 # Whom a mistake would reach
 
 
+@pytest.mark.parametrize("nics", [[vmxnet3(A)], [vmxnet3(A), vmxnet3(B)], [vmxnet3(A), Nic(B, None, "E1000e")]])
+def test_a_file_that_was_for_no_card_is_for_none_again(nics: list[Nic]) -> None:
+    """A leftover of a card that was replaced, or what a distribution brings for a cloud."""
+    files = {
+        NETWORK: "[Match]\nDriver=e1000\n[Network]\nAddress=10.9.9.9/24\n",
+        "/usr/lib/systemd/network/80-ec2.network": "[Match]\nDriver=ena ixgbevf vif\n[Network]\nDHCP=yes\n",
+        PROFILE: KEYFILE.replace("path=pci-0000:0b:00.0;", "driver=e1000;"),
+    }
+    assert mended(files, *nics, links=RUNS) == {}
+
+
+def test_a_file_that_would_fit_more_cards_than_before_is_kept_to_its_own() -> None:
+    text = "[Match]\nDriver=vmxnet3 virtio_net\n"
+    assert mended({NETWORK: text}, vmxnet3(A), Nic(B, None, "E1000")) == {
+        NETWORK: f"[Match]\nPermanentMACAddress={A}\n"
+    }
+    assert mended({NETWORK: "[Match]\nDriver=e1000e\n"}, vmxnet3(A), Nic(B, None, "E1000e"), cards="e1000e") == {
+        NETWORK: f"[Match]\nPermanentMACAddress={B}\n"
+    }
+
+
 def test_an_address_is_never_written_for_a_card_without_one() -> None:
     assert reported({PROFILE: KEYFILE}, Nic(None)) == "network_match"
     assert mended({NETWORK: "[Match]\nDriver=vmxnet3\n"}, Nic(None)) == {NETWORK: "[Match]\nDriver=virtio_net\n"}
