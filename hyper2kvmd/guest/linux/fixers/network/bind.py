@@ -70,6 +70,7 @@ def bind(
     for one in interfaces:
         if one.name and not one.is_glob:
             files.setdefault(one.name, one.file)
+    minor = files.keys() - {one.name for one in interfaces if not one.minor}
     pinned = {pin.name: pin.mac for pin in pins if pin.holds and pin.mac in macs}
     pinned |= {one.name: one.mac for one in interfaces if one.pinned and one.mac and one.mac in macs}
     taken = set(pinned.values())
@@ -80,10 +81,10 @@ def bind(
         if len(wanted) > 1 or (mac and pinned.get(name, mac) != mac):
             said = {*wanted, *([pinned[name]] if name in pinned else [])}
             warnings.append(_ambiguous(name, file, f"the guest gives it the MAC addresses {', '.join(sorted(said))}"))
-            found[name], sure = None, False
+            found[name], sure = None, sure and name in minor
         elif mac and mac not in macs:
             warnings.append(_unknown_mac(mac, wanted[mac]))
-            found[name], sure = None, False
+            found[name], sure = None, sure and name in minor
         elif name in pinned:
             found[name] = None
         elif binding := _evidence(name, wanted, nics, pins, leases, naming):
@@ -95,11 +96,11 @@ def bind(
     left = [name for name in files if name not in found]
     cards = [nic for nic in nics if nic.mac is None or nic.mac not in taken | nameless]
     places = by_place(left, cards, nics) if sure else by_slot(left, cards)
-    shared = [name for name in left if name not in places and any(one.shared for one in interfaces if one.name == name)]
-    if shared and sure:
-        # The initramfs speaks of a card by its name, and the system of the same by its address.
-        gone = taken | {mac for mac, _ in places.values()}
-        places |= by_place(shared, [nic for nic in nics if nic.mac is None or nic.mac not in gone], nics)
+    if sure and len(places) < len(left):
+        # What is said in passing may be a leftover, or of a card that another file knows by its address.
+        places = by_place([name for name in left if name not in minor], cards, nics)
+        rest = [nic for nic in nics if nic.mac is None or nic.mac not in taken | {mac for mac, _ in places.values()}]
+        places |= by_place([name for name in left if name in minor], rest, nics)
     inferred = {name: Binding(name, mac, evidence) for name, (mac, evidence) in places.items()}
     if any(binding.evidence in (BY_ORDER, BY_MODEL) for binding in inferred.values()):
         warnings.append(_inferred(inferred))
@@ -108,7 +109,7 @@ def bind(
         if name not in inferred:
             warnings.append(_ambiguous(name, files[name], _counts(left, cards, sure=sure)))
     bindings = [binding for binding in found.values() if binding]
-    return _checked(bindings, pinned, files, nics, naming, warnings)
+    return _checked(bindings, pinned, minor, files, nics, naming, warnings)
 
 
 def _evidence(
@@ -153,6 +154,7 @@ def _kept_by_kernel(name: str, nics: Sequence[Nic], pins: Sequence[Pin], naming:
 def _checked(
     bindings: Sequence[Binding],
     pinned: Mapping[str, str],
+    minor: Collection[str],
     files: Mapping[str, str],
     nics: Sequence[Nic],
     naming: Naming,
@@ -161,7 +163,8 @@ def _checked(
     """The bindings that do not collide with one another, or with names that the kernel gives meanwhile."""
     kept = []
     for binding in bindings:
-        given = [*pinned.items(), *((other.name, other.mac) for other in bindings)]
+        weighty = [other for other in bindings if binding.name in minor or other.name not in minor]
+        given = [*pinned.items(), *((other.name, other.mac) for other in weighty)]
         others = [name for name, mac in given if mac == binding.mac and name != binding.name]
         if others:
             warnings.append(

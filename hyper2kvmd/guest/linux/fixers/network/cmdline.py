@@ -39,7 +39,7 @@ def interfaces(text: str, file: str) -> tuple[Interface, ...]:
     made = {value.partition(":")[0] for key, value in options if key in ("vlan", "bond", "bridge", "team")}
     named = (pair for key, value in options for pair in _cards(key, value))
     cards = ((card(name), mac) for name, mac in named if name not in made)
-    return tuple(dict.fromkeys(Interface(file, name, mac, shared=True) for name, mac in cards if name))
+    return tuple(dict.fromkeys(Interface(file, name, mac, passing=True) for name, mac in cards if name))
 
 
 def initramfs_tools(text: str, file: str) -> tuple[Interface, ...]:
@@ -48,7 +48,7 @@ def initramfs_tools(text: str, file: str) -> tuple[Interface, ...]:
     for setting in _SETTING.finditer(text):
         key, value = setting["key"], setting["value"]
         names = [value] if key == "DEVICE" else [name for name, _ in _cards("ip", value)]
-        found |= dict.fromkeys(Interface(file, named, shared=True) for name in names if (named := card(name)))
+        found |= dict.fromkeys(Interface(file, named, passing=True) for name in names if (named := card(name)))
     return tuple(found)
 
 

@@ -34,8 +34,8 @@ class Interface:
 
     name: may be a glob, and is "" where the file goes by other properties only. mac: by which the file matches, not
     one that it sets. pinned: the guest itself gives the name to that MAC address at every boot. excluded: the file is
-    for every card but this one, which must be known by that name all the same. shared: other files may well configure
-    the card besides.
+    for every card but this one, which must be known by that name all the same. passing: the file is none that
+    configures the system's network; those that do may know the card by another name, and go before it.
     """
 
     file: str
@@ -43,12 +43,17 @@ class Interface:
     mac: str | None = None
     pinned: bool = False
     excluded: bool = False
-    shared: bool = False
+    passing: bool = False
 
     @property
     def is_glob(self) -> bool:
         """Whether the name stands for many."""
         return bool(_GLOB.search(self.name))
+
+    @property
+    def minor(self) -> bool:
+        """Whether the name yields to those that configure a card."""
+        return self.passing or self.excluded
 
 
 def card(word: str) -> str:

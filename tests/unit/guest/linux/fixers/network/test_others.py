@@ -6,7 +6,7 @@ import pytest
 
 from hyper2kvmd.guest.linux.fixers.network import Nic, cmdline, dhcpcd, wicked
 from hyper2kvmd.guest.linux.fixers.network.interface import Interface
-from tests.unit.guest.linux.fixers.network.test_network import LINK, SETUP_LINK, A, B, Guest, codes, plan
+from tests.unit.guest.linux.fixers.network.test_network import LINK, SETUP_LINK, A, B, C, Guest, codes, plan
 
 DRACUT = "/etc/dracut.conf.d/network.conf"
 STATIC = "ip=10.0.0.2::10.0.0.1:255.255.255.0:db01:ens192:none"
@@ -49,6 +49,30 @@ def test_the_card_that_the_initramfs_names_may_have_a_profile_by_its_address() -
 
 
 @pytest.mark.parametrize(
+    "leftover",
+    [
+        {DRACUT: 'kernel_cmdline="ip=eth0:dhcp"\n'},
+        {DRACUT: f'kernel_cmdline="ifname=boot0:{C} ip=boot0:dhcp"\n'},
+        {"/etc/dhcpcd.conf": "interface eth0\nstatic ip_address=192.0.2.2/24\n"},
+        {"/etc/NetworkManager/system-connections/a": "[connection]\ntype=ethernet\n[match]\ninterface-name=!ens256;\n"},
+    ],
+)
+def test_a_name_that_is_said_in_passing_takes_no_card_from_one_that_is_configured(leftover: dict[str, str]) -> None:
+    configured = {"/etc/network/interfaces": "iface ens192 inet dhcp\n"}
+    planned = plan(Guest({**configured, **leftover, **SETUP_LINK}), Nic(A))
+    assert [edit.path for edit in planned.edits] == [LINK]
+    assert len(planned.warnings) == 1
+    assert next(iter(leftover)) in planned.warnings[0].message
+
+
+def test_names_of_both_sorts_are_put_in_order_together() -> None:
+    files = {"/etc/network/interfaces": "iface ens192 inet dhcp\n", DRACUT: 'kernel_cmdline="ip=ens224:dhcp"\n'}
+    planned = plan(Guest({**files, **SETUP_LINK}), Nic(A), Nic(B))
+    assert {edit.summary for edit in planned.edits} == {f"ens192 is the card {A}", f"ens224 is the card {B}"}
+    assert codes(planned) == ["network_inferred"]
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
         ("ip=dhcp ip=on rd.neednet=1 nfsroot=10.0.0.1:/x", []),
@@ -82,11 +106,11 @@ def test_a_name_that_the_kernel_line_gives_to_an_address_is_that_cards() -> None
 def test_dhcpcds_lists_of_cards_are_read() -> None:
     text = "# interface eth9\nallowinterfaces ens192,ens2*\ndenyinterfaces veth* ens256\ninterface eth0\nstatic x=y\n"
     assert dhcpcd.interfaces(text, "f") == (
-        Interface("f", "ens192"),
-        Interface("f", "ens2*"),
-        Interface("f", "veth*", excluded=True),
-        Interface("f", "ens256", excluded=True),
-        Interface("f", "eth0"),
+        Interface("f", "ens192", passing=True),
+        Interface("f", "ens2*", passing=True),
+        Interface("f", "veth*", excluded=True, passing=True),
+        Interface("f", "ens256", excluded=True, passing=True),
+        Interface("f", "eth0", passing=True),
     )
 
 
