@@ -295,7 +295,8 @@ def test_cards_of_two_models_keep_their_addresses_and_their_names_in_the_initram
     assert [f"mac-address={FIRST.upper()}"] == guest.lines(profile, "mac-address")
     assert [] == guest.lines(profile, "driver")
     assert set(links.values()) <= {*" ".join(guest.calls[0]).split()}
-    assert ["network_inferred"] == [warning.code for warning in guest.result.warnings]
+    codes = [warning.code for warning in guest.result.warnings]
+    assert ["network_inferred"] == [code for code in codes if code.startswith("network")]
     assert () == guest.again
 
 
