@@ -24,7 +24,8 @@ from tests.e2e.test_systemd import CONFIG, EXPORTS, IMAGES, SETTINGS, hand_over,
 from tests.guests import boot
 from tests.guests.boot import BootResult, boot_domain
 from tests.guests.build import digest, export
-from tests.guests.recipe import GUESTS, Guest
+from tests.guests.guest import Guest
+from tests.guests.recipe import GUESTS
 from tests.matrix import IDENTITY, MIGRATION_SECONDS, boot_as_on_vmware, differences, works
 
 # The same bytes as the UUID of IDENTITY, in the spelling of libvirt.

@@ -25,7 +25,7 @@ from hyper2kvmd.guest.linux.fixers.network import Nic
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
-from tests import ROOT
+from tests import ROOT, matrix
 from tests.appliance import MEMORY_MB
 from tests.conftest import disk_entry, report_of, run_job
 from tests.e2e.conftest import libvirt_of
@@ -33,6 +33,7 @@ from tests.e2e.container import Container, wait_until
 from tests.e2e.test_systemd import CONFIG, EXPORTS, IMAGES, images, report
 from tests.guests.boot import BootResult, boot, boot_domain
 from tests.guests.build import build, export
+from tests.guests.recipe import GUESTS
 from tests.guests.rootfs import run
 
 MIGRATION_SECONDS = 900
@@ -229,3 +230,10 @@ def test_a_data_disk_that_the_manifest_lists_first_is_not_taken_for_the_boot_dis
     result = boot([tmp_path / "images/db01-disk-1.qcow2", published], "qcow2", "virtio", timeout=900)
     assert "matched" == result.outcome, result.serial_log[-3000:]
     assert (CANARY, "/dev/vda3") == (result.report["canary"], result.report["swap"])
+
+
+@pytest.mark.rest
+def test_an_ubuntu_under_secure_boot_does_not_work_before_and_comes_up_with_its_mounts_name_and_address(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert [] == matrix.run(GUESTS["ubuntu2404-uefi"], print).problems(), capsys.readouterr().out

@@ -25,7 +25,7 @@ from tests.guests import nvram
 
 # The last is what a guest without virtio gets: SATA disks and an e1000e card.
 Bus = Literal["virtio", "virtio-scsi", "pvscsi", "sata", "compatible"]
-Firmware = Literal["bios", "uefi"]
+Firmware = Literal["bios", "uefi", "secure-boot"]
 Outcome = Literal["matched", "failed", "timeout", "exited"]
 
 BOOTED: tuple[str, ...] = ("login:",)
@@ -36,6 +36,7 @@ STUCK: tuple[str, ...] = (
     "grub rescue>",
     "grub>",
     "No bootable device",
+    "No bootable option",
     "You are in emergency mode",
     "Entering emergency mode",
     # disks come first in the boot order: a firmware that tries anything else has found none of them bootable
@@ -43,8 +44,14 @@ STUCK: tuple[str, ...] = (
     "Start HTTP Boot over",
     "UEFI Interactive Shell",
 )
-OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
-OVMF_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+OVMF = Path("/usr/share/OVMF")
+# The program and the variables; with Secure Boot, those have the keys that are in every machine one buys.
+_OVMF = {
+    "uefi": (OVMF / "OVMF_CODE_4M.fd", OVMF / "OVMF_VARS_4M.fd"),
+    "secure-boot": (OVMF / "OVMF_CODE_4M.secboot.fd", OVMF / "OVMF_VARS_4M.ms.fd"),
+}
+# Without it the guest could write the variables itself, and this firmware does not start.
+_SMM = ("-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1")
 MAC = "52:54:00:12:34:56"
 
 # The controller, and what hangs each disk on it. The NIC is the one that goes with the platform.
@@ -195,8 +202,9 @@ def _qemu_command(
     loader: str | None,
     scratch: Path,
 ) -> list[str]:
+    machine = "q35,smm=on" if firmware == "secure-boot" else "q35"
     command = [
-        *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"),
+        *("qemu-system-x86_64", "-machine", machine, "-accel", "tcg,thread=multi", "-cpu", "max"),
         *("-smp", "2", "-m", "1024", "-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"),
         *_CONTROLLER[bus],
     ]
@@ -211,15 +219,18 @@ def _qemu_command(
             port = f",bus=port{slot}"
         command += ["-netdev", f"user,id=net{number},restrict=on"]
         command += ["-device", f"{_NIC[bus]},netdev=net{number},mac={mac},romfile={port}"]
-    if firmware == "uefi":
+    if firmware == "secure-boot":
+        command += _SMM
+    if firmware != "bios":
         if bus == "pvscsi":
             raise ValueError("Debian's OVMF cannot read a pvscsi disk: boot UEFI guests on sata, which VMware has too")
-        if not OVMF_CODE.is_file():
-            raise FileNotFoundError(f"{OVMF_CODE} is not there: run 'make deps' (package ovmf)")
+        code, empty = _OVMF[firmware]
+        if not code.is_file():
+            raise FileNotFoundError(f"{code} is not there: run 'make deps' (package ovmf)")
         variables = scratch / "vars.fd"
-        store = OVMF_VARS.read_bytes()
+        store = empty.read_bytes()
         variables.write_bytes(nvram.with_boot_entry(store, loader) if loader else store)
-        command += ["-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={OVMF_CODE}"]
+        command += ["-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={code}"]
         command += ["-drive", f"if=pflash,format=raw,unit=1,file={variables}"]
     for number, path in enumerate(images):
         # told an order by QEMU, OVMF forgets the one in the NVRAM

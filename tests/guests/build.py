@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import time
 from datetime import UTC, datetime
@@ -16,9 +17,11 @@ from typing import Any, Literal, get_args
 
 from tests.cache import cached
 from tests.guests import appliance, native
+from tests.guests.guest import CPUS, MEMORY_GIB, Guest
 from tests.guests.ovf import Identity, descriptor
-from tests.guests.recipe import CPUS, GUESTS, MEMORY_GIB, Guest
+from tests.guests.recipe import GUESTS
 from tests.guests.rootfs import Rootfs, make_rootfs, run
+from tests.guests.shapes import LAYOUTS, partition
 
 KIND = "guests"  # of what is kept in the cache
 
@@ -77,14 +80,20 @@ def exported_disks(name: str, disk_format: DiskFormat = "vmdk") -> list[Path]:
 def digest(guest: Guest) -> str:
     """Name this version of a guest: a change to what makes it makes it anew."""
     sha = hashlib.sha256(f"{guest}\0{guest.rootfs.digest()}\0".encode())
-    maker = Path(str(_maker(guest).__file__))
-    for path in [maker, *(sorted(native.PER_GUEST.iterdir()) if maker == Path(native.__file__) else [])]:
+    for path in _made_by(guest):
         sha.update(path.read_bytes())
     return sha.hexdigest()[:12]
 
 
+def _made_by(guest: Guest) -> list[Path]:
+    if _maker(guest) is native:
+        return [Path(native.__file__), *sorted(native.PER_GUEST.iterdir())]
+    shape = inspect.getfile(LAYOUTS[guest.name])
+    return [Path(appliance.__file__), Path(partition.__file__), Path(shape)]
+
+
 def _maker(guest: Guest) -> ModuleType:
-    return appliance if guest.name in appliance.LAYOUTS else native
+    return appliance if guest.name in LAYOUTS else native
 
 
 def _disk_names(guest: Guest, suffix: str) -> list[str]:
@@ -183,9 +192,9 @@ def _seed_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]]) -> d
             "cpu": CPUS,
             "mem_gb": MEMORY_GIB,
             "firmware": guest.firmware,
-            "os_hint": "debian",
+            "os_hint": guest.rootfs.vendor,
             "os_version": guest.os_version,
-            "secure_boot": False,
+            "secure_boot": guest.secure_boot,
         },
         "disks": disks,
         "pipeline": {
@@ -221,7 +230,7 @@ def _go_manifest(vm_name: str, guest: Guest, disks: list[dict[str, Any]]) -> dic
             "mem_gb": MEMORY_GIB,
             "firmware": "efi" if guest.firmware == "uefi" else guest.firmware,
             "os_hint": "linux",
-            "os_version": f"Debian GNU/Linux {guest.os_version} (64-bit)",
+            "os_version": guest.os_name,
         },
         "disks": disks,
         "notes": ["Export method: ovf"],

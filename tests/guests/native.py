@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.guests.recipe import Guest
+from tests.guests.guest import Guest
 from tests.guests.rootfs import run
 
 PER_GUEST = Path(__file__).parent / "per-guest"  # files with @PLACES@ to fill in

@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
 from tests.guests.boot import VMWARE_SLOTS
-from tests.guests.recipe import CPUS, GIB, MEMORY_GIB, MIB, Guest
+from tests.guests.guest import CPUS, GIB, MEMORY_GIB, MIB, Guest
 
 NETWORKS = ("VM Network", "Storage & Backup")  # of the first card and the second
 
@@ -57,9 +57,9 @@ xmlns:vssd="{_CIM}/cim-schema/2/CIM_VirtualSystemSettingData" xmlns:xsi="http://
   <VirtualSystem ovf:id={quoteattr(vm_name)}>
     <Info>A virtual machine</Info>
     <Name>{escape(vm_name)}</Name>
-    <OperatingSystemSection ovf:id="96" ovf:version="{version}" vmw:osType="debian{version}_64Guest">
+    <OperatingSystemSection ovf:id="96" ovf:version="{version}" vmw:osType="{guest.os_type}">
       <Info>The kind of installed guest operating system</Info>
-      <Description>Debian GNU/Linux {version} (64-bit)</Description>
+      <Description>{guest.os_name}</Description>
     </OperatingSystemSection>
     <VirtualHardwareSection>
       <Info>Virtual hardware requirements</Info>
@@ -70,7 +70,7 @@ xmlns:vssd="{_CIM}/cim-schema/2/CIM_VirtualSystemSettingData" xmlns:xsi="http://
       </System>
       {_lines(items, 6)}
       {_config("firmware", "efi" if guest.firmware == "uefi" else "bios")}
-      {_config("bootOptions.efiSecureBootEnabled", "false")}
+      {_config("bootOptions.efiSecureBootEnabled", str(guest.secure_boot).lower())}
       {_config("uuid", identity.uuid)}
       {_config("disk.EnableUUID", "TRUE", "ExtraConfig")}
     </VirtualHardwareSection>

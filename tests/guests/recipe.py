@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
-
+from tests.guests.guest import (
+    BUILD_DRACUT,
+    BUILD_INITRAMFS,
+    COMMON,
+    GIB,
+    INITRAMFS_TOOLS,
+    MIB,
+    STACKED,
+    TWO_NICS,
+    Guest,
+)
 from tests.guests.rootfs import Rootfs
-
-MIB = 1 << 20
-GIB = 1 << 30
-# What every guest had on VMware.
-CPUS, MEMORY_GIB = 2, 1
-ONE_NIC = ("ens192:UP:10.0.2.15/24",)
-TWO_NICS = (*ONE_NIC, "ens224:UP:10.0.3.15/24")
-# A VLAN on the first card; the second in a bond, and that in a bridge.
-STACKED = (*ONE_NIC, "ens224:UP:none", "bond0:UP:none", "br0:UP:10.0.3.15/24", "backup@ens192:UP:10.0.4.15/24")
-
-COMMON = (
-    *("linux-image-amd64", "zstd", "kmod", "udev", "systemd-sysv", "mount", "login", "iproute2", "open-vm-tools"),
-    *("grub2-common", "e2fsprogs", "dosfstools"),
-)
-INITRAMFS_TOOLS = ("initramfs-tools", "busybox")
-
-# What mkinitramfs does on VMware with MODULES=dep: no driver that was not in use there.
-BUILD_INITRAMFS = (
-    'sed -i "s/^MODULES=.*/MODULES=list/" /etc/initramfs-tools/initramfs.conf',
-    "update-initramfs -u -k all",
-)
-# And dracut there, which is host-only. The options are only for this build: the guest's own configuration is
-# Debian's, so what an administrator builds later is up to the machine it is then on.
-VMWARE_DRIVERS = "mptspi mptsas vmw_pvscsi sd_mod ata_piix ahci xfs vmxnet3"
-BUILD_DRACUT = (
-    "for kernel in $(ls /lib/modules); do"
-    f' dracut --force --no-hostonly --drivers "{VMWARE_DRIVERS}" /boot/initrd.img-$kernel $kernel; done',
-)
+from tests.guests.shapes import ubuntu
 
 DEBIAN12 = Rootfs(
     "debian12",
@@ -42,33 +23,6 @@ DEBIAN12 = Rootfs(
     ("common", "initramfs-tools", "ifupdown", "debian12"),
     BUILD_INITRAMFS,
 )
-
-
-@dataclass(frozen=True)
-class Guest:
-    """A guest. The texts are for people; how the disks come to be as they say is in native.py or appliance.py."""
-
-    name: str
-    rootfs: Rootfs
-    firmware: Literal["bios", "uefi"]
-    storage: str
-    initramfs: str
-    network: str
-    disk_sizes: tuple[int, ...] = (3 * GIB,)  # bytes; in the guest's order, sda first
-    fallback: bool = False  # also EFI/BOOT/BOOTX64.EFI, so that it boots without an NVRAM entry
-    passphrase: str | None = None  # unlocks its encrypted disk
-    # Its network interfaces as its boot-report names them. What is installed makes them so: they are not in the digest.
-    cards: tuple[str, ...] = field(default=ONE_NIC, repr=False)
-
-    @property
-    def os_version(self) -> str:
-        """Debian's major version."""
-        return {"bullseye": "11", "bookworm": "12", "trixie": "13"}[self.rootfs.suite]
-
-    @property
-    def loader(self) -> str | None:
-        """Where the firmware of the old machine had the boot loader written down, on a guest without fallback."""
-        return r"\EFI\debian\grubx64.efi" if self.firmware == "uefi" and not self.fallback else None
 
 
 def _debian(name: str, suite: str, packages: tuple[str, ...], *overlays: str, commands: tuple[str, ...]) -> Rootfs:
@@ -225,5 +179,6 @@ GUESTS = {
             "initramfs-tools",
             "ifupdown",
         ),
+        *ubuntu.GUESTS,
     )
 }

@@ -1,4 +1,4 @@
-"""The software of a guest: a Debian release, packages, and files of ours, installed natively into a tarball."""
+"""The software of a guest: a release of Debian or Ubuntu, packages, and files of ours, installed into a tarball."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import hashlib
 import os
 import shlex
 import subprocess
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 OVERLAYS = Path(__file__).parent / "overlays"  # each is copied over the installed system as it is
 
@@ -34,6 +37,7 @@ class Rootfs:
     packages: tuple[str, ...]
     overlays: tuple[str, ...]
     commands: tuple[str, ...]
+    vendor: Literal["debian", "ubuntu"] = "debian"
 
     def digest(self) -> str:
         """Name this version of it: a change to this file, to the fields or to the overlays makes another one."""
@@ -61,8 +65,24 @@ def make_rootfs(rootfs: Rootfs, tarball: Path) -> None:
         *(f'cp --recursive --no-target-directory {shlex.quote(str(OVERLAYS / o))} "$1"' for o in rootfs.overlays),
         *(f'chroot "$1" sh -ec {shlex.quote(command)}' for command in in_guest),
     )
+    with tempfile.TemporaryDirectory(prefix="keyring-") as scratch:
+        keyring = [f"--keyring={_ubuntu_keyring(Path(scratch))}"] if rootfs.vendor == "ubuntu" else []
+        _mmdebstrap(rootfs, keyring, hooks, tarball)
+
+
+def _ubuntu_keyring(scratch: Path) -> Path:
+    """The key of Ubuntu's archive, from a package of Debian 13: so it is signed by the key that we have."""
+    scratch.chmod(0o755)  # apt reads keys as another user
+    tarball = scratch / "keyring.tar"
+    run("mmdebstrap", "--mode=root", "--variant=extract", "--include=ubuntu-keyring", "trixie", tarball)
+    keyring = "usr/share/keyrings/ubuntu-archive-keyring.gpg"
+    run("tar", "--extract", "--file", tarball, "--directory", scratch, f"./{keyring}")
+    return scratch / keyring
+
+
+def _mmdebstrap(rootfs: Rootfs, keyring: list[str], hooks: Sequence[str], tarball: Path) -> None:
     run(
-        *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar"),
+        *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", *keyring),
         "--include=" + ",".join(rootfs.packages),
         '--aptopt=APT::Install-Recommends "false"',
         *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
