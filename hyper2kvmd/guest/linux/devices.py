@@ -318,7 +318,7 @@ def work_out(
         (family,) = by_position
         positions = _positions(family, keys, len(disks))
         place = positions.get((family, top.disk)) if top else None
-        disagrees = root is not None and place is not None and disks[place : place + 1] != [root[1]]
+        disagrees = root is not None and place is not None and (place >= len(disks) or disks[place] != root[1])
         by_place = {key: disks[at] for key, at in positions.items() if at < len(disks)}
         if not disagrees and not (len(disks) > 1 and _contradicted(Names(devices, by_place), types or {}, taken)):
             known |= by_place

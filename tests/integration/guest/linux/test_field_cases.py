@@ -120,6 +120,7 @@ def test_a_copy_of_the_boot_disk_is_refused_and_both_are_named(attempt: Try) -> 
     assert "leave that disk out of the manifest" in error.hint
 
 
+@pytest.mark.rest
 def test_a_copy_of_a_disk_with_the_volume_group_is_refused(attempt: Try) -> None:
     error = refusal(attempt, {}, copied=True, family="rhel9")
     assert Code.DEVICE_UNCERTAIN == error.code
@@ -130,19 +131,16 @@ def test_a_copy_of_a_disk_with_the_volume_group_is_refused(attempt: Try) -> None
 # What fstab may say -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "192.0.2.9:/nfs/SH /SH nfs ,nofail,noatime 0 0",
-        "tmpfs /scratch tmpfs size=1g 0 0 and more",
-        "# a comment\r\ntmpfs /path#1 tmpfs ,, 0 0\r",
-        "broken",
-    ],
-)
-def test_a_line_that_mount_takes_or_passes_over_is_no_reason_to_fail(attempt: Try, line: str) -> None:
-    case = attempt({FSTAB: f"{BASE}{line}\n"})
-    assert case.text(f"{ROOT}{line}\n") == case.files[FSTAB]
+def test_lines_that_mount_takes_or_passes_over_are_no_reason_to_fail(attempt: Try) -> None:
+    lines = (
+        "192.0.2.9:/nfs/SH /SH nfs ,nofail,noatime 0 0\n"
+        "tmpfs /scratch tmpfs size=1g 0 0 and more\n"
+        "# a comment\r\ntmpfs /path#1 tmpfs ,, 0 0\r\nbroken\n"
+    )
+    case = attempt({FSTAB: BASE + lines})
+    assert case.text(ROOT + lines) == case.files[FSTAB]
     assert {"/", "/boot"} == {*case.inspection.mounts}
+    assert "disk_order" not in case.said
 
 
 def test_a_mount_point_with_a_space_is_mounted(attempt: Try, data: Path) -> None:
@@ -152,12 +150,14 @@ def test_a_mount_point_with_a_space_is_mounted(attempt: Try, data: Path) -> None
     assert case.text(ROOT + line) == case.files[FSTAB]
 
 
+@pytest.mark.rest
 def test_a_mount_point_that_is_not_there_is_no_reason_to_fail(attempt: Try, data: Path) -> None:
     case = attempt({FSTAB: f"{BASE}UUID={DATA} /srv/new ext4 defaults 0 0\n"}, data)
     assert "/srv/new" not in case.inspection.mounts
     assert [] == [code for code in case.said if code.startswith("fstab")]
 
 
+@pytest.mark.rest
 def test_a_mount_point_that_is_a_file_is_said_and_no_reason_to_fail(attempt: Try, data: Path) -> None:
     case = attempt({FSTAB: f"{BASE}UUID={DATA} /etc/hostname ext4 defaults 0 0\n"}, data)
     assert {"/", "/boot"} == {*case.inspection.mounts}
@@ -173,6 +173,7 @@ def test_addresses_of_two_disks_become_uuids(attempt: Try, data: Path) -> None:
     assert "/dev/sdb1" == case.inspection.mounts["/data"]
 
 
+@pytest.mark.rest
 def test_multipath_names_become_uuids(attempt: Try) -> None:
     lines = BASE.replace("/dev/sda", "/dev/mapper/mpatha").replace("UUID=@sda1@", "/dev/mapper/mpatha1")
     case = attempt({FSTAB: lines})
@@ -187,6 +188,7 @@ def test_a_boot_partition_that_nobody_can_know_is_refused_with_its_line(attempt:
     assert "nobody can know which of the disks that is" in error.message
 
 
+@pytest.mark.rest
 def test_a_second_nvme_controller_is_a_disk_like_any_other(attempt: Try, data: Path) -> None:
     case = attempt({FSTAB: f"{BASE}/dev/nvme1n1p1 /logs ext4 defaults 0 0\n"}, data)
     assert case.text(f"{ROOT}UUID={DATA} /logs ext4 defaults 0 0\n") == case.files[FSTAB]

@@ -154,6 +154,14 @@ def test_only_names_made_by_the_hardware_change(spec: str, changes: bool) -> Non
     assert changes_with_hardware(spec) is changes
 
 
+def test_a_root_at_its_place_says_that_the_others_are_at_theirs() -> None:
+    devices = {device.name: device for device in DEVICES}
+    for disks in (("/dev/sda", "/dev/sdb", "/dev/sdc"), ["/dev/sda", "/dev/sdb", "/dev/sdc"]):
+        found = work_out(disks, devices, ["/dev/sda1", "/dev/sdb", "/dev/sdc"], ("/dev/sda1", "/dev/sda"))
+        assert not found.disagrees
+        assert {"/dev/sda", "/dev/sdb", "/dev/sdc"} == {*found.names.known.values()}
+
+
 def test_of_two_disks_in_the_wrong_order_both_are_known_from_one() -> None:
     swapped = known("/dev/sda1 /dev/sdb", root=("/dev/sda1", "/dev/sdb"))
     assert ["PARTUUID=p-b1", None] == [swapped.stable(spec) for spec in ("/dev/sda1", "/dev/sdb")]
