@@ -88,7 +88,7 @@ def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint
         return "" if starts[0].disk is None else disks[starts[0].disk]
 
     system = storage.find_system(g, disks, key_for, starts_from, warnings)
-    looked = _linux(g, system, disks, starts[0].esp, warnings) if system.is_linux else _other(g, system, disks)
+    looked = _linux(g, system, disks, starts[0].esp, warnings) if system.is_linux else _other(g, system, warnings)
     boot_disk = starts[0].disk
     if boot_disk is None:
         boot_disk = _disk_index(g, device_of(looked.mounts.get("/boot", looked.mounts["/"])))
@@ -192,13 +192,15 @@ def _named_root(found: Menu | None, names: Names, roots: Sequence[str], root: st
     return next((one for one in candidates if one != root), None) if root not in candidates else None
 
 
-def _other(g: Any, system: System, disks: Sequence[str]) -> _Looked:
+def _other(g: Any, system: System, warnings: list[Finding]) -> _Looked:
     """Mount what is no Linux, of which libguestfs knows."""
     root = system.root
     if root not in g.inspect_get_roots():
         g.inspect_os()
         g.umount_all()
-    g.mount(root, "/")
+    mounts: dict[str, str] = {}
+    types = {device.name: device.type for device in system.devices}
+    guest_mounts.mount_one(g, "/", root, types, mounts, warnings, waits=True)
     os_type = g.inspect_get_type(root)
     if os_type == "windows":
         _refuse_hibernated_windows(g, root)
@@ -212,7 +214,7 @@ def _other(g: Any, system: System, disks: Sequence[str]) -> _Looked:
         package_format=g.inspect_get_package_format(root),
     )
     names = Names({device.name: device for device in system.devices}, {})
-    return _Looked(os_type, release, {"/": root}, None, (), names)
+    return _Looked(os_type, release, mounts, None, (), names)
 
 
 def _refuse_hibernated_windows(g: Any, root: str) -> None:

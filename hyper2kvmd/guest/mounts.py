@@ -55,7 +55,7 @@ def mount(g: Any, root: str, names: Names, locked: Sequence[str], warnings: list
     """
     mounted: dict[str, str] = {}
     types = {device.name: device.type for device in names.devices.values()}
-    _mount_one(g, "/", root, types, mounted, warnings, waits=True)
+    mount_one(g, "/", root, types, mounted, warnings, waits=True)
     refuse_twins(names, names.devices.get(device_of(root)), f"the root of the guest, {device_of(root)}, is not unique")
     found = [entry for entry in fstab.entries(read_text(g, fstab.PATH) or "") if _is_local(entry)]
     for entry in sorted(found, key=lambda entry: entry.where.count("/")):
@@ -71,7 +71,7 @@ def mount(g: Any, root: str, names: Names, locked: Sequence[str], warnings: list
             g.mkdir_p(point)
         subvolume = _subvolume(g, entry, device, root)
         mountable = f"btrfsvol:{device.name}/{subvolume}" if subvolume else device.name
-        _mount_one(g, str(g.realpath(point)), mountable, types, mounted, warnings, waits=entry.waits)
+        mount_one(g, str(g.realpath(point)), mountable, types, mounted, warnings, waits=entry.waits)
     _refuse_copied_members(g, names, mounted)
     return mounted
 
@@ -157,7 +157,7 @@ def _subvolume(g: Any, entry: Entry, device: Device, root: str) -> str:
     return next((str(v["btrfssubvolume_path"]) for v in volumes if str(v["btrfssubvolume_id"]) == number), "")
 
 
-def _mount_one(
+def mount_one(
     g: Any,
     point: str,
     mountable: str,
@@ -167,7 +167,12 @@ def _mount_one(
     *,
     waits: bool,
 ) -> None:
-    """Mount one file system. waits: whether the guest does not start without it, as far as its fstab is concerned."""
+    """Mount one file system, and note it in `mounted`.
+
+    types: of the devices, by their names. waits: whether the guest does not start without it, as far as its fstab is
+    concerned; what is damaged is then an error, and else a warning.
+    Raise MigrationError: guest_dirty, appliance_too_old.
+    """
     device = device_of(mountable)
     type = types.get(device, "")
     try:
