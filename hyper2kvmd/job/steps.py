@@ -322,8 +322,11 @@ def _shape(job: Job, plan: Plan) -> str:
 
     Not on the device that a source is on: many file systems have another number after the next boot.
     """
+    # A disk of one file is there twice, as it was in 0.1.0, whose work is gone on with.
     sources = [
-        [disk.id, file.name, file.inode, file.size, file.mtime_ns] for disk in plan.disks for file in disk.source.files
+        [disk.id, file.name, file.inode, file.size, file.mtime_ns]
+        for disk in plan.disks
+        for file in disk.source.files * (2 if len(disk.source.files) == 1 else 1)
     ]
     wishes = [plan.format, plan.compress, plan.inspect, plan.fix, [str(disk.final) for disk in plan.disks]]
     guest = [
