@@ -29,7 +29,10 @@ UNKNOWN = 1.0  # for each test of a file that is not in the list
 # time limits; and who needs the same appliance shares it.
 GROUPS = {
     **{f"tests/e2e/test_{name}.py": "guests that boot" for name in ("import", "migration")},
-    **{f"tests/integration/guest/{name}.py": "one appliance" for name in ("test_guest", "linux/test_families")},
+    **{
+        f"tests/integration/guest/{name}.py": "one appliance"
+        for name in ("test_guest", "linux/test_families", "linux/test_field_cases")
+    },
 }
 
 
