@@ -73,8 +73,8 @@ class Tree:
     def filesize(self, path: str) -> int:
         return self._path(path).stat().st_size
 
-    def read_file(self, path: str) -> bytes:
-        return self._path(path).read_bytes()
+    def pread(self, path: str, count: int, offset: int) -> bytes:
+        return self._path(path).read_bytes()[offset : offset + count]
 
     def glob_expand(self, pattern: str) -> list[str]:
         directory, _, name = pattern.rpartition("/")

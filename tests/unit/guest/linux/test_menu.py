@@ -902,11 +902,8 @@ class Guest:
     def is_file(self, path: str, followsymlinks: bool = False) -> bool:
         return path in self.files
 
-    def filesize(self, path: str) -> int:
-        return len(self.files[path])
-
-    def read_file(self, path: str) -> bytes:
-        return self.files[path].encode()
+    def pread(self, path: str, count: int, offset: int) -> bytes:
+        return self.files[path].encode()[offset : offset + count]
 
     def glob_expand(self, pattern: str) -> list[str]:
         return [path for path in self.files if fnmatch.fnmatchcase(path, pattern)]

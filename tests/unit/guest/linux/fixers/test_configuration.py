@@ -53,8 +53,8 @@ class Guest:
     def filesize(self, path: str) -> int:
         return len(self.files[path])
 
-    def read_file(self, path: str) -> bytes:
-        return self.files[path].encode("utf-8", "surrogateescape")
+    def pread(self, path: str, count: int, offset: int) -> bytes:
+        return self.files[path].encode("utf-8", "surrogateescape")[offset : offset + count]
 
     def glob_expand(self, pattern: str) -> list[str]:
         depth = pattern.count("/")
