@@ -153,15 +153,14 @@ def _linux(g: Any, system: System, disks: Sequence[str], esp: str | None, warnin
     while True:
         tried.add(root)
         said: list[Finding] = []
-        g.mount_ro(root, "/")
-        names = guest_names.known(read, g.glob_expand, None, disks, devices, device_of(root)).names
-        g.umount_all()
-        mounts = guest_mounts.mount(g, root, names, system.locked, said)
+        names_of = partial(guest_names.known, read, g.glob_expand, disks=disks, devices=devices, root=device_of(root))
+        # The boot menu may lie on a file system that these names lead to, and then says more.
+        mounts = guest_mounts.mount(g, root, devices, partial(names_of, menu=None), system.locked, said)
         if esp is not None and esp not in mounts.values() and g.is_dir("/boot/efi"):
             g.mount(esp, "/boot/efi")
             mounts["/boot/efi"] = esp
         found = menu.read(read, g.glob_expand)
-        known = guest_names.known(read, g.glob_expand, found, disks, devices, device_of(root))
+        known = names_of(menu=found)
         other = _named_root(found, known.names, system.roots, root)
         if other is None or other in tried:
             break

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest.linux import fstab
-from hyper2kvmd.guest.linux.devices import BY_CONTENT, Device, Names, changes_with_hardware, fits
+from hyper2kvmd.guest.linux.devices import BY_CONTENT, Device, Known, Names, changes_with_hardware, fits
 from hyper2kvmd.guest.linux.fstab import Entry
 from hyper2kvmd.guest.session import read_text
 from hyper2kvmd.text import printable
@@ -45,18 +45,30 @@ def is_subvolume(mountable: str) -> bool:
     return mountable.startswith("btrfsvol:")
 
 
-def mount(g: Any, root: str, names: Names, locked: Sequence[str], warnings: list[Finding]) -> dict[str, str]:
+def mount(
+    g: Any,
+    root: str,
+    devices: Mapping[str, Device],
+    names_of: Callable[[], Known],
+    locked: Sequence[str],
+    warnings: list[Finding],
+) -> dict[str, str]:
     """Mount the system by its own fstab, shortest mount point first, and return what is mounted where.
 
     Its root is found by looking. A file system that is not needed to mend the guest is mounted so that its journal is
     replayed, and left alone if its mount point is not there.
+    names_of: from the guest's settings to what it calls its devices; asked once its root is mounted.
     Raise MigrationError: device_uncertain for a needed device that is not there, or is there twice; guest_dirty and
     appliance_too_old for a file system that cannot be mounted.
     """
     mounted: dict[str, str] = {}
-    types = {device.name: device.type for device in names.devices.values()}
+    types = {name: device.type for name, device in devices.items()}
     mount_one(g, "/", root, types, mounted, warnings, waits=True)
-    refuse_twins(names, names.devices.get(device_of(root)), f"the root of the guest, {device_of(root)}, is not unique")
+    names = names_of().names
+    own = devices.get(device_of(root))
+    if own is not None and (twins := names.twins(own)) and names.name_of(own) is None:
+        others = ", ".join(twin.name for twin in twins)
+        raise _uncertain(f"the root of the guest, {own.name}, is not unique: {others} has the same UUID {own.uuid}")
     found = [entry for entry in fstab.entries(read_text(g, fstab.PATH) or "") if _is_local(entry)]
     for entry in sorted(found, key=lambda entry: entry.where.count("/")):
         point = entry.where.rstrip("/") or "/"
@@ -79,18 +91,20 @@ def mount(g: Any, root: str, names: Names, locked: Sequence[str], warnings: list
 def _refuse_copied_members(g: Any, names: Names, mounted: Mapping[str, str]) -> None:
     """Raise MigrationError (device_uncertain) if what the system lies on is there twice: a group, or a part of one."""
     on = {device_of(mountable) for mountable in mounted.values()}
-    groups = g.vgs()
+    arrays = {one for one in on if one.startswith("/dev/md")}
+    volumes = {one for one in on - arrays if one in names.devices and names.devices[one].aliases}
+    used = {"LVM2_member": volumes, "linux_raid_member": arrays}
     for device in names.devices.values():
-        is_used = device.type == "LVM2_member" and any(names.devices[one].aliases and not one.startswith("/dev/md")
-                                                       for one in on if one in names.devices)  # fmt: skip
-        is_used |= device.type == "linux_raid_member" and any(one.startswith("/dev/md") for one in on)
-        if is_used and (twins := names.twins(device)):
-            raise _uncertain(f"{device.name} and {twins[0].name} hold the same {device.type} {device.uuid}, and the "
-                             "guest's system lies on it")  # fmt: skip
-    for group in {group for group in groups if groups.count(group) > 1}:
-        if used := sorted(one for one in on if one.startswith(f"/dev/{group}/")):
+        if used.get(device.type) and (twins := names.twins(device)):
             raise _uncertain(
-                f"two volume groups are called {printable(group)}, and the guest's {used[0]} is in one of them"
+                f"{device.name} and {twins[0].name} hold the same {device.type} {device.uuid}, and the guest's system "
+                "lies on it"
+            )
+    groups = g.vgs() if volumes else []
+    for group in {group for group in groups if groups.count(group) > 1}:
+        if inside := sorted(one for one in volumes if one.startswith(f"/dev/{group}/")):
+            raise _uncertain(
+                f"two volume groups are called {printable(group)}, and the guest's {inside[0]} is in one of them"
             )
 
 
@@ -117,27 +131,16 @@ def _device_for(entry: Entry, names: Names, locked: Sequence[str], warnings: lis
     device = devices[0] if devices else None
     if device and changes_with_hardware(entry.spec) and not fits(device, entry.type):
         device = None
+    is_missing = names.lacks(entry.spec) or not changes_with_hardware(entry.spec)
     if device is None and entry.where in NEEDED and "noauto" not in entry.options and not locked:
         raise MigrationError(
             Code.DEVICE_UNCERTAIN,
             f"{line}, which the guest needs to start, and "
-            + ("no disk of this export is that device" if _is_missing(names, entry.spec) else
-               "nobody can know which of the disks that is"),
+            + ("no disk of this export is that device" if is_missing else "nobody can know which of the disks that is"),
             f"Write the UUID of the file system into {fstab.PATH} in the guest (`blkid` shows it), and export it again;"
             " or add the disk that is missing to the export.",
         )  # fmt: skip
     return device
-
-
-def _is_missing(names: Names, spec: str) -> bool:
-    return names.lacks(spec) or not changes_with_hardware(spec)
-
-
-def refuse_twins(names: Names, device: Device | None, what: str) -> None:
-    """Raise MigrationError (device_uncertain) if nothing tells a device from another one."""
-    if device is not None and (twins := names.twins(device)) and names.name_of(device) is None:
-        others = ", ".join(twin.name for twin in twins)
-        raise _uncertain(f"{what}: {others} has the same UUID {device.uuid}")
 
 
 def _uncertain(message: str) -> MigrationError:
@@ -176,13 +179,12 @@ def mount_one(
     device = device_of(mountable)
     type = types.get(device, "")
     try:
-        # A kernel that found errors leaves this mark; changes on top of them could make it worse.
-        if type.startswith("ext") and g.pread_device(device, 1, _EXT_STATE)[0] & _EXT_ERRORS:
+        if _is_marked(g, device, type):
             raise RuntimeError("it is marked as having errors")
         g.mount(mountable, point)
     except RuntimeError as error:
         said = printable(str(error), 400)
-        is_damaged = type in JOURNALED and (point in NEEDED or not _can_be_mounted(g, device, mounted))
+        is_damaged = type in JOURNALED and (point in NEEDED or not _can_be_mounted(g, device, type, mounted))
         if point not in NEEDED and not (is_damaged and waits):
             warnings.append(
                 Finding(
@@ -207,11 +209,16 @@ def mount_one(
         mounted[point] = mountable
 
 
-def _can_be_mounted(g: Any, device: str, mounted: Mapping[str, str]) -> bool:
+def _is_marked(g: Any, device: str, type: str) -> bool:
+    """Whether a kernel that found errors left its mark; changes on top of them could make it worse."""
+    return type.startswith("ext") and bool(g.pread_device(device, 1, _EXT_STATE)[0] & _EXT_ERRORS)
+
+
+def _can_be_mounted(g: Any, device: str, type: str, mounted: Mapping[str, str]) -> bool:
     """Whether a file system is sound by itself, so that the reason lies in the mount point or the options."""
     g.umount_all()
     try:
-        if g.pread_device(device, 1, _EXT_STATE)[0] & _EXT_ERRORS and g.vfs_type(device).startswith("ext"):
+        if _is_marked(g, device, type):
             return False
         g.mount(device, "/")
     except RuntimeError:

@@ -23,7 +23,6 @@ _DISTROS = {
     "sles_sap": "sles",
     "opensuse-leap": "opensuse",
     "opensuse-tumbleweed": "opensuse",
-    "altlinux": "altlinux",
     "void": "voidlinux",
     "openEuler": "openeuler",
 }
@@ -124,7 +123,7 @@ def release(g: Any, read: Callable[[str], str | None]) -> Release:
         if re.match(words, line) and distro in ("", name):
             found = re.search(r"release (\d{1,4}(?:\.\d{1,4})?)", line)
             # CentOS 7 has only the 7 in os-release.
-            version = found[1] if found and ("." not in version or not version) else version
+            version = found[1] if found and "." not in version else version
             distro, product = name, product or line.strip()
             break
     if not distro and (suse := read("/etc/SuSE-release")):

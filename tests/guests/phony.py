@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -441,38 +441,35 @@ def _red_hat_loaders(vendor: str) -> tuple[str, ...]:
 
 QUICK = ("rhel7-ready", "rhel9", "sles11")  # of which `make test` mends some
 
-FAMILIES = (
-    Family(
-        "rhel7",
-        "rhel7",
-        "mbr",
-        (Volume(320, "0x83", "xfs", "/boot"), Volume(16, "0x82", "swap"), Volume(_ROOT, "0x83", "xfs", "/")),
-        _dracut_kernels(
-            "3.10.0-1160.119.1.el7.x86_64",
-            "3.10.0-1160.el7.x86_64",
-            "3.10.0-957.el7.x86_64",
-            "0-rescue-2f6e0b5d8c7a4f1e9b3d6a5c4e8f7012",
-        ),
-        {**_RED_HAT, "usr/sbin/dracut": "dracut"},
-        _DRACUT,
-        _OPTIONS,
-        extra=_HOSTONLY,
+_RHEL7 = Family(
+    "rhel7",
+    "rhel7",
+    "mbr",
+    (Volume(320, "0x83", "xfs", "/boot"), Volume(16, "0x82", "swap"), Volume(_ROOT, "0x83", "xfs", "/")),
+    _dracut_kernels(
+        "3.10.0-1160.119.1.el7.x86_64",
+        "3.10.0-1160.el7.x86_64",
+        "3.10.0-957.el7.x86_64",
+        "0-rescue-2f6e0b5d8c7a4f1e9b3d6a5c4e8f7012",
     ),
-    Family(
-        "rhel7-ready",  # its kernels have virtio, so that what takes the time, a new initramfs, is not needed
-        "rhel7",
-        "mbr",
-        (Volume(320, "0x83", "xfs", "/boot"), Volume(16, "0x82", "swap"), Volume(_ROOT, "0x83", "xfs", "/")),
-        _dracut_kernels(
+    {**_RED_HAT, "usr/sbin/dracut": "dracut"},
+    _DRACUT,
+    _OPTIONS,
+    extra=_HOSTONLY,
+)
+
+FAMILIES = (
+    _RHEL7,
+    # Its kernels have virtio, so that what takes the time, a new initramfs, is not needed.
+    replace(
+        _RHEL7,
+        name="rhel7-ready",
+        kernels=_dracut_kernels(
             "3.10.0-1160.119.1.el7.x86_64",
             "3.10.0-1160.el7.x86_64",
             "0-rescue-2f6e0b5d8c7a4f1e9b3d6a5c4e8f7012",
             builtin=VIRTIO,
         ),
-        {**_RED_HAT, "usr/sbin/dracut": "dracut"},
-        _DRACUT,
-        _OPTIONS,
-        extra=_HOSTONLY,
     ),
     Family(
         "rhel8",

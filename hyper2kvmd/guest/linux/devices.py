@@ -23,7 +23,8 @@ _ID_OF_CONTENT = re.compile(r"(?!dm-(?:name-mpath|uuid-(?:part\d+-)?mpath-))(?:d
 # What systems call drives with removable media, which the new machine has none of.
 _REMOVABLE = re.compile(r"/dev/(?:sr\d+|scd\d+|cdrom\d*|cdrw\d*|dvd\w{0,4}|fd\d\w{0,8}|floppy\d*)")
 _ESCAPE = re.compile(r"\\x([0-9a-fA-F]{2})")
-
+# Types that one driver mounts.
+_SAME_TYPES = {"ext2": "ext", "ext3": "ext", "ext4": "ext", "msdos": "vfat", "fat": "vfat"}
 
 _Key = tuple[str, tuple[int | str, ...]]  # of a disk: the family of its name, and what tells it from the others
 
@@ -165,6 +166,11 @@ class Became:
     name: str | None
     why: str
 
+    @property
+    def place(self) -> str:
+        """The device as the appliance has it, "" if nobody knows it."""
+        return self.device.name if self.device else ""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -240,14 +246,18 @@ class Names:
             return Became(device, spec, "no other device has that name")
         if not fits(device, type):
             return Became(None, None, f"by its place it would be {device.name}, which is no {type} but {device.type}")
-        name = self.name_of(device, by_partition=by_partition)
         key = hardware_name(spec)
         how = self.evidence.get((key.family, key.disk), "") if key else ""
-        return Became(device, name, how if name else f"{device.name} has no identifier that no other device has")
+        return self.known_as(device, how, by_partition=by_partition)
 
     def stable(self, spec: str, *, by_partition: bool = False) -> str | None:
         """`UUID=...` or `PARTUUID=...` for a name that hardware gave; None if nobody knows a unique one."""
         return self.becomes(spec, by_partition=by_partition).name
+
+    def known_as(self, device: Device, how: str, *, by_partition: bool = False) -> Became:
+        """What has to be written for a device. how: it is known that it is this one."""
+        name = self.name_of(device, by_partition=by_partition)
+        return Became(device, name, how if name else f"{device.name} has no identifier that no other device has")
 
     def name_of(self, device: Device, *, by_partition: bool = False) -> str | None:
         """`UUID=...` or `PARTUUID=...` of a device; None if it has none that no other device has."""
@@ -269,10 +279,8 @@ def _unescaped(name: str) -> str:
 
 def fits(device: Device, type: str) -> bool:
     """Whether what is on a device can be what a line of fstab says: a type, or a list of them, or `auto`."""
-    types = type.split(",")
-    same = {"ext2": "ext", "ext3": "ext", "ext4": "ext", "msdos": "vfat", "swap": "swap", "fat": "vfat"}
-    has = same.get(device.type, device.type)
-    return not has or type in ("auto", "none", "") or has in {same.get(one, one) for one in types}
+    has = _SAME_TYPES.get(device.type, device.type)
+    return not has or type in ("auto", "none", "") or has in {_SAME_TYPES.get(one, one) for one in type.split(",")}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.guest.change import Proof, decode
 from hyper2kvmd.guest.linux import cpio, uki
 from hyper2kvmd.guest.linux.menu import Menu
+from hyper2kvmd.guest.linux.names import LVM, MDADM
 from hyper2kvmd.run import Tools
 
 MAX_IMAGE_BYTES = 1 << 30
@@ -20,7 +21,7 @@ VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_~-]{0,100}")
 # Programs that find the root; an image that had one and lost it does not boot any more.
 _ROOT_PROGRAMS = frozenset({"cryptsetup", "systemd-cryptsetup", "lvm", "mdadm", "btrfs"})
 # Settings that are copied into an initramfs and may keep it from using the new disks.
-_NAME_DISKS = frozenset(("etc/lvm/lvm.conf", "etc/lvm/lvmlocal.conf", "etc/mdadm.conf", "etc/mdadm/mdadm.conf"))
+_NAME_DISKS = frozenset(path.lstrip("/") for path in (*LVM, *MDADM))
 # For kernels from before modules.builtin: what the kernel's own configuration calls the drivers.
 _CONFIG = {
     "virtio_pci": "VIRTIO_PCI",

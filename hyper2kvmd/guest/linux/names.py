@@ -25,8 +25,11 @@ MENU_DEFAULTS = (
     ("/etc/update-extlinux.conf", "extlinux-defaults"),
     ("/etc/dracut.conf.d/*.conf", "dracut"),
 )
-_OTHERS = ("/etc/crypttab", *UNITS, *(pattern for pattern, _ in MENU_DEFAULTS), "/etc/mdadm.conf",
-           "/etc/mdadm/mdadm.conf", "/etc/initramfs-tools/initramfs.conf", "/etc/initramfs-tools/conf.d/*")  # fmt: skip
+# Settings that are copied into an initramfs, too.
+LVM = ("/etc/lvm/lvm.conf", "/etc/lvm/lvmlocal.conf")
+MDADM = ("/etc/mdadm.conf", "/etc/mdadm/mdadm.conf")
+_OTHERS = ("/etc/crypttab", *UNITS, *(pattern for pattern, _ in MENU_DEFAULTS), *MDADM,
+           "/etc/initramfs-tools/initramfs.conf", "/etc/initramfs-tools/conf.d/*")  # fmt: skip
 _DEVICE = re.compile(r"(?<![\w/])/dev/(?:disk/by-path/[^\s\"',;]{1,200}|[^\s\"',;:\[\]*?]{1,200})")
 _OPTICAL = ("iso9660", "udf")
 _FILE_LIMIT = 200  # of one kind; a guest with more was made to keep us busy

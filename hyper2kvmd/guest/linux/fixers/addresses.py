@@ -48,8 +48,8 @@ def plan(view: View, interfaces: Sequence[Interface]) -> FixPlan:
         others = [interface for interface in interfaces if interface not in by_ifupdown]
         by_wicked = [interface for interface in others if view.g.is_file(WICKED + interface.name)]
         plans = [_ifupdown(view, by_ifupdown, texts), *(_one(view, interface) for interface in others)]
-        written = _joined([*plans, _wicked_dns(view, by_wicked)])
-    return _joined([written, _cloud_init(view)]) if written.edits else written
+        written = FixPlan.joined([*plans, _wicked_dns(view, by_wicked)])
+    return FixPlan.joined([written, _cloud_init(view)]) if written.edits else written
 
 
 def _one(view: View, interface: Interface) -> FixPlan:
@@ -67,13 +67,6 @@ def _one(view: View, interface: Interface) -> FixPlan:
     message = f"nothing that configures the network of this guest is known here, so {name} is left as it is"
     hint = "Configure the interface in the guest, on VMware or after the migration."
     return FixPlan(warnings=(Finding("network_unknown", message, hint, "configuration.network"),))
-
-
-def _joined(plans: Sequence[FixPlan]) -> FixPlan:
-    return FixPlan(
-        edits=tuple(edit for plan in plans for edit in plan.edits),
-        warnings=tuple(finding for plan in plans for finding in plan.warnings),
-    )
 
 
 def _edit(path: str, before: str | None, after: str | None, name: str, *, mode: int = 0o644) -> FixPlan:
@@ -106,7 +99,7 @@ def _netplan(view: View, interfaces: Sequence[Interface], others: Sequence[str])
     # What we wrote before stays the place to learn the addresses of the hardware from.
     matches |= {name: mac for name, mac in (defined_by_netplan(before or "") or {}).items() if mac and name in wanted}
     after = netplan_file(interfaces, matches)
-    return _joined([FixPlan(tuple(edits)), _edit(NETPLAN, before, after, ", ".join(wanted), mode=0o600)])
+    return FixPlan.joined([FixPlan(tuple(edits)), _edit(NETPLAN, before, after, ", ".join(wanted), mode=0o600)])
 
 
 def defined_by_netplan(text: str) -> dict[str, str] | None:
@@ -234,7 +227,7 @@ def _wicked(view: View, interface: Interface, text: str) -> FixPlan:
     if gateways:
         routes = "".join(f"default {gateway} - {name}\n" for gateway in gateways)
         plans.append(_edit(path, view.read(path), routes, name))
-    return _joined(plans)
+    return FixPlan.joined(plans)
 
 
 def _wicked_dns(view: View, interfaces: Sequence[Interface]) -> FixPlan:
@@ -295,13 +288,13 @@ def _ifupdown(view: View, interfaces: Sequence[Interface], texts: Mapping[str, s
             for path, text in new.items()
         }
     what = ", ".join(interface.name for interface in interfaces)
-    changed = _joined([_edit(path, text, new[path], what) for path, text in texts.items()])
+    changed = FixPlan.joined([_edit(path, text, new[path], what) for path, text in texts.items()])
     servers = dict.fromkeys(server for interface in interfaces for server in interface.dns)
     if not servers or view.g.is_symlink(RESOLV_CONF) or view.g.is_file("/sbin/resolvconf", followsymlinks=True):
         return changed
     # Without resolvconf nobody reads the dns- lines.
     resolv_conf = view.read(RESOLV_CONF)
-    return _joined([changed, _edit(RESOLV_CONF, resolv_conf, resolvers(resolv_conf or "", list(servers)), what)])
+    return FixPlan.joined([changed, _edit(RESOLV_CONF, resolv_conf, resolvers(resolv_conf or "", list(servers)), what)])
 
 
 def resolvers(text: str, servers: Sequence[str]) -> str:

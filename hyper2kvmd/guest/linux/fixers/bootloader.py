@@ -112,8 +112,7 @@ def plan(view: View, *, console: bool = False, default: int | None = None) -> Fi
 
     def stable(key: str, spec: str, by_partition: bool) -> str | None:
         if key in ("root", "real_root") and root is not None:  # found by looking, which is better than any name
-            unique = view.names.name_of(root, by_partition=by_partition)
-            found = Became(root, unique, "found by looking" if unique else "nothing on it is unique")
+            found = view.names.known_as(root, "found by looking", by_partition=by_partition)
         else:
             type = "swap" if key == "resume" else "auto"
             found = view.names.becomes(spec, type=type, by_partition=by_partition)
@@ -147,7 +146,7 @@ def plan(view: View, *, console: bool = False, default: int | None = None) -> Fi
 
 def _named(path: str, word: str, found: Became) -> Named:
     key, _, spec = word.partition("=")
-    return Named(path, 0, f"{key}=", spec, found.name or spec, found.device.name if found.device else "", found.why)
+    return Named(path, 0, f"{key}=", spec, found.name or spec, found.place, found.why)
 
 
 def _unresolved(path: str, word: str, looked_up: Mapping[str, Became]) -> Finding:
@@ -220,11 +219,9 @@ def _prove_root(view: View, menu: Menu, entry: MenuEntry) -> Proof | None:
         return None
     if _BY_NUMBER.fullmatch(spec):
         return Proof(path, claim, False, f"root={spec} is a number that the old controller's driver had")
-    if not spec.startswith(("/dev/", *BY_CONTENT)) or (
-        re.match(r"/dev/(?:md|nfs|ram)", spec) and not view.names.all(spec)
-    ):
-        return None  # a network, a RAM disk; an array whose superblock has no name
     devices = view.names.all(spec)
+    if not spec.startswith(("/dev/", *BY_CONTENT)) or (re.match(r"/dev/(?:md|nfs|ram)", spec) and not devices):
+        return None  # a network, a RAM disk; an array whose superblock has no name
     if changes_with_hardware(spec):
         return Proof(path, claim, False, f"root={printable(spec)} is a name that the old hardware gave")
     said = ", ".join(device.name for device in devices) or "no device here"

@@ -30,11 +30,7 @@ def plan(view: View, configuration: Configuration) -> FixPlan:
         _services(view, configuration.services),
         addresses.plan(view, configuration.interfaces),
     ]
-    return FixPlan(
-        edits=tuple(edit for plan in plans for edit in plan.edits),
-        commands=tuple(command for plan in plans for command in plan.commands),
-        warnings=tuple(finding for plan in plans for finding in plan.warnings),
-    )
+    return FixPlan.joined(plans)
 
 
 # The name -------------------------------------------------------------------------------------------------

@@ -75,19 +75,14 @@ def plan(view: View) -> FixPlan:
     """Switch off what waits for the old platform. A guest without it is left alone."""
     if view.inspection.os_type != "linux":
         return FixPlan()
-    plans = [_cloud_init(view), _agents(view), _logins(view)]
-    return FixPlan(
-        edits=tuple(edit for one in plans for edit in one.edits),
-        commands=tuple(command for one in plans for command in one.commands),
-        warnings=tuple(finding for one in plans for finding in one.warnings),
-    )
+    return FixPlan.joined((_cloud_init(view), _agents(view), _logins(view)))
 
 
 # cloud-init -----------------------------------------------------------------------------------------------
 
 
 def _cloud_init(view: View) -> FixPlan:
-    settings = list(_texts(view, *_SETTINGS))
+    settings = list(view.files(*_SETTINGS))
     if not any(path == _SETTINGS[0] for path, _ in settings) or _is_off(view):
         return FixPlan()
     source = last_source(view.read(f"{_INSTANCE}/datasource") or view.read("/var/lib/cloud/data/previous-datasource"))
@@ -146,7 +141,7 @@ def stays(source: Source | None, listed: Sequence[str], *, seeds: bool) -> bool:
 
 
 def _is_off(view: View) -> bool:
-    return view.g.is_file(DISABLED) or any(_OFF.search(text) for _, text in _texts(view, *cmdline.PATHS))
+    return view.g.is_file(DISABLED) or any(_OFF.search(text) for _, text in view.files(*cmdline.PATHS))
 
 
 def _leaves_network(text: str) -> bool:
@@ -157,7 +152,7 @@ def _leaves_network(text: str) -> bool:
 def _missed(view: View, why: str) -> tuple[Finding, ...]:
     """What the administrator had cloud-init do at every boot, which nobody does any more."""
     scripts = sorted(path for path in view.g.glob_expand(_PER_BOOT) if view.g.is_file(path))
-    commands = [path for path, text in _texts(view, f"{_INSTANCE}/cloud-config.txt", *_SETTINGS)
+    commands = [path for path, text in view.files(f"{_INSTANCE}/cloud-config.txt", *_SETTINGS)
                 if _BOOTCMD.search(text)]  # fmt: skip
     if not scripts and not commands:
         return ()
@@ -223,11 +218,4 @@ def _logins(view: View) -> FixPlan:
 
 
 def _units(view: View) -> Iterator[tuple[str, str]]:
-    return _texts(view, *(f"{directory}/cloud-init*.service" for directory in vmware.VENDOR_UNITS))
-
-
-def _texts(view: View, *patterns: str) -> Iterator[tuple[str, str]]:
-    for pattern in patterns:
-        for path in sorted(view.g.glob_expand(pattern))[:200] if "*" in pattern else [pattern]:
-            if (text := view.read(path)) is not None:
-                yield path, text
+    return view.files(*(f"{directory}/cloud-init*.service" for directory in vmware.VENDOR_UNITS))

@@ -62,8 +62,8 @@ def rewrite(text: str, becomes: Callable[[str, bool], Became]) -> Rewritten:
         options = set((found["options"] or "").split(","))
         fresh = found["key"] in ("/dev/urandom", "/dev/random") or bool(options & {"swap", "plain", "tmp"})
         became = becomes(found["spec"], fresh)
-        device = became.device.name if became.device else ""
-        name = Named(PATH, number, found["name"], found["spec"], became.name or found["spec"], device, became.why)
+        after = became.name or found["spec"]
+        name = Named(PATH, number, found["name"], found["spec"], after, became.place, became.why)
         named.append(name)
         if became.name is not None:
             lines[number - 1] = old[: found.start("spec")] + became.name + old[found.end("spec") :]

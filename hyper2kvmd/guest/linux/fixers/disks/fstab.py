@@ -9,10 +9,11 @@ from shlex import quote
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Command, Edit, Named
-from hyper2kvmd.guest.linux import fstab, names
+from hyper2kvmd.guest.linux import fstab
 from hyper2kvmd.guest.linux.devices import BY_CONTENT, Became, as_path, changes_with_hardware, is_removable
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.fstab import PATH, Entry
+from hyper2kvmd.guest.linux.names import UNITS
 from hyper2kvmd.text import printable
 
 # File systems that the old hypervisor serves.
@@ -44,8 +45,8 @@ def plan(view: View, *, by_path_only: bool = False) -> FixPlan:
     def becomes(spec: str, type: str, where: str) -> Became:
         root = view.names.devices.get(view.inspection.root)
         if where == "/" and root is not None:  # found by looking, which is better than any name
-            name = view.names.name_of(root) if changes_with_hardware(spec) else spec
-            return Became(root, name, "found by looking" if name else "it has no identifier that no other device has")
+            how = "found by looking"
+            return view.names.known_as(root, how) if changes_with_hardware(spec) else Became(root, spec, how)
         found = view.names.becomes(spec, type=type)
         if found.device is None and not changes_with_hardware(spec) and not is_removable(spec):
             # What lies in a container that stays locked cannot be seen, nor can what is made when the guest starts.
@@ -53,13 +54,9 @@ def plan(view: View, *, by_path_only: bool = False) -> FixPlan:
             return found if seen else Became(None, spec, "it cannot be seen before the guest runs")
         return found
 
-    plans = [_table(view, becomes, by_path_only), *([] if by_path_only else _units(view, becomes))]
-    return FixPlan(
-        edits=tuple(edit for plan in plans for edit in plan.edits),
-        commands=tuple(command for plan in plans for command in plan.commands),
-        warnings=tuple(finding for plan in plans for finding in plan.warnings),
-        names=tuple(name for plan in plans for name in plan.names),
-    )
+    units = () if by_path_only else view.files(*UNITS)
+    plans = (_table(view, becomes, by_path_only), *(_unit(view, path, text, becomes) for path, text in units))
+    return FixPlan.joined(plans)
 
 
 # From a device name, the type of what is on it and the mount point to what it has to be.
@@ -96,9 +93,7 @@ def rewrite(text: str, becomes: Becomes, *, by_path_only: bool = False) -> Rewri
         old = lines[entry.number - 1]
         if not _concerns(entry) or (by_path_only and not entry.spec.startswith("/dev/disk/by-path/")):
             continue
-        found = becomes(entry.spec, entry.type, entry.where)
-        if _OF_HOST_SPEC.fullmatch(entry.spec) or entry.type in _OF_THE_HOST:
-            found = Became(None, None, "the old hypervisor served that, and the new one does not")
+        found = _becomes(entry, becomes)
         match = fstab.LINE.match(old)
         if match is None:
             continue
@@ -111,8 +106,8 @@ def rewrite(text: str, becomes: Becomes, *, by_path_only: bool = False) -> Rewri
             unresolved.append((entry, why))
         if options != entry.options:
             old = _with_options(old, options)
-        device = found.device.name if found.device else ""
-        named.append(Named(PATH, entry.number, entry.where, entry.spec, found.name or entry.spec, device, found.why))
+        after = found.name or entry.spec
+        named.append(Named(PATH, entry.number, entry.where, entry.spec, after, found.place, found.why))
         lines[entry.number - 1] = old
     return Rewritten("\n".join(lines), tuple(named), tuple(unresolved))
 
@@ -121,8 +116,18 @@ def _concerns(entry: Entry) -> bool:
     """Whether a line mounts what is on a device, or what the old hypervisor has."""
     is_device = entry.spec.startswith(("/dev/", *BY_CONTENT)) and not {"bind", "rbind"} & set(entry.options)
     virtual = entry.type in fstab.VIRTUAL or entry.spec.startswith(("/dev/shm", "/dev/pts", "/dev/loop", "/dev/zram"))
-    is_host = entry.type in _OF_THE_HOST or _OF_HOST_SPEC.fullmatch(entry.spec)
-    return bool(is_host or (is_device and not virtual))
+    return _is_of_host(entry) or (is_device and not virtual)
+
+
+def _is_of_host(entry: Entry) -> bool:
+    return entry.type in _OF_THE_HOST or bool(_OF_HOST_SPEC.fullmatch(entry.spec))
+
+
+def _becomes(entry: Entry, becomes: Becomes) -> Became:
+    """What the device of a line has to be."""
+    if _is_of_host(entry):
+        return Became(None, None, "the old hypervisor served that, and the new one does not")
+    return becomes(entry.spec, entry.type, entry.where)
 
 
 def _options(entry: Entry, becomes: Becomes) -> tuple[tuple[str, ...], str]:
@@ -161,25 +166,16 @@ def _with_options(line: str, options: tuple[str, ...]) -> str:
 # Units ------------------------------------------------------------------------------------------------------
 
 
-def _units(view: View, becomes: Becomes) -> list[FixPlan]:
-    """What mount and swap units name, as fstab does."""
-    return [_unit(view, path, text, becomes) for path, text in names.files(view.read, view.g.glob_expand, *names.UNITS)]
-
-
 def _unit(view: View, path: str, text: str, becomes: Becomes) -> FixPlan:
+    """What a mount or swap unit names, as fstab does."""
     fields = {match["key"]: match["value"] for match in _UNIT_LINE.finditer(text)}
     kind = "swap" if path.endswith(".swap") else fields.get("Type", "auto")
     options = tuple(filter(None, fields.get("Options", "").split(",")))
     entry = Entry(0, fields.get("What", ""), fields.get("Where", "swap"), kind, options)
     if not _concerns(entry):
         return FixPlan()
-    found = becomes(entry.spec, entry.type, entry.where)
-    if entry.type in _OF_THE_HOST or _OF_HOST_SPEC.fullmatch(entry.spec):
-        found = Became(None, None, "the old hypervisor served that, and the new one does not")
-    name = Named(
-        path, 0, entry.where, entry.spec, as_path(found.name or entry.spec),
-        found.device.name if found.device else "", found.why,
-    )  # fmt: skip
+    found = _becomes(entry, becomes)
+    name = Named(path, 0, entry.where, entry.spec, as_path(found.name or entry.spec), found.place, found.why)
     if found.name == entry.spec:
         return FixPlan(names=(name,))
     if found.name is not None:

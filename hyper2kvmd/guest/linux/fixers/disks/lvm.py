@@ -9,13 +9,14 @@ from hyper2kvmd.domain.model import DiskBus
 from hyper2kvmd.guest.change import Edit, Proof
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
+from hyper2kvmd.guest.linux.fixers.disks.target import DISK_NAMES, copies
 from hyper2kvmd.guest.linux.kernels import Image
+from hyper2kvmd.guest.linux.names import LVM
 from hyper2kvmd.text import printable
 
 FIXER = "lvm"
 SYSTEM_DEVICES = "/etc/lvm/devices/system.devices"
 CACHES = ("/etc/lvm/cache/.cache", "/etc/blkid.tab", "/etc/blkid/blkid.tab")
-CONFIGS = ("/etc/lvm/lvm.conf", "/etc/lvm/lvmlocal.conf")
 # Identifiers that come from what is on the device; all others come from the disk or its controller.
 _STABLE_IDS = frozenset({"loop_file", "md_uuid", "crypt_uuid", "lvmlv_uuid"})
 _FILTER = re.compile(
@@ -25,8 +26,6 @@ _FILTER = re.compile(
 )
 _PATTERN = re.compile(r"\"([^\"\n]*)\"|'([^'\n]*)'")
 _ALL = (".", ".*", "", "/", "/.*", ".*/.*", ".*/", "/dev", "/dev/", "/dev/.*", "/dev/*")
-# The kernel's name of the new disks, without the letter that tells one from another.
-DISK_NAMES: dict[DiskBus, str] = {"virtio": "vd", "scsi": "sd", "sata": "sd", "ide": "sd"}
 
 
 def plan(view: View, bus: DiskBus) -> FixPlan:
@@ -42,7 +41,7 @@ def plan(view: View, bus: DiskBus) -> FixPlan:
         text = None if view.g.is_symlink(path) else view.read(path)
         if text is not None and any(map(changes_with_hardware, re.findall(r"/dev/[\w/:.+-]{1,200}", text))):
             edits.append(Edit(FIXER, path, text, None, "a cache of device names of the old hardware"))
-    for path in CONFIGS if _has_volumes(view) else ():
+    for path in LVM if _has_volumes(view) else ():
         text = view.read(path)
         if text is not None and (hiding := hiding_filters(text, bus)):
             said = "; ".join(f"{key} = [ {printable(value)} ]" for key, value in hiding)
@@ -55,10 +54,6 @@ def prove(view: View, bus: DiskBus, images: Sequence[Image]) -> tuple[Proof, ...
     """That no filter hides the new disks, in the guest and in the copy that an initramfs has."""
     if not _has_volumes(view):
         return ()
-    found = [(path, view.read(path)) for path in CONFIGS]
-    found += [
-        (f"{image.kernel.initrd}: {path}", image.texts.get(path.lstrip("/"))) for image in images for path in CONFIGS
-    ]
     return tuple(
         Proof(
             path,
@@ -66,8 +61,7 @@ def prove(view: View, bus: DiskBus, images: Sequence[Image]) -> tuple[Proof, ...
             not hiding,
             "; ".join(f"{key} = [ {printable(value)} ] hides them" for key, value in hiding) or "no filter hides them",
         )
-        for path, text in found
-        if text is not None
+        for path, text in copies(view, LVM, images)
         for hiding in [hiding_filters(text, bus)]
     )
 

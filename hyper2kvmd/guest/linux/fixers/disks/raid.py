@@ -11,12 +11,12 @@ from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit, Proof
 from hyper2kvmd.guest.linux.devices import changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
-from hyper2kvmd.guest.linux.fixers.disks.lvm import DISK_NAMES
+from hyper2kvmd.guest.linux.fixers.disks.target import DISK_NAMES, copies
 from hyper2kvmd.guest.linux.kernels import Image
+from hyper2kvmd.guest.linux.names import MDADM
 from hyper2kvmd.text import printable
 
 FIXER = "raid"
-CONFIGS = ("/etc/mdadm.conf", "/etc/mdadm/mdadm.conf")
 # A line that begins with white space goes on with the one before.
 _STATEMENT = re.compile(r"^(?P<key>[A-Za-z]+)(?P<rest>(?:[ \t][^\n]*)?(?:\n[ \t]+[^\s#][^\n]*)*)", re.MULTILINE)
 _DEVICES = re.compile(r"\s+devices=(?P<list>\S+)", re.IGNORECASE)
@@ -25,11 +25,11 @@ _IDENTITY = re.compile(r"\s(?:uuid|name|super-minor|container)=", re.IGNORECASE)
 
 def plan(view: View, bus: DiskBus) -> FixPlan:
     """Let mdadm look at all partitions, and find arrays by their UUID."""
-    if not any(device.type == "linux_raid_member" for device in view.names.devices.values()):
+    if not _has_arrays(view):
         return FixPlan()
     edits: list[Edit] = []
     warnings: list[Finding] = []
-    for path in CONFIGS:
+    for path in MDADM:
         text = view.read(path)
         if text is None:
             continue
@@ -45,6 +45,10 @@ def plan(view: View, bus: DiskBus) -> FixPlan:
             for name in unknown
         ]
     return FixPlan(tuple(edits), warnings=tuple(warnings))
+
+
+def _has_arrays(view: View) -> bool:
+    return any(device.type == "linux_raid_member" for device in view.names.devices.values())
 
 
 def rewrite(text: str, bus: DiskBus) -> tuple[str, tuple[str, ...]]:
@@ -78,16 +82,10 @@ def _permits(words: Sequence[str], bus: DiskBus) -> bool:
 
 def prove(view: View, bus: DiskBus, images: Sequence[Image]) -> tuple[Proof, ...]:
     """That mdadm may use the new disks, by the guest's file and by the copy that an initramfs has."""
-    if not any(device.type == "linux_raid_member" for device in view.names.devices.values()):
+    if not _has_arrays(view):
         return ()
-    texts = [(path, view.read(path)) for path in CONFIGS]
-    texts += [
-        (f"{image.kernel.initrd}: {path}", image.texts.get(path.lstrip("/"))) for image in images for path in CONFIGS
-    ]
     proofs = []
-    for path, text in texts:
-        if text is None:
-            continue
+    for path, text in copies(view, MDADM, images):
         new, unknown = rewrite(text, bus)
         ok = new == text and not unknown
         evidence = "it names no member by the old hardware" if ok else "it permits only names of the old hardware"

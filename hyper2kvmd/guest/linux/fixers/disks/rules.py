@@ -7,8 +7,7 @@ import re
 from hyper2kvmd.domain.model import DiskBus
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
-from hyper2kvmd.guest.linux.fixers.disks.lvm import DISK_NAMES
-from hyper2kvmd.guest.linux.names import files
+from hyper2kvmd.guest.linux.fixers.disks.target import DISK_NAMES
 from hyper2kvmd.text import printable
 
 # What a rule asks for of a disk, and what it does with one: it gives a name or rights.
@@ -29,7 +28,7 @@ def plan(view: View, bus: DiskBus) -> FixPlan:
     """Name the files, the lines and what they look for."""
     warnings = []
     new = DISK_NAMES[bus]
-    for path, text in files(view.read, view.g.glob_expand, _RULES):
+    for path, text in view.files(_RULES):
         for number, line in enumerate(text.replace("\\\n", "  ").split("\n"), start=1):
             found = None if line.lstrip().startswith("#") else _ASKS.search(line)
             if found and _GIVES.search(line):

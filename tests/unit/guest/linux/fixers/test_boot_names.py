@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from hyper2kvmd.guest.change import Proof
-from hyper2kvmd.guest.linux import menu, names
-from hyper2kvmd.guest.linux.devices import Device, Names
-from hyper2kvmd.guest.linux.fixers import View, bootloader
+from hyper2kvmd.guest.linux.devices import Device
+from hyper2kvmd.guest.linux.fixers import bootloader
 from hyper2kvmd.guest.linux.kernels import Image, Kernel
 from tests.unit.guest.linux.fixers.test_configuration import Guest, applied
-from tests.unit.guest.linux.fixers.test_disks import SDA, SDB
+from tests.unit.guest.linux.fixers.test_disks import SDA, view
 
 GRUB = "/boot/grub/grub.cfg"
 ENTRY = (
     "menuentry 'Linux {0}' {{\n search --no-floppy --fs-uuid --set=root {2}\n"
     " linux /vmlinuz-{0} {1}\n initrd /i-{0}\n}}\n"
 )
-ROOT = SDA[3].name
-
-
-def view(files: Mapping[str, str] | Guest, *devices: Device) -> View:
-    guest = files if isinstance(files, Guest) else Guest(files)
-    devices = devices or (*SDA, *SDB)
-    by_name = {device.name: device for device in devices}
-    disks = list(dict.fromkeys(device.disk for device in devices if device.disk))
-    inspection: Any = SimpleNamespace(root=ROOT, locked=(), disks=tuple(disks), menu=None)
-    read = View(guest, inspection, Names({}, {})).read
-    inspection.menu = menu.read(read, guest.glob_expand)
-    known = names.known(read, guest.glob_expand, inspection.menu, disks, by_name, ROOT)
-    return View(guest, inspection, known.names)
 
 
 def grub(*options: str, search: str = "boot-uuid") -> dict[str, str]:

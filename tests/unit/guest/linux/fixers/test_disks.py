@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hyper2kvmd.domain.model import DiskBus
-from hyper2kvmd.guest.linux import names
+from hyper2kvmd.guest.linux import menu, names
 from hyper2kvmd.guest.linux.devices import Device, Names
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.fixers.disks import crypttab, fstab, lvm, raid, rules
@@ -36,10 +36,10 @@ def view(files: Mapping[str, str] | Guest, *devices: Device, locked: tuple[str, 
     devices = devices or (*SDA, *SDB)
     by_name = {device.name: device for device in devices}
     disks = list(dict.fromkeys(device.disk for device in devices if device.disk))
-    inspection: Any = SimpleNamespace(root="/dev/sda3", locked=locked, disks=tuple(disks))
-    known = names.known(
-        View(guest, inspection, Names({}, {})).read, guest.glob_expand, None, disks, by_name, "/dev/sda3"
-    )
+    inspection: Any = SimpleNamespace(root="/dev/sda3", locked=locked, disks=tuple(disks), menu=None)
+    read = View(guest, inspection, Names({}, {})).read
+    inspection.menu = menu.read(read, guest.glob_expand)
+    known = names.known(read, guest.glob_expand, inspection.menu, disks, by_name, "/dev/sda3")
     return View(guest, inspection, known.names)
 
 
