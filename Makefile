@@ -65,7 +65,7 @@ test-rest: deps package-deps venv ## an hour; what `make test` leaves out (docs/
 	@$(call SAY,rest)
 
 .PHONY: test-unit
-test-unit: venv ## seconds; needs nothing but Python
+test-unit: venv ## seconds; needs nothing but Python and python3-hivex
 	$(call pytest,unit,$(UNIT))
 	@$(call SAY,unit)
 
