@@ -9,14 +9,15 @@ import fnmatch
 import hashlib
 import shutil
 import struct
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hivex
 
-from hyper2kvmd.guest.windows.registry import Value
+from hyper2kvmd.guest.windows.registry import Value, binary, dword, expand_sz, multi_sz, sz
 
 Keys = Mapping[str, Mapping[str, Value]]
 
@@ -375,3 +376,347 @@ class Directory:
 
     def hivex_node_delete_child(self, node: int) -> None:
         self._hive.node_delete_child(node)
+
+
+# ---- guests
+
+
+@dataclass(frozen=True)
+class Family:
+    """A Windows as it comes: what it says in its registry, and the machine that it was installed for."""
+
+    build: int
+    product: str
+    edition: str = "ServerStandard"
+    installation_type: str = "Server"
+    arch: str = "x86_64"
+    firmware: str = "uefi"
+    ubr: int = 0
+
+    @property
+    def has_driver_database(self) -> bool:
+        """Whether devices are looked up in DriverDatabase, as Windows 8 and later do."""
+        return self.build >= 9200
+
+
+FAMILIES = {
+    "7": Family(7601, "Windows 7 Professional", "Professional", "Client", firmware="bios"),
+    "7-x86": Family(7601, "Windows 7 Professional", "Professional", "Client", arch="i386", firmware="bios"),
+    "2012R2": Family(9600, "Windows Server 2012 R2 Standard", firmware="bios"),
+    "2016": Family(14393, "Windows Server 2016 Standard", firmware="bios", ubr=6614),
+    "10": Family(19045, "Windows 10 Pro", "Professional", "Client", ubr=3803),
+    "11": Family(22631, "Windows 10 Pro", "Professional", "Client", ubr=2861),  # it does say 10 there
+    "2019": Family(17763, "Windows Server 2019 Standard", installation_type="Server Core", ubr=5329),
+    "2022": Family(20348, "Windows Server 2022 Datacenter", "ServerDatacenter", ubr=2227),
+    "2025": Family(26100, "Windows Server 2025 Standard", ubr=1742),
+}
+
+SIGNATURE = "9a6f3cd4"
+DISK_GUID = "4c1d0b52-3f4b-4a55-8a55-6d1c35f5a001"
+ESP_GUID = "4c1d0b52-3f4b-4a55-8a55-6d1c35f5a011"
+WINDOWS_GUID = "4c1d0b52-3f4b-4a55-8a55-6d1c35f5a013"
+WINDOWS_START = 525336576
+BIOS_DISK = Disk(
+    "dos",
+    SIGNATURE,
+    (Partition(1 << 20, "0x7", "ntfs", active=True), Partition(WINDOWS_START, "0x7", "ntfs")),
+)
+UEFI_DISK = Disk(
+    "gpt",
+    DISK_GUID,
+    (
+        Partition(1 << 20, ESP, "vfat", ESP_GUID),
+        Partition(101 << 20, RESERVED, "", "4c1d0b52-3f4b-4a55-8a55-6d1c35f5a012"),
+        Partition(WINDOWS_START, BASIC_DATA, "ntfs", WINDOWS_GUID),
+    ),
+)
+SYSTEM = "Windows/System32/config/SYSTEM"
+SOFTWARE = "Windows/System32/config/SOFTWARE"
+CARDS = (
+    ("{11111111-0000-4000-8000-00000000000A}", bytes.fromhex("005056aa0001"), "Ethernet0"),
+    ("{22222222-0000-4000-8000-00000000000B}", bytes.fromhex("005056aa0002"), "Backup LAN"),
+)
+NETWORK = "{4D36E972-E325-11CE-BFC1-08002BE10318}"
+SCSI = "{4D36E97B-E325-11CE-BFC1-08002BE10318}"
+HDC = "{4D36E96A-E325-11CE-BFC1-08002BE10318}"
+ADOPTED = (
+    # PCI function, service, .inf and class of drivers that an administrator installed while on VMware
+    ("VEN_1AF4&DEV_1001&SUBSYS_00021AF4&REV_00", "viostor", "oem3.inf", SCSI),
+    ("VEN_1AF4&DEV_1042&SUBSYS_11001AF4&REV_01", "viostor", "oem3.inf", SCSI),
+    ("VEN_1AF4&DEV_1041&SUBSYS_11001AF4&REV_01", "netkvm", "oem4.inf", NETWORK),
+)
+VMWARE = ("VMTools", "VGAuthService", "vm3dservice")
+
+
+def guest(
+    at: Path,
+    name: str,
+    *,
+    hibernated: bool = False,
+    bitlocker: bool = False,
+    unclosed: bool = False,
+    adopt: bool = False,
+    two_disks: bool = False,
+    two_sets: bool = False,
+    static: bool = False,
+    storahci_off: bool = False,
+    vmware: bool = False,
+    pending: bool = False,
+) -> Directory:
+    """A guest of a family below `at`, with nothing mounted. /dev/sda1 starts it, and Windows is on the last partition.
+
+    adopt: viostor is installed as on VMware, and so not started. two_disks: the second is blank. two_sets: Default is
+    another control set than Current. static: two cards with addresses. storahci_off: as in a VM without SATA.
+    """
+    family = FAMILIES[name]
+    disk = UEFI_DISK if family.firmware == "uefi" else BIOS_DISK
+    if bitlocker:
+        disk = replace(disk, partitions=(*disk.partitions[:-1], replace(disk.partitions[-1], content="BitLocker")))
+    g = Directory(at, [disk, Disk()] if two_disks else [disk])
+    boot, windows = g.volume("/dev/sda1"), g.volume(f"/dev/sda{len(disk.partitions)}")
+    _fill_boot(boot, family)
+    if bitlocker:
+        return g
+    sets = ("ControlSet001", "ControlSet002") if two_sets else ("ControlSet001",)
+    system: dict[str, dict[str, Value]] = {
+        "Select": {"Current": dword(1), "Default": dword(len(sets)), "Failed": dword(0), "LastKnownGood": dword(1)},
+        "MountedDevices": {"\\DosDevices\\C:": binary(_mounted_device(family))},
+    }
+    for one in sets:
+        system |= {f"{one}\\{key}": values for key, values in _control_set(family, static=static).items()}
+        if storahci_off:
+            system[f"{one}\\Services\\{_ahci(family)}\\StartOverride"] = {"0": dword(3)}
+        if vmware:
+            system |= {f"{one}\\Services\\{service}": _service(service, 16, 2) for service in VMWARE}
+        if adopt:
+            system |= {f"{one}\\{key}": values for key, values in _adopted(family).items()}
+    if family.has_driver_database:
+        system |= _driver_database(family, adopt=adopt)
+    write_hive(windows / SYSTEM, system)
+    write_hive(windows / SOFTWARE, _software(family))
+    _fill_windows(windows, family, adopt=adopt)
+    if hibernated:
+        (windows / "hiberfil.sys").write_bytes(b"HIBR" + bytes(4092))
+    if unclosed:
+        unclose(windows / SYSTEM)
+    if pending:
+        (windows / "Windows/WinSxS").mkdir()
+        (windows / "Windows/WinSxS/pending.xml").write_text("<PendingTransaction/>")
+    return g
+
+
+def _ahci(family: Family) -> str:
+    return "storahci" if family.has_driver_database else "msahci"
+
+
+def _service(name: str, type: int, start: int, group: str = "") -> dict[str, Value]:
+    """What Windows notes of a service; type 1 is a driver, start 0 is by the loader."""
+    if type != 1:
+        image = f'"C:\\Program Files\\VMware\\{name}.exe"'
+        return {"Type": dword(type), "Start": dword(start), "ErrorControl": dword(1), "ImagePath": expand_sz(image)}
+    return {
+        "Type": dword(1),
+        "Start": dword(start),
+        "ErrorControl": dword(3 if start == 0 else 1),
+        "ImagePath": expand_sz(f"System32\\drivers\\{name}.sys"),
+        **({"Group": sz(group)} if group else {}),
+    }
+
+
+def _control_set(family: Family, *, static: bool) -> dict[str, dict[str, Value]]:
+    """What every guest has in a control set, below it."""
+    network_driver = "e1iexpress" if family.has_driver_database else "e1express"
+    services = {
+        "pci": _service("pci", 1, 0, "Boot Bus Extender"),
+        "volmgr": _service("volmgr", 1, 0, "System Bus Extender"),
+        "mountmgr": _service("mountmgr", 1, 0, "System Bus Extender"),
+        "partmgr": _service("partmgr", 1, 0, "Boot Bus Extender"),
+        "partmgr\\Parameters": {"SanPolicy": dword(3 if family.installation_type != "Client" else 1)},
+        "disk": _service("disk", 1, 0),
+        "volsnap": _service("volsnap", 1, 0),
+        "LSI_SAS": _service("lsi_sas", 1, 0, "SCSI Miniport"),
+        _ahci(family): _service(_ahci(family), 1, 0 if family.has_driver_database else 3, "SCSI Miniport"),
+        network_driver: _service(network_driver, 1, 3, "NDIS"),
+        **({} if family.has_driver_database else {"iaStorV": _service("iaStorV", 1, 3, "SCSI Miniport")}),
+    }
+    classes = {
+        SCSI: {"Class": sz("SCSIAdapter")},
+        HDC: {"Class": sz("HDC")},
+        "{4D36E967-E325-11CE-BFC1-08002BE10318}": {"Class": sz("DiskDrive"), "UpperFilters": multi_sz("partmgr")},
+        "{71A27CDD-812A-11D0-BEC7-08002BE2092F}": {"Class": sz("Volume"), "UpperFilters": multi_sz("volsnap")},
+        NETWORK: {"Class": sz("Net")},
+    }
+    keys = {f"Services\\{name}": values for name, values in services.items()}
+    keys |= {f"Control\\Class\\{guid}": values for guid, values in classes.items()}
+    keys |= {
+        "Control\\ComputerName\\ComputerName": {"ComputerName": sz("WIN-PHONY")},
+        "Control\\ProductOptions": {"ProductType": sz("WinNT" if family.installation_type == "Client" else "ServerNT")},
+        "Control\\TimeZoneInformation": {"TimeZoneKeyName": sz("W. Europe Standard Time")},
+        "Control\\CrashControl": {"AutoReboot": dword(1)},
+        "Control\\Session Manager": {"ProtectionMode": dword(1)},
+        "Control\\PnP": {},
+    }
+    if not family.has_driver_database:
+        database = "Control\\CriticalDeviceDatabase"
+        keys[f"{database}\\pci#cc_010601"] = {"Service": sz("msahci"), "ClassGUID": sz(HDC)}
+        keys[f"{database}\\pci#ven_1000&dev_0054"] = {"Service": sz("LSI_SAS"), "ClassGUID": sz(SCSI)}
+    return keys | _network(family, static=static)
+
+
+def _network(family: Family, *, static: bool) -> dict[str, dict[str, Value]]:
+    """One card with DHCP, or two with addresses. Before Windows 10 nothing says a MAC address; the slot is always there."""
+    addresses = (
+        {
+            "EnableDHCP": dword(0),
+            "IPAddress": multi_sz("192.0.2.10", "192.0.2.11"),
+            "SubnetMask": multi_sz("255.255.255.0", "255.255.255.0"),
+            "DefaultGateway": multi_sz("192.0.2.1"),
+            "NameServer": sz("192.0.2.53,192.0.2.54"),
+        },
+        {
+            "EnableDHCP": dword(0),
+            "IPAddress": multi_sz("198.51.100.7"),
+            "SubnetMask": multi_sz("255.255.255.192"),
+            "NameServer": sz(""),
+        },
+    )
+    dhcp = {"EnableDHCP": dword(1), "DhcpIPAddress": sz("192.0.2.99"), "IPAddress": multi_sz("0.0.0.0")}
+    keys: dict[str, dict[str, Value]] = {}
+    for number, (guid, mac, alias) in enumerate(CARDS if static else CARDS[:1]):
+        pnp = f"PCI\\VEN_15AD&DEV_07B0&SUBSYS_07B015AD&REV_01\\4&3AD87E0A&0&00{number}8"
+        keys[f"Services\\Tcpip\\Parameters\\Interfaces\\{guid}"] = addresses[number] if static else dhcp
+        keys[f"Control\\Network\\{NETWORK}\\{guid}\\Connection"] = {"Name": sz(alias), "PnpInstanceID": sz(pnp)}
+        keys[f"Enum\\{pnp}"] = {"UINumber": dword(160 + 32 * number), "Service": sz("vmxnet3ndis6")}
+        if family.build >= 10240:
+            keys[f"Control\\NetworkSetup2\\Interfaces\\{guid}\\Kernel"] = {"PermanentAddress": binary(mac)}
+    return keys
+
+
+def _driver_database(family: Family, *, adopt: bool) -> dict[str, dict[str, Value]]:
+    """From the ids of PCI functions to services, as Windows 8 and later keep it."""
+    network = ("VEN_8086&DEV_10D3", "e1iexpress", "net1ic64.inf", NETWORK)
+    keys: dict[str, dict[str, Value]] = {}
+    for id, service, inf, guid in (
+        ("CC_010601", "storahci", "mshdc.inf", HDC), network, *(ADOPTED if adopt else ()),
+    ):  # fmt: skip
+        package = f"{inf}_{'amd64' if family.arch == 'x86_64' else 'x86'}_0123456789abcdef"
+        at, configuration = f"DriverDatabase\\DriverPackages\\{package}", f"{service}_Install"
+        keys[f"DriverDatabase\\DriverInfFiles\\{inf}"] = {
+            "": multi_sz(package),
+            "Active": sz(package),
+            "Configurations": multi_sz(configuration),
+        }
+        keys.setdefault(f"DriverDatabase\\DeviceIds\\PCI\\{id}", {})[inf] = binary(b"\x01\xff\0\0")
+        keys[at] = {"": sz(inf), "Version": binary(bytes(8) + uuid.UUID(guid).bytes_le + bytes(24))}
+        keys[f"{at}\\Configurations\\{configuration}"] = {"Service": sz(service), "ConfigFlags": dword(0)}
+        keys[f"{at}\\Descriptors\\PCI\\{id}"] = {"Configuration": sz(configuration)}
+    return keys
+
+
+def _adopted(family: Family) -> dict[str, dict[str, Value]]:
+    """The services of drivers that were installed on VMware: PnP saw no device, and starts neither at boot."""
+    keys = {
+        "Services\\viostor": _service("viostor", 1, 3, "SCSI miniport"),
+        "Services\\viostor\\StartOverride": {"0": dword(3)},
+        "Services\\viostor\\Parameters\\PnpInterface": {"5": dword(1)},
+        "Services\\netkvm": _service("netkvm", 1, 3, "NDIS"),
+    }
+    if not family.has_driver_database:
+        for id, service, _, guid in ADOPTED[:2]:
+            keys[f"Control\\CriticalDeviceDatabase\\PCI#{id}"] = {"Service": sz(service), "ClassGUID": sz(guid)}
+    return keys
+
+
+def _software(family: Family) -> dict[str, dict[str, Value]]:
+    version = {
+        "CurrentBuildNumber": sz(str(family.build)),
+        "CurrentVersion": sz({7601: "6.1", 9200: "6.2"}.get(family.build, "6.3")),
+        "ProductName": sz(family.product),
+        "EditionID": sz(family.edition),
+        "InstallationType": sz(family.installation_type),
+        "SystemRoot": sz("C:\\Windows"),
+    }
+    if family.build >= 10240:
+        version |= {"CurrentMajorVersionNumber": dword(10), "CurrentMinorVersionNumber": dword(0)}
+        version["UBR"] = dword(family.ubr)
+    return {
+        "Microsoft\\Windows NT\\CurrentVersion": version,
+        "Microsoft\\Windows\\CurrentVersion": {"DevicePath": expand_sz("%SystemRoot%\\inf")},
+        "Microsoft\\Windows\\CurrentVersion\\Component Based Servicing": {},
+    }
+
+
+def _fill_windows(root: Path, family: Family, *, adopt: bool) -> None:
+    """The files of the system's own partition."""
+    drivers = ["pci", "volmgr", "mountmgr", "partmgr", "disk", "volsnap", "lsi_sas", _ahci(family)]
+    drivers += ["e1iexpress"] if family.has_driver_database else ["e1express", "iaStorV"]
+    drivers += ["viostor", "netkvm"] if adopt else []
+    names = ["ntoskrnl.exe", "cmd.exe", "winload.efi", "winload.exe", *(f"drivers/{name}.sys" for name in drivers)]
+    for name in names:
+        _put(root / "Windows/System32" / name, program(family.arch, name))
+    for directory in ("Windows/inf", "Windows/Temp", "Program Files", "Users/Public"):
+        (root / directory).mkdir(parents=True)
+
+
+def _fill_boot(root: Path, family: Family) -> None:
+    """The files that firmware starts: an EFI system partition, or what Windows calls System Reserved."""
+    if family.firmware == "uefi":
+        for name in ("Microsoft/Boot/bootmgfw.efi", "Boot/bootx64.efi"):
+            _put(root / "EFI" / name, program(family.arch, name))
+        write_hive(root / "EFI/Microsoft/Boot/BCD", store(family))
+    else:
+        _put(root / "bootmgr", b"\xe9\xd5\x01\xeb")
+        write_hive(root / "Boot/BCD", store(family))
+
+
+def _put(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+BOOTMGR = "{9dea862c-5cdd-4e70-acc1-f32b344d4795}"
+DEFAULT = "{5e2a1f0c-0a1b-11ee-9f3a-005056aa0001}"
+RESUME = "{5e2a1f0b-0a1b-11ee-9f3a-005056aa0001}"
+
+
+def device_of(family: Family) -> bytes:
+    """The device element that names the partition of Windows."""
+    if family.firmware == "uefi":
+        partition, table, disk = uuid.UUID(WINDOWS_GUID).bytes_le, 0, uuid.UUID(DISK_GUID).bytes_le
+    else:
+        partition, table, disk = WINDOWS_START.to_bytes(16, "little"), 1, int(SIGNATURE, 16).to_bytes(16, "little")
+    return bytes(16) + struct.pack("<IIII", 6, 0, 0x48, 0) + partition + struct.pack("<II", 0, table) + disk + bytes(16)
+
+
+def store(family: Family) -> dict[str, dict[str, Value]]:
+    """The boot configuration, as the keys of a hive."""
+    loader = "\\Windows\\system32\\winload." + ("efi" if family.firmware == "uefi" else "exe")
+    elements: dict[str, dict[str, Value]] = {
+        BOOTMGR: {
+            "12000004": sz("Windows Boot Manager"),
+            "23000003": sz(DEFAULT),
+            "24000001": multi_sz(DEFAULT),
+            "25000004": binary((30).to_bytes(8, "little")),
+        },
+        DEFAULT: {
+            "11000001": binary(device_of(family)),
+            "12000002": sz(loader),
+            "12000004": sz("Windows"),
+            "21000001": binary(device_of(family)),
+            "22000002": sz("\\Windows"),
+            "23000003": sz(RESUME),
+        },
+        RESUME: {"11000001": binary(device_of(family)), "12000002": sz(loader.replace("load", "resume"))},
+    }
+    types = {BOOTMGR: 0x10100002, DEFAULT: 0x10200003, RESUME: 0x10200004}
+    keys = {f"Objects\\{id}\\Description": {"Type": dword(type)} for id, type in types.items()}
+    for id, values in elements.items():
+        keys |= {f"Objects\\{id}\\Elements\\{element}": {"Element": value} for element, value in values.items()}
+    return keys
+
+
+def _mounted_device(family: Family) -> bytes:
+    """What MountedDevices says of C:."""
+    if family.firmware == "uefi":
+        return b"DMIO:ID:" + uuid.UUID(WINDOWS_GUID).bytes_le
+    return struct.pack("<IQ", int(SIGNATURE, 16), WINDOWS_START)
