@@ -564,7 +564,7 @@ def _control_set(family: Family, *, static: bool) -> dict[str, dict[str, Value]]
 
 
 def _network(family: Family, *, static: bool) -> dict[str, dict[str, Value]]:
-    """One card with DHCP, or two with addresses. Before Windows 10 nothing says a MAC address; the slot is always there."""
+    """One card with DHCP, or two with addresses. MAC addresses are noted from Windows 10 on, slots always."""
     addresses = (
         {
             "EnableDHCP": dword(0),
