@@ -112,7 +112,9 @@ MEANING: dict[Code, Meaning] = {
     Code.OS_UNKNOWN: Meaning(Outcome.BLOCKED, "no operating system was found on the disks"),
     Code.OS_UNSUPPORTED: Meaning(Outcome.BLOCKED, "the guest's operating system cannot be fixed"),
     Code.GUEST_ENCRYPTED: Meaning(Outcome.BLOCKED, "the guest's disks are encrypted"),
-    Code.GUEST_DIRTY: Meaning(Outcome.BLOCKED, "a file system in the guest is damaged or hibernated"),
+    Code.GUEST_DIRTY: Meaning(
+        Outcome.BLOCKED, "a file system or registry in the guest is damaged or in use, or it is hibernated"
+    ),
     Code.GUEST_SPACE: Meaning(Outcome.BLOCKED, "the guest has too little free space for a new initramfs"),
     Code.DEVICE_UNCERTAIN: Meaning(
         Outcome.BLOCKED, "a device that the guest starts from is missing, or cannot be told from another one"

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from hyper2kvmd.domain.model import GuestSystem
-from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest import mounts as guest_mounts
 from hyper2kvmd.guest import storage, systems
 from hyper2kvmd.guest.linux import kernels, menu
@@ -20,6 +20,7 @@ from hyper2kvmd.guest.mounts import device_of
 from hyper2kvmd.guest.session import Session, read_text
 from hyper2kvmd.guest.storage import KeyFor, System
 from hyper2kvmd.guest.systems import Release
+from hyper2kvmd.guest.windows.look import Windows, look
 from hyper2kvmd.text import printable
 
 ESP = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
@@ -30,7 +31,8 @@ BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
 class Found:
     """What was found on the disks, as the report has it. Strings from the guest are printable and short.
 
-    serial_console: whether a kernel on the menu writes to a serial port.
+    serial_console: whether a kernel on the menu writes to a serial port. build: the number that tells one Windows from
+    another.
     `mounts` maps mount points to what is mounted there now, `disks` are the appliance's names in the order given,
     `locked` are the encrypted devices that nobody had a key for.
     """
@@ -54,6 +56,7 @@ class Found:
     filesystems: tuple[Device, ...]
     locked: tuple[str, ...]
     serial_console: bool
+    build: int | None = None
 
     def system(self, kernel: str | None) -> GuestSystem:
         """The operating system as a domain knows it, starting this kernel."""
@@ -62,12 +65,16 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection(Found):
-    """What FIX needs besides. `boot_disk` is an index into `disks`; `names` knows what the guest calls its devices."""
+    """What FIX needs besides. `boot_disk` is an index into `disks`; `names` knows what the guest calls its devices.
+
+    windows: what a Windows is; None for another system, and for a Windows of the last century.
+    """
 
     boot_disk: int
     menu: Menu | None
     names: Names
     warnings: tuple[Finding, ...]
+    windows: Windows | None = None
 
 
 def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint: str = "unknown") -> Inspection:
@@ -75,7 +82,8 @@ def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint
 
     key_for: from the UUID of a LUKS container to its passphrase, or None. firmware_hint: "bios" or "uefi" decides for
     disks that are made for both. The guest stays mounted in the session.
-    Raise MigrationError: os_unknown, guest_encrypted, guest_dirty, device_uncertain, appliance_too_old.
+    Raise MigrationError: os_unknown, guest_encrypted, guest_dirty, device_uncertain, appliance_too_old,
+    os_unsupported, tool_missing.
     """
     g = session.g
     warnings: list[Finding] = []
@@ -88,7 +96,12 @@ def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint
         return "" if starts[0].disk is None else disks[starts[0].disk]
 
     system = storage.find_system(g, disks, key_for, starts_from, warnings)
-    looked = _linux(g, system, disks, starts[0].esp, warnings) if system.is_linux else _other(g, system, warnings)
+    if system.is_linux:
+        looked = _linux(g, system, disks, starts[0].esp, warnings)
+    elif system.is_windows:
+        looked = _windows(g, system, starts[0], warnings)
+    else:
+        looked = _other(g, system, warnings)
     boot_disk = starts[0].disk
     if boot_disk is None:
         boot_disk = _disk_index(g, device_of(looked.mounts.get("/boot", looked.mounts["/"])))
@@ -115,6 +128,8 @@ def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint
         locked=system.locked,
         menu=menu,
         names=looked.names,
+        build=looked.windows.build if looked.windows else None,
+        windows=looked.windows,
         serial_console=menu is not None and any("console=ttyS" in file.text for file in menu.files),
         warnings=tuple(warnings),
     )
@@ -140,6 +155,7 @@ class _Looked:
     menu: Menu | None
     kernels: tuple[Kernel, ...]
     names: Names
+    windows: Windows | None = None
 
 
 def _linux(g: Any, system: System, disks: Sequence[str], esp: str | None, warnings: list[Finding]) -> _Looked:
@@ -191,6 +207,25 @@ def _named_root(found: Menu | None, names: Names, roots: Sequence[str], root: st
     return next((one for one in candidates if one != root), None) if root not in candidates else None
 
 
+def _windows(g: Any, system: System, start: _Start, warnings: list[Finding]) -> _Looked:
+    """Mount the Windows that starts."""
+    mounts: dict[str, str] = {}
+    boot = start.esp if start.firmware == "uefi" else _active_partition(g, system)
+    windows = look(g, system.root, boot, system.devices, mounts, warnings)
+    major, minor = map(int, windows.version.split("."))
+    release = Release("windows", major, minor, windows.product, windows.arch, windows.hostname, "unknown")
+    names = Names({device.name: device for device in system.devices}, {})
+    return _Looked("windows", release, mounts, None, (), names, windows)
+
+
+def _active_partition(g: Any, system: System) -> str | None:
+    """The partition that the boot sector of the disk with the system starts."""
+    disk = next((device.disk for device in system.devices if device.name == system.root), "")
+    sector = g.pread_device(disk, 512, 0) if disk else b""
+    active = [f"{disk}{number}" for number, flag in enumerate(sector[446:510:16], 1) if flag == 0x80]
+    return next((device.name for device in system.devices if device.name in active), None)
+
+
 def _other(g: Any, system: System, warnings: list[Finding]) -> _Looked:
     """Mount what is no Linux, of which libguestfs knows."""
     root = system.root
@@ -201,8 +236,6 @@ def _other(g: Any, system: System, warnings: list[Finding]) -> _Looked:
     types = {device.name: device.type for device in system.devices}
     guest_mounts.mount_one(g, "/", root, types, mounts, warnings, waits=True)
     os_type = g.inspect_get_type(root)
-    if os_type == "windows":
-        _refuse_hibernated_windows(g, root)
     release = Release(
         distro=g.inspect_get_distro(root),
         major=g.inspect_get_major_version(root),
@@ -214,16 +247,6 @@ def _other(g: Any, system: System, warnings: list[Finding]) -> _Looked:
     )
     names = Names({device.name: device for device in system.devices}, {})
     return _Looked(os_type, release, mounts, None, (), names)
-
-
-def _refuse_hibernated_windows(g: Any, root: str) -> None:
-    path = "/hiberfil.sys"
-    if g.is_file(path) and g.pread(path, 4, 0).lower() in (b"hibr", b"wake"):
-        raise MigrationError(
-            Code.GUEST_DIRTY,
-            f"Windows on {device_of(root)} is hibernated (or was shut down with fast startup)",
-            "Start it on VMware, run `powercfg /h off` and `shutdown /s /t 0`, and export it again.",
-        )
 
 
 def _initramfs(g: Any) -> str:

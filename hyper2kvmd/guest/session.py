@@ -98,6 +98,15 @@ def read_text(g: Any, path: str) -> str | None:
     return None if len(data) > MAX_TEXT_BYTES else decode(data)
 
 
+def spelt(g: Any, path: str) -> str | None:
+    """A path in any case as it is spelt on a file system of Windows, or None if it is not there."""
+    try:
+        found: str = g.case_sensitive_path(path)
+    except RuntimeError:  # a directory above it is not there
+        return None
+    return found if g.exists(found) else None
+
+
 def shell(g: Any, command: str) -> tuple[int, str]:
     """Run a command in the guest with its own /bin/sh, and return its exit status and all of its output, printable.
 

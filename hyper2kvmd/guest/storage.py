@@ -12,6 +12,7 @@ from hyper2kvmd.guest import systems
 from hyper2kvmd.guest.linux.devices import Device, work_out
 from hyper2kvmd.guest.mounts import ENCRYPTED, JOURNALED, appliance_too_old, device_of, is_subvolume, too_new
 from hyper2kvmd.guest.session import read_text
+from hyper2kvmd.guest.windows import refuse
 from hyper2kvmd.text import printable
 
 CRYPTTAB = "/etc/crypttab"
@@ -24,10 +25,11 @@ KeyFor = Callable[[str], str | None]
 class System:
     """What is on the disks. roots: of every Linux, as libguestfs says them; root: the one that is likely to start.
 
-    locked: the encrypted devices that nobody had a key for.
+    windows: the partitions that hold one. locked: the encrypted devices that nobody had a key for.
     """
 
     roots: tuple[str, ...]
+    windows: tuple[str, ...]
     root: str
     devices: tuple[Device, ...]
     locked: tuple[str, ...]
@@ -36,6 +38,11 @@ class System:
     def is_linux(self) -> bool:
         """Whether the one that starts is a Linux."""
         return self.root in self.roots
+
+    @property
+    def is_windows(self) -> bool:
+        """Whether it is a Windows."""
+        return self.root in self.windows
 
 
 def find_system(
@@ -63,8 +70,8 @@ def find_system(
         devices = _devices(g, disks)
         _refuse_hibernated(devices)
     said: list[Finding] = []
-    roots, others = _roots(g, devices)
-    root = _choose_root(g, (*roots, *others), devices, boot_disk, said)
+    found = _roots(g, devices)
+    root = _choose_root(g, found, devices, boot_disk, said)
     if opened and (names := _names_in_crypttab(g, root, disks, devices, opened)) != opened:
         # fstab and the builder of the initramfs know an encrypted device by the name that crypttab gives it.
         g.vg_activate_all(False)
@@ -76,8 +83,8 @@ def find_system(
                 _unlock(g, device, names[device.name], key_for)
         g.lvm_scan(True)
         devices = _devices(g, disks)
-        roots, others = _roots(g, devices)
-        root = _choose_root(g, (*roots, *others), devices, boot_disk, [])
+        found = _roots(g, devices)
+        root = _choose_root(g, found, devices, boot_disk, [])
     warnings += said
     locked = tuple(device.name for device in devices if device.type in ENCRYPTED and device.name not in opened)
     if locked:
@@ -89,7 +96,7 @@ def find_system(
                 "key in fix.luks_keys it is looked into as well.",
             )
         )
-    return System(roots, root, devices, locked)
+    return System(found.linux, found.windows, root, devices, locked)
 
 
 def _devices(g: Any, disks: Sequence[str]) -> tuple[Device, ...]:
@@ -208,11 +215,26 @@ def _names_in_crypttab(
     return names
 
 
-def _roots(g: Any, devices: Sequence[Device]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What can be started from: every Linux, by looking; and anything else, as libguestfs finds it."""
-    roots = systems.linux_roots(g, devices)
-    if roots:
-        return tuple(roots), tuple(systems.windows(g, devices))
+@dataclass(frozen=True)
+class _Roots:
+    """What can be started from, as libguestfs says it."""
+
+    linux: tuple[str, ...]
+    windows: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
+def _roots(g: Any, devices: Sequence[Device]) -> _Roots:
+    """What can be started from: every Linux and every Windows, by looking; else what libguestfs finds.
+
+    libguestfs is not asked where it need not be: it gives up if one of several disks is blank.
+    """
+    found = _Roots(tuple(systems.linux_roots(g, devices)), tuple(systems.windows(g, devices)))
+    if found.linux or found.windows:
+        return found
+    refuse.bitlocker(devices)
+    refuse.volumes(devices)
+    refuse.unreadable(g, devices)
     others: list[str] = []
     try:
         others = g.inspect_os()
@@ -221,12 +243,11 @@ def _roots(g: Any, devices: Sequence[Device]) -> tuple[tuple[str, ...], tuple[st
         for device in devices if not others else ():
             if device.type in JOURNALED and (why := too_new(g, device.name)):
                 raise appliance_too_old(device.name, device.type, why)
-    return (), tuple(others)
+    return _Roots((), (), tuple(others))
 
 
-def _choose_root(
-    g: Any, roots: Sequence[str], devices: Sequence[Device], boot_disk: str, warnings: list[Finding]
-) -> str:
+def _choose_root(g: Any, found: _Roots, devices: Sequence[Device], boot_disk: str, warnings: list[Finding]) -> str:
+    roots = (*found.linux, *found.windows, *found.others)
     if not roots:
         if encrypted := [f"{device.name} (UUID {device.uuid})" for device in devices if device.type in ENCRYPTED]:
             raise MigrationError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hyper2kvmd.guest.linux.devices import Device
+from hyper2kvmd.guest.session import spelt
 from hyper2kvmd.text import printable
 
 # File systems that a Linux has its root on.
@@ -91,9 +92,7 @@ def windows(g: Any, devices: Iterable[Device]) -> list[str]:
             continue
         try:
             g.mount_ro(device.name, "/")
-            if any(
-                name.lower() == "windows" and g.glob_expand(f"/{name}/[Ss]ystem32/ntoskrnl.exe") for name in g.ls("/")
-            ):
+            if spelt(g, "/Windows/System32/ntoskrnl.exe"):
                 found.append(device.name)
         except RuntimeError:
             continue

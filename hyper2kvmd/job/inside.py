@@ -123,7 +123,10 @@ def fix_options(job: Job, plan: Plan) -> FixOptions:
 
 def _tolerated(job: Job, plan: Plan, error: MigrationError) -> bool:
     """Whether a guest that cannot be looked into, or cannot be fixed, is converted all the same."""
-    unseen = (Code.OS_UNKNOWN, Code.GUEST_ENCRYPTED, Code.GUEST_DIRTY, Code.APPLIANCE_TOO_OLD)
+    unseen = (
+        Code.OS_UNKNOWN, Code.OS_UNSUPPORTED, Code.GUEST_ENCRYPTED, Code.GUEST_DIRTY, Code.APPLIANCE_TOO_OLD,
+        Code.TOOL_MISSING,
+    )  # fmt: skip
     if not plan.fix and error.code in unseen:
         # Who turned FIX off says that the guest is ready as it is.
         job.warn(Finding(error.code, error.message, "FIX is off, so the disks were converted as they are."))
