@@ -269,6 +269,9 @@ class Directory:
     def exists(self, path: str) -> bool:
         return self.host(path).exists()
 
+    def is_symlink(self, path: str) -> bool:
+        return self.host(path).is_symlink()
+
     def is_file(self, path: str, followsymlinks: bool = False) -> bool:
         return self.host(path).is_file()
 
@@ -554,6 +557,9 @@ def _control_set(family: Family, *, static: bool) -> dict[str, dict[str, Value]]
         "Control\\TimeZoneInformation": {"TimeZoneKeyName": sz("W. Europe Standard Time")},
         "Control\\CrashControl": {"AutoReboot": dword(1)},
         "Control\\Session Manager": {"ProtectionMode": dword(1)},
+        "Control\\Session Manager\\Environment": {
+            "PROCESSOR_ARCHITECTURE": sz({"x86_64": "AMD64", "i386": "x86"}[family.arch])
+        },
         "Control\\PnP": {},
     }
     if not family.has_driver_database:

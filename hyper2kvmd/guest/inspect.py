@@ -99,7 +99,7 @@ def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint
     if system.is_linux:
         looked = _linux(g, system, disks, starts[0].esp, warnings)
     elif system.is_windows:
-        looked = _windows(g, system, starts[0], warnings)
+        looked = _windows(g, system, disks, starts[0], warnings)
     else:
         looked = _other(g, system, warnings)
     boot_disk = starts[0].disk
@@ -207,10 +207,12 @@ def _named_root(found: Menu | None, names: Names, roots: Sequence[str], root: st
     return next((one for one in candidates if one != root), None) if root not in candidates else None
 
 
-def _windows(g: Any, system: System, start: _Start, warnings: list[Finding]) -> _Looked:
+def _windows(g: Any, system: System, disks: Sequence[str], start: _Start, warnings: list[Finding]) -> _Looked:
     """Mount the Windows that starts."""
     mounts: dict[str, str] = {}
-    boot = start.esp if start.firmware == "uefi" else _active_partition(g, system)
+    boot = start.esp
+    if start.firmware == "bios":
+        boot = _active_partition(g, system, disks[start.disk]) if start.disk is not None else None
     windows = look(g, system.root, boot, system.devices, mounts, warnings)
     major, minor = map(int, windows.version.split("."))
     release = Release("windows", major, minor, windows.product, windows.arch, windows.hostname, "unknown")
@@ -218,10 +220,9 @@ def _windows(g: Any, system: System, start: _Start, warnings: list[Finding]) -> 
     return _Looked("windows", release, mounts, None, (), names, windows)
 
 
-def _active_partition(g: Any, system: System) -> str | None:
-    """The partition that the boot sector of the disk with the system starts."""
-    disk = next((device.disk for device in system.devices if device.name == system.root), "")
-    sector = g.pread_device(disk, 512, 0) if disk else b""
+def _active_partition(g: Any, system: System, disk: str) -> str | None:
+    """The partition that the boot sector of a disk starts."""
+    sector = g.pread_device(disk, 512, 0)
     active = [f"{disk}{number}" for number, flag in enumerate(sector[446:510:16], 1) if flag == 0x80]
     return next((device.name for device in system.devices if device.name in active), None)
 

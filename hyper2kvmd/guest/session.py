@@ -99,12 +99,15 @@ def read_text(g: Any, path: str) -> str | None:
 
 
 def spelt(g: Any, path: str) -> str | None:
-    """A path in any case as it is spelt on a file system of Windows, or None if it is not there."""
+    """A path in any case as it is spelt on a file system of Windows, or None if it is not there.
+
+    It need not be readable: ntfs-3g shows what Windows itself compressed (CompactOS) as links to nowhere.
+    """
     try:
         found: str = g.case_sensitive_path(path)
     except RuntimeError:  # a directory above it is not there
         return None
-    return found if g.exists(found) else None
+    return found if g.exists(found) or g.is_symlink(found) else None
 
 
 def shell(g: Any, command: str) -> tuple[int, str]:

@@ -24,6 +24,7 @@ VMWARE_SERVICES = ("VMTools", "VGAuthService", "vm3dservice")
 STORES = ("/EFI/Microsoft/Boot/BCD", "/Boot/BCD")
 _NETWORK = "{4D36E972-E325-11CE-BFC1-08002BE10318}"
 _MACHINES = {0x8664: "x86_64", 0x14C: "i386", 0xAA64: "aarch64"}
+_ARCHITECTURES = {"AMD64": "x86_64", "X86": "i386", "ARM64": "aarch64"}
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,15 @@ def look(
     mount_one(g, "/", root, {device.name: device.type for device in devices}, mounts, warnings, waits=True)
     system_root = _needed(g, "/Windows")
     hives = {name: _needed(g, f"{system_root}/System32/config/{name[5:]}") for name in (SYSTEM, SOFTWARE)}
-    arch = _arch(g, _needed(g, f"{system_root}/System32/ntoskrnl.exe"))
+    kernel = _needed(g, f"{system_root}/System32/ntoskrnl.exe")
     with open_hive(g, hives[SYSTEM], SYSTEM) as system:
         control_sets = _control_sets(system)
         own = control_sets[0]
-        is_client = _text(system, f"{own}\\Control\\ProductOptions", "ProductType") == "WinNT"
-        hostname = _text(system, f"{own}\\Control\\ComputerName\\ComputerName", "ComputerName")
-        universal = system.value(f"{own}\\Control\\TimeZoneInformation", "RealTimeIsUniversal")
+        control = f"{own}\\Control"
+        is_client = _text(system, f"{control}\\ProductOptions", "ProductType") == "WinNT"
+        hostname = _text(system, f"{control}\\ComputerName\\ComputerName", "ComputerName")
+        arch = _arch(g, kernel, _text(system, f"{control}\\Session Manager\\Environment", "PROCESSOR_ARCHITECTURE"))
+        universal = system.value(f"{control}\\TimeZoneInformation", "RealTimeIsUniversal")
         addresses = _addresses(system, own)
         services = tuple(
             name for name in VMWARE_SERVICES if any(system.exists(f"{one}\\Services\\{name}") for one in control_sets)
@@ -209,12 +212,13 @@ def _pending_renames(system: Hive, control_set: str) -> list[Finding]:
     ]
 
 
-def _arch(g: Any, path: str) -> str:
-    """The architecture of a program, by its PE header; "unknown" for another."""
-    head: bytes = g.pread(path, 64, 0)
-    if len(head) < 64 or not head.startswith(b"MZ"):
-        return "unknown"
-    header: bytes = g.pread(path, 6, int.from_bytes(head[60:64], "little"))
+def _arch(g: Any, path: str, said: str) -> str:
+    """The architecture of a program, by its PE header, "unknown" for another; what Windows says if it is compressed."""
+    try:
+        head: bytes = g.pread(path, 64, 0)
+        header: bytes = g.pread(path, 6, int.from_bytes(head[60:64], "little")) if len(head) == 64 else b""
+    except RuntimeError:
+        return _ARCHITECTURES.get(said.upper(), "unknown")
     if not header.startswith(b"PE\0\0"):
         return "unknown"
     return _MACHINES.get(int.from_bytes(header[4:6], "little"), "unknown")

@@ -238,6 +238,14 @@ def test_a_kernel_of_unknown_make_is_said(content: bytes, tmp_path: Path) -> Non
     assert "unknown" == windows(g).arch
 
 
+def test_a_kernel_that_windows_compressed_is_there_and_the_registry_says_its_make(tmp_path: Path) -> None:
+    g = guest(tmp_path, "10")
+    kernel = last(g) / "Windows/System32/ntoskrnl.exe"
+    kernel.unlink()
+    kernel.symlink_to("unsupported reparse tag 0x80000017")
+    assert "x86_64" == windows(g).arch
+
+
 def test_an_arm_windows_is_known_by_its_kernel(tmp_path: Path) -> None:
     g = guest(tmp_path, "11")
     (last(g) / "Windows/System32/ntoskrnl.exe").write_bytes(program("aarch64"))
