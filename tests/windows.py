@@ -243,6 +243,8 @@ class Directory:
             raise RuntimeError(f"mount: {device}: wrong fs type")
         if point != "/" and not self.is_dir(point):
             raise RuntimeError(f"mount: {point}: mount point is not a directory")
+        if point in self.mounted:
+            raise RuntimeError(f"mount: {point}: something is mounted there already")
         self.mounted[point] = device
 
     def mount_ro(self, device: str, point: str) -> None:

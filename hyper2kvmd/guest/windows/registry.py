@@ -176,7 +176,6 @@ class Hive:
         if node is None:
             above, _, name = key.rpartition("\\")
             node = int(self._g.hivex_node_add_child(self._make(above), name))
-            self._nodes[key.lower()] = node
         return node
 
     def _children(self, key: str, node: int | None) -> list[int]:

@@ -85,6 +85,8 @@ def test_what_is_not_there_is_nothing(g: Directory) -> None:
         assert {} == opened.values("ControlSet002")
         assert opened.value("ControlSet002", "Start") is None
         assert opened.value(VIOSTOR, "Group") is None
+        assert opened.value(VIOSTOR, "Start\0") is None
+        assert not opened.exists("Select\0")
 
 
 def test_a_value_is_set_with_the_keys_above_it(g: Directory) -> None:
