@@ -102,7 +102,8 @@ def look(
     starts = _boot(g, boot)
     mount_one(g, "/", root, {device.name: device.type for device in devices}, mounts, warnings, waits=True)
     system_root = _needed(g, "/Windows")
-    hives = {name: _needed(g, f"{system_root}/System32/config/{name[5:]}") for name in (SYSTEM, SOFTWARE)}
+    config = f"{system_root}/System32/config"
+    hives = {SYSTEM: _needed(g, f"{config}/SYSTEM"), SOFTWARE: _needed(g, f"{config}/SOFTWARE")}
     kernel = _needed(g, f"{system_root}/System32/ntoskrnl.exe")
     with open_hive(g, hives[SYSTEM], SYSTEM) as system:
         control_sets = _control_sets(system)
