@@ -1,1 +1,1 @@
-"""Windows guests: what they are, what has to change in them, and the proof that it did."""
+"""What is done to a Windows."""
