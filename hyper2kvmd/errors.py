@@ -45,6 +45,7 @@ class Code(StrEnum):
     GUEST_DIRTY = "guest_dirty"
     GUEST_SPACE = "guest_space"
     DEVICE_UNCERTAIN = "device_uncertain"
+    DRIVERS_UNUSABLE = "drivers_unusable"
     FIX_FAILED = "fix_failed"
     FIX_UNPROVED = "fix_unproved"
     APPLIANCE_FAILED = "appliance_failed"
@@ -118,6 +119,9 @@ MEANING: dict[Code, Meaning] = {
     Code.GUEST_SPACE: Meaning(Outcome.BLOCKED, "the guest has too little free space for a new initramfs"),
     Code.DEVICE_UNCERTAIN: Meaning(
         Outcome.BLOCKED, "a device that the guest starts from is missing, or cannot be told from another one"
+    ),
+    Code.DRIVERS_UNUSABLE: Meaning(
+        Outcome.BLOCKED, "what fix.virtio_win names is not a virtio-win, or its drivers are damaged"
     ),
     Code.FIX_FAILED: Meaning(Outcome.FAILED, "a change inside the guest failed"),
     Code.FIX_UNPROVED: Meaning(Outcome.FAILED, "the changed guest does not hold what it needs to boot on virtio"),

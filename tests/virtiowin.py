@@ -29,6 +29,7 @@ ARCHS = dict.fromkeys(("2k8", "w7", "w8", "w8.1", "w10"), ("amd64", "x86")) | {"
 FILES = {
     "viostor": ("viostor.cat", "viostor.inf", "viostor.pdb", "viostor.sys"),
     "vioscsi": ("vioscsi.cat", "vioscsi.inf", "vioscsi.pdb", "vioscsi.sys"),
+    "vioserial": ("vioser.cat", "vioser.inf", "vioser.pdb", "vioser.sys"),
     "NetKVM": ("netkvm.cat", "netkvm.inf", "netkvm.pdb", "netkvm.sys", "netkvmco.exe", "vioprot.inf"),
 }
 
@@ -179,11 +180,12 @@ def inf(driver: str, family: str = "2k22", arch: str = "amd64", release: int = 2
     if driver == "NetKVM":
         text = _NETWORK.format(**shape)
     else:
-        old, subsystem, new, bus = {
-            "viostor": ("1001", "0002", "1042", "0x00000001"),
-            "vioscsi": ("1004", "0008", "1048", "0x0000000A"),
+        name, old, subsystem, new, bus = {
+            "viostor": ("viostor", "1001", "0002", "1042", "0x00000001"),
+            "vioscsi": ("vioscsi", "1004", "0008", "1048", "0x0000000A"),
+            "vioserial": ("vioser", "1003", "0003", "1043", "0x00000001"),
         }[driver]
-        text = _STORAGE.format(name=driver, old=old, subsystem=subsystem, new=new, bus=bus, **shape)
+        text = _STORAGE.format(name=name, old=old, subsystem=subsystem, new=new, bus=bus, **shape)
     return text.replace("\n", "\r\n").encode()
 
 

@@ -36,6 +36,8 @@ def _checked(target: str) -> str:
 
 
 Network = Annotated[str, AfterValidator(_checked)]
+# Where distributions put the drivers for Windows.
+VIRTIO_WIN = Path("/usr/share/virtio-win")
 
 
 _PORT = r"(\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5])"
@@ -149,6 +151,11 @@ class Fix(Section):
     serial_console: bool = Field(
         default=False,
         description="Whether the guest's kernel is to write to the first serial port as well, for `virsh console`.",
+    )
+    virtio_win: Path | None = Field(
+        default=VIRTIO_WIN,
+        description="The drivers for Windows: a directory or an ISO in the layout of virtio-win. The default may be"
+        " missing; null for none.",
     )
 
 
