@@ -13,10 +13,11 @@ from pathlib import Path
 
 from hyper2kvmd import accel
 from hyper2kvmd.ctl.doctor.diagnosis import ANSWER_SECONDS, Diagnosis, Host
-from hyper2kvmd.errors import Cancelled, Code, MigrationError
+from hyper2kvmd.errors import Cancelled, Code, Collected, MigrationError
 from hyper2kvmd.files import user_name
 from hyper2kvmd.guest import keys
 from hyper2kvmd.guest.session import check_host, open_guest
+from hyper2kvmd.guest.windows.drivers import Catalogue
 from hyper2kvmd.job.plan import LUKS_MEMORY_MB
 from hyper2kvmd.memory import available
 from hyper2kvmd.run import Tools, environment, qemu
@@ -32,7 +33,6 @@ PROGRAMS = {
 UNPACKERS = ("zstd", "lz4", "lzop")
 # What libguestfs has in packages of its own in some distributions.
 GUEST_FEATURES = ("lvm2", "luks", "xfs", "btrfs")
-VIRTIO_WIN = Path("/usr/share/virtio-win")
 LAUNCH_SECONDS = 120.0
 
 
@@ -180,14 +180,21 @@ def check_libguestfs(host: Host, diagnosis: Diagnosis) -> str:
 
 
 def check_windows(host: Host, diagnosis: Diagnosis) -> str:
-    """The drivers are not used yet; whoever has Windows guests should know."""
-    if not VIRTIO_WIN.is_dir():
-        diagnosis.warn(
-            "virtio_win_missing",
-            f"no {VIRTIO_WIN}: Windows guests have no virtio drivers",
-            "Nothing is to be done for Linux guests. Windows guests are not fixed yet: with fix.allow_unsupported they"
-            " get SATA and e1000e, which need no drivers; for virtio, install the package virtio-win.",
-        )
-        return ""
-    found = sorted(path.name for path in VIRTIO_WIN.iterdir() if path.suffix == ".iso" or path.name == "drivers")
-    return f"{VIRTIO_WIN}: {', '.join(found) or 'no image and no drivers'}; Windows guests are not fixed yet"
+    """Which Windows there are drivers for. They are not used yet; whoever has Windows guests should know."""
+    path = host.settings.fix.virtio_win
+    with Catalogue.open(path) as catalogue:
+        if catalogue is None:
+            diagnosis.warn(
+                "virtio_win_missing",
+                f"{f'no {path}' if path else 'fix.virtio_win is null'}: Windows guests have no virtio drivers",
+                "Nothing is to be done for Linux guests. Windows guests are not fixed yet: with fix.allow_unsupported"
+                " they get SATA and e1000e, which need no drivers; for virtio, install the package virtio-win, or name"
+                " its ISO in fix.virtio_win.",
+                "fix.virtio_win",
+            )
+            return ""
+        noted = Collected()
+        words = catalogue.coverage(noted)
+        diagnosis.warnings += noted.findings()  # only the guests of that family wait for a person
+        covered = ", ".join(f"{family} {said}" for family, said in words.items())
+        return f"{catalogue.path}: {covered or 'no family that is known'}; Windows guests are not fixed yet"

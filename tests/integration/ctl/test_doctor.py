@@ -25,6 +25,7 @@ from hyper2kvmd.daemon.web import Web
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.run import QEMU
 from hyper2kvmd.settings.model import Settings
+from tests import virtiowin
 from tests.conftest import MakeExport
 from tests.e2e.container import Container, booted, wait_until
 from tests.e2e.test_systemd import EXPORTS, configure, install_program, install_service
@@ -210,11 +211,27 @@ def test_a_host_without_a_kernel_for_the_appliance_is_told_so(doctor: Doctor) ->
     assert "install a kernel package" in report.only()[1]
 
 
-def test_drivers_for_windows_are_looked_for(doctor: Doctor) -> None:
-    none = doctor("windows", setup="mount -t tmpfs tmpfs /usr/share")
+def test_drivers_for_windows_are_looked_for(doctor: Doctor, tmp_path: Path) -> None:
+    setup = "mount -t tmpfs tmpfs /usr/share"
+    none = doctor("windows", setup=setup)
     assert (0, [("windows", "warning", "virtio_win_missing")]) == (none.status, none.faults())
-    setup = "mount -t tmpfs tmpfs /usr/share; mkdir /usr/share/virtio-win; touch /usr/share/virtio-win/virtio-win.iso"
-    assert "virtio-win.iso" in doctor("windows", setup=setup).detail("windows")
+    iso = virtiowin.iso(tmp_path / "virtio-win.iso", virtiowin.tree())
+    detail = doctor("windows", setup=f"{setup}; mkdir /usr/share/virtio-win; cp {iso} /usr/share/virtio-win").detail(
+        "windows"
+    )
+    assert "/usr/share/virtio-win/virtio-win.iso: " in detail
+    assert " 2k12R2 test-signed only, w10 yes, w10/x86 yes, 2k16 yes, " in detail
+
+
+def test_drivers_that_cannot_be_used_are_said_of_one_family_or_of_all(doctor: Doctor, tmp_path: Path) -> None:
+    files = virtiowin.tree() | {"viostor/2k22/amd64/viostor.sys": virtiowin.program("x86")}
+    report = doctor("windows", fix__virtio_win=str(virtiowin.write(tmp_path / "drivers", files)))
+    assert (0, [("windows", "warning", "drivers_unusable")]) == (report.status, report.faults())
+    (covered,) = (row["detail"] for row in report.rows if row["result"] == "ok")
+    assert " 2k19 yes, 2k22 unusable, w11 yes, " in covered
+    report = doctor("windows", fix__virtio_win=str(tmp_path))
+    assert (1, [("windows", "failed", "drivers_unusable")]) == (report.status, report.faults())
+    assert "is not a virtio-win: there is no viostor in it" in report.only()[0]
 
 
 # Directories ------------------------------------------------------------------------------------------------
