@@ -163,7 +163,8 @@ def test_what_holds_something_else_is_refused_with_what_that_is(tmp_path: Path, 
     files = {"EFI/BOOT/BOOTX64.EFI": b"", "dists/bookworm/Release": b"", "README.txt": b""}
     said = refused(PLACES[place](tmp_path, files))
     assert "is not a virtio-win: there is no viostor in it, but " in said
-    assert "readme.txt" in said.lower() or "RPM" in place  # of which the ISO, or the top, is looked at
+    named = {name.lower() for name in said.rpartition("but ")[2].split(", ")}
+    assert ({"drivers"} if place == "RPM" else {"efi", "dists", "readme.txt"}) == named
 
 
 @pytest.mark.parametrize(
@@ -237,6 +238,13 @@ def test_family_without_a_network_driver_is_said(tmp_path: Path) -> None:
     assert ("yes, without NetKVM", "yes") == (words["2k22"], words["2k19"])
 
 
+def test_family_whose_driver_is_for_later_builds_is_said(tmp_path: Path) -> None:
+    files = virtiowin.tree() | {"viostor/2k16/amd64/viostor.inf": virtiowin.inf("viostor", "2k25")}
+    with Catalogue.open(virtiowin.write(tmp_path / "mixed", files)) as catalogue:
+        assert catalogue is not None
+        assert "not for its newest build" == catalogue.coverage(Collected())["2k16"]
+
+
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     path = virtiowin.write(tmp_path / "drivers", virtiowin.tree())
     (path / "viostor/2k22/amd64/viostor.cat").unlink()
@@ -283,6 +291,20 @@ def test_iso_that_is_damaged_at_random_ends_in_an_answer_or_a_defect(tmp_path: P
                     catalogue.find("vioscsi", *SERVER_2022)
             except MigrationError:
                 continue
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"joliet": False}, {"rock_ridge": False}, {"joliet": False, "rock_ridge": False}]
+)
+def test_directory_of_many_sectors_is_read_to_its_end(tmp_path: Path, shape: dict[str, bool]) -> None:
+    names = {f"file-{number:03}.txt" for number in range(200)}
+    path = virtiowin.iso(tmp_path / "many.iso", {name: name.encode() for name in names}, **shape)
+    with path.open("rb") as file:
+        iso = Iso(file)
+        files = iso.children(iso.root)
+        assert iso.root.size > SECTOR
+        assert names == {iso.read(node).decode() for node in files.values()}
+        assert names == {name.lower().replace("_", "-") for name in files}
 
 
 def test_directory_that_holds_itself_is_not_followed_for_ever(tmp_path: Path) -> None:
