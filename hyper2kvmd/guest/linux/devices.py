@@ -81,6 +81,7 @@ class _Kind:
     ordered: bool = False
 
 
+_NEVER_EXPORTED = {("azure", ("resource",))}
 _PART = r"(?P<part>\d{1,3})"
 # Every name that Linux gave disks by the order in which it found them, or by the place or the identity of the hardware.
 _KINDS = (
@@ -309,7 +310,8 @@ def work_out(
     A position counts if all names that go by position are of one family, and nothing contradicts it: the root's name,
     or a device that is not there, holds something else, or is known by another name already. An
     address counts if there are as many as disks, all on one controller. What then is left over on both sides, one name
-    and one disk, belongs together. Of two names for one disk nobody knows, and nothing is guessed.
+    and one disk, belongs together, if the guest knows nothing there by another name. Of two names for one disk nobody
+    knows, and nothing is guessed. Azure's temporary disk is on no disk of an export.
     """
     named = list(dict.fromkeys(name for spec in used if (name := hardware_name(spec))))
     keys = list(dict.fromkeys((name.family, name.disk) for name in named))
@@ -332,24 +334,32 @@ def work_out(
             known |= by_place
             evidence = dict.fromkeys(by_place, "its place among the disks of the export") | evidence
             absent |= {key for key, at in positions.items() if at >= len(disks)}
+    absent |= {key for key in keys if key in _NEVER_EXPORTED}
     by_address = _by_address(keys, disks, known)
     known |= by_address
     evidence = dict.fromkeys(by_address, "the order of the addresses on its controller") | evidence
     if len(disks) == 1:
         for family in {family for family, _ in keys} - by_position:
-            own = [key for key in keys if key[0] == family]
-            if len(own) == 1:
-                known.setdefault(own[0], disks[0])
-                evidence.setdefault(own[0], "it is the only disk")
+            own = [key for key in keys if key[0] == family and key not in absent]
+            if len(own) == 1 and own[0] not in known:
+                if _is_taken(own[0], disks[0], named, taken):
+                    absent.add(own[0])
+                else:
+                    known[own[0]], evidence[own[0]] = disks[0], "it is the only disk"
             elif any(key in known for key in own):
                 absent |= {key for key in own if key not in known}
     left = [key for key in keys if key not in known and key not in absent]
     given = {known.get(key, "") for key in keys}
     free = [disk for disk in disks if disk not in given]
-    if len(left) == len(free) == 1 and len(disks) > 1:
+    if len(left) == len(free) == 1 and len(disks) > 1 and not _is_taken(left[0], free[0], named, taken):
         known[left[0]] = free[0]
         evidence[left[0]] = "it is the only disk, and the only name, that is left over"
     return Known(Names(devices, known, frozenset(absent), evidence), disagrees, root[0] if root else "")
+
+
+def _is_taken(key: _Key, disk: str, named: Iterable[HardwareName], taken: Collection[str]) -> bool:
+    """Whether a name would mean, on this disk, what the guest knows by another name."""
+    return any(disk + name.part in taken for name in named if (name.family, name.disk) == key)
 
 
 def _contradicted(names: Names, types: Mapping[str, str], taken: Collection[str]) -> bool:

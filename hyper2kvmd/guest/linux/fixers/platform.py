@@ -3,8 +3,8 @@
 cloud-init asks its datasource at every boot who this machine is. On KVM the datasource of a cloud, of vSphere or of a
 drive that stayed behind is not there: cloud-init waits for it (Ec2 for two minutes), takes the machine for a new one,
 makes new SSH host keys, runs its first-boot modules again, and writes a network of its own. So it is switched off in
-the way that it knows, with all that it made left as it is; and whatever starts it all the same (a mount that requires
-it) finds the network none of its business.
+the way that it knows, with all that it made left as it is. A mount that requires it starts it all the same: then it
+does nothing, and what else starts it finds the network none of its business.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Command, Edit
+from hyper2kvmd.guest.linux import fstab
 from hyper2kvmd.guest.linux.fixers import FixPlan, View, vmware
 from hyper2kvmd.guest.linux.fixers.network import cmdline, netplan
 from hyper2kvmd.text import printable
@@ -56,6 +57,7 @@ _ELSEWHERE = re.compile(r"^ConditionVirtualization=(?:microsoft|amazon|google|xe
 _SOURCE = re.compile(r"DataSource(?P<name>[A-Za-z0-9]{1,40})(?:Local|Net)?(?=[ \[\n]|$)(?P<details>[^\n]{0,400})\s*$")
 _SEED = re.compile(r"\[(?:seed|source)=(?P<seed>[^\]]{0,200})\]")
 _HOME = ("NoCloud", "None")
+_REQUIRES = re.compile(r"^[^#\n]*\bx-systemd\.requires=([A-Za-z0-9@._-]{1,100})", re.MULTILINE)
 _OFF = re.compile(r"^[^#\n]*\bcloud-init=disabled\b", re.MULTILINE)
 _LIST = re.compile(r"^datasource_list[ \t]*:[ \t]*\[(?P<names>[^\]]{0,1000})\]", re.MULTILINE)
 _PER_BOOT = "/var/lib/cloud/scripts/per-boot/*"
@@ -95,6 +97,7 @@ def _cloud_init(view: View) -> FixPlan:
     if any(view.g.is_file(path) for path in _GENERATORS) or any(DISABLED in text for _, text in _units(view)):
         text = f"# Written by hyper2kvmd: {printable(why)}, which this machine does not have.\n"
         edits.append(Edit(FIXER, DISABLED, None, text, "cloud-init does not start any more", printable(why)))
+        edits += _required(view)
     else:
         edits += vmware.upstart(view, _CLOUD_INIT_SCRIPTS, FIXER)
         command = vmware.switch_off(view, (), _CLOUD_INIT_SCRIPTS) or _disable(view, _CLOUD_INIT_UNITS)
@@ -104,6 +107,19 @@ def _cloud_init(view: View) -> FixPlan:
     commands = (Command(FIXER, "/etc", command, "cloud-init does not start any more"),) if command else ()
     warnings = _missed(view, why) if edits or commands else ()
     return FixPlan(tuple(edits), commands=commands, warnings=warnings)
+
+
+def _required(view: View) -> Iterator[Edit]:
+    """Have the units that a mount requires, and so starts all the same, do nothing, which is no failure."""
+    known = "".join(text for path, text in _units(view))
+    for unit in dict.fromkeys(_REQUIRES.findall(view.read(fstab.PATH) or "")):
+        path = f"{_ADMIN_UNITS}/{unit}.d/10-hyper2kvm.conf"
+        if unit in _CLOUD_INIT_UNITS and DISABLED not in known and view.read(path) is None:
+            text = (
+                f"# Written by hyper2kvmd: a mount in {fstab.PATH} requires this unit, and so starts it.\n"
+                f"[Unit]\nConditionPathExists=!{DISABLED}\n"
+            )
+            yield Edit(FIXER, path, None, text, f"{unit} does nothing where cloud-init is switched off")
 
 
 def last_source(text: str | None) -> Source | None:

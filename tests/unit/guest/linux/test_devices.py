@@ -181,6 +181,31 @@ def test_a_root_on_a_volume_that_the_guest_calls_a_partition_says_that_the_order
     assert () == found.names.all("/dev/sda1")
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "/dev/disk/cloud/azure_resource-part1",
+        "/dev/disk/azure/resource-part1",
+        "/dev/disk/by-id/scsi-36000c29d5e8a4b7c1f3e2d1c0b9a8f7e-part1",
+        "/dev/disk/by-path/pci-0000:03:00.0-scsi-0:0:1:0-part1",
+        "/dev/mapper/mpathb1",
+    ],
+)
+def test_a_name_of_a_disk_that_was_not_exported_is_not_that_of_the_only_one(spec: str) -> None:
+    """Its root is known by its UUID, and is not what is mounted on /mnt."""
+    devices = {device.name: device for device in DEVICES}
+    found = work_out(("/dev/sda",), devices, ["UUID=ROOT", spec], None, taken={"/dev/sda1"}).names
+    assert (None, True) == (found.find(spec), found.lacks(spec))
+    two = work_out(("/dev/sda", "/dev/sdb"), devices, ["UUID=ROOT", spec], None, taken={"/dev/sda1", "/dev/sdb1"}).names
+    assert two.find(spec) is None
+
+
+def test_azures_temporary_disk_is_on_no_disk_of_an_export() -> None:
+    for spec in ("/dev/disk/azure/resource-part1", "/dev/disk/cloud/azure_resource"):
+        names = work_out(("/dev/sda",), {device.name: device for device in DEVICES}, [spec], None).names
+        assert (None, True) == (names.find(spec), names.lacks(spec))
+
+
 def test_a_disk_behind_the_last_one_is_lacking() -> None:
     names = known("/dev/sda1 /dev/sdb2 /dev/sdc1")
     assert [False, False, True] == [names.lacks(f"/dev/{name}") for name in ("sda1", "sdb2", "sdc1")]

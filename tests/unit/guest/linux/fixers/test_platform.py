@@ -145,6 +145,28 @@ def test_units_that_look_for_the_file_themselves_need_no_generator() -> None:
     assert [edit.path for edit in plan(guest).edits] == OFF
 
 
+REQUIRED = "defaults,nofail,x-systemd.requires=cloud-init.service,_netdev,comment=cloudconfig"
+DROPPED = "/etc/systemd/system/cloud-init.service.d/10-hyper2kvm.conf"
+
+
+@pytest.mark.parametrize(
+    ("line", "more"),
+    [
+        (f"/dev/disk/cloud/azure_resource-part1 /mnt auto {REQUIRED} 0 2", [DROPPED]),
+        (f"# /dev/sdb1 /mnt auto {REQUIRED} 0 2", []),
+        ("/dev/sdb1 /mnt auto x-systemd.requires=network-online.target 0 2", []),
+        ("/dev/sdb1 /mnt auto x-systemd.after=cloud-init.service 0 2", []),
+    ],
+)
+def test_a_mount_that_requires_cloud_init_does_not_have_it_fail(line: str, more: list[str]) -> None:
+    """cloud-init writes such lines; its mark alone does not keep it from being started by them."""
+    guest = Guest({**BASE, DROP_IN: "datasource_list: [Azure]\n", "/etc/fstab": line + "\n"})
+    planned = {edit.path: edit.after or "" for edit in plan(guest).edits}
+    assert sorted([*OFF, *more]) == sorted(planned)
+    if more:
+        assert f"[Unit]\nConditionPathExists=!{platform.DISABLED}\n" in planned[DROPPED]
+
+
 def test_a_cloud_init_too_old_for_the_file_is_taken_out_of_its_runlevels() -> None:
     files = {path: text for path, text in BASE.items() if path != GENERATOR}
     old = {**files, DROP_IN: "datasource_list: [Ec2]\n"}
