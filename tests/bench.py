@@ -98,7 +98,6 @@ def migration(scratch: Path) -> None:
 def fix(scratch: Path) -> None:
     """INSPECT and FIX beside what cannot be avoided: one appliance and one rebuild, with nothing around them."""
     settings = settings_in(scratch)
-    dropped = export("debian12-bios", scratch / "exports", dialect="seed", vm_name="web01")
     disk = build("debian12-bios")
     accelerator = accel.resolve("auto", Tools()).name
 
@@ -113,13 +112,16 @@ def fix(scratch: Path) -> None:
         return time.monotonic() - started
 
     bare()  # warms the page cache and libguestfs's appliance
-    needed = bare()
-    done = run_job(dropped, settings)
-    assert done.returncode == 0, done.stderr
-    stages = {stage["name"]: stage["seconds"] for stage in report_of(dropped)["stages"]}
-    ours = stages["inspect"] + stages["fix"]
-    print(f"INSPECT {stages['inspect']:.1f} s, FIX {stages['fix']:.1f} s, bare launch and rebuild {needed:.1f} s")
-    figure("INSPECT and FIX / bare launch and rebuild", ours / needed, "", "≤ 1.2")
+    ratios = []
+    for round_number in range(3):
+        needed = bare()
+        dropped = export("debian12-bios", scratch / "exports", dialect="seed", vm_name=f"web{round_number}")
+        done = run_job(dropped, settings)
+        assert done.returncode == 0, done.stderr
+        stages = {stage["name"]: stage["seconds"] for stage in report_of(dropped)["stages"]}
+        ratios.append((stages["inspect"] + stages["fix"]) / needed)
+        print(f"INSPECT {stages['inspect']:.1f} s, FIX {stages['fix']:.1f} s, bare launch and rebuild {needed:.1f} s")
+    figure("INSPECT and FIX / bare launch and rebuild, median of 3", sorted(ratios)[1], "", "≤ 1.15")
 
 
 def latency(scratch: Path) -> None:
