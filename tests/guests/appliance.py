@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_lowercase
 
 from tests.guests.guest import Guest
 from tests.guests.shapes import FINISH, LAYOUTS
@@ -24,7 +25,7 @@ def make_disks(guest: Guest, rootfs: Path, disks: Sequence[Path]) -> None:
         g.set_memsize(1280)
         g.set_smp(2)
         for number, disk in enumerate(disks):
-            label = f"disk{number}" if number else "boot"
+            label = f"disk{ascii_lowercase[number]}" if number else "boot"  # there may be nothing but letters in it
             g.add_drive_opts(str(disk), format="raw", cachemode="unsafe", label=label)
         # The tarball as one more disk: read directly it takes a third of the time it would through libguestfs. On
         # another bus, for what is on the same one may be found in any order, and then sda would be another disk.

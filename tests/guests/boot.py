@@ -53,19 +53,20 @@ _OVMF = {
 # Without it the guest could write the variables itself, and this firmware does not start.
 _SMM = ("-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1")
 MAC = "52:54:00:12:34:56"
+PVSCSI_DISKS = 15  # on one controller, as VMware has it
 
 # The controller, and what hangs each disk on it. The NIC is the one that goes with the platform.
 _CONTROLLER: dict[Bus, tuple[str, ...]] = {
     "virtio": (),
     "virtio-scsi": ("-device", "virtio-scsi-pci,id=scsi0"),
-    "pvscsi": ("-device", "pvscsi,id=scsi0"),
+    "pvscsi": (),  # as many as it takes
     "sata": (),  # q35 has one
     "compatible": (),
 }
 _DISK: dict[Bus, str] = {
     "virtio": "virtio-blk-pci,drive=disk{n}",
     "virtio-scsi": "scsi-hd,drive=disk{n},bus=scsi0.0",
-    "pvscsi": "scsi-hd,drive=disk{n},bus=scsi0.0,scsi-id={n}",
+    "pvscsi": "scsi-hd,drive=disk{n},bus=scsi{controller}.0,scsi-id={target}",
     "sata": "ide-hd,drive=disk{n},bus=ide.{n}",
     "compatible": "ide-hd,drive=disk{n},bus=ide.{n}",
 }
@@ -111,6 +112,11 @@ class BootResult:
         return "\n".join(self.serial_log.splitlines()[-lines:])
 
 
+def wwn(number: int) -> int:
+    """The name in its hardware that a disk has on VMware, which tells it to the guest with disk.EnableUUID."""
+    return 0x5000C29000000000 + number
+
+
 def boot(
     image: Path | Sequence[Path],
     fmt: str,
@@ -121,6 +127,7 @@ def boot(
     until: Sequence[str] = BOOTED,
     fail: Sequence[str] = STUCK,
     macs: Sequence[str] = (MAC,),
+    cpus: int = 2,
     answers: Mapping[str, str] | None = None,
     loader: str | None = None,
     echo: IO[str] | None = None,
@@ -135,7 +142,7 @@ def boot(
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there: nothing to boot")
     with tempfile.TemporaryDirectory(prefix="boot-") as scratch:
-        command = _qemu_command(images, fmt, bus, firmware, macs, loader, Path(scratch))
+        command = _qemu_command(images, fmt, bus, firmware, macs, cpus, loader, Path(scratch))
         deadline = time.monotonic() + timeout
         return _judge(_console(command, answers or {}, deadline=deadline, scratch=scratch), deadline, until, fail, echo)
 
@@ -199,13 +206,14 @@ def _qemu_command(
     bus: Bus,
     firmware: Firmware,
     macs: Sequence[str],
+    cpus: int,
     loader: str | None,
     scratch: Path,
 ) -> list[str]:
     machine = "q35,smm=on" if firmware == "secure-boot" else "q35"
     command = [
         *("qemu-system-x86_64", "-machine", machine, "-accel", "tcg,thread=multi", "-cpu", "max"),
-        *("-smp", "2", "-m", "1024", "-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"),
+        *("-smp", str(cpus), "-m", "1024", "-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"),
         *_CONTROLLER[bus],
     ]
     vmware = _NIC[bus] == "vmxnet3"
@@ -232,12 +240,18 @@ def _qemu_command(
         variables.write_bytes(nvram.with_boot_entry(store, loader) if loader else store)
         command += ["-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={code}"]
         command += ["-drive", f"if=pflash,format=raw,unit=1,file={variables}"]
+    if bus == "pvscsi":
+        for controller in range(-(-len(images) // PVSCSI_DISKS)):
+            command += ["-device", f"pvscsi,id=scsi{controller}"]
     for number, path in enumerate(images):
         # told an order by QEMU, OVMF forgets the one in the NVRAM
         order = "" if loader else f",bootindex={number}"
         name = os.fspath(path).replace(",", ",,")  # how QEMU's options quote a comma
+        identity = f",wwn={wwn(number):#x}" if vmware else ""
         drive = f"file={name},format={fmt},if=none,id=disk{number},snapshot=on"
-        command += ["-drive", drive, "-device", _DISK[bus].format(n=number) + order]
+        controller, target = divmod(number, PVSCSI_DISKS)
+        device = _DISK[bus].format(n=number, controller=controller, target=target)
+        command += ["-drive", drive, "-device", device + identity + order]
     return command
 
 

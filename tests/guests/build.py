@@ -26,9 +26,10 @@ from tests.guests.shapes import LAYOUTS, partition
 KIND = "guests"  # of what is kept in the cache
 
 Dialect = Literal["seed", "go"]
-DiskFormat = Literal["vmdk", "raw", "qcow2", "vhdx", "vdi"]
-# what a VMware export contains, and what qemu-img takes to make it
-_OPTIONS = {"vmdk": ("-o", "subformat=streamOptimized")}
+DiskFormat = Literal["vmdk", "raw", "qcow2", "vhd", "vhdx", "vdi"]
+# what an export of VMware's and one of Azure's contains, and what qemu-img takes to make it
+_OPTIONS = {"vmdk": ("-o", "subformat=streamOptimized"), "vhd": ("-o", "subformat=fixed,force_size=on")}
+_QEMU = {"vhd": "vpc"}  # its own name for a format
 
 
 def build(name: str) -> Path:
@@ -70,7 +71,7 @@ def exported_disks(name: str, disk_format: DiskFormat = "vmdk") -> list[Path]:
     def make(into: Path) -> None:
         options = _OPTIONS.get(disk_format, ())
         for source, target in zip(raw, (into / disk for disk in names), strict=True):
-            run("qemu-img", "convert", "-f", "raw", "-O", disk_format, *options, source, target)
+            run("qemu-img", "convert", "-f", "raw", "-O", _QEMU.get(disk_format, disk_format), *options, source, target)
             target.with_suffix(".sha256").write_text(_sha256(target))
 
     directory = cached(KIND, f"{name}-{disk_format}", digest(GUESTS[name]), make)

@@ -40,6 +40,7 @@ _VERSIONS = {
     "bullseye": "11",
     "bookworm": "12",
     "trixie": "13",
+    "forky": "14",
     "jammy": "22.04",
     "noble": "24.04",
     "resolute": "26.04",
@@ -61,6 +62,12 @@ class Guest:
     passphrase: str | None = None  # unlocks its encrypted disk
     # Its network interfaces as its boot-report names them. What is installed makes them so: they are not in the digest.
     cards: tuple[str, ...] = field(default=ONE_NIC, repr=False)
+
+    # What the old firmware had written down, where that is not Debian's name for it.
+    loader_path: str | None = field(default=None, repr=False)
+    # What it ran on, and how that exports a disk. Nobody but Xen itself can start what needs Xen's names.
+    platform: Literal["vmware", "xen", "hyper-v"] = field(default="vmware", repr=False)
+    exported_as: Literal["vmdk", "raw", "vhd"] = field(default="vmdk", repr=False)
 
     @property
     def os_version(self) -> str:
@@ -88,5 +95,5 @@ class Guest:
     def loader(self) -> str | None:
         """Where the firmware of the old machine had the boot loader written down, on a guest without fallback."""
         name = "shimx64" if self.secure_boot else "grubx64"
-        found = rf"\EFI\{self.rootfs.vendor}\{name}.efi"
+        found = self.loader_path or rf"\EFI\{self.rootfs.vendor}\{name}.efi"
         return found if self.firmware == "uefi" and not self.fallback else None

@@ -14,7 +14,7 @@ from tests.guests.guest import (
     Guest,
 )
 from tests.guests.rootfs import Rootfs
-from tests.guests.shapes import ubuntu
+from tests.guests.shapes import arrays, clouds, redhat, suse, ubuntu
 
 DEBIAN12 = Rootfs(
     "debian12",
@@ -180,5 +180,9 @@ GUESTS = {
             "ifupdown",
         ),
         *ubuntu.GUESTS,
+        *redhat.GUESTS,
+        *suse.GUESTS,
+        *clouds.GUESTS,
+        *arrays.GUESTS,
     )
 }

@@ -27,6 +27,8 @@ LEFT_OUT = (
     ),
 )
 
+UNRELEASED = ("forky",)
+
 
 @dataclass(frozen=True)
 class Rootfs:
@@ -85,6 +87,8 @@ def _mmdebstrap(rootfs: Rootfs, keyring: list[str], hooks: Sequence[str], tarbal
         *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", *keyring),
         "--include=" + ",".join(rootfs.packages),
         '--aptopt=APT::Install-Recommends "false"',
+        # A mirror's copy of a suite that changes daily may be older than the suite says it may be.
+        *(['--aptopt=Acquire::Check-Valid-Until "false"'] if rootfs.suite in UNRELEASED else []),
         *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
         *(f"--customize-hook={hook}" for hook in hooks),
         *(rootfs.suite, tarball),

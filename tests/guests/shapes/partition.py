@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tests.guests.boot import wwn
 from tests.guests.guest import Guest
 
 BIOS_BOOT = "21686148-6449-6E6F-744E-656564454649"
@@ -17,8 +18,20 @@ REST = 0
 MIB_SECTORS = 2048
 # Commands see the kernel's names. libguestfs's own calls translate theirs, by which /dev/sda is the first disk.
 BOOT_DISK = "/dev/disk/guestfs/boot"
+# What dracut puts in on VMware, whatever the machine is like where it is run.
+VMWARE_DRACUT = (
+    'dracut --force --hostonly --hostonly-mode strict --omit "qemu qemu-net"'
+    ' --omit-drivers "virtio virtio_ring virtio_pci virtio_pci_modern_dev virtio_pci_legacy_dev virtio_blk virtio_scsi'
+    ' virtio_net virtio_console virtio_rng"'
+    ' --add-drivers "mptspi vmw_pvscsi ahci sd_mod vmxnet3"'
+)
 # A layout makes the disks and mounts them; what it returns are places to fill in the guest's /etc/fstab.
 Layout = Callable[[Any, Guest], Mapping[str, str] | None]
+
+
+def wwid(number: int) -> str:
+    """What Linux calls a disk of the old machine by that name."""
+    return f"naa.{wwn(number):x}"
 
 
 def shell(g: Any, command: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tests.guests.guest import BUILD_INITRAMFS, GIB, Guest
+from tests.guests.guest import BUILD_DRACUT, BUILD_INITRAMFS, GIB, Guest
 from tests.guests.rootfs import Rootfs
-from tests.guests.shapes.partition import ESP, LINUX, REST, Layout, gpt, mount, shell
+from tests.guests.shapes.partition import BIOS_BOOT, ESP, LINUX, REST, Layout, gpt, mount, shell
 
 _COMMON = (
     *("linux-image-virtual", "zstd", "kmod", "udev", "systemd-sysv", "mount", "login", "iproute2", "open-vm-tools"),
@@ -31,6 +31,17 @@ def _ubuntu(name: str, suite: str, packages: tuple[str, ...], *overlays: str, co
 
 GUESTS = (
     Guest(
+        "ubuntu2204-bios",
+        _ubuntu(
+            "ubuntu2204-bios", "jammy", (*_INITRAMFS_TOOLS, "grub-pc-bin"), "initramfs-tools", commands=BUILD_INITRAMFS
+        ),
+        "bios",
+        "LVM, GPT, swap file",
+        "initramfs-tools",
+        "netplan by the installer",
+        (4 * GIB,),
+    ),
+    Guest(
         "ubuntu2404-uefi",
         _ubuntu(
             "ubuntu2404-uefi",
@@ -46,6 +57,21 @@ GUESTS = (
         "netplan by cloud-init",
         (4 * GIB,),
     ),
+    Guest(
+        "ubuntu2604-bios",
+        _ubuntu(
+            "ubuntu2604-bios",
+            "resolute",
+            ("dracut", "grub-pc-bin"),
+            "shapes/ubuntu/cloud-init",
+            commands=BUILD_DRACUT,
+        ),
+        "bios",
+        "LVM, GPT, swap file",
+        "dracut",
+        "netplan by cloud-init",
+        (4 * GIB,),
+    ),
 )
 
 
@@ -54,6 +80,11 @@ def _uefi(g: Any, _guest: Guest) -> Mapping[str, str]:
     places = _ubuntu_vg(g)
     mount(g, "/dev/sda1", "/boot/efi", "vfat")
     return {**places, "@ESP@": g.vfs_uuid("/dev/sda1")}
+
+
+def _bios(g: Any, _guest: Guest) -> Mapping[str, str]:
+    gpt(g, "/dev/sda", (1, BIOS_BOOT), (512, LINUX), (REST, LINUX))
+    return _ubuntu_vg(g)
 
 
 def _ubuntu_vg(g: Any) -> Mapping[str, str]:
@@ -71,5 +102,5 @@ def _swap_file(g: Any) -> None:
     shell(g, "fallocate -l 128M /sysroot/swap.img && chmod 600 /sysroot/swap.img && mkswap /sysroot/swap.img")
 
 
-LAYOUTS: dict[str, Layout] = {"ubuntu2404-uefi": _uefi}
+LAYOUTS: dict[str, Layout] = {"ubuntu2204-bios": _bios, "ubuntu2404-uefi": _uefi, "ubuntu2604-bios": _bios}
 FINISH: dict[str, Callable[[Any], None]] = dict.fromkeys(LAYOUTS, _swap_file)
