@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 
+from hyper2kvmd.domain.model import Machine
+from hyper2kvmd.errors import Finding
 from hyper2kvmd.text import printable
 
 DIFF_BYTES = 8192
@@ -28,18 +30,8 @@ class Edit:
 
     def done(self) -> Change:
         """The edit as a change that was made."""
-        return Change(self.fixer, self.path, self.summary, diff=self._diff(), evidence=self.evidence)
-
-    def _diff(self) -> str:
-        """A unified diff in printable text, cut at 8 KiB."""
-        old, new = self.before or "", self.after or ""
-        names = (
-            f"a{self.path}" if self.before is not None else "/dev/null",
-            f"b{self.path}" if self.after is not None else "/dev/null",
-        )
-        lines = difflib.unified_diff(old.split("\n"), new.split("\n"), *names, lineterm="", n=1)
-        text = "\n".join(printable(line, 400) for line in lines)
-        return text if len(text) <= DIFF_BYTES else text[:DIFF_BYTES] + "\n[cut]"
+        diff = unified_diff(self.path, self.before, self.after)
+        return Change(self.fixer, self.path, self.summary, diff=diff, evidence=self.evidence)
 
 
 @dataclass(frozen=True)
@@ -116,6 +108,32 @@ class Proof:
     claim: str
     ok: bool
     evidence: str
+
+
+@dataclass(frozen=True)
+class FixResult:
+    """What was changed, and what was proved of the result.
+
+    machine: what the guest was proved for. fstab: its text before and after. names: every device that the guest names.
+    """
+
+    changes: tuple[Change, ...]
+    proofs: tuple[Proof, ...]
+    drivers_injected: tuple[str, ...]
+    boot_updated: bool
+    machine: Machine
+    fstab: tuple[str, str]
+    warnings: tuple[Finding, ...]
+    names: tuple[Named, ...] = ()
+
+
+def unified_diff(path: str, before: str | None, after: str | None) -> str:
+    """What became of a file, None where it is not there, as a unified diff in printable text, cut at 8 KiB."""
+    old, new = before or "", after or ""
+    names = (f"a{path}" if before is not None else "/dev/null", f"b{path}" if after is not None else "/dev/null")
+    lines = difflib.unified_diff(old.split("\n"), new.split("\n"), *names, lineterm="", n=1)
+    text = "\n".join(printable(line, 400) for line in lines)
+    return text if len(text) <= DIFF_BYTES else text[:DIFF_BYTES] + "\n[cut]"
 
 
 def decode(data: bytes) -> str:

@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from hyper2kvmd.guest.inspect import inspect
-from hyper2kvmd.guest.linux.fix import FixOptions, fix
-from hyper2kvmd.guest.linux.fixers.network import Nic
+from hyper2kvmd.guest.linux.fix import fix
+from hyper2kvmd.guest.options import FixOptions, Nic
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Machine
 from hyper2kvmd.errors import Code, Finding, MigrationError
-from hyper2kvmd.guest.change import Change, Command, Edit, Named, Proof, encode
+from hyper2kvmd.guest.change import Change, Command, Edit, FixResult, encode
 from hyper2kvmd.guest.inspect import Inspection
 from hyper2kvmd.guest.linux import fstab, kernels, selinux
 from hyper2kvmd.guest.linux.fixers import (
@@ -30,49 +30,13 @@ from hyper2kvmd.guest.linux.fixers import (
 from hyper2kvmd.guest.linux.kernels import VIRTIO, VIRTIO_SCSI, Bus, Image, bus_of
 from hyper2kvmd.guest.linux.menu import Menu
 from hyper2kvmd.guest.mounts import device_of
+from hyper2kvmd.guest.options import FixOptions
 from hyper2kvmd.guest.session import Session, last_line, shell
-from hyper2kvmd.manifest import Configuration
 from hyper2kvmd.run import tail
 from hyper2kvmd.text import printable
 
 # Fixers whose files are also copied into the initramfs, where the old ones must not stay.
 _COPIED = frozenset({"resume", "crypttab", "lvm", "raid", "network"})
-
-
-@dataclass(frozen=True)
-class FixOptions:
-    """Which fixes are wanted; all that a guest needs to boot, unless the manifest says otherwise.
-
-    backup_dir: where in the guest the originals of edited files are kept, "" for nowhere. nics: what the VM will
-    have, in the order of its slots.
-    """
-
-    fstab: Literal["stabilize-all", "bypath-only", "noop"] = "stabilize-all"  # /etc/fstab and /etc/crypttab
-    bootloader: bool = True
-    drivers: bool = True  # ask for the drivers in the configuration of the initramfs
-    initramfs: bool = True  # build the initramfs anew where it lacks them
-    serial_console: bool = False
-    remove_vmware_tools: bool = False
-    backup_dir: str = ""
-    nics: tuple[network.Nic, ...] = ()
-    configuration: Configuration = field(default_factory=Configuration)
-
-
-@dataclass(frozen=True)
-class FixResult:
-    """What was changed, and what was proved of the result.
-
-    machine: what the guest was proved for. fstab: its text before and after. names: every device that the guest names.
-    """
-
-    changes: tuple[Change, ...]
-    proofs: tuple[Proof, ...]
-    drivers_injected: tuple[str, ...]
-    boot_updated: bool
-    machine: Machine
-    fstab: tuple[str, str]
-    warnings: tuple[Finding, ...]
-    names: tuple[Named, ...] = ()
 
 
 def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixResult:
@@ -91,6 +55,11 @@ def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixRes
         choice = choose_machine(inspection, before, options)
         plans = _plans(view, choice, options)
         warnings += [*choice.warnings, *(finding for plan in plans for finding in plan.warnings)]
+        if options.rdp:
+            message = (
+                "the manifest asks for remote desktop connections to be enabled, which Windows has, and Linux has not"
+            )
+            warnings.append(Finding("not_done", message, "Leave it out.", "pipeline.fix.enable_rdp"))
         stale = _to_rebuild(choice, [edit for plan in plans for edit in plan.edits], options)
         if stale:
             initramfs.check_space(g, stale)

@@ -13,8 +13,10 @@ import pytest
 
 from hyper2kvmd import accel
 from hyper2kvmd.errors import Cancelled, Code, MigrationError, Outcome
+from hyper2kvmd.guest.change import FixResult
 from hyper2kvmd.guest.inspect import Inspection, inspect
-from hyper2kvmd.guest.linux.fix import FixOptions, FixResult, fix
+from hyper2kvmd.guest.linux.fix import fix
+from hyper2kvmd.guest.options import FixOptions
 from hyper2kvmd.guest.session import Session, open_guest
 from hyper2kvmd.run import Tools
 from tests.appliance import MEMORY_MB, Workshop

@@ -14,11 +14,11 @@ import pytest
 
 from hyper2kvmd.domain.model import Machine
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.guest.change import Change, encode
+from hyper2kvmd.guest.change import Change, FixResult, encode
 from hyper2kvmd.guest.inspect import Inspection, inspect
-from hyper2kvmd.guest.linux.fix import FixOptions, FixResult, fix
-from hyper2kvmd.guest.linux.fixers.network import Nic
+from hyper2kvmd.guest.linux.fix import fix
 from hyper2kvmd.guest.linux.kernels import Kernel
+from hyper2kvmd.guest.options import FixOptions, Nic
 from hyper2kvmd.guest.session import read_text
 from tests.appliance import Workshop
 from tests.guests import phony

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.guest.change import FixResult
 from hyper2kvmd.guest.inspect import Inspection, inspect
-from hyper2kvmd.guest.linux.fix import FixOptions, FixResult, fix
+from hyper2kvmd.guest.linux.fix import fix
+from hyper2kvmd.guest.options import FixOptions
 from hyper2kvmd.guest.session import read_text
 from tests.appliance import Workshop
 from tests.guests import phony

@@ -11,9 +11,10 @@ from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.guest.inspect import Inspection
 from hyper2kvmd.guest.linux import kernels
 from hyper2kvmd.guest.linux.devices import Names
-from hyper2kvmd.guest.linux.fix import FixOptions, choose_machine
+from hyper2kvmd.guest.linux.fix import choose_machine
 from hyper2kvmd.guest.linux.kernels import Image, Kernel
 from hyper2kvmd.guest.linux.menu import Menu, MenuEntry
+from hyper2kvmd.guest.options import FixOptions
 
 VIRTIO = ("virtio", "virtio_ring", "virtio_pci", "virtio_blk")
 

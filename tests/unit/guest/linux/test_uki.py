@@ -13,8 +13,9 @@ import pytest
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.guest.linux import kernels, menu, uki
 from hyper2kvmd.guest.linux.devices import Names
-from hyper2kvmd.guest.linux.fix import FixOptions, choose_machine
+from hyper2kvmd.guest.linux.fix import choose_machine
 from hyper2kvmd.guest.linux.fixers import View, bootloader
+from hyper2kvmd.guest.options import FixOptions
 from hyper2kvmd.run import Tools
 from tests.guests import phony
 from tests.unit.guest.linux.fixers.test_disks import SDA, SDB

@@ -36,8 +36,9 @@ from hyper2kvmd.guest.linux.fixers.network import (
     wicked,
 )
 from hyper2kvmd.guest.linux.fixers.network.bind import Binding, Naming, bind
-from hyper2kvmd.guest.linux.fixers.network.interface import Interface, Nic
+from hyper2kvmd.guest.linux.fixers.network.interface import Interface
 from hyper2kvmd.guest.linux.fixers.network.match import Match
+from hyper2kvmd.guest.options import Nic
 from hyper2kvmd.manifest.model import Interface as Wanted
 from hyper2kvmd.text import printable
 

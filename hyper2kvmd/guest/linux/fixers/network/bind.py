@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.linux.fixers.network.interface import Interface, Nic
+from hyper2kvmd.guest.linux.fixers.network.interface import Interface
 from hyper2kvmd.guest.linux.fixers.network.place import BY_MODEL, BY_ORDER, at, by_place, by_slot, kernel_order
 from hyper2kvmd.guest.linux.fixers.network.udev import Pin
+from hyper2kvmd.guest.options import Nic
 from hyper2kvmd.text import printable
 
 _KERNEL_NAME = re.compile(r"eth(?P<number>\d{1,3})")

@@ -16,19 +16,6 @@ _GLOB = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
-class Nic:
-    """A network card that the domain will have, in the order of the VM's adapters.
-
-    mac: in lower case with colons, None if nobody knows it yet. pci_slot: VMware's pciSlotNumber, and model: what the
-    card was (VmxNet3, E1000), where the OVF has them.
-    """
-
-    mac: str | None
-    pci_slot: int | None = None
-    model: str | None = None
-
-
-@dataclass(frozen=True)
 class Interface:
     """One interface that a file of the guest configures.
 

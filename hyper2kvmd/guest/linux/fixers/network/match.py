@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.linux.fixers.network.interface import Nic
 from hyper2kvmd.guest.linux.fixers.network.place import at, kind_of_model
+from hyper2kvmd.guest.options import Nic
 from hyper2kvmd.text import printable
 
 # Drivers of cards that are the only kind of card their platform has: Hyper-V, EC2, Google, Xen.

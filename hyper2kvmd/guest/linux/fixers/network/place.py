@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from hyper2kvmd.guest.linux.fixers.network.interface import Nic
+from hyper2kvmd.guest.options import Nic
 
 Kind = Literal["conventional", "express"]
 

@@ -11,7 +11,7 @@ import pytest
 from hyper2kvmd.guest.change import decode
 from hyper2kvmd.guest.linux.devices import Names
 from hyper2kvmd.guest.linux.fixers import FixPlan, View, configuration, network
-from hyper2kvmd.guest.linux.fixers.network import Nic
+from hyper2kvmd.guest.options import Nic
 from hyper2kvmd.manifest.model import Configuration
 from hyper2kvmd.manifest.model import Interface as Wanted
 from tests.unit.guest.linux.fixers.network.test_network import LINK, SETUP_LINK, UDEV, A, B, C, Guest

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hyper2kvmd.guest.change import Edit, decode, encode
 from hyper2kvmd.guest.linux.devices import Names
 from hyper2kvmd.guest.linux.fixers import FixPlan, View, network
-from hyper2kvmd.guest.linux.fixers.network import Nic, ifcfg, ifupdown, keyfile, leases, netplan, udev
+from hyper2kvmd.guest.linux.fixers.network import ifcfg, ifupdown, keyfile, leases, netplan, udev
 from hyper2kvmd.guest.linux.fixers.network.bind import Naming, bind
 from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card
+from hyper2kvmd.guest.options import Nic
 from hyper2kvmd.text import mac_address
 from tests.pace import work_of_at_most
 

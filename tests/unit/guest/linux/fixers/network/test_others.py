@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hyper2kvmd.guest.linux.fixers.network import Nic, cmdline, dhcpcd, wicked
+from hyper2kvmd.guest.linux.fixers.network import cmdline, dhcpcd, wicked
 from hyper2kvmd.guest.linux.fixers.network.interface import Interface
+from hyper2kvmd.guest.options import Nic
 from tests.unit.guest.linux.fixers.network.test_network import LINK, SETUP_LINK, A, B, C, Guest, codes, plan
 
 DRACUT = "/etc/dracut.conf.d/network.conf"

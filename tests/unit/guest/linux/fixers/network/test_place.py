@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from hyper2kvmd.domain import hardware
-from hyper2kvmd.guest.linux.fixers.network import Nic
 from hyper2kvmd.guest.linux.fixers.network.bind import Bound, Naming, bind
 from hyper2kvmd.guest.linux.fixers.network.interface import Interface
 from hyper2kvmd.guest.linux.fixers.network.place import kernel_order, pci_address
+from hyper2kvmd.guest.options import Nic
 from hyper2kvmd.job.inside import fix_options
 from hyper2kvmd.manifest import ovf, parse
 from hyper2kvmd.settings.model import Settings
