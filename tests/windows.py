@@ -247,6 +247,10 @@ class Directory:
             raise RuntimeError(f"mount: {point}: something is mounted there already")
         self.mounted[point] = device
 
+    def mount_options(self, options: str, device: str, point: str) -> None:
+        assert options in ("", "big_writes")
+        self.mount(device, point)
+
     def mount_ro(self, device: str, point: str) -> None:
         self.mount(device, point)
 
@@ -290,17 +294,6 @@ class Directory:
             found = [f"{at.rstrip('/')}/{name}" for at, name in below if fnmatch.fnmatchcase(name, part)]
         return found
 
-    def case_sensitive_path(self, path: str) -> str:
-        at = ""
-        parts = path.strip("/").split("/")
-        for number, part in enumerate(parts):
-            names = self.ls(at or "/") if self.is_dir(at or "/") else []
-            name = next((name for name in names if name.lower() == part.lower()), None)
-            if name is None and number < len(parts) - 1:
-                raise RuntimeError(f"case_sensitive_path: {path}: no file or directory found with this name")
-            at = f"{at}/{name or part}"
-        return at
-
     def pread(self, path: str, count: int, offset: int) -> bytes:
         with self._host(path).open("rb") as file:
             file.seek(offset)
@@ -326,7 +319,7 @@ class Directory:
         shutil.copyfile(self._host(source), self.host(path))
 
     def rm(self, path: str) -> None:
-        self._host(path).unlink()
+        self.host(path).unlink()
 
     # hives
 
@@ -357,12 +350,9 @@ class Directory:
         return [{"hivex_value_h": value} for value in self._hive.node_values(node)]
 
     def hivex_node_get_value(self, node: int, name: str) -> int:
-        try:
-            return int(self._hive.node_get_value(node, name))
-        except RuntimeError as error:
-            if str(error) == "Success":  # what the Python module says of a value that is not there
-                return 0
-            raise
+        # Not with the library's own call: for a value that is not there it says what went wrong somewhere before.
+        found = (value for value in self._hive.node_values(node) if self.hivex_value_key(value).lower() == name.lower())
+        return next(found, 0)
 
     def hivex_value_key(self, value: int) -> str:
         return str(self._hive.value_key(value))
@@ -450,6 +440,8 @@ ADOPTED = (
     ("VEN_1AF4&DEV_1042&SUBSYS_11001AF4&REV_01", "viostor", "oem3.inf", SCSI),
     ("VEN_1AF4&DEV_1041&SUBSYS_11001AF4&REV_01", "netkvm", "oem4.inf", NETWORK),
 )
+# Where links lead that ntfs-3g shows for files of a kind that it does not know.
+COMPRESSED = "unsupported reparse tag 0x80000017"
 VMWARE = ("VMTools", "VGAuthService", "vm3dservice")
 
 
@@ -467,11 +459,13 @@ def guest(
     storahci_off: bool = False,
     vmware: bool = False,
     pending: bool = False,
+    compressed: bool = False,
 ) -> Directory:
     """A guest of a family below `at`, with nothing mounted. /dev/sda1 starts it, and Windows is on the last partition.
 
     adopt: viostor is installed as on VMware, and so not started. two_disks: the second is blank. two_sets: Default is
     another control set than Current. static: two cards with addresses. storahci_off: as in a VM without SATA.
+    compressed: some drivers are as ntfs-3g shows what Windows has compressed.
     """
     family = FAMILIES[name]
     disk = UEFI_DISK if family.firmware == "uefi" else BIOS_DISK
@@ -504,6 +498,10 @@ def guest(
         (windows / "hiberfil.sys").write_bytes(b"HIBR" + bytes(4092))
     if unclosed:
         unclose(windows / SYSTEM)
+    for driver in ("disk", _ahci(family), "viostor") if compressed else ():
+        path = windows / f"Windows/System32/drivers/{driver}.sys"
+        path.unlink(missing_ok=True)
+        path.symlink_to(COMPRESSED)
     if pending:
         (windows / "Windows/WinSxS").mkdir()
         (windows / "Windows/WinSxS/pending.xml").write_text("<PendingTransaction/>")
@@ -662,7 +660,8 @@ def _fill_windows(root: Path, family: Family, *, adopt: bool) -> None:
     names = ["ntoskrnl.exe", "cmd.exe", "winload.efi", "winload.exe", *(f"drivers/{name}.sys" for name in drivers)]
     for name in names:
         _put(root / "Windows/System32" / name, program(family.arch, name))
-    for directory in ("Windows/inf", "Windows/Temp", "Program Files", "Users/Public"):
+    _put(root / "Windows/inf/nete1g3e.inf", "%E100E% = E100E, PCI\\VEN_8086&DEV_100E\r\n".encode("utf-16"))
+    for directory in ("Windows/Temp", "Program Files", "Users/Public"):
         (root / directory).mkdir(parents=True)
 
 

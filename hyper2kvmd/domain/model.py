@@ -54,7 +54,8 @@ class GuestSystem:
     """The operating system that was found on the disks, in the words of libguestfs.
 
     type: "linux", "windows"... distro: "debian", "sles"... version: "12.0", "10.0"... product: what it calls itself,
-    which is all that tells one Windows 10.0 from another. kernel: "6.1.0-18-amd64", the one that will boot.
+    which is all that tells one Windows 10.0 from another. kernel: "6.1.0-18-amd64", the one that will boot. utc:
+    whether a Windows keeps UTC in the hardware clock, and not local time.
     """
 
     type: str
@@ -62,9 +63,11 @@ class GuestSystem:
     version: str
     kernel: str | None
     product: str = ""
+    utc: bool = False
 
 
 DiskBus = Literal["virtio", "scsi", "sata", "ide"]
+CardModel = Literal["virtio", "e1000", "e1000e"]
 IDE_DISKS = 4  # that a machine has room for
 
 
@@ -78,7 +81,7 @@ class Machine:
 
     type: Literal["q35", "pc"]
     disks: DiskBus
-    cards: Literal["virtio", "e1000", "e1000e"]
+    cards: CardModel
 
     @property
     def virtio(self) -> bool:

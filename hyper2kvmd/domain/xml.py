@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hyper2kvmd.domain.machine import needs_remapping, topology
-from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, attachment
+from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, GuestSystem, attachment
 from hyper2kvmd.domain.osinfo import osinfo_id
 
 METADATA_NAMESPACE = "urn:hyper2kvmd:domain:1"
@@ -39,14 +39,14 @@ def to_xml(domain: Domain) -> str:
     _metadata(root, domain)
     _text(root, "memory", str(domain.memory_mib), unit="MiB")
     _text(root, "vcpu", str(domain.cpus))
-    threaded = bool(domain.disks) and domain.machine.virtio
+    threaded = bool({"virtio", "scsi"} & domain.machine.buses(len(domain.disks)))
     if threaded:
         _text(root, "iothreads", "1")
     _firmware(root, domain)
     remaps = needs_remapping(domain.cpus, domain.cores_per_socket)
     _features(root, secure_boot=domain.firmware == "uefi" and domain.secure_boot, hyperv=hyperv, remaps=remaps)
     _cpu(root, domain)
-    _clock(root, windows=windows, hyperv=hyperv)
+    _clock(root, domain.guest if windows else None, hyperv=hyperv)
 
     devices = ET.SubElement(root, "devices")
     _disks(devices, domain)
@@ -131,9 +131,9 @@ def _cpu(root: ET.Element, domain: Domain) -> None:
         root.append(cpu)
 
 
-def _clock(root: ET.Element, *, windows: bool, hyperv: bool) -> None:
-    """Windows keeps local time in the hardware clock, everybody else UTC."""
-    clock = ET.SubElement(root, "clock", offset="localtime" if windows else "utc")
+def _clock(root: ET.Element, windows: GuestSystem | None, *, hyperv: bool) -> None:
+    """Windows keeps local time in the hardware clock unless it was told otherwise, everybody else UTC."""
+    clock = ET.SubElement(root, "clock", offset="localtime" if windows and not windows.utc else "utc")
     if windows:
         ET.SubElement(clock, "timer", name="rtc", tickpolicy="catchup")
         ET.SubElement(clock, "timer", name="pit", tickpolicy="delay")
@@ -165,7 +165,7 @@ def _disks(devices: ET.Element, domain: Domain) -> None:
             ET.SubElement(backing, "format", type=format)
             _source(backing, path, disk)
             ET.SubElement(backing, "backingStore")
-        ET.SubElement(element, "target", dev=_device_name(number, bus), bus=bus)
+        ET.SubElement(element, "target", dev=device_name(number, bus), bus=bus)
         if bus == "scsi":
             # By itself libvirt puts 15 disks on a controller, and adds LSI controllers, for which OVMF has no driver.
             controller_index, target = divmod(number, SCSI_TARGETS)
@@ -210,7 +210,7 @@ def _nic(devices: ET.Element, nic: DomainNic, model: str) -> None:
         ET.SubElement(element, "link", state="down")
 
 
-def _device_name(index: int, bus: str) -> str:
+def device_name(index: int, bus: str) -> str:
     """vda to vdz, then vdaa (or sda, hda...): the kernel's own order."""
     letters = ""
     index += 1

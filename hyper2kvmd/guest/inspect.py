@@ -32,7 +32,7 @@ class Found:
     """What was found on the disks, as the report has it. Strings from the guest are printable and short.
 
     serial_console: whether a kernel on the menu writes to a serial port. build: the number that tells one Windows from
-    another.
+    another; utc: whether it keeps UTC in the hardware clock.
     `mounts` maps mount points to what is mounted there now, `disks` are the appliance's names in the order given,
     `locked` are the encrypted devices that nobody had a key for.
     """
@@ -57,10 +57,11 @@ class Found:
     locked: tuple[str, ...]
     serial_console: bool
     build: int | None = None
+    utc: bool = False
 
     def system(self, kernel: str | None) -> GuestSystem:
         """The operating system as a domain knows it, starting this kernel."""
-        return GuestSystem(self.os_type, self.distro, self.version, kernel, self.product_name)
+        return GuestSystem(self.os_type, self.distro, self.version, kernel, self.product_name, self.utc)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,7 @@ def inspect(session: Session, key_for: KeyFor = lambda uuid: None, firmware_hint
         menu=menu,
         names=looked.names,
         build=looked.windows.build if looked.windows else None,
+        utc=looked.windows is not None and looked.windows.real_time_is_universal,
         windows=looked.windows,
         serial_console=menu is not None and any("console=ttyS" in file.text for file in menu.files),
         warnings=tuple(warnings),
@@ -288,7 +290,9 @@ def _has_loaders(g: Any, esp: str) -> bool:
     """Whether an EFI system partition is more than an empty one; to be called with nothing mounted."""
     try:
         g.mount_ro(esp, "/")
-        return any(path.lower().endswith(".efi") for path in g.glob_expand("/*/*/*"))
+        # EFI/debian/grubx64.efi, and EFI/Microsoft/Boot/bootmgfw.efi.
+        paths = (path for pattern in ("/*/*/*", "/*/*/*/*") for path in g.glob_expand(pattern))
+        return any(path.lower().endswith(".efi") for path in paths)
     except RuntimeError:  # no file system on it, or a broken one: nothing starts from there
         return False
     finally:

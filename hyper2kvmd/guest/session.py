@@ -101,13 +101,27 @@ def read_text(g: Any, path: str) -> str | None:
 def spelt(g: Any, path: str) -> str | None:
     """A path in any case as it is spelt on a file system of Windows, or None if it is not there.
 
-    It need not be readable: ntfs-3g shows what Windows itself compressed (CompactOS) as links to nowhere.
+    It need not be readable: ntfs-3g shows what Windows itself compressed (CompactOS) as links to nowhere. A directory
+    is listed only where the spelling is another, as that of System32 has thousands of names.
     """
+
+    def there(path: str) -> bool:
+        return bool(g.exists(path) or g.is_symlink(path))
+
     try:
-        found: str = g.case_sensitive_path(path)
-    except RuntimeError:  # a directory above it is not there
+        if there(path):
+            return path
+        at = ""
+        for name in filter(None, path.split("/")):
+            found: str | None = name
+            if not there(f"{at}/{name}"):
+                found = next((one for one in g.ls(at or "/") if one.lower() == name.lower()), None)
+            if found is None:
+                return None
+            at = f"{at}/{found}"
+    except RuntimeError:  # it leads through a file, or is longer than a path can be
         return None
-    return found if g.exists(found) or g.is_symlink(found) else None
+    return at or "/"
 
 
 def shell(g: Any, command: str) -> tuple[int, str]:

@@ -13,11 +13,11 @@ import structlog
 
 from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.guest.fix import fix
 from hyper2kvmd.guest.inspect import Inspection, inspect
 from hyper2kvmd.guest.keys import passphrase
-from hyper2kvmd.guest.linux.fix import FixOptions, fix
-from hyper2kvmd.guest.linux.fixers.network import Nic
 from hyper2kvmd.guest.linux.kernels import bus_of
+from hyper2kvmd.guest.options import FixOptions, Nic
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.job.context import Job
@@ -117,6 +117,8 @@ def fix_options(job: Job, plan: Plan) -> FixOptions:
         remove_vmware_tools=wanted.remove_vmware_tools,
         backup_dir=f"/root/.hyper2kvmd-backup/{job.id}" if wanted.backup else "",
         nics=tuple(Nic(card.mac, card.pci_slot, card.model) for card in plan.cards),
+        virtio_win=job.settings.fix.virtio_win,
+        rdp=wanted.enable_rdp,
         configuration=plan.manifest.configuration,
     )
 

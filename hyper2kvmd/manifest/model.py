@@ -75,6 +75,7 @@ class Fix(Part):
     print_fstab: bool
     fstab_mode: Literal["stabilize-all", "bypath-only", "noop"]
     remove_vmware_tools: bool
+    enable_rdp: bool
 
 
 class Convert(Part):

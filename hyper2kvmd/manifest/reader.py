@@ -36,11 +36,6 @@ _NOT_DONE = (
     ("inspect", "detect_kernel", False, "INSPECT looks at the kernels in any case", _ALWAYS),
     ("inspect", "collect_guest_info", False, "INSPECT reports what it found in any case", _ALWAYS),
     (
-        *("fix", "enable_rdp", True),
-        "the manifest asks for remote desktop connections to be enabled in the guest, which is not done",
-        "Enable them in the guest.",
-    ),
-    (
         *("validate", "check_image_integrity", False),
         "VALIDATE checks the disks that were written in any case",
         "Leave it out, or set pipeline.validate.enabled to false.",
@@ -338,6 +333,7 @@ def _stages(pipeline: wire.Pipeline | None, wishes: wire.Pipeline, warnings: lis
             print_fstab=fix.get("print_fstab", False),
             fstab_mode=mode,
             remove_vmware_tools=fix.get("remove_vmware_tools", False),
+            enable_rdp=fix.get("enable_rdp", False),
         ),
         convert=model.Convert(
             enabled=convert.get("enabled", False),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from hyper2kvmd.errors import Code, Collected, Finding, MigrationError
 from hyper2kvmd.files import explained, remedy
 from hyper2kvmd.guest.windows.inf import Inf, InfError, Service, parse
 from hyper2kvmd.guest.windows.iso import Iso, IsoError, Node
+from hyper2kvmd.guest.windows.program import architecture
 from hyper2kvmd.settings.model import VIRTIO_WIN
 from hyper2kvmd.text import plain, size
 
@@ -58,8 +58,8 @@ FAMILIES = {
     "w11": Family(26100, 1, _ATTESTED),
     "2k25": Family(26100, 3, _ATTESTED),
 }
-# By the architecture of a guest: the directory, and the word in the head of each of its programs.
-_ARCHS = {"x86_64": ("amd64", 0x8664), "i386": ("x86", 0x014C), "aarch64": ("ARM64", 0xAA64)}
+# The directory for each architecture of a guest.
+_ARCHS = {"x86_64": "amd64", "i386": "x86", "aarch64": "ARM64"}
 
 _GET = "Name a whole virtio-win: the directory of the package, or the ISO"
 
@@ -254,7 +254,7 @@ class Catalogue:
                 f"Name an older or a newer virtio-win in {FIELD}.",
                 FIELD,
             )
-        wanted = f"{family}/{_ARCHS[arch][0]}"
+        wanted = f"{family}/{_ARCHS[arch]}"
         there = ", ".join(f for f in FAMILIES if self._directory(driver, f, arch)) or "none"
         return Finding(
             "no_driver",
@@ -270,7 +270,7 @@ class Catalogue:
         """
         words = {}
         for family, newest in FAMILIES.items():
-            for arch, (directory, _) in _ARCHS.items():
+            for arch, directory in _ARCHS.items():
                 if self._directory("viostor", family, arch) is None:
                     continue
                 name = family if arch == "x86_64" else f"{family}/{directory}"
@@ -294,7 +294,7 @@ class Catalogue:
     def _directory(self, driver: str, family: str, arch: str) -> str | None:
         """The path of a driver's directory from the top, as it is spelt there."""
         path = ""
-        for part in (driver, family, _ARCHS[arch][0]):
+        for part in (driver, family, _ARCHS[arch]):
             spelt = self._spelt(path, part)
             if spelt is None:
                 return None
@@ -325,15 +325,12 @@ class Catalogue:
     def _check_machine(self, package: Package, directory: str) -> None:
         """The program must be one for the architecture."""
         data = package.files[package.sys_name]
-        at = struct.unpack_from("<I", data, 0x3C)[0] if len(data) >= 0x40 and data[:2] == b"MZ" else len(data)
-        head = data[at : at + 6]
         path = f"{directory}/{package.sys_name}"
-        if head[:4] != b"PE\0\0" or len(head) < 6:
-            raise self._unusable(f"{path} is not a program of Windows")
-        machine = int.from_bytes(head[4:], "little")
-        if machine != _ARCHS[package.arch][1]:
-            known = {word: name for name, word in _ARCHS.values()}
-            raise self._unusable(f"{path} is for {known.get(machine, f'machine 0x{machine:04x}')}")
+        found = architecture(lambda offset, count: data[offset : offset + count])
+        if found == "unknown":
+            raise self._unusable(f"{path} is not a program of Windows, or for no processor that is known")
+        if found != package.arch:
+            raise self._unusable(f"{path} is for {_ARCHS[found]}")
 
     def _unusable(self, what: str) -> MigrationError:
         return MigrationError(

@@ -12,7 +12,7 @@ from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest.linux.devices import Device
 from hyper2kvmd.guest.mounts import mount_one
 from hyper2kvmd.guest.session import spelt
-from hyper2kvmd.guest.windows import bcd, refuse
+from hyper2kvmd.guest.windows import bcd, program, refuse
 from hyper2kvmd.guest.windows.bcd import Place, Store
 from hyper2kvmd.guest.windows.registry import Hive, open_hive
 from hyper2kvmd.guest.windows.releases import Release, product_of, release_of
@@ -23,7 +23,6 @@ SYSTEM, SOFTWARE = "HKLM\\SYSTEM", "HKLM\\SOFTWARE"
 VMWARE_SERVICES = ("VMTools", "VGAuthService", "vm3dservice")
 STORES = ("/EFI/Microsoft/Boot/BCD", "/Boot/BCD")
 _NETWORK = "{4D36E972-E325-11CE-BFC1-08002BE10318}"
-_MACHINES = {0x8664: "x86_64", 0x14C: "i386", 0xAA64: "aarch64"}
 _ARCHITECTURES = {"AMD64": "x86_64", "X86": "i386", "ARM64": "aarch64"}
 
 
@@ -60,7 +59,8 @@ class Windows:
 
     system_root: "/Windows", as it is spelt on the disk. release: None if it is older than Vista. arch: of its kernel.
     control_sets: those that it starts with, the one that is default first. hives: from HKLM\\SYSTEM and the like to
-    paths. place: where it is; None for what is no partition. boot: None if nothing that starts Windows was found.
+    paths. vmware_tools: their product code, "" if they are not installed. place: where it is; None for what is no
+    partition. boot: None if nothing that starts Windows was found.
     """
 
     system_root: str
@@ -78,8 +78,14 @@ class Windows:
     real_time_is_universal: bool
     addresses: tuple[Addresses, ...]
     vmware_services: tuple[str, ...]
+    vmware_tools: str
     place: Place | None
     boot: Boot | None
+
+    @property
+    def family(self) -> str:
+        """The directory of virtio-win that has its drivers, "" for one that is older than Vista."""
+        return self.release.family if self.release else ""
 
 
 def look(
@@ -111,7 +117,8 @@ def look(
         control = f"{own}\\Control"
         is_client = _text(system, f"{control}\\ProductOptions", "ProductType") == "WinNT"
         hostname = _text(system, f"{control}\\ComputerName\\ComputerName", "ComputerName")
-        arch = _arch(g, kernel, _text(system, f"{control}\\Session Manager\\Environment", "PROCESSOR_ARCHITECTURE"))
+        said = _text(system, f"{control}\\Session Manager\\Environment", "PROCESSOR_ARCHITECTURE")
+        arch = architecture(g, kernel, _ARCHITECTURES.get(said.upper(), "unknown"))
         universal = system.value(f"{control}\\TimeZoneInformation", "RealTimeIsUniversal")
         addresses = _addresses(system, own)
         services = tuple(
@@ -140,6 +147,7 @@ def look(
             real_time_is_universal=universal is not None and universal.number == 1,
             addresses=addresses,
             vmware_services=services,
+            vmware_tools=_vmware_tools(software),
             place=place,
             boot=starts,
         )
@@ -213,16 +221,15 @@ def _pending_renames(system: Hive, control_set: str) -> list[Finding]:
     ]
 
 
-def _arch(g: Any, path: str, said: str) -> str:
-    """The architecture of a program, by its PE header, "unknown" for another; what Windows says if it is compressed."""
+def architecture(g: Any, path: str, compressed: str) -> str:
+    """The architecture of a program, by its PE header: x86_64, i386, aarch64, or "unknown".
+
+    compressed: what is said of one that Windows has compressed in its own way, which nobody else can read.
+    """
     try:
-        head: bytes = g.pread(path, 64, 0)
-        header: bytes = g.pread(path, 6, int.from_bytes(head[60:64], "little")) if len(head) == 64 else b""
+        return program.architecture(lambda offset, count: g.pread(path, count, offset))
     except RuntimeError:
-        return _ARCHITECTURES.get(said.upper(), "unknown")
-    if not header.startswith(b"PE\0\0"):
-        return "unknown"
-    return _MACHINES.get(int.from_bytes(header[4:6], "little"), "unknown")
+        return compressed
 
 
 def _build(software: Hive, key: str) -> int:
@@ -234,6 +241,12 @@ def _build(software: Hive, key: str) -> int:
             "Start the guest on VMware, run `sfc /scannow` in it, shut it down, and export it again.",
         )
     return int(said)
+
+
+def _vmware_tools(software: Hive) -> str:
+    key = "Microsoft\\Windows\\CurrentVersion\\Uninstall"
+    products = (product for product in software.keys(key) if product.startswith("{"))
+    return next((one for one in products if _text(software, f"{key}\\{one}", "DisplayName") == "VMware Tools"), "")
 
 
 def _version(software: Hive, key: str) -> str:

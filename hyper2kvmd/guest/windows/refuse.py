@@ -87,7 +87,9 @@ def unclean(g: Any, device: str) -> None:
 
 def pending_update(g: Any, software: Hive, system_root: str) -> None:
     """Raise MigrationError (guest_dirty) if an update has begun that goes on when Windows starts."""
-    pending = spelt(g, f"{system_root}/WinSxS/pending.xml")
+    # Its directory has more names than any other, and they are not listed to see how this one is spelt.
+    directory = spelt(g, f"{system_root}/WinSxS")
+    pending = f"{directory}/pending.xml" if directory and g.exists(f"{directory}/pending.xml") else None
     keys = (f"{_SERVICING}\\RebootPending", f"{_UPDATE}\\RebootRequired")
     found = pending or next((f"{software.name}\\{key}" for key in keys if software.exists(key)), None)
     if found:

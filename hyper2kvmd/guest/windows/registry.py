@@ -105,6 +105,7 @@ class Hive:
     def __init__(self, g: Any, path: str, name: str) -> None:
         self.path = path
         self.name = name
+        self.changed = False
         self._g = g
         self._nodes: dict[str, int] = {}  # of keys that were found, by their lower-cased paths
 
@@ -137,6 +138,7 @@ class Hive:
     def set(self, key: str, name: str, value: Value) -> None:
         """Set a value, and make its key and those above where they are not there."""
         with self._sound(key):
+            self.changed = True
             self._g.hivex_node_set_value(self._make(key), name, value.type, value.data)
 
     def delete(self, key: str) -> None:
@@ -147,6 +149,7 @@ class Hive:
         # What libguestfs runs follows the keys below without looking where it was before.
         self._walk(key, node)
         with self._sound(key):
+            self.changed = True
             self._g.hivex_node_delete_child(node)
         self._nodes.clear()
 
@@ -225,7 +228,8 @@ class Hive:
 def open_hive(g: Any, path: str, name: str, *, write: bool = False) -> Iterator[Hive]:
     """Open a hive of the mounted guest, and close it; changes are written if the block ends without an error.
 
-    libguestfs opens one at a time. path: as it is spelt on the disk. name: as people know it, `HKLM\\SYSTEM`.
+    libguestfs opens one at a time, and reads all of it: emulated, that is seconds for the largest.
+    path: as it is spelt on the disk. name: as people know it, `HKLM\\SYSTEM`.
     Raise MigrationError (guest_dirty) for a hive that Windows did not close, or that is damaged.
     """
     _check_base_block(g, path, name)
@@ -234,8 +238,9 @@ def open_hive(g: Any, path: str, name: str, *, write: bool = False) -> Iterator[
     except RuntimeError as error:
         raise _damaged(name, path, str(error)) from None
     try:
-        yield Hive(g, path, name)
-        if write:
+        hive = Hive(g, path, name)
+        yield hive
+        if hive.changed:
             g.hivex_commit(None)
     finally:
         # A defect can end the appliance, and then the error of before says more.

@@ -11,14 +11,11 @@ class Release:
     """A release of Windows. family: the directory of virtio-win that has its drivers. product: as people say it.
 
     has_driver_database: whether drivers of devices are looked up in DriverDatabase; else in CriticalDeviceDatabase.
-    virtio_by_default: whether virtio-win still has drivers for it that are signed so that it loads them. Those for
-    Windows 8 and 8.1, and their servers, are only test-signed in newer images, and 7 gets none any more.
     """
 
     family: str
     product: str
     has_driver_database: bool
-    virtio_by_default: bool
 
 
 # The first build that it is true of, and then: client and server, each as the family and the product.
@@ -43,7 +40,7 @@ def release_of(build: int, installation_type: str) -> Release | None:
     for first, client, server in _RELEASES:
         if build >= first:
             family, product = client if installation_type == "Client" else server
-            return Release(family, product, has_driver_database=build >= 9200, virtio_by_default=build >= 10240)
+            return Release(family, product, has_driver_database=build >= 9200)
     return None
 
 

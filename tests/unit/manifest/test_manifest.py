@@ -641,10 +641,9 @@ def test_a_key_that_no_stage_knows_stops_nobody_and_is_named(
     assert "hunter2" not in str(manifest.warnings)
 
 
-def test_what_the_newest_exporter_asks_for_and_is_not_done_is_said() -> None:
-    asked = read(changed("pipeline.fix.enable_rdp", True)).warnings
-    assert [("not_done", "pipeline.fix.enable_rdp")] == [(warning.code, warning.field) for warning in asked]
-    assert () == read(changed("pipeline.fix.enable_rdp", False)).warnings
+def test_remote_desktop_can_be_asked_for() -> None:
+    for wanted in (True, False):
+        assert wanted is read(changed("pipeline.fix.enable_rdp", wanted)).stages.fix.enable_rdp
 
 
 WISHES: dict[str, type[BaseModel]] = {

@@ -6,6 +6,7 @@ import pytest
 
 from hyper2kvmd.domain.model import GuestSystem
 from hyper2kvmd.domain.osinfo import osinfo_id
+from hyper2kvmd.guest.windows.drivers import FAMILIES
 from hyper2kvmd.guest.windows.releases import product_of, release_of
 
 
@@ -41,14 +42,15 @@ def test_what_is_older_than_vista_has_none(build: int) -> None:
     assert release_of(build, "Client") is release_of(build, "Server") is None
 
 
-@pytest.mark.parametrize(
-    ("build", "database", "virtio"),
-    [(7601, False, False), (9200, True, False), (9600, True, False), (10240, True, True), (26100, True, True)],
-)
-def test_how_drivers_are_found_and_signed_goes_by_the_build(build: int, database: bool, virtio: bool) -> None:
+@pytest.mark.parametrize(("build", "database"), [(7601, False), (9200, True), (26100, True)])
+def test_how_drivers_are_found_goes_by_the_build(build: int, database: bool) -> None:
     release = release_of(build, "Server")
-    assert release is not None
-    assert (database, virtio) == (release.has_driver_database, release.virtio_by_default)
+    assert release is not None and database is release.has_driver_database
+
+
+def test_every_release_is_a_family_that_the_drivers_know() -> None:
+    releases = {release_of(build, kind) for build in range(6000, 27000, 50) for kind in ("Client", "Server")}
+    assert set(FAMILIES) == {release.family for release in releases if release}
 
 
 PRODUCTS = [
