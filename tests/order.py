@@ -31,7 +31,7 @@ GROUPS = {
     **{f"tests/e2e/test_{name}.py": "guests that boot" for name in ("import", "migration")},
     **{
         f"tests/integration/guest/{name}.py": "one appliance"
-        for name in ("test_guest", "linux/test_families", "linux/test_field_cases")
+        for name in ("test_guest", "linux/test_families", "linux/test_field_cases", "windows/test_windows")
     },
 }
 
