@@ -19,12 +19,13 @@ from hyper2kvmd.ctl import (
     notify,
     prune,
     report,
+    switch,
     validate,
 )
 from hyper2kvmd.ctl.as_service import become_service, service_of, unit_properties
 from hyper2kvmd.ctl.output import refuse, refused
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
-from hyper2kvmd.exits import EXIT_CONFIG, EXIT_FAILED, EXIT_MANIFEST, EXIT_UNAVAILABLE
+from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_FAILED, EXIT_MANIFEST, EXIT_UNAVAILABLE
 from hyper2kvmd.files import user_name
 from hyper2kvmd.options import DEFAULT_PATH, add_settings_options
 from hyper2kvmd.settings.load import load_settings
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hyper2kvmctl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (migrate, batch, validate, manifest, listing, report, control, logs, prune, notify, doctor):
+    for module in (migrate, batch, validate, manifest, listing, report, control, logs, prune, switch, notify, doctor):
         for command in module.add_commands(commands):
             command.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
             add_settings_options(command)
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hyper2kvmctl: {error}", file=sys.stderr)
         if error.code in (Code.MANIFEST_INVALID, Code.MANIFEST_UNREADABLE):
             return EXIT_MANIFEST
+        if error.code is Code.BUSY:
+            return EXIT_BUSY
         return EXIT_UNAVAILABLE if error.code in (Code.LIBVIRT_UNAVAILABLE, Code.TOOL_MISSING) else EXIT_FAILED
     except KeyboardInterrupt:
         return 130

@@ -172,18 +172,22 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
     results = Results.model_validate(document["results"])
     if (inspect := results.inspect) is not None:
         kernel = f", kernel {inspect.kernel_version}" if inspect.kernel_version else ""
-        line("guest", f"{inspect.product_name}{kernel}, {inspect.firmware}")
+        line("guest", f"{inspect.title}{kernel}, {inspect.firmware}")
+    if (fix := results.fix) is not None and fix.machine is not None:
+        line("devices", fix.machine.title)
+    if fix is not None and fix.drivers_injected:
+        line("drivers", ", ".join(fix.drivers_injected))
     for change in document["changes"]:
         line("change", f"{change['path']}: {change['summary']} ({change['fixer']})")
         # Who only looks wants to see it all; afterwards it is in the report.
         for part in (change["command"], change["diff"], change["evidence"]) if document["dry_run"] else ():
             for text in (part or "").splitlines():
                 line("", text)
-    for proof in results.fix.proofs if results.fix else ():
+    for proof in fix.proofs if fix else ():
         line("proof", f"{proof.subject}: {proof.claim}")
         if document["dry_run"]:
             line("", proof.evidence)
-    for when, text in results.fix.fstab.items() if results.fix else ():
+    for when, text in fix.fstab.items() if fix else ():
         line(f"fstab {when}"[:10], text)
     if (boot := results.boot) is not None:
         line("boot test", f"{boot.outcome} after {boot.seconds:.0f} s: {boot.reason}")

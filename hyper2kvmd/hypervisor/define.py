@@ -7,7 +7,8 @@ from typing import Any
 
 import libvirt
 
-from hyper2kvmd.errors import Code, Finding
+from hyper2kvmd.domain.xml import job_of
+from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.hypervisor.connection import no_driver, translated
 from hyper2kvmd.hypervisor.preflight import conflicts, existing_domains, is_pool_of
 
@@ -25,6 +26,44 @@ def define(connection: Any, xml: str, name: str, uuid: str, job: str, *, autosta
             domain.setAutostart(1)
         if start and not domain.isActive():
             domain.create()
+
+
+def settled_xml(domain: Any, name: str, *, secrets: bool = False) -> str:
+    """The XML from which a domain of ours starts, if it is shut off.
+
+    secrets: with the passwords in it, which have to be there when it is defined again.
+    Raise MigrationError: domain_exists if it is somebody else's, busy if it runs, or is only suspended to a file.
+    """
+    with translated(Code.DEFINE_FAILED):
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE | (libvirt.VIR_DOMAIN_XML_SECURE if secrets else 0)
+        xml: str = domain.XMLDesc(flags)
+        active, saved = domain.isActive(), domain.hasManagedSaveImage(0)
+    if job_of(xml) is None:
+        raise MigrationError(
+            Code.DOMAIN_EXISTS,
+            f"{name} was not made by hyper2kvmd, or has lost the metadata that says so",
+            "It is left alone; `virsh edit` changes it.",
+        )
+    if active or saved:
+        raise MigrationError(
+            Code.BUSY,
+            f"{name} is {'not shut off' if active else 'saved, and would go on with the hardware that it had'}",
+            "Shut it down from within, and try again."
+            if active
+            else "Start it, shut it down from within, and try again.",
+        )
+    return xml
+
+
+def redefine(connection: Any, domain: Any, name: str, before: str, after: str) -> None:
+    """Define a domain of ours anew, if it still is as `before` has it, secrets included.
+
+    Raise MigrationError (busy, domain_exists, define_failed, libvirt_unavailable); then it is as it was.
+    """
+    if settled_xml(domain, name, secrets=True) != before:
+        raise MigrationError(Code.BUSY, f"somebody changed {name} meanwhile; it is left as it is", "Try again.")
+    with translated(Code.DEFINE_FAILED, connection):
+        connection.defineXMLFlags(after, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
 
 
 def refresh_pools(connection: Any, directory: Path, pool: str | None) -> Finding | None:

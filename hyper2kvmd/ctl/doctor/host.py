@@ -180,16 +180,15 @@ def check_libguestfs(host: Host, diagnosis: Diagnosis) -> str:
 
 
 def check_windows(host: Host, diagnosis: Diagnosis) -> str:
-    """Which Windows there are drivers for. They are not used yet; whoever has Windows guests should know."""
+    """Which Windows there are drivers for: whoever has Windows guests should know."""
     path = host.settings.fix.virtio_win
     with Catalogue.open(path) as catalogue:
         if catalogue is None:
             diagnosis.warn(
                 "virtio_win_missing",
-                f"{f'no {path}' if path else 'fix.virtio_win is null'}: Windows guests have no virtio drivers",
-                "Nothing is to be done for Linux guests. Windows guests are not fixed yet: with fix.allow_unsupported"
-                " they get SATA and e1000e, which need no drivers; for virtio, install the package virtio-win, or name"
-                " its ISO in fix.virtio_win.",
+                f"{f'no {path}' if path else 'fix.virtio_win is null'}: Windows guests are given no virtio drivers",
+                "Nothing is to be done for Linux guests. Windows guests without drivers of their own get SATA, which is"
+                " slower; for virtio, install the package virtio-win, or name its ISO in fix.virtio_win.",
                 "fix.virtio_win",
             )
             return ""
@@ -197,4 +196,4 @@ def check_windows(host: Host, diagnosis: Diagnosis) -> str:
         words = catalogue.coverage(noted)
         diagnosis.warnings += noted.findings()  # only the guests of that family wait for a person
         covered = ", ".join(f"{family} {said}" for family, said in words.items())
-        return f"{catalogue.path}: {covered or 'no family that is known'}; Windows guests are not fixed yet"
+        return f"{catalogue.path}: {covered or 'no family that is known'}"
