@@ -127,7 +127,7 @@ def moment(timestamp: str) -> str:
 
 
 def diff_lines(diff: str) -> list[tuple[LineKind, str]]:
-    """The lines of a unified diff, each with what it is."""
+    """The lines of a unified diff, each with what it is; of a change in a registry, all are the same."""
     kinds: dict[str, LineKind] = {"+": "added", "-": "removed", "@": "place"}
     lines = diff.split("\n")
     files = 2 if lines[0].startswith("--- ") else 0
@@ -234,14 +234,15 @@ def _machine(report: Report, results: Results, source: tuple[Manifest, Hardware]
         after = {"Name": domain.name, "Platform": f"libvirt, {domain.uri}", "UUID": domain.uuid}
         if source is not None:
             after |= {"CPUs": "unchanged", "Memory": "unchanged"}
-        after["Devices"] = "virtio disks and network cards"
-        if fix is not None and fix.compatible:
-            bus = "IDE" if fix.machine is not None and fix.machine.disks == "ide" else "SATA"
-            after["Devices"] = f"{bus} disks, Intel network cards"
+        after["Devices"] = "virtio disks, virtio network cards"
+        if fix is not None and fix.machine is not None:
+            after["Devices"] = fix.machine.title
+        elif fix is not None and fix.compatible:  # a report from before the machine was recorded
+            after["Devices"] = "SATA disks, Intel network cards"
     if inspect:
         after |= {
             "Firmware": firmware.get(inspect.firmware, inspect.firmware),
-            "Operating system": inspect.product_name,
+            "Operating system": inspect.title,
         }
     rows = [(label, escaped(before.get(label, ""), "\n\t"), after.get(label, "")) for label in {**before, **after}]
     return [row for row in rows if row[1] or row[2]]

@@ -72,7 +72,10 @@ class ChangeRecord(Part):
     fixer: str = Field(description="the part of FIX that made it")
     path: str = Field(description="the file in the guest")
     summary: str = Field(description="what was changed, in words")
-    diff: str | None = Field(default=None, description="the change of a text, as a unified diff")
+    diff: str | None = Field(
+        default=None,
+        description="the change of a text, as a unified diff; of a key of Windows' registry, a line for each value",
+    )
     command: str | None = Field(default=None, description="the command that was run in the guest")
     evidence: str | None = Field(default=None, description="why it was right to change it")
 

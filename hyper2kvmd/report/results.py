@@ -30,6 +30,12 @@ class _Inspect(_Seen):
     firmware_evidence: str = ""
     mounts: dict[str, str] = {}
     locked: tuple[str, ...] = ()
+    build: int | None = None
+
+    @property
+    def title(self) -> str:
+        """What the system calls itself, and the build, by which one Windows is told from another."""
+        return self.product_name if self.build is None else f"{self.product_name} (build {self.build})"
 
 
 class _Proof(_Seen):
@@ -51,6 +57,13 @@ class _Named(_Seen):
 
 class _Machine(_Seen):
     disks: str = ""
+    cards: str = ""
+
+    @property
+    def title(self) -> str:
+        """The devices, in words for people."""
+        bus = {"virtio": "virtio", "scsi": "virtio SCSI", "sata": "SATA", "ide": "IDE"}.get(self.disks, "other")
+        return f"{bus} disks, {self.cards or 'Intel'} network cards"
 
 
 class _Fix(_Seen):

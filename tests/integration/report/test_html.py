@@ -514,6 +514,26 @@ def test_an_old_report_does_not_say_who_ran_it() -> None:
     assert "the daemon" not in html
 
 
+def test_changes_of_windows_are_shown_as_a_windows_administrator_reads_them() -> None:
+    key = "HKLM\\SYSTEM\\ControlSet001\\Services\\viostor"
+    change = {
+        "fixer": "windows.disks",
+        "path": key,
+        "summary": "viostor starts",
+        "diff": "Type: (none) → 1\n- a: 3 → 0",
+    }
+    found = {"product_name": "Windows Server 2022 Standard", "build": 20348, "kernel_version": None, "firmware": "uefi"}
+    found |= {"bootloader": "none", "initramfs": "none"}
+    machine = {"type": "q35", "disks": "virtio", "cards": "e1000e"}
+    results = {"inspect": found, "fix": {"compatible": True, "machine": machine}}
+    html = render({**rich(), "changes": [change], "results": results}, "", None)
+    assert "<span>Type: (none) → 1</span><span>- a: 3 → 0</span>" in html
+    assert "In the registry" in html and "lines added" not in html
+    assert "Windows Server 2022 Standard (build 20348)" in html
+    assert "virtio disks, e1000e network cards" in html
+    assert "boot loader none" not in html and "initramfs by" not in html
+
+
 @pytest.mark.parametrize(
     ("status", "changes", "said"),
     [
