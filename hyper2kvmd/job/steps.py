@@ -19,10 +19,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from hyper2kvmd.files import fsync_file, write_durably
 from hyper2kvmd.job import reserve
 from hyper2kvmd.job.context import Job, Record
 from hyper2kvmd.job.plan import Plan, PlannedDisk
+from hyper2kvmd.settings.model import VIRTIO_WIN
 
 JOURNAL = "journal.json"
 
@@ -330,11 +333,19 @@ def _shape(job: Job, plan: Plan) -> str:
     ]
     wishes = [plan.format, plan.compress, plan.inspect, plan.fix, [str(disk.final) for disk in plan.disks]]
     guest = [
-        plan.manifest.stages.fix.model_dump(),
-        job.settings.fix.model_dump(mode="json"),
+        _asked(plan.manifest.stages.fix),
+        _asked(job.settings.fix),
         [asdict(card) for card in plan.cards],
     ]
     return hashlib.sha256(json.dumps([sources, wishes, guest]).encode()).hexdigest()
+
+
+# What can be asked for since 0.1.0, and what it is where nobody asks: the work of an older version is gone on with.
+_UNASKED = {"enable_rdp": False, "virtio_win": str(VIRTIO_WIN)}
+
+
+def _asked(wishes: BaseModel) -> dict[str, Any]:
+    return {key: value for key, value in wishes.model_dump(mode="json").items() if _UNASKED.get(key, ...) != value}
 
 
 def _boot_id() -> str:
