@@ -98,6 +98,15 @@ def override(system: Hive, control_set: str, service: str) -> str:
     return ""
 
 
+def late(system: Hive, control_set: str, service: str) -> str:
+    """Why the loader does not start a service that is there; "" if it does."""
+    key = f"{control_set}\\Services\\{service}"
+    start = system.value(key, "Start")
+    if start is None or start.number != BOOT_START:
+        return f"{key} Start is {'missing' if start is None else start.shown()}, and has to be {BOOT_START}"
+    return override(system, control_set, service)
+
+
 def driver_path(system: Hive, control_set: str, service: str, system_root: str) -> str:
     """Where the file of a driver is in the guest, as the registry spells it: /Windows/system32/drivers/viostor.sys."""
     value = system.value(f"{control_set}\\Services\\{service}", "ImagePath")
@@ -120,12 +129,10 @@ def unfit(g: Any, system: Hive, control_set: str, service: str, windows: Windows
     key = f"{control_set}\\Services\\{service}"
     if not system.exists(key):
         return f"there is no {key}"
-    kind, start = system.value(key, "Type"), system.value(key, "Start")
+    kind = system.value(key, "Type")
     if kind is None or kind.number not in KERNEL_DRIVERS:
         return f"{key} Type is {'missing' if kind is None else kind.shown()}, and no kernel driver"
-    if boots and (start is None or start.number != BOOT_START):
-        return f"{key} Start is {'missing' if start is None else start.shown()}, and has to be {BOOT_START}"
-    if boots and (why := override(system, control_set, service)):
+    if boots and (why := late(system, control_set, service)):
         return why
     wanted = driver_path(system, control_set, service, windows.system_root)
     path = spelt(g, wanted)

@@ -93,7 +93,7 @@ def script(windows: Windows, choice: Choice, addresses: Sequence[Addresses], wis
 
 def _steps(windows: Windows, choice: Choice, addresses: Sequence[Addresses], wishes: Wishes) -> Iterator[Step]:
     powershell = "powershell.exe -NoProfile -NonInteractive -ExecutionPolicy Bypass"
-    modern = windows.release is not None and windows.release.has_driver_database
+    modern = windows.has_driver_database
     if choice.packages:
         yield Step("drivers", "call :drivers", _drivers(windows))
     if addresses and modern:

@@ -60,7 +60,7 @@ def fix(g: Any, inspection: Inspection, windows: Windows, options: FixOptions) -
             changes += _apply(software_edits(software, choice))
     changes = [*_put(g, put), *changes]
     warnings = [*choice.warnings, *warnings, *_not_done(options.configuration)]
-    hashes = {file.path.lower(): hashlib.sha256(file.content).hexdigest() for file in put}
+    hashes = {file.path.lower(): file.sha256 for file in put}
     g.umount_all()
     if options.bootloader and inspection.firmware == "uefi" and windows.boot is not None:
         changes += _loader(g, windows, windows.boot)
@@ -118,7 +118,7 @@ def _kept(windows: Windows, nics: Sequence[Nic]) -> tuple[tuple[Addresses, ...],
     macs = {nic.mac for nic in nics}
     kept, warnings = [], []
     for card in windows.addresses:
-        if card.dhcp or not card.addresses:
+        if not card.static:
             continue
         mac = card.mac or slots.get(card.slot) or (nics[0].mac if len(nics) == 1 == len(windows.addresses) else None)
         if mac and mac in macs:
@@ -140,11 +140,12 @@ def _first_boot(windows: Windows, choice: Choice, addresses: Sequence[Addresses]
     """The files for what Windows does when it first starts."""
     directory = f"{windows.system_root}/{firstboot.DIRECTORY}"
     texts = {firstboot.SCRIPT: firstboot.script(windows, choice, addresses, wishes)}
-    if addresses and windows.release and windows.release.has_driver_database:
+    if addresses and windows.has_driver_database:
         texts[firstboot.NETWORK] = firstboot.network_script(addresses)
+    summary = "what Windows does when it first starts"
     return [
-        File("windows.firstboot", f"{directory}/{name}", text.encode(), "what Windows does when it first starts")
-        for name, text in texts.items()
+        File("windows.firstboot", f"{directory}/{name}", data, hashlib.sha256(data).hexdigest(), summary)
+        for name, data in ((name, text.encode()) for name, text in texts.items())
     ]
 
 
@@ -152,8 +153,7 @@ def _put(g: Any, put: Sequence[File]) -> list[Change]:
     """Write the files that are not there already."""
     changes = []
     for file, path in zip(put, _places(g, put), strict=True):
-        digest = hashlib.sha256(file.content).hexdigest()
-        if g.is_file(path) and g.checksum("sha256", path) == digest:
+        if g.is_file(path) and g.checksum("sha256", path) == file.sha256:
             continue
         if g.is_symlink(path):  # what Windows has compressed, see `spelt`
             g.rm(path)
@@ -161,11 +161,13 @@ def _put(g: Any, put: Sequence[File]) -> list[Change]:
         g.mkdir_p(directory)
         g.write(path, file.content)
         if file.fixer == "windows.drivers":  # a package is one thing
-            changes.append(Change(file.fixer, _shown(directory), file.summary, evidence=f"{name}: SHA-256 {digest}"))
+            changes.append(
+                Change(file.fixer, _shown(directory), file.summary, evidence=f"{name}: SHA-256 {file.sha256}")
+            )
             continue
         text = file.content.decode().replace("\r\n", "\n") if file.fixer == "windows.firstboot" else None
         diff = "" if text is None else unified_diff(path, None, text)
-        changes.append(Change(file.fixer, _shown(path), file.summary, diff=diff, evidence=f"SHA-256 {digest}"))
+        changes.append(Change(file.fixer, _shown(path), file.summary, diff=diff, evidence=f"SHA-256 {file.sha256}"))
     return _merged(changes)
 
 

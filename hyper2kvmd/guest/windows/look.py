@@ -43,6 +43,11 @@ class Addresses:
     gateways: tuple[str, ...]
     dns: tuple[str, ...]
 
+    @property
+    def static(self) -> bool:
+        """Whether it has addresses of its own."""
+        return bool(self.addresses) and not self.dhcp
+
 
 @dataclass(frozen=True)
 class Boot:
@@ -86,6 +91,11 @@ class Windows:
     def family(self) -> str:
         """The directory of virtio-win that has its drivers, "" for one that is older than Vista."""
         return self.release.family if self.release else ""
+
+    @property
+    def has_driver_database(self) -> bool:
+        """Whether it is Windows 8 or later, by its release."""
+        return self.release is not None and self.release.has_driver_database
 
 
 def look(

@@ -74,9 +74,8 @@ def choose(
     machine: from whether the guest gets virtio, and whether its disks are on a SCSI controller, to the machine.
     Raise MigrationError (os_unsupported) if it has drivers for neither.
     """
-    for candidate in (machine(True, False), machine(True, True)):
-        if not _why_not_installed(g, system, windows, DISKS[candidate.disks]):
-            return _with_card(g, system, windows, catalogue, candidate, "guest")
+    if (candidate := _installed_bus(g, system, windows, machine)) is not None:
+        return _with_card(g, system, windows, catalogue, candidate, "guest")
     candidate = machine(True, False)
     package, why = _given(windows, catalogue, DISK_DRIVERS[candidate.disks], DISKS[candidate.disks])
     if package is not None:
@@ -110,10 +109,7 @@ def choose_bus(
     """
     if bus == "sata":
         return Choice(_plain_card(g, system, windows, machine(False, False)), "guest", (), ())
-    scsi = bool(_why_not_installed(g, system, windows, DISKS[machine(True, False).disks])) and not (
-        _why_not_installed(g, system, windows, DISKS[machine(True, True).disks])
-    )
-    candidate = machine(True, scsi)
+    candidate = _installed_bus(g, system, windows, machine) or machine(True, False)
     # A package that Windows has, but never used, is enough: it need not start with the loader.
     link = chain.service_of(system, windows.control_sets[0], CARDS["virtio"])
     why = "" if link.service else _why_not_installed(g, system, windows, CARDS["virtio"])
@@ -126,6 +122,12 @@ def choose_bus(
         "Install NetKVM of virtio-win in it, shut it down, and switch once more.",
     )
     return Choice(candidate, "guest", (), (warning,))
+
+
+def _installed_bus(g: Any, system: Hive, windows: Windows, machine: Callable[[bool, bool], Machine]) -> Machine | None:
+    """The machine with the first virtio bus whose driver Windows finds by itself; None if it finds none."""
+    candidates = (machine(True, scsi) for scsi in (False, True))
+    return next((one for one in candidates if not _why_not_installed(g, system, windows, DISKS[one.disks])), None)
 
 
 def _why_not_installed(g: Any, system: Hive, windows: Windows, function: Function) -> str:
@@ -215,11 +217,12 @@ class Registry:
 
 @dataclass(frozen=True)
 class File:
-    """A file that is put into the guest. path: as libguestfs has it."""
+    """A file that is put into the guest. path: as libguestfs has it. sha256: of the content, in hex."""
 
     fixer: str
     path: str
     content: bytes
+    sha256: str
     summary: str
 
 
@@ -369,8 +372,9 @@ def files(windows: Windows, choice: Choice) -> Sequence[File]:
         summary = f"{package.driver} of virtio-win for {package.family}"
         directory = f"{windows.system_root}/{PACKAGES}/{package.driver}"
         for name, content in sorted(package.files.items()):
-            found.append(File("windows.drivers", f"{directory}/{name}", content, summary))
+            found.append(File("windows.drivers", f"{directory}/{name}", content, package.sha256[name], summary))
     if (disks := given_disk_driver(choice)) is not None:
-        path = f"{windows.system_root}/System32/drivers/{disks.sys_name}"
-        found.append(File("windows.disks", path, disks.files[disks.sys_name], "the driver of the disks"))
+        name = disks.sys_name
+        path = f"{windows.system_root}/System32/drivers/{name}"
+        found.append(File("windows.disks", path, disks.files[name], disks.sha256[name], "the driver of the disks"))
     return found

@@ -120,7 +120,7 @@ def _filters(g: Any, system: Hive, windows: Windows, control_set: str) -> Iterat
                 why = chain.unfit(g, system, control_set, name, windows, boots=False)
                 claim = f"{name}, one of {kind} of {title}, can be loaded"
                 said = why or "its service and its file are there"
-                late = "" if why else chain.unfit(g, system, control_set, name, windows)
+                late = "" if why else chain.late(system, control_set, name)
                 warning = Finding(
                     "windows_filter",
                     f"{name} is one of {kind} of {title}, and may keep Windows from starting: {late}",

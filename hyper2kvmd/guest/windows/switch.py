@@ -63,5 +63,5 @@ def left_behind(windows: Windows) -> list[Finding]:
             "Give them to the new card in Windows, at its console.",
         )
         for card in windows.addresses
-        if card.addresses and not card.dhcp
+        if card.static
     ]
