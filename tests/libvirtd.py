@@ -10,6 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import libvirt
 
 
 @contextmanager
@@ -63,3 +66,10 @@ def session(directory: Path, account: str = "root", *, alone: bool = False) -> I
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(120)
+
+
+def remove(domain: Any) -> None:
+    """Stop a domain of libvirt's, and forget it with its variables."""
+    if domain.isActive():
+        domain.destroy()
+    domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)

@@ -24,7 +24,7 @@ from hyper2kvmd.hypervisor.define import redefine, settled_xml
 from tests import virtiowin
 from tests.conftest import Ctl
 from tests.guests.ntfs import pour
-from tests.libvirtd import session
+from tests.libvirtd import remove, session
 from tests.unit.domain.test_domain import WINDOWS_2022
 from tests.unit.domain.test_switch import NICS, WINDOWS
 from tests.unit.guest.windows.test_fix import mend
@@ -48,9 +48,7 @@ def defined(uri: str, domain: Domain, old: str = "", new: str = "") -> Iterator[
         try:
             yield found
         finally:
-            if found.isActive():
-                found.destroy()
-            found.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+            remove(found)
 
 
 def on_disk(path: Path, format: str = "raw") -> tuple[DomainDisk, ...]:

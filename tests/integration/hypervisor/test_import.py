@@ -21,7 +21,7 @@ from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.hypervisor.connection import connect, virt_type
 from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.hypervisor.preflight import BRIDGE_VLANS, EMULATED_X2APIC, preflight
-from tests.libvirtd import session
+from tests.libvirtd import remove, session
 from tests.unit.domain.test_domain import DEBIAN, PLAIN, RHEL5, VARIANTS, WINDOWS_2022, decided, disks
 
 pytestmark = pytest.mark.timeout(1800)
@@ -43,9 +43,7 @@ def defined(connection: Any, domain: Domain, *, start: bool = False) -> Iterator
     try:
         yield found
     finally:
-        if found.isActive():
-            found.destroy()
-        found.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+        remove(found)
 
 
 def here(connection: Any, domain: Domain) -> Domain:
