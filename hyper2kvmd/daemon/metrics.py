@@ -38,6 +38,8 @@ RESULTS = tuple(
 )
 READ = ("verify", "convert", "validate")  # the stages that count the bytes of the sources' disks
 FORMATS = ("qcow2", "raw")
+ENGINES = ("stream", "qemu-img")
+CONVERTED = ("read", "inflated", "written")
 CHECKS = ("settings", "exports", "locks", "libvirt", "output", "work")
 POOLS = ("output", "work")
 TAGS_LIMIT = 200
@@ -90,6 +92,13 @@ class Metrics:
         self.bytes_read = self._counter(
             "bytes_read", "Bytes of the sources' disks that a stage has worked through.", "stage"
         )
+        self.bytes_converted = self._counter(
+            "convert_bytes",
+            "Bytes of converted disks: of their files (read), that were inflated, as far as that is counted, and that"
+            " the results take (written); by what converted them: hyper2kvmd's own reader (stream), or qemu-img.",
+            "engine",
+            "kind",
+        )
         self.bytes_written = self._counter(
             "bytes_written", "Bytes that the published disks take up, by their format.", "format"
         )
@@ -112,6 +121,8 @@ class Metrics:
         _initialise(self.job_seconds, ("succeeded", "other"))
         _initialise(self.stage_seconds, STAGES)
         _initialise(self.bytes_read, READ)
+        for engine, kind in itertools.product(ENGINES, CONVERTED):
+            self.bytes_converted.labels(engine, kind)
         _initialise(self.bytes_written, FORMATS)
         _initialise(self.last_completion, FINAL)
         _initialise(self.claims, ("won", "busy", "failed", "lost"))
@@ -256,6 +267,9 @@ class Metrics:
             self.stage_seconds.labels(data["stage"]).observe(data["seconds"])
         elif event.kind == "progress" and data["stage"] in READ:
             self.bytes_read.labels(data["stage"]).inc(data["bytes"])
+        elif event.kind == "converted":
+            for kind in CONVERTED:
+                self.bytes_converted.labels(data["engine"], kind).inc(data[kind] or 0)
 
     def job_ended(self, finished: Mapping[str, Any] | None) -> None:
         """Count a job that ended; `finished` is its last event, None if there was none."""

@@ -109,7 +109,7 @@ def create_throw_away(tools: Tools, overlay: Path, disk: Path, format: str) -> N
 
 
 def make_target(target: Path) -> None:
-    """Make the empty file that convert() fills, as ours and nobody else's. Raise OSError or MigrationError."""
+    """Make the empty file that a converted disk fills, as ours and nobody else's. Raise OSError or MigrationError."""
     try:
         # qemu-img would follow a link that somebody put there.
         os.close(create_file(target, 0o600))
@@ -125,16 +125,12 @@ def convert(
     *,
     compress: bool,
     on_progress: Callable[[float], None],
-    made: bool = False,
 ) -> None:
-    """Convert the source to the new file `target` (absolute), as `qcow2` or `raw`.
+    """Convert the source to `target` (absolute), which make_target() made, as `qcow2` or `raw`.
 
-    `on_progress` gets the ratio done, from 0 to 1. made: whether `target` comes from make_target() already. Raise
-    MigrationError or Cancelled; then the caller removes `target`, which looks like an image and is none.
+    `on_progress` gets the ratio done, from 0 to 1. Raise MigrationError or Cancelled.
     """
     node = _unchanged(source)
-    if not made:
-        make_target(target)
     try:
         tools.run(
             "qemu-img", "convert", "-p", "-O", format,

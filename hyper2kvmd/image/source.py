@@ -315,6 +315,15 @@ def verify_checksum(source: Source, cancel: threading.Event, on_progress: Callab
     Raise MigrationError (checksum_mismatch), Cancelled or OSError.
     """
     digest = sha256(source, cancel, on_progress)
+    check_checksum(source, digest)
+    return digest
+
+
+def check_checksum(source: Source, digest: str) -> None:
+    """Hold the checksum of the source against the manifest's, which must be there.
+
+    Raise MigrationError (checksum_mismatch).
+    """
     if digest != source.disk.sha256:
         raise MigrationError(
             Code.CHECKSUM_MISMATCH,
@@ -322,7 +331,6 @@ def verify_checksum(source: Source, cancel: threading.Event, on_progress: Callab
             "The file is not what was exported: copy it again, or export the VM again.",
             field=f"{source.field}.checksum",
         )
-    return digest
 
 
 def sha256(source: Source, cancel: threading.Event, on_progress: Callable[[float], None]) -> str:

@@ -15,12 +15,13 @@ STAGES = ("plan", "verify", "inspect", "fix", "convert", "commit", "validate", "
 
 @dataclass(frozen=True)
 class Event:
-    """One line: `kind` is claimed, manifest, stage, progress, warning or finished; `data` depends on it.
+    """One line: `kind` is claimed, manifest, stage, progress, converted, warning or finished; `data` depends on it.
 
     - claimed: job, vm (the name of the export's directory), attempt
     - manifest: vm (its own name), tags
     - stage: stage, status (started, done, skipped, failed, cancelled), seconds; total (bytes it will do) if started
     - progress: stage, item, ratio (0..1), bytes (done since the last event of this item)
+    - converted: item, engine (stream or qemu-img), read, inflated, written (bytes; inflated may be null)
     - warning: code, message, hint, field
     - finished: status; report, if one was written; code, message and hint, if none was and there is a reason
     """

@@ -4,8 +4,9 @@
     plan ─────┼─ INSPECT ─ FIX, on an overlay per disk ─────┼─ commit ─ VALIDATE ─ publish ─ hook ─ IMPORT
               └─ CONVERT: source → partial, side by side ───┘
 
-The source is only ever read. The fix is laid onto the converted disk at the end, so a migration takes as long as
-its slowest branch, not as long as all of them.
+The source is only ever read, and once where our own reader converts it: what that reads, VERIFY takes the checksum of.
+The fix is laid onto the converted disk at the end, so a migration takes as long as its slowest branch, not as long as
+all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,11 +30,12 @@ from hyper2kvmd.errors import Cancelled, Collected, MigrationError, Outcome
 from hyper2kvmd.hypervisor.connection import connect, libvirt_version
 from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.image import qemu_img
+from hyper2kvmd.image.convert import THREADS_LIMIT, convert, streams
 from hyper2kvmd.image.publish import publish
-from hyper2kvmd.image.source import check_unchanged, verify_checksum
+from hyper2kvmd.image.source import check_checksum, check_unchanged, sha256
 from hyper2kvmd.job import reserve
 from hyper2kvmd.job.boot import boot_copy
-from hyper2kvmd.job.context import Job, Record
+from hyper2kvmd.job.context import AT_ONCE, Job, Record
 from hyper2kvmd.job.inside import look_inside
 from hyper2kvmd.job.plan import Plan, PlannedDisk, make_plan, memory_mb, needs
 from hyper2kvmd.job.results import Checked, Converted, Imported, Validated
@@ -112,10 +116,11 @@ def migrate(job: Job, claim: Claim, manifest: Manifest) -> tuple[str, ...]:
 def _branches(job: Job, plan: Plan, steps: Steps) -> None:
     """Run the three branches at the same time; the first that fails ends the others."""
     job.record.tools.update(qemu_img.versions(job.tools))
-    digests: dict[str, str] = {}
+    digests = {disk.id: digest for disk in plan.disks if (digest := steps.verified(disk))}
+    reads = {disk.id: _Read() for disk in plan.disks if plan.convert and _streams(job, plan, steps, disk)}
     branches = []
     if plan.verify:
-        branches.append(partial(_verify, job, plan, steps, digests))
+        branches.append(partial(_verify, job, plan, steps, digests, reads))
     else:
         job.skip("verify")
     if plan.looks_inside:
@@ -124,10 +129,11 @@ def _branches(job: Job, plan: Plan, steps: Steps) -> None:
         job.skip("inspect")
         job.skip("fix")
     if plan.convert:
-        branches.append(partial(_convert, job, plan, steps))
+        branches.append(partial(_convert, job, plan, steps, reads))
     else:
         job.skip("convert")
     job.together(*branches)
+    digests.update({disk: read.digest for disk, read in reads.items() if read.digest})
     inspected = job.record.results.inspect
     boot = inspected.boot_disk if inspected else plan.boot_disk
     job.record.disks = [
@@ -137,47 +143,107 @@ def _branches(job: Job, plan: Plan, steps: Steps) -> None:
             source_format=disk.source.disk.format,
             source_bytes=disk.source.size,
             source_sha256=digests.get(disk.id),
+            source_verified=plan.verify and disk.source.disk.sha256 is not None,
             virtual_size=disk.source.virtual_size,
+            engine=steps.engine(disk),
             boot=disk.id == boot,
         )
         for disk in plan.disks
     ]
 
 
-def _verify(job: Job, plan: Plan, steps: Steps, digests: dict[str, str]) -> None:
-    """Read every disk that has a checksum, once."""
+def _streams(job: Job, plan: Plan, steps: Steps, disk: PlannedDisk) -> bool:
+    """Whether our own reader is to convert a disk."""
+    engine = job.settings.convert.engine
+    return not steps.converted(disk) and streams(disk.source, engine, compress=plan.compress)
+
+
+class _Read:
+    """The one read of a source: how far CONVERT is with it, and in the end the checksum, for VERIFY.
+
+    digest: None if qemu-img had to convert the disk after all.
+    """
+
+    def __init__(self) -> None:
+        self.ratio = 0.0
+        self.digest: str | None = None
+        self.over = threading.Event()
+
+
+def _verify(job: Job, plan: Plan, steps: Steps, digests: dict[str, str], reads: dict[str, _Read]) -> None:
+    """Check every disk that has a checksum; what is not converted by our own reader is read for that."""
 
     def verify(disk: PlannedDisk) -> None:
         with job.progress("verify", disk.id, disk.source.size) as tell:
-            digests[disk.id] = verify_checksum(disk.source, job.tools.cancel, tell)
-        steps.note_verified(disk, digests[disk.id])
+            digest = _digest_of(reads[disk.id], job, tell) if disk.id in reads else None
+            digest = digest or sha256(disk.source, job.tools.cancel, tell)
+        check_checksum(disk.source, digest)
+        digests[disk.id] = digest
+        steps.note_verified(disk, digest)
 
-    digests.update({disk.id: digest for disk in plan.disks if (digest := steps.verified(disk))})
     left = [disk for disk in plan.disks if disk.source.disk.sha256 is not None and disk.id not in digests]
+    left.sort(key=lambda disk: disk.id in reads)  # who waits for another keeps nobody from reading
     with job.stage("verify", sum(disk.source.size for disk in left)):
         job.together(*(partial(verify, disk) for disk in left))
 
 
-def _convert(job: Job, plan: Plan, steps: Steps) -> None:
+def _digest_of(read: _Read, job: Job, tell: Callable[[float], None]) -> str | None:
+    """The checksum that a conversion computes on its way, once it is done. Raise Cancelled."""
+    while not read.over.wait(0.2):
+        if job.tools.cancel.is_set():
+            raise Cancelled
+        tell(read.ratio)
+    return read.digest
+
+
+def _convert(job: Job, plan: Plan, steps: Steps, reads: dict[str, _Read]) -> None:
     """Convert every disk, side by side."""
-
-    def convert(disk: PlannedDisk) -> None:
-        with job.progress("convert", disk.id, disk.source.virtual_size) as tell:
-            qemu_img.convert(
-                job.tools, disk.source, disk.partial, plan.format,
-                compress=plan.compress, on_progress=tell, made=True,
-            )  # fmt: skip
-        steps.note_converted(disk)
-
     left = [disk for disk in plan.disks if not steps.converted(disk)]
+    # What runs at the same time shares the processors.
+    shares = min(AT_ONCE, len(left)) * (1 + reserve.others(job))
+    threads = max(1, min(THREADS_LIMIT, len(os.sched_getaffinity(0)) // max(1, shares)))
+
+    def one(disk: PlannedDisk) -> None:
+        read = reads.get(disk.id)
+        with job.progress("convert", disk.id, disk.source.virtual_size) as tell:
+
+            def told(ratio: float) -> None:
+                tell(ratio)
+                if read is not None:
+                    read.ratio = ratio
+
+            copied = convert(
+                job.tools, disk.source, disk.partial, plan.format,
+                stream=read is not None, compress=plan.compress, threads=threads, on_progress=told,
+            )  # fmt: skip
+        steps.note_converted(disk, copied.engine)
+        if copied.sha256 is not None and disk.source.disk.sha256 is None:
+            steps.note_verified(disk, copied.sha256)
+        elif copied.sha256 is not None and not plan.verify:
+            _warn_of_mismatch(job, disk, copied.sha256)
+        if read is not None:
+            read.digest = copied.sha256
+            read.over.set()
+        counted = {"read": copied.read, "inflated": copied.inflated, "written": copied.written}
+        job.events.emit("converted", item=disk.id, engine=copied.engine, **counted)
+
     with job.stage("convert", sum(disk.source.virtual_size for disk in left)):
         for disk in left:
             qemu_img.make_target(disk.partial)
         if left:
             steps.note_made([disk.partial for disk in left])
-        job.together(*(partial(convert, disk) for disk in left))
+        job.together(*(partial(one, disk) for disk in left))
     # Compressed, it can be a fraction of what was reserved, and what is checked and booted then takes long.
     reserve.lower(job, needs(job, plan, steps.converted))
+
+
+def _warn_of_mismatch(job: Job, disk: PlannedDisk, digest: str) -> None:
+    """Say that a checksum is wrong which nobody asked to be verified."""
+    try:
+        check_checksum(disk.source, digest)
+    except MigrationError as error:
+        hint = f"{error.hint} It is a warning because verify_checksum is off."
+        job.warn(replace(error.finding(), hint=hint))
 
 
 def _commit(job: Job, plan: Plan, steps: Steps) -> None:

@@ -105,6 +105,11 @@ def _check_memory(memory_mb: int, reserved: int) -> None:
         )
 
 
+def others(job: Job) -> int:
+    """How many other jobs of this host run."""
+    return len(_others(job))
+
+
 @contextlib.contextmanager
 def _locked(directory: Path) -> Any:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

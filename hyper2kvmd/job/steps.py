@@ -90,6 +90,7 @@ class _Journal:
     made: dict[str, int] | None = None  # unfinished disks that attempts made, by path: the inode tells ours from others
     verified: dict[str, str] | None = None  # checksums by disk
     converted: dict[str, File] | None = None
+    engines: dict[str, str] | None = None  # what converted which disk
     overlays: dict[str, File] | None = None  # with the fix on them
     guest: Record | None = None  # of INSPECT and FIX
     boot: str = ""  # in which boot of the host the commit began; "" before
@@ -152,12 +153,16 @@ class Steps:
         return replace(disk, partial=partial, overlay=overlay)
 
     def verified(self, disk: PlannedDisk) -> str | None:
-        """The checksum of a source that was computed already."""
+        """The checksum of a source that was computed already, and is the manifest's, if that has one."""
         return (self._journal.verified or {}).get(disk.id)
 
     def converted(self, disk: PlannedDisk) -> bool:
         """Whether a disk is converted."""
         return disk.id in (self._journal.converted or {})
+
+    def engine(self, disk: PlannedDisk) -> str | None:
+        """What converted a disk, as far as an attempt has noted that."""
+        return (self._journal.engines or {}).get(disk.id)
 
     def fixed(self, plan: Plan) -> Record | None:
         """The record of INSPECT and FIX if both are done, and the overlays are there."""
@@ -167,7 +172,7 @@ class Steps:
     # What this one does ------------------------------------------------------------------------------------
 
     def note_verified(self, disk: PlannedDisk, digest: str) -> None:
-        """The checksum of a source is right."""
+        """The checksum of a source is right, or nobody knows another one."""
         with self._mutex:
             self._journal.verified = {**(self._journal.verified or {}), disk.id: digest}
             self._write()
@@ -179,10 +184,11 @@ class Steps:
             self._journal.made = {**dict(_still_made(self._journal)), **made}
             self._write()
 
-    def note_converted(self, disk: PlannedDisk) -> None:
-        """A disk is converted."""
+    def note_converted(self, disk: PlannedDisk, engine: str) -> None:
+        """A disk is converted, by that engine."""
         file = File.of(disk.partial)
         with self._mutex:
+            self._journal.engines = {**(self._journal.engines or {}), disk.id: engine}
             self._journal.converted = {**(self._journal.converted or {}), disk.id: file}
             self._write()
 

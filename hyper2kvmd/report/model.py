@@ -55,11 +55,19 @@ class DiskRecord(Part):
     source: str = Field(description="path of the source, relative to the export")
     source_format: str = Field(description="vmdk, qcow2, raw, vhd, vhdx or vdi")
     source_bytes: int = Field(description="size of the source file")
-    source_sha256: str | None = Field(default=None, description="as computed; null if it was not verified")
+    source_sha256: str | None = Field(default=None, description="as computed; null if nothing read all of the file")
+    source_verified: bool | None = Field(
+        default=None,
+        description="whether that is the checksum of the manifest; null in a report of version 0.1, where it is if"
+        " there is one",
+    )
     virtual_size: int = Field(description="bytes the guest sees")
     target: str | None = Field(default=None, description="absolute path of the published disk")
     target_format: str | None = Field(default=None, description="qcow2 or raw")
     target_bytes: int | None = Field(default=None, description="bytes allocated by the published disk")
+    engine: str | None = Field(
+        default=None, description="what converted it: stream (hyper2kvmd's own reader) or qemu-img"
+    )
     boot: bool = Field(default=False, description="whether the guest boots from this disk")
 
 

@@ -86,6 +86,16 @@ class Output(Section):
     )
 
 
+class Convert(Section):
+    """How disks are converted."""
+
+    engine: Literal["auto", "qemu-img"] = Field(
+        default="auto",
+        description="auto: hyper2kvmd reads sparse VMDKs itself, such as the streamOptimized ones of vSphere, once for"
+        " the disk and its checksum; qemu-img reads all other disks. qemu-img: it reads every disk.",
+    )
+
+
 class Libvirt(Section):
     """Where and how the domain is defined."""
 
@@ -522,6 +532,7 @@ class Settings(Section):
         " them.",
         examples=[{"convert": {"compression": True}, "validate": {"test_boot": True}}],
     )
+    convert: Convert = Convert()
     libvirt: Libvirt = Libvirt()
     guest: Guest = Guest()
     fix: Fix = Fix()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.image.header.reader import MERGE, SECTOR, Extent, Header, Image, integers
 
 _AT_END = 0xFFFFFFFFFFFFFFFF
-_COMPRESSED, _MARKERS = 1 << 16, 1 << 17
+_COMPRESSED, _MARKERS, _ZERO_GRAINS = 1 << 16, 1 << 17, 1 << 2
 _DESCRIPTOR_LIMIT = 20 * SECTOR  # how much of it qemu looks at, whatever the header says
 TEXT_LIMIT = 1 << 16  # bytes of a description
 EXTENT_LIMIT = 512  # each is an open file; VMware's have 2 GiB, so that is a disk of 1 TiB
@@ -33,8 +34,8 @@ _SETTING = re.compile(r'([\w.]+)\s*=\s*"?([^"]*)"?')
 
 
 @dataclass(frozen=True)
-class _Sparse:
-    """The header of a sparse VMDK extent; offsets and sizes in sectors."""
+class Sparse:
+    """The header of a sparse VMDK extent; offsets and sizes in sectors. compression: 0 is none, 1 deflate."""
 
     flags: int
     capacity: int
@@ -43,13 +44,35 @@ class _Sparse:
     descriptor_size: int
     entries_per_table: int
     directory: int
+    compression: int
+
+    @property
+    def compressed(self) -> bool:
+        """Whether grains are compressed."""
+        return bool(self.flags & _COMPRESSED)
+
+    @property
+    def marked(self) -> bool:
+        """Whether every compressed grain begins with its place and its length."""
+        return bool(self.flags & _MARKERS)
+
+    @property
+    def has_zero_grains(self) -> bool:
+        """Whether the entry 1 of a grain table means a grain of zeros."""
+        return bool(self.flags & _ZERO_GRAINS)
+
+    @property
+    def tables(self) -> int:
+        """How many grain tables the directory has entries for."""
+        return -(-self.capacity // (self.grain * self.entries_per_table))
 
     @classmethod
-    def parse(cls, data: bytes) -> _Sparse:
+    def parse(cls, data: bytes) -> Sparse:
         flags, capacity, grain, descriptor, descriptor_size, entries, _, directory = struct.unpack_from(
             "<IQQQQIQQ", data, 8
         )
-        return cls(flags, capacity, grain, descriptor, descriptor_size, entries, directory)
+        (compression,) = struct.unpack_from("<H", data, 77)
+        return cls(flags, capacity, grain, descriptor, descriptor_size, entries, directory, compression)
 
 
 @dataclass(frozen=True)
@@ -112,13 +135,13 @@ def check_extent(image: Image, bytes: int) -> None:
         raise image.corrupt(
             f"is not the sparse extent that its descriptor says: it starts with the bytes {magic.hex(' ')}"
         )
-    header = _Sparse.parse(image.read(0, SECTOR, "the VMDK header"))
+    header = Sparse.parse(image.read(0, SECTOR, "the VMDK header"))
     # With a capacity of 0 qemu would read a text in it as a descriptor.
     if header.capacity == 0:
         raise image.refused("has a capacity of 0, with which its descriptor could name any file")
     if header.capacity * SECTOR != bytes:
         raise image.corrupt(f"is an extent of {header.capacity * SECTOR} bytes, its descriptor says {bytes}")
-    _check_grains(image, _footer(image, header) if header.directory == _AT_END else header)
+    _check_grains(image, read_sparse(image))
 
 
 def descriptor_for(extents: Sequence[tuple[Extent, str]]) -> bytes:
@@ -197,7 +220,7 @@ def _descriptor(image: Image, data: bytes) -> _Descriptor:
 
 
 def _vmdk_sparse(image: Image) -> Header:
-    header = _Sparse.parse(image.read(0, SECTOR, "the VMDK header"))
+    header = Sparse.parse(image.read(0, SECTOR, "the VMDK header"))
     # With a capacity of 0 qemu reads the embedded text as if it were a file of its own, extents and all.
     if header.capacity == 0:
         raise image.refused("has a capacity of 0, with which its descriptor could name any file")
@@ -215,12 +238,11 @@ def _vmdk_sparse(image: Image) -> Header:
         raise image.refused("does not have exactly one SPARSE extent, itself")
     if re.search(r"[/\\:]|\.\.", descriptor.extents[0][2]):
         raise image.refused(f"names {descriptor.extents[0][2]!r} as its extent, which is not a plain file name")
-    tables = _footer(image, header) if header.directory == _AT_END else header
-    _check_grains(image, tables)
+    _check_grains(image, read_sparse(image))
     return Header("vmdk", header.capacity * SECTOR, kind)
 
 
-def _footer(image: Image, header: _Sparse) -> _Sparse:
+def _footer(image: Image, header: Sparse) -> Sparse:
     """The copy of the header at the end of a stream, which is only there if the stream is whole."""
     # A marker, the footer and the end-of-stream marker: one sector each.
     end = image.read(max(0, image.size - 3 * SECTOR), min(3 * SECTOR, image.size), "the footer")
@@ -228,40 +250,51 @@ def _footer(image: Image, header: _Sparse) -> _Sparse:
     stops = struct.unpack_from("<QII", end, len(end) - SECTOR)
     if len(end) < 3 * SECTOR or (size, kind) != (0, 3) or end[SECTOR : SECTOR + 4] != b"KDMV" or any(stops):
         raise image.corrupt("does not end with the footer that a streamOptimized VMDK has: it is truncated")
-    footer = _Sparse.parse(end[SECTOR : 2 * SECTOR])
+    footer = Sparse.parse(end[SECTOR : 2 * SECTOR])
     for field in ("capacity", "grain", "entries_per_table", "flags"):
         if getattr(footer, field) != getattr(header, field):
             raise image.refused(f"has a footer that contradicts its header about {field}")
     return footer
 
 
-def _check_grains(image: Image, header: _Sparse) -> None:
+def _check_grains(image: Image, header: Sparse) -> None:
     """Make sure that the file reaches to the end of its last grain: qemu reads what is cut off as zeros."""
-    if header.grain & (header.grain - 1) or not 8 <= header.grain <= 1 << 16:
-        raise image.corrupt(f"has grains of {header.grain} sectors")
-    if not 1 <= header.entries_per_table <= SECTOR:
-        raise image.corrupt(f"has grain tables of {header.entries_per_table} entries")
-    grains = -(-header.capacity // header.grain)
-    tables = -(-grains // header.entries_per_table)
-    directory = integers(image.read(header.directory * SECTOR, tables * 4, "the grain directory"), "I")
-    used = [(number, offset) for number, offset in enumerate(directory) if offset]
-    # Bounds the work by the size of the file: a hostile directory could name one table a million times.
-    if len({offset for _, offset in used}) != len(used):
-        raise image.corrupt("uses a grain table twice")
-    compressed = header.flags & _COMPRESSED
     last, needed = 0, 0
-    for number, offset in used:
-        data = image.read(offset * SECTOR, header.entries_per_table * 4, "a grain table")
-        table = integers(data, "I")
+    for number, table in grain_tables(image, header):
         highest = max(table)
         if highest > max(last, 1):  # 1 stands for a grain of zeros
             last = highest
             grain = number * header.entries_per_table + table.index(highest)
             needed = min(header.grain, header.capacity - grain * header.grain) * SECTOR
-    if last and compressed:
-        if not header.flags & _MARKERS:
+    if last and header.compressed:
+        if not header.marked:
             raise image.unsupported("is compressed without markers", MERGE)
         marker = image.read(last * SECTOR, 12, "the last grain")
         needed = 12 + struct.unpack_from("<I", marker, 8)[0]
     if last:
         image.holds(last * SECTOR, needed, "the last grain")
+
+
+def grain_tables(image: Image, header: Sparse) -> Iterator[tuple[int, array[int]]]:
+    """The grain tables that a sparse VMDK has, each with its number: the sector of every grain, 0 where there is none.
+
+    Raise MigrationError (image_corrupt).
+    """
+    if header.grain & (header.grain - 1) or not 8 <= header.grain <= 1 << 16:
+        raise image.corrupt(f"has grains of {header.grain} sectors")
+    if not 1 <= header.entries_per_table <= SECTOR:
+        raise image.corrupt(f"has grain tables of {header.entries_per_table} entries")
+    directory = integers(image.read(header.directory * SECTOR, header.tables * 4, "the grain directory"), "I")
+    used = [offset for offset in directory if offset]
+    # Bounds the work by the size of the file: a hostile directory could name one table a million times.
+    if len({*used}) != len(used):
+        raise image.corrupt("uses a grain table twice")
+    for number, offset in enumerate(directory):
+        if offset:
+            yield number, integers(image.read(offset * SECTOR, header.entries_per_table * 4, "a grain table"), "I")
+
+
+def read_sparse(image: Image) -> Sparse:
+    """The header of a sparse VMDK that read_vmdk() found good; of a stream, the footer. Raise MigrationError."""
+    header = Sparse.parse(image.read(0, SECTOR, "the VMDK header"))
+    return _footer(image, header) if header.directory == _AT_END else header

@@ -21,6 +21,8 @@ import pytest
 from hyper2kvmd.errors import Cancelled, Code, Collected, MigrationError
 from hyper2kvmd.files import fsync_file
 from hyper2kvmd.image import qemu_img
+from hyper2kvmd.image.convert import Copied, streams
+from hyper2kvmd.image.convert import convert as copy
 from hyper2kvmd.image.header import DRIVERS
 from hyper2kvmd.image.header.reader import Header
 from hyper2kvmd.image.publish import publish
@@ -58,6 +60,24 @@ SIZES = {"whole MiB": 40 * MIB, "odd": 40 * MIB + 7 * 512}
 
 def run_qemu_img(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["qemu-img", *map(str, words)], capture_output=True, text=True, check=False)
+
+
+def convert(
+    tools: Tools,
+    source: Source,
+    target: Path,
+    format: str,
+    *,
+    compress: bool,
+    on_progress: Callable[[float], None],
+    engine: Literal["auto", "qemu-img"] = "auto",
+) -> Copied:
+    """Convert as a job does, to a file that is not there yet."""
+    qemu_img.make_target(target)
+    stream = streams(source, engine, compress=compress)
+    return copy(
+        tools, source, target, format, stream=stream, compress=compress, threads=2, on_progress=on_progress
+    )  # fmt: skip
 
 
 def make(path: Path, kind: str, raw: Path) -> Path:
@@ -137,7 +157,7 @@ def test_every_healthy_image_comes_through_unchanged(kind: str, raw: Path, expor
         assert source.virtual_size == size
         for format in ("qcow2", "raw"):
             target, converted, compared = tmp_path / f"target.{format}", list[float](), list[float]()
-            qemu_img.convert(Tools(), source, target, format, compress=False, on_progress=converted.append)
+            convert(Tools(), source, target, format, compress=False, on_progress=converted.append)
             assert run_qemu_img("compare", "-f", "raw", "-F", format, raw, target).returncode == 0
             qemu_img.check_target(Tools(), target, format, size)
             qemu_img.compare(Tools(), source, None, target, format, on_progress=compared.append)
@@ -161,7 +181,7 @@ def test_committing_the_overlay_gives_what_flattening_it_gives(
         for command in ("write -P 7 0 4096", "write -P 8 20M 1M", f"write -P 9 {source.virtual_size - 512} 512"):
             subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, overlay], check=True, capture_output=True)
         assert run_qemu_img("convert", "-f", "qcow2", "-O", "raw", overlay, flat).returncode == 0
-        qemu_img.convert(tools, source, target, format, compress=format == "qcow2", on_progress=ignore)
+        convert(tools, source, target, format, compress=format == "qcow2", on_progress=ignore)
         ratios = list[float]()
         qemu_img.commit(tools, overlay, target, format, on_progress=ratios.append)
         assert ratios
@@ -180,7 +200,7 @@ def test_compare_is_not_fooled_by_an_overlay_that_lies_on_the_target(raw: Path, 
     overlay, target = tmp_path / "overlay.qcow2", tmp_path / "target"
     with opened(export, disk(path, "vmdk")) as (source,):
         qemu_img.create_overlay(Tools(), overlay, source)
-        qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
+        convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
         qemu_img.commit(Tools(), overlay, target, "raw", on_progress=ignore)
         with target.open("r+b") as file:
             file.seek(5 * MIB)
@@ -203,7 +223,7 @@ def test_vhd_of_a_maker_whose_geometry_is_too_small_keeps_its_end(raw: Path, exp
         qemu_img.check_source(Tools(), source)
         qemu_img.create_overlay(Tools(), overlay, source)
         assert run_qemu_img("compare", "-f", "raw", "-F", "qcow2", raw, overlay).returncode == 0
-        qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
+        convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
     assert target.read_bytes() == raw.read_bytes()
 
 
@@ -214,7 +234,7 @@ def test_stream_as_vmware_writes_it_comes_through_unchanged(raw: Path, export: P
     target = tmp_path / "target"
     with opened(export, disk(path, "vmdk")) as (source,):
         qemu_img.check_source(Tools(), source)
-        qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
+        convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
     assert target.read_bytes() == content
     for missing in (1, 512, 1536, path.stat().st_size // 10):
         path.write_bytes(vmware_stream(content)[:-missing])
@@ -257,7 +277,7 @@ def test_a_source_that_is_changed_at_the_right_moment_is_noticed_by_every_tool(
     uses: list[Callable[[Source], object]] = [
         lambda source: qemu_img.measure(Tools(), source),
         lambda source: qemu_img.create_overlay(Tools(), overlay, source),
-        lambda source: qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore),
+        lambda source: convert(Tools(), source, target, "raw", compress=False, on_progress=ignore),
         lambda source: qemu_img.compare(Tools(), source, None, raw, "raw", on_progress=ignore),
         check_unchanged,
     ]
@@ -268,7 +288,7 @@ def test_a_source_that_is_changed_at_the_right_moment_is_noticed_by_every_tool(
             with pytest.raises(MigrationError) as caught:
                 use(source)
             assert caught.value.code == Code.SOURCE_CHANGED
-    assert not target.exists()
+    assert 0 == target.stat().st_size
     assert not overlay.exists()
 
 
@@ -307,7 +327,7 @@ def test_what_is_measured_is_enough_and_little_more_than_what_cannot_be_compress
     with opened(export, disk(path, "vmdk" if kind != "raw" else "raw")) as (source,):
         need = qemu_img.measure(Tools(), source)
         for format, compress in (("qcow2", False), ("qcow2", True), ("raw", False)):
-            qemu_img.convert(Tools(), source, target, format, compress=compress, on_progress=ignore)
+            convert(Tools(), source, target, format, compress=compress, on_progress=ignore)
             taken = target.stat().st_blocks * 512
             target.unlink()
             assert need * 0.7 < taken <= need, (format, compress)
@@ -357,7 +377,7 @@ def test_truncated_image_is_refused_unless_it_still_holds_all(
     try:
         with opened(export, disk(path, HEALTHY[kind][0])) as (source,):
             qemu_img.check_source(Tools(), source)
-            qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
+            convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
     except MigrationError as error:
         assert error.code == Code.IMAGE_CORRUPT, error
     else:
@@ -386,7 +406,7 @@ def test_cancelled_conversion_ends_at_once(raw: Path, export: Path, tmp_path: Pa
     tools = Tools()
     tools.cancel.set()
     with opened(export, disk(path, "raw")) as (source,), pytest.raises(Cancelled):
-        qemu_img.convert(tools, source, tmp_path / "target", "qcow2", compress=False, on_progress=ignore)
+        convert(tools, source, tmp_path / "target", "qcow2", compress=False, on_progress=ignore)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
@@ -397,7 +417,7 @@ def test_full_file_system_is_no_space(raw: Path, export: Path, tmp_path: Path) -
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", small], check=True)
     try:
         with opened(export, disk(path, "raw")) as (source,), pytest.raises(MigrationError) as caught:
-            qemu_img.convert(Tools(), source, small / "target", "qcow2", compress=False, on_progress=ignore)
+            convert(Tools(), source, small / "target", "qcow2", compress=False, on_progress=ignore)
         assert caught.value.code == Code.NO_SPACE
     finally:
         subprocess.run(["umount", small], check=True)
@@ -744,7 +764,7 @@ def test_target_that_exists_is_not_touched(raw: Path, export: Path, tmp_path: Pa
     target = tmp_path / "target"
     target.symlink_to(tmp_path / "elsewhere")
     with opened(export, disk(path, "raw")) as (source,), pytest.raises(MigrationError) as caught:
-        qemu_img.convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
+        convert(Tools(), source, target, "raw", compress=False, on_progress=ignore)
     assert caught.value.code == Code.OUTPUT_EXISTS
     assert not (tmp_path / "elsewhere").exists()
 
@@ -765,7 +785,7 @@ def test_damaged_target_fails_validation(raw: Path, export: Path, tmp_path: Path
     path = make(export / "disk", "raw", raw)
     target = tmp_path / "target"
     with opened(export, disk(path, "raw")) as (source,):
-        qemu_img.convert(Tools(), source, target, "qcow2", compress=False, on_progress=ignore)
+        convert(Tools(), source, target, "qcow2", compress=False, on_progress=ignore)
     with pytest.raises(MigrationError) as caught:
         qemu_img.check_target(Tools(), target, "qcow2", MIB)
     assert caught.value.code == Code.VALIDATION_FAILED

@@ -1,0 +1,106 @@
+"""Converts a disk: by our own reader where there is a faster one than qemu-img's, by qemu-img else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+
+from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.image import qemu_img
+from hyper2kvmd.image.source import Source, check_unchanged
+from hyper2kvmd.run import Tools
+
+log = structlog.get_logger()
+
+Engine = Literal["stream", "qemu-img"]
+THREADS_LIMIT = 8  # one thread reads and hashes for all others, which is what limits beyond some of them
+
+
+@dataclass(frozen=True)
+class Copied:
+    """How a disk was converted. In bytes: `read` from its file, `inflated`, and what the result takes (`written`).
+
+    sha256: of the file, if the same read gave it. inflated: None if nobody counted.
+    """
+
+    engine: Engine
+    read: int
+    inflated: int | None
+    written: int
+    sha256: str | None = None
+
+
+def streams(source: Source, engine: Literal["auto", "qemu-img"], *, compress: bool) -> bool:
+    """Whether our own reader is tried first, which computes the checksum of the source as well."""
+    return engine == "auto" and source.header.subformat in _STREAMED and not compress
+
+
+_STREAMED = ("streamOptimized", "monolithicSparse")
+
+
+def convert(
+    tools: Tools,
+    source: Source,
+    target: Path,
+    format: str,
+    *,
+    stream: bool,
+    compress: bool,
+    threads: int,
+    on_progress: Callable[[float], None],
+) -> Copied:
+    """Convert the source to `target` (absolute), which is there and empty, as `qcow2` or `raw`.
+
+    stream: whether our own reader is tried. threads: that inflate. `on_progress` gets the ratio done, from 0 to 1.
+    Raise MigrationError or Cancelled; then the caller removes `target`, which looks like an image and is none.
+    """
+    if stream and (copied := _stream(tools, source, target, format, threads, on_progress)) is not None:
+        return copied
+    qemu_img.convert(tools, source, target, format, compress=compress, on_progress=on_progress)
+    read = sum(file.size for file in source.extents or source.files)
+    return Copied("qemu-img", read, None, target.stat().st_blocks * 512)
+
+
+def _stream(
+    tools: Tools, source: Source, target: Path, format: str, threads: int, on_progress: Callable[[float], None]
+) -> Copied | None:
+    """Have our own reader convert it, in a process of its own; None if it is not for that, with nothing written."""
+    check_unchanged(source)
+    said = _Lines(lambda line: on_progress(min(line["read"] / source.size, 1.0)))
+    tools.run(
+        *(sys.executable, "-P", "-m", "hyper2kvmd.image.stream"),
+        *(source.file.path, str(source.size), source.name, target, format, str(threads)),
+        on_output=said, limits=qemu_img.WORK_LIMITS,
+    )  # fmt: skip
+    last = said.last
+    if "unsuitable" in last:
+        log.info("qemu-img converts this disk", disk=source.disk.id, reason=last["unsuitable"])
+        return None
+    if "error" in last:
+        error = last["error"]
+        raise MigrationError(Code(error["code"]), error["message"], error["hint"])
+    on_progress(1.0)
+    return Copied("stream", **last["done"])
+
+
+class _Lines:
+    """Takes lines of JSON, however they are cut into pieces; `last` is the one that did not tell of progress."""
+
+    def __init__(self, tell: Callable[[dict[str, int]], None]) -> None:
+        self.tell = tell
+        self.last: dict[str, Any] = {}
+        self._rest = b""
+
+    def __call__(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in map(json.loads, lines):
+            if "read" in line:
+                self.tell(line)
+            else:
+                self.last = line
