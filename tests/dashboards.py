@@ -517,9 +517,11 @@ def host() -> Json:
             ),
             lines(
                 "Throughput",
-                "Bytes of the sources' disks that were read, by stage, and bytes of finished disks. Is it the storage?",
+                "Bytes of the sources' disks that were read, by stage, and bytes of finished disks. Is it the storage?"
+                " Converted: by what did it; stream is hyper2kvmd's own reader.",
                 "binBps",
                 (f"sum by (stage) ({rate('bytes_read_total')})", "{{stage}}"),
+                (f"sum by (engine) ({rate('convert_bytes_total', kind='written')})", "converted by {{engine}}"),
                 (f"sum by (format) ({rate('bytes_written_total')})", "finished {{format}}"),
                 width=8,
             ),

@@ -30,7 +30,7 @@ from hyper2kvmd.text import plain
 NAMESPACE = "hyper2kvmd"
 # From a second to a day: small disks are common, and so are nights. Each bucket is a series, so what there is once for
 # each stage has few.
-BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14400, 43200, 86400)
+BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
 FEW_BUCKETS = (60, 600, 3600, 86400)
 SCAN_BUCKETS = (0.1, 1, 10, 60)
 RESULTS = tuple(
@@ -38,8 +38,7 @@ RESULTS = tuple(
 )
 READ = ("verify", "convert", "validate")  # the stages that count the bytes of the sources' disks
 FORMATS = ("qcow2", "raw")
-ENGINES = ("stream", "qemu-img")
-CONVERTED = ("read", "inflated", "written")
+CONVERTED = {"stream": ("read", "inflated", "written"), "qemu-img": ("read", "written")}  # what is counted of which
 CHECKS = ("settings", "exports", "locks", "libvirt", "output", "work")
 POOLS = ("output", "work")
 TAGS_LIMIT = 200
@@ -94,8 +93,8 @@ class Metrics:
         )
         self.bytes_converted = self._counter(
             "convert_bytes",
-            "Bytes of converted disks: of their files (read), that were inflated, as far as that is counted, and that"
-            " the results take (written); by what converted them: hyper2kvmd's own reader (stream), or qemu-img.",
+            "Bytes of converted disks: of their files (read), that came out of their grains (inflated), and that the"
+            " results take (written); by what converted them: hyper2kvmd's own reader (stream), or qemu-img.",
             "engine",
             "kind",
         )
@@ -121,8 +120,9 @@ class Metrics:
         _initialise(self.job_seconds, ("succeeded", "other"))
         _initialise(self.stage_seconds, STAGES)
         _initialise(self.bytes_read, READ)
-        for engine, kind in itertools.product(ENGINES, CONVERTED):
-            self.bytes_converted.labels(engine, kind)
+        for engine, kinds in CONVERTED.items():
+            for kind in kinds:
+                self.bytes_converted.labels(engine, kind)
         _initialise(self.bytes_written, FORMATS)
         _initialise(self.last_completion, FINAL)
         _initialise(self.claims, ("won", "busy", "failed", "lost"))
@@ -268,8 +268,8 @@ class Metrics:
         elif event.kind == "progress" and data["stage"] in READ:
             self.bytes_read.labels(data["stage"]).inc(data["bytes"])
         elif event.kind == "converted":
-            for kind in CONVERTED:
-                self.bytes_converted.labels(data["engine"], kind).inc(data[kind] or 0)
+            for kind in CONVERTED[data["engine"]]:
+                self.bytes_converted.labels(data["engine"], kind).inc(data[kind])
 
     def job_ended(self, finished: Mapping[str, Any] | None) -> None:
         """Count a job that ended; `finished` is its last event, None if there was none."""

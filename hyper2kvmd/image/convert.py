@@ -14,6 +14,7 @@ import structlog
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.image.source import Source, check_unchanged
+from hyper2kvmd.image.stream.codecs import libzstd
 from hyper2kvmd.run import Tools
 
 log = structlog.get_logger()
@@ -38,7 +39,7 @@ class Copied:
 
 def streams(source: Source, engine: Literal["auto", "qemu-img"], *, compress: bool) -> bool:
     """Whether our own reader is tried first, which computes the checksum of the source as well."""
-    return engine == "auto" and source.header.subformat in _STREAMED and not compress
+    return engine == "auto" and source.header.subformat in _STREAMED and not (compress and libzstd() is None)
 
 
 _STREAMED = ("streamOptimized", "monolithicSparse")
@@ -60,7 +61,11 @@ def convert(
     stream: whether our own reader is tried. threads: that inflate. `on_progress` gets the ratio done, from 0 to 1.
     Raise MigrationError or Cancelled; then the caller removes `target`, which looks like an image and is none.
     """
-    if stream and (copied := _stream(tools, source, target, format, threads, on_progress)) is not None:
+    if (
+        stream
+        and (copied := _stream(tools, source, target, f"{format}-zstd" if compress else format, threads, on_progress))
+        is not None
+    ):
         return copied
     qemu_img.convert(tools, source, target, format, compress=compress, on_progress=on_progress)
     read = sum(file.size for file in source.extents or source.files)

@@ -1,7 +1,8 @@
 """The process that converts one disk: `python -m hyper2kvmd.image.stream SOURCE SIZE NAME TARGET FORMAT THREADS`.
 
-It says lines of JSON: {"read": BYTES} a few times a second, and in the end one of {"done": {...}}, {"error": {...}} and
-{"unsuitable": WHY}. An error of the system is a message on standard error, as of any tool.
+FORMAT is qcow2, qcow2-zstd (compressed) or raw. It says lines of JSON: {"read": BYTES} a few times a second, and in the
+end one of {"done": {...}}, {"error": {...}} and {"unsuitable": WHY}. An error of the system is a message on standard
+error, as of any tool.
 """
 
 from __future__ import annotations

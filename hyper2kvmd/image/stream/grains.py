@@ -50,8 +50,12 @@ class Grains:
 
         number: which one of the disk it is; rank: which one of those that are there. Raise MigrationError.
         """
-        rank = 0
+        rank, expected = 0, iter(self.tables)
         for first, table in _tables(self.image, self.sparse):
+            if not any(table):
+                continue
+            if next(expected, None) != first // TABLE_ENTRIES or rank + TABLE_ENTRIES - table.count(0) > self.count:
+                raise self.image.corrupt("has other tables than a moment ago: it was changed while it was read")
             for number, sector in enumerate(table, first):
                 if sector:
                     yield sector, rank, number

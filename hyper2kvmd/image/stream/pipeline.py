@@ -6,22 +6,26 @@ checksum is of are the bytes that were converted.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import itertools
+import mmap
 import os
 import queue
 import struct
+import threading
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
 from hyper2kvmd.image.header.reader import SECTOR, Image
 from hyper2kvmd.image.header.vmdk import read_sparse
-from hyper2kvmd.image.stream.grains import GRAIN, GRAIN_SECTORS, TABLE_ENTRIES, Grains, look, place
-from hyper2kvmd.image.stream.inflate import Buffer, Inflate, inflater, load
-from hyper2kvmd.image.stream.qcow2 import CLUSTER, L2_ENTRIES, Layout
+from hyper2kvmd.image.stream.codecs import Buffer, Inflate, Zstd, inflater, libdeflate, libzstd
+from hyper2kvmd.image.stream.grains import GRAIN, GRAIN_SECTORS, TABLE_ENTRIES, Grains, Unsuitable, look, place
+from hyper2kvmd.image.stream.qcow2 import CLUSTER, L2_ENTRIES, Layout, compressed_entry, plain_entry
 
 _MARKER = struct.Struct("<QI")  # in front of a compressed grain: its first sector on the disk, and its length
 # Deflate makes 64 KiB at most a little longer. Whatever claims more than this is no grain.
@@ -51,18 +55,29 @@ class Piece:
 
 
 def convert(source: Image, target: int, format: str, *, threads: int, on_read: Callable[[int], None]) -> Totals:
-    """Write the disk in `source` to the empty file open as `target`, as qcow2 or raw.
+    """Write the disk in `source` to the empty file open as `target`, as qcow2, qcow2-zstd (compressed) or raw.
 
     on_read: gets how many bytes of the file have been read. Raise MigrationError (image_corrupt), OSError, or
     Unsuitable, before anything is written.
     """
     grains = look(source, read_sparse(source))
-    writer = _Qcow2(target, grains) if format == "qcow2" else _Raw(target, grains)
+    writer = _writer(target, grains, format)
     with _Crew(grains, writer, threads) as crew:
         digest = _read_all(grains, crew, on_read)
     writer.finish()
     inflated = sum(worker.inflated for worker in crew.workers)
     return Totals(source.size, inflated, os.fstat(target).st_blocks * 512, digest)
+
+
+def _writer(target: int, grains: Grains, format: str) -> _Raw:
+    if format == "raw":
+        return _Raw(target, grains)
+    if format == "qcow2":
+        return _Qcow2(target, grains)
+    library = libzstd()
+    if library is None:
+        raise Unsuitable("libzstd is not installed")
+    return _Compressed(target, grains, library)
 
 
 # The file ------------------------------------------------------------------------------------------------------
@@ -124,9 +139,9 @@ def _read_all(grains: Grains, crew: _Crew, on_read: Callable[[int], None]) -> st
 class _Crew:
     """Threads that inflate what was read, and write it."""
 
-    def __init__(self, grains: Grains, writer: _Writer, threads: int) -> None:
-        library = load()
-        self.workers = [_Worker(grains, writer, inflater(library)) for _ in range(threads)]
+    def __init__(self, grains: Grains, writer: _Raw, threads: int) -> None:
+        library = libdeflate()
+        self.workers = [_Worker(grains, inflater(library), writer.pen()) for _ in range(threads)]
         self._idle = [Buffer(_PIECE) for _ in range(threads + 2)]  # one is being read, and one waits
         self._resting: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self.workers:
@@ -164,31 +179,23 @@ class _Crew:
 
 
 class _Worker:
-    """What one thread has: memory for what comes out of a piece, and its own inflater."""
+    """What one thread has: memory for what comes out of a piece, its own inflater, and a pen."""
 
-    def __init__(self, grains: Grains, writer: _Writer, inflate: Inflate) -> None:
+    def __init__(self, grains: Grains, inflate: Inflate, write: Pen) -> None:
         self.inflated = 0
-        self._grains, self._writer, self._inflate = grains, writer, inflate
+        self._grains, self._inflate, self._write = grains, inflate, write
         self._out = Buffer(_PIECE_GRAINS * GRAIN)
 
     def do(self, slot: Buffer, piece: Piece) -> None:
-        """Write the grains of a piece, as many at a time as go to one place. Grains of zeros are left out."""
-        out, writer = self._out.memory, self._writer
-        filled = begin = 0
-        offset = expected = -1
+        """Inflate and write the grains of a piece. Those of zeros are left out."""
+        kept: list[tuple[int, int]] = []
         for grain in piece.grains:
-            self._fill(slot, piece.begin, grain, filled)
-            if not out[filled] and out[filled : filled + GRAIN] == _ZEROS:
-                continue
-            _, rank, number, _ = grain
-            if (to := writer.take(rank, number)) != expected:
-                if filled > begin:
-                    writer.write(self._out.view[begin:filled], offset)
-                begin, offset = filled, to
-            filled += GRAIN
-            expected = to + GRAIN
-        if filled > begin:
-            writer.write(self._out.view[begin:filled], offset)
+            at = len(kept) * GRAIN
+            self._fill(slot, piece.begin, grain, at)
+            if self._out.memory[at] or self._out.memory[at : at + GRAIN] != _ZEROS:
+                kept.append(grain[1:3])
+        if kept:
+            self._write(self._out, kept)
         self.inflated += len(piece.grains) * GRAIN
 
     def _fill(self, slot: Buffer, begin: int, grain: tuple[int, int, int, int], to: int) -> None:
@@ -217,66 +224,111 @@ class _Worker:
 
 # What is written -----------------------------------------------------------------------------------------------
 
-
-class _Writer:
-    """The file that the disk becomes. Threads may share it."""
-
-    def __init__(self, fd: int, grains: Grains) -> None:
-        self.fd, self.grains = fd, grains
-
-    def take(self, rank: int, number: int) -> int:
-        """Where in the file a grain that is not zeros goes."""
-        raise NotImplementedError
-
-    def write(self, data: memoryview, offset: int) -> None:
-        """Write aligned memory. Raise OSError."""
-        while data:
-            count = os.pwrite(self.fd, data, offset)
-            data, offset = data[count:], offset + count
-
-    def finish(self) -> None:
-        """Make an image of it, once all grains are written. Raise OSError, MigrationError."""
-        raise NotImplementedError
+# Writes the grains that lie one after the other in a buffer, each a (rank, number). Of one thread.
+Pen = Callable[[Buffer, list[tuple[int, int]]], None]
 
 
-class _Raw(_Writer):
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write aligned memory. Raise OSError."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
+class _Raw:
     """A raw image: whole grains, then cut off at the end of the disk."""
 
-    def take(self, rank: int, number: int) -> int:
+    def __init__(self, fd: int, grains: Grains) -> None:
+        self._fd, self._grains = fd, grains
+
+    def pen(self) -> Pen:
+        """What writes, for one thread."""
+        return self._write
+
+    def _write(self, data: Buffer, grains: list[tuple[int, int]]) -> None:
+        """As many at a time as go to one place."""
+        begin = 0
+        for end, grain in enumerate(grains, 1):
+            if end == len(grains) or self._place(*grains[end]) != self._place(*grain) + GRAIN:
+                _write_all(self._fd, data.view[begin * GRAIN : end * GRAIN], self._place(*grains[begin]))
+                begin = end
+
+    def _place(self, rank: int, number: int) -> int:
         return number * GRAIN
 
     def finish(self) -> None:
-        os.ftruncate(self.fd, self.grains.virtual_size)
+        """Make an image of it, once all grains are written. Raise OSError, MigrationError."""
+        os.ftruncate(self._fd, self._grains.virtual_size)
 
 
-class _Qcow2(_Writer):
-    """A qcow2 image; its header comes last, so that an unfinished one is none."""
+class _Qcow2(_Raw):
+    """A qcow2 image, with a place for each grain in the order of the disk; that of one of zeros stays a hole."""
 
     def __init__(self, fd: int, grains: Grains) -> None:
         super().__init__(fd, grains)
-        parts = dict.fromkeys(number * TABLE_ENTRIES // L2_ENTRIES for number in grains.tables)
-        self.layout = Layout.of(grains.virtual_size, parts, grains.count)
         self._used = bytearray(grains.count)
 
-    def take(self, rank: int, number: int) -> int:
-        self._used[rank] = 1
-        return (self.layout.first_data + rank) * CLUSTER
+    def _write(self, data: Buffer, grains: list[tuple[int, int]]) -> None:
+        super()._write(data, grains)
+        for rank, _ in grains:
+            self._used[rank] = 1
+
+    def _place(self, rank: int, number: int) -> int:
+        return (1 + rank) * CLUSTER
 
     def finish(self) -> None:
-        layout = self.layout
-        os.ftruncate(self.fd, layout.clusters * CLUSTER)
-        in_disk = ((rank, number) for _, rank, number in self.grains.in_disk())
-        self._put(layout.l2_tables(in_disk, self._used), layout.first_l2)
-        self._put([layout.l1_table()], layout.first_l1)
-        self._put(layout.reference_blocks(self._used), 1 + layout.reference_table)
-        self._put([layout.reference_tables()], 1)
-        self._put([layout.header()], 0)
+        self._finish(self._used, lambda rank: plain_entry(self._place(rank, 0)) if self._used[rank] else 0, zstd=False)
 
-    def _put(self, clusters: Iterable[bytes], first: int) -> None:
-        """Write whole clusters, the first at that one."""
-        page, offset = Buffer(CLUSTER), first * CLUSTER
-        for data in clusters:
+    def _finish(self, counts: Sequence[int], entry: Callable[[int], int], *, zstd: bool) -> None:
+        """Write what is no data. counts: the references of each cluster; entry: of the grain of that rank."""
+        parts = dict.fromkeys(number * TABLE_ENTRIES // L2_ENTRIES for number in self._grains.tables)
+        layout = Layout.of(self._grains.virtual_size, len(counts), parts)
+        entries = ((number, entry(rank)) for _, rank, number in self._grains.in_disk())
+        os.ftruncate(self._fd, layout.size)
+        page = Buffer(CLUSTER)
+        for offset, data in layout.metadata(counts, entries, zstd=zstd):
             for begin in range(0, len(data), CLUSTER):
                 page.view[:] = data[begin : begin + CLUSTER]
-                self.write(page.view, offset)
-                offset += CLUSTER
+                _write_all(self._fd, page.view, offset + begin)
+
+
+class _Compressed(_Qcow2):
+    """A qcow2 image whose clusters are compressed, and lie where there was room when they were."""
+
+    def __init__(self, fd: int, grains: Grains, library: ctypes.CDLL) -> None:
+        super().__init__(fd, grains)
+        self._library = library
+        self._mutex = threading.Lock()
+        self._end = CLUSTER
+        self._counts = array("H")
+        self._entries = array("Q", bytes(8 * grains.count))
+
+    def pen(self) -> Pen:
+        """What compresses and writes, for one thread."""
+        compress = Zstd(self._library)
+        room = Buffer(_rounded(_PIECE_GRAINS * compress.bound(GRAIN)))
+
+        def write(data: Buffer, grains: list[tuple[int, int]]) -> None:
+            ends = [0]
+            for number in range(len(grains)):
+                ends.append(ends[-1] + compress(data, number * GRAIN, GRAIN, room, ends[-1]))
+            size = _rounded(ends[-1])
+            room.view[ends[-1] : size] = bytes(size - ends[-1])
+            with self._mutex:
+                offset, self._end = self._end, self._end + size
+                self._counts.extend([0] * (-(-self._end // CLUSTER) - 1 - len(self._counts)))
+                for (rank, _), (begin, end) in zip(grains, itertools.pairwise(ends), strict=True):
+                    self._entries[rank] = compressed_entry(offset + begin, end - begin)
+                    for cluster in range((offset + begin) // CLUSTER, (offset + end - 1) // CLUSTER + 1):
+                        self._counts[cluster - 1] += 1
+            _write_all(self._fd, room.view[:size], offset)
+
+        return write
+
+    def finish(self) -> None:
+        self._finish(self._counts, self._entries.__getitem__, zstd=True)
+
+
+def _rounded(length: int) -> int:
+    """Up to what can be written past the page cache."""
+    return -(-length // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -1,6 +1,6 @@
-"""The layout of a qcow2 file of which it is known beforehand how many clusters of data it takes.
+"""What a qcow2 file has besides data, written once all data is there: it lies behind that, and the header comes last.
 
-The format is in QEMU's docs/interop/qcow2.rst. Clusters have 64 KiB, references 16 bits.
+The format is in QEMU's docs/interop/qcow2.rst. Clusters have 64 KiB, counts of references 16 bits.
 """
 
 from __future__ import annotations
@@ -8,118 +8,141 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 CLUSTER_BITS = 16
 CLUSTER = 1 << CLUSTER_BITS
 L2_ENTRIES = CLUSTER // 8
-_REFERENCES = CLUSTER // 2  # in one block
+_COUNTS = CLUSTER // 2  # in one block
 _COPIED = 1 << 63
-_HEADER_LENGTH = 104
+_COMPRESSED = 1 << 62
+_SECTORS_SHIFT = 62 - (CLUSTER_BITS - 8)
+_ZSTD_FEATURE, _ZSTD = 1 << 3, 1
+_HEADER_LENGTH = 112
+
+
+def plain_entry(offset: int) -> int:
+    """The L2 entry of a cluster of data at that byte of the file."""
+    return offset | _COPIED
+
+
+def compressed_entry(offset: int, length: int) -> int:
+    """The L2 entry of a compressed cluster."""
+    more_sectors = (offset + length - 1) // 512 - offset // 512
+    return offset | more_sectors << _SECTORS_SHIFT | _COMPRESSED
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which clusters of the file are what, one after the other: header, reference table and blocks, L1, L2, data.
+    """Which clusters of the file are what: the header, `data` clusters, L1, L2 tables, counts, the table of these.
 
     parts: the numbers of the 512 MiB parts of the disk that have an L2 table. The numbers of the rest are of clusters.
     """
 
     virtual_size: int
-    parts: tuple[int, ...]
     data: int
+    parts: tuple[int, ...]
     blocks: int
-    reference_table: int
-    l1: int
+    table: int
 
     @classmethod
-    def of(cls, virtual_size: int, parts: Iterable[int], data: int) -> Layout:
-        """The layout for a disk of that many bytes, with as many clusters of data."""
+    def of(cls, virtual_size: int, data: int, parts: Iterable[int]) -> Layout:
+        """The layout for a disk of that many bytes."""
         with_l2 = tuple(parts)
-        l1 = _clusters(-(-virtual_size // (L2_ENTRIES * CLUSTER)) * 8)
-        others = 1 + l1 + len(with_l2) + data
+        others = 1 + data + _clusters(_l1_entries(virtual_size) * 8) + len(with_l2)
         blocks = table = 0
-        # The blocks count themselves, and the table of them.
-        while (needed := -(-(others + blocks + table) // _REFERENCES)) != blocks or _clusters(8 * blocks) != table:
+        # They count themselves, too.
+        while (needed := -(-(others + blocks + table) // _COUNTS)) != blocks or _clusters(8 * blocks) != table:
             blocks, table = needed, _clusters(8 * needed)
-        return cls(virtual_size, with_l2, data, blocks, table, l1)
+        return cls(virtual_size, data, with_l2, blocks, table)
 
     @property
-    def first_l1(self) -> int:
-        """The first cluster of the L1 table."""
-        return 1 + self.reference_table + self.blocks
+    def _first_l1(self) -> int:
+        return 1 + self.data
 
     @property
-    def first_l2(self) -> int:
-        """The first of the L2 tables, which are in the order of the disk."""
-        return self.first_l1 + self.l1
+    def _first_l2(self) -> int:
+        return self._first_l1 + _clusters(_l1_entries(self.virtual_size) * 8)
 
     @property
-    def first_data(self) -> int:
-        """The first cluster of data."""
-        return self.first_l2 + len(self.parts)
+    def _first_block(self) -> int:
+        return self._first_l2 + len(self.parts)
 
     @property
-    def clusters(self) -> int:
-        """How many there are in all."""
-        return self.first_data + self.data
+    def _first_of_table(self) -> int:
+        return self._first_block + self.blocks
 
-    def header(self) -> bytes:
-        """The first cluster."""
-        l1_entries = -(-self.virtual_size // (L2_ENTRIES * CLUSTER))
-        fields = struct.pack(
-            ">4sIQIIQIIQQIIQQQQII",
-            *(b"QFI\xfb", 3, 0, 0, CLUSTER_BITS, self.virtual_size, 0, l1_entries, self.first_l1 * CLUSTER),
-            *(CLUSTER, self.reference_table, 0, 0, 0, 0, 0, 4, _HEADER_LENGTH),
-        )
-        return fields.ljust(CLUSTER, b"\0")
+    @property
+    def size(self) -> int:
+        """The bytes of the file."""
+        return (self._first_of_table + self.table) * CLUSTER
 
-    def reference_tables(self) -> bytes:
-        """The table of the reference blocks."""
-        first = 1 + self.reference_table
-        entries = array("Q", ((first + number) * CLUSTER for number in range(self.blocks)))
-        return _big(entries).ljust(self.reference_table * CLUSTER, b"\0")
+    def metadata(
+        self, counts: Sequence[int], entries: Iterable[tuple[int, int]], *, zstd: bool
+    ) -> Iterator[tuple[int, bytes]]:
+        """What to write where, in whole clusters, in this order; the last is the header.
 
-    def reference_blocks(self, used: bytes | bytearray) -> Iterator[bytes]:
-        """The reference blocks. used: for each cluster of data, 1 if something was written to it, else 0."""
-        for number in range(self.blocks):
-            begin, end = number * _REFERENCES, min((number + 1) * _REFERENCES, self.clusters)
-            tables = max(0, min(end, self.first_data) - begin)
-            data = used[max(0, begin - self.first_data) : max(0, end - self.first_data)]
-            yield _big(array("H", [*[1] * tables, *data])).ljust(CLUSTER, b"\0")
-
-    def l1_table(self) -> bytes:
-        """The L1 table."""
-        entries = array("Q", bytes(self.l1 * CLUSTER))
-        for number, part in enumerate(self.parts):
-            entries[part] = (self.first_l2 + number) * CLUSTER | _COPIED
-        return _big(entries)
-
-    def l2_tables(self, clusters: Iterable[tuple[int, int]], used: bytes | bytearray) -> Iterator[bytes]:
-        """The L2 tables, in the order of the disk.
-
-        clusters: the data as (rank, number): which one of those that are there, and which of the disk; in its order.
+        counts: how often each cluster of data is referred to. entries: the L2 entries with the number of the cluster of
+        the disk, in its order.
         """
+        for number, l2 in enumerate(self._l2_tables(entries)):
+            yield (self._first_l2 + number) * CLUSTER, l2
+        yield self._first_l1 * CLUSTER, self._l1_table()
+        for number in range(self.blocks):
+            yield (self._first_block + number) * CLUSTER, self._block(number, counts)
+        blocks = array("Q", ((self._first_block + number) * CLUSTER for number in range(self.blocks)))
+        yield self._first_of_table * CLUSTER, _whole(blocks)
+        yield 0, self._header(zstd=zstd)
+
+    def _l2_tables(self, entries: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         table = array("Q", bytes(CLUSTER))
         parts = iter(self.parts)
         part = next(parts, None)
-        for rank, number in clusters:
-            while part is not None and number // L2_ENTRIES != part:
-                yield _big(table)
-                table, part = array("Q", bytes(CLUSTER)), next(parts, None)
-            if used[rank]:
-                table[number % L2_ENTRIES] = (self.first_data + rank) * CLUSTER | _COPIED
-        if part is not None:
-            yield _big(table)
+        for number, entry in entries:
+            while number // L2_ENTRIES != part:
+                yield _whole(table)
+                table, part = array("Q", bytes(CLUSTER)), next(parts)
+            table[number % L2_ENTRIES] = entry
+        while part is not None:
+            yield _whole(table)
+            table, part = array("Q", bytes(CLUSTER)), next(parts, None)
+
+    def _l1_table(self) -> bytes:
+        entries = array("Q", bytes(_l1_entries(self.virtual_size) * 8))
+        for number, part in enumerate(self.parts):
+            entries[part] = plain_entry((self._first_l2 + number) * CLUSTER)
+        return _whole(entries)
+
+    def _block(self, number: int, counts: Sequence[int]) -> bytes:
+        """One block of counts: 1 for what is no data."""
+        begin, end = number * _COUNTS, min((number + 1) * _COUNTS, self._first_of_table + self.table)
+        data = counts[max(begin - 1, 0) : max(end - 1, 0)]
+        header = 1 if number == 0 else 0
+        return _whole(array("H", [*[1] * header, *data, *[1] * (end - begin - header - len(data))]))
+
+    def _header(self, *, zstd: bool) -> bytes:
+        fields = struct.pack(
+            ">4sIQIIQIIQQIIQQQQIIB",
+            *(b"QFI\xfb", 3, 0, 0, CLUSTER_BITS, self.virtual_size, 0),
+            *(_l1_entries(self.virtual_size), self._first_l1 * CLUSTER, self._first_of_table * CLUSTER, self.table),
+            *(0, 0, _ZSTD_FEATURE if zstd else 0, 0, 0, 4, _HEADER_LENGTH),
+            _ZSTD if zstd else 0,
+        )
+        return fields.ljust(CLUSTER, b"\0")
 
 
-def _clusters(bytes: int) -> int:
-    return -(-bytes // CLUSTER)
+def _l1_entries(virtual_size: int) -> int:
+    return -(-virtual_size // (L2_ENTRIES * CLUSTER))
 
 
-def _big(numbers: array[int]) -> bytes:
-    swapped = array(numbers.typecode, numbers)
+def _clusters(length: int) -> int:
+    return -(-length // CLUSTER)
+
+
+def _whole(numbers: array[int]) -> bytes:
+    """Big endian, filled up to whole clusters."""
     if sys.byteorder == "little":
-        swapped.byteswap()
-    return swapped.tobytes()
+        numbers.byteswap()
+    data = numbers.tobytes()
+    return data.ljust(_clusters(len(data)) * CLUSTER, b"\0")
