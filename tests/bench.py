@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -20,11 +21,13 @@ from hyper2kvmd.daemon.daemon import Daemon
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.errors import Code
+from hyper2kvmd.files import fsync_file
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.job.events import STAGES, Event
 from hyper2kvmd.queue.names import LOCK, REPORT
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
+from tests.cache import cached
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
 from tests.guests.build import build, export
 from tests.integration.daemon.test_daemon import daemon
@@ -32,7 +35,7 @@ from tests.integration.daemon.test_daemon import daemon
 
 def main() -> int:
     """Run the benchmarks that are named, or all of them, and print one line for each figure."""
-    functions = (migration, fix, latency, overhead, burst, endurance, scan, idle, events)
+    functions = (conversion, data, migration, fix, latency, overhead, burst, endurance, scan, idle, events)
     benchmarks = {function.__name__: function for function in functions}
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *benchmarks], help="which (default: all)")
@@ -62,6 +65,157 @@ def settings_in(scratch: Path, **changes: Any) -> Settings:
         **changes,
     }
     return Settings.model_validate(shape)
+
+
+# A process that converts as the product's does, without libdeflate.
+_WITH_ZLIB = (
+    "import sys\n"
+    "from hyper2kvmd.image.stream import __main__, pipeline\n"
+    "pipeline.libdeflate = lambda: None\n"
+    "sys.exit(__main__.main(*sys.argv[1:]))"
+)
+_HASH = "import hashlib, sys; hashlib.file_digest(open(sys.argv[1], 'rb'), 'sha256')"
+_FILLED_BYTES = 4 << 30  # of a disk of three times as many
+
+
+def conversion(scratch: Path) -> None:
+    """Our own reader beside qemu-img, on the disk of vSphere's kind: how long, with how much processor and memory."""
+    source, target = _filled() / "disk.vmdk", scratch / "target"
+    options = ("-T", "writeback", "-t", "none")
+    qemu: list[str | Path] = ["qemu-img", "convert", "-O", "qcow2", *options, source, target]
+    packed: list[str | Path] = [*qemu[:-2], "-c", "-W", "-o", "compression_type=zstd", source, target]
+    reader = [sys.executable, "-P", "-m", "hyper2kvmd.image.stream"]
+    plain = [sys.executable, "-P", "-c", _WITH_ZLIB]
+
+    def ours(program: list[str], format: str, threads: int) -> list[str | Path]:
+        return [*program, source, str(source.stat().st_size), source.name, target, format, str(threads)]
+
+    variants: dict[str, list[list[str | Path]]] = {
+        "qemu-img": [qemu],
+        "qemu-img and hashlib at once": [qemu, [sys.executable, "-c", _HASH, source]],
+        "own reader, 2 threads": [ours(reader, "qcow2", 2)],
+        "own reader, 1 thread": [ours(reader, "qcow2", 1)],
+        "own reader, zlib, 2 threads": [ours(plain, "qcow2", 2)],
+        "own reader to raw, 2 threads": [ours(reader, "raw", 2)],
+        "qemu-img, zstd": [packed],
+        "own reader, zstd, 2 threads": [ours(reader, "qcow2-zstd", 2)],
+    }
+    for state in ("warm", "cold"):
+        took: dict[str, list[float]] = {name: [] for name in variants}
+        for _ in range(3):
+            for name, commands in variants.items():
+                target.unlink(missing_ok=True)
+                target.touch()
+                _cache_of(source, state)
+                seconds, cpu, megabytes = _run_together(commands, target)
+                took[name].append(seconds)
+                print(f"{state}: {name:<30} {seconds:6.1f} s, {cpu:6.1f} s of CPU, {megabytes:5.0f} MiB", flush=True)
+        median = {name: sorted(seconds)[1] for name, seconds in took.items()}
+        for name, beside, goal in (
+            ("own reader, 2 threads", "qemu-img", "≤ 0.40"),
+            ("own reader, zlib, 2 threads", "qemu-img", "≤ 0.60"),
+            ("own reader, 2 threads", "qemu-img and hashlib at once", "≤ 0.35"),
+            ("own reader, 1 thread", "qemu-img", "none set"),
+            ("own reader to raw, 2 threads", "qemu-img", "none set"),
+            ("own reader, zstd, 2 threads", "qemu-img, zstd", "none set"),
+        ):
+            figure(f"{state}: {name} / {beside}", median[name] / median[beside], "", goal)
+
+
+def _filled() -> Path:
+    """A directory with a streamOptimized disk of 12 GiB, of which 4 are what this system's own files hold."""
+
+    def make(into: Path) -> None:
+        raw = into / "disk.raw"
+        with raw.open("wb") as disk:
+            disk.truncate(3 * _FILLED_BYTES)
+            files = sorted(path for path in Path("/usr").rglob("*") if path.is_file() and not path.is_symlink())
+            written = 0
+            for path in itertools.cycle(files):
+                content = path.read_bytes()
+                disk.seek(-disk.tell() % 4096, os.SEEK_CUR)  # as a file system would lay them down
+                disk.write(content)
+                written += len(content)
+                if written % 97 == 0:  # and not all in one place
+                    disk.seek(min(len(content), 8 << 20), os.SEEK_CUR)
+                if written >= _FILLED_BYTES:
+                    break
+        options = ("-O", "vmdk", "-o", "subformat=streamOptimized")
+        subprocess.run(["qemu-img", "convert", "-f", "raw", *options, raw, into / "disk.vmdk"], check=True)
+        raw.unlink()
+
+    return cached("bench", "filled", "1", make)
+
+
+def _cache_of(source: Path, state: str) -> None:
+    """Have a file in the page cache (warm), or nothing (cold)."""
+    if state == "cold":
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    else:
+        with source.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+
+
+def _run_together(commands: list[list[str | Path]], target: Path) -> tuple[float, float, float]:
+    """Run processes at the same time, until what they wrote is on disk: seconds, those of CPU, MiB of the largest."""
+    started = time.monotonic()
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+    used = []
+    for process in processes:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0, process.args
+        used.append(usage)
+    fsync_file(target)
+    seconds = time.monotonic() - started
+    return seconds, sum(u.ru_utime + u.ru_stime for u in used), max(u.ru_maxrss for u in used) / 1024
+
+
+def data(scratch: Path) -> None:
+    """A whole migration of a guest with 4 GB of data beside virt-v2v, and how much of its disks is read."""
+    # On a file system of its own, whose device counts what is read of it.
+    image, mount = scratch / "exports.img", scratch / "exports"
+    settings = settings_in(scratch)
+    with image.open("wb") as file:
+        file.truncate(8 << 30)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, mount], check=True)
+    try:
+        device = Path(subprocess.check_output(["findmnt", "-no", "SOURCE", mount], text=True).strip()).name
+        dropped = export("debian12-bios", mount, vm_name="web01")
+        shutil.copy(_filled() / "disk.vmdk", dropped / "data.vmdk")
+        disks = sorted(dropped.glob("*.vmdk"), key=lambda path: path.name == "data.vmdk")
+        manifest = json.loads((dropped / "manifest.json").read_text())
+        manifest["disks"].append(disk_entry(disks[1], id="data", format="vmdk", boot_order_hint=1, disk_type="data"))
+        (dropped / "manifest.json").write_text(json.dumps(manifest))
+        _cache_of(image, "cold")
+        counter = Path(f"/sys/block/{device}/stat")
+        before, started = int(counter.read_text().split()[2]), time.monotonic()
+        done = run_job(dropped, settings)
+        whole = time.monotonic() - started
+        assert done.returncode == 0, done.stderr
+        stages = {stage["name"]: stage["seconds"] for stage in report_of(dropped)["stages"]}
+        print(f"whole {whole:.1f} s ({json.dumps(stages)})")
+        read = 512 * (int(counter.read_text().split()[2]) - before)
+        figure(
+            "bytes read of the sources / their size", read / sum(disk.stat().st_size for disk in disks), "", "≤ 1.02"
+        )
+        _cache_of(image, "cold")
+        started = time.monotonic()
+        subprocess.run(
+            ["virt-v2v", "-i", "disk", *disks, "-o", "local", "-os", scratch / "images", "-of", "qcow2", "-on", "v2v"],
+            env={**os.environ, "LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        v2v = time.monotonic() - started
+        print(f"virt-v2v {v2v:.1f} s")
+        figure("whole migration with 4 GB of data / virt-v2v", whole / v2v, "", "≤ 0.5")
+    finally:
+        subprocess.run(["umount", mount], check=True)
 
 
 def migration(scratch: Path) -> None:

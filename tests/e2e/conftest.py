@@ -35,7 +35,7 @@ READY = f"{HOST}-ready"
 SUITES = (READY, *(pytest.param(suite, marks=pytest.mark.rest) for suite in ("bookworm", "trixie")))
 
 # What a KVM host has, and a fresh system has not. Of what is recommended, no more than the tests need.
-RECOMMENDED = "acl, libguestfs-xfs, libvirt-clients, libvirt-daemon-system, linux-image-amd64"
+RECOMMENDED = "acl, libdeflate0, libguestfs-xfs, libvirt-clients, libvirt-daemon-system, linux-image-amd64"
 OTHERS = "bindfs, build-essential, ovmf, rpm, rsync, tini"  # that a test installs
 INCLUDED = "bash-completion,dbus,man-db,procps,systemd,systemd-sysv"
 # INITRD: nobody boots this kernel but libguestfs, which makes its own. The settings stay as they were edited, without a
