@@ -238,6 +238,18 @@ def _missing(program: str) -> MigrationError:
     )
 
 
+def storage_failed(what: str, done: Done) -> MigrationError | None:
+    """The error (io_error) if a tool says that the storage failed, None if it says nothing of that."""
+    if not any(reason in done.stderr for reason in _STORAGE):
+        return None
+    return MigrationError(
+        Code.IO_ERROR,
+        f"{what}: {tail(done.stderr).splitlines()[-1]}",
+        "Check the storage: `journalctl -k`, and the mount's state and options; the job is tried again by itself.",
+        tail=tail(done.stderr),
+    )
+
+
 def _failure(command: list[str], done: Done) -> MigrationError:
     if done.returncode == 127 and "No such file or directory" in done.stderr:  # setpriv could not find it
         return _missing(command[0])
@@ -249,13 +261,8 @@ def _failure(command: list[str], done: Done) -> MigrationError:
             tail=tail(done.stderr),
         )
     # What a tool could not read is the source's fault, not the storage's: see qemu_img.convert().
-    if any(reason in done.stderr for reason in _STORAGE) and "while reading" not in done.stderr:
-        return MigrationError(
-            Code.IO_ERROR,
-            f"{shlex.join(command)}: {tail(done.stderr).splitlines()[-1]}",
-            "Check the storage: `journalctl -k`, and the mount's state and options; the job is tried again by itself.",
-            tail=tail(done.stderr),
-        )
+    if "while reading" not in done.stderr and (error := storage_failed(shlex.join(command), done)):
+        return error
     if done.returncode in (-signal.SIGKILL, -signal.SIGTERM):
         return MigrationError(
             Code.TOOL_KILLED,

@@ -53,6 +53,10 @@ LANES = 4  # experiments at the same time: most of one is waiting
 PATIENCE_SECONDS = 300.0
 JOB_SECONDS = 0.25  # about what one attempt takes from its claim on; random moments lie within
 MIB = 1 << 20
+# What disks are in, with options of qemu-img; our own reader converts the last one.
+FORMATS: dict[str, tuple[str, ...]] = {"raw": (), "qcow2": (), "vmdk": ("-o", "subformat=streamOptimized")}
+# What converts a disk, by its command line.
+TOOLS = {"tool": "qemu-img convert", "reader": "hyper2kvmd.image.stream"}
 
 # The system calls with which a job changes what is on disk: its numbered steps.
 STEPS = (
@@ -116,23 +120,24 @@ class Site:
 
     # Exports
 
-    def drop(self, rng: random.Random, name: str = "web01", disks: int | None = None) -> Vm:
-        """Drop an export with one or two small disks, the manifest last."""
+    def drop(self, rng: random.Random, name: str = "web01", disks: int | None = None, format: str | None = None) -> Vm:
+        """Drop an export with one or two small disks, the manifest last. format: of all; by chance if there is none."""
         directory = self.settings.exports_dir / name
         directory.mkdir()
         entries: list[dict[str, Any]] = []
         sources: dict[str, tuple[Path, str]] = {}
         for number in range(disks or rng.choice((1, 1, 2))):
-            id, path, format = f"disk-{number}", directory / f"{name}-{number}.img", rng.choice(("raw", "qcow2"))
+            id, path = f"disk-{number}", directory / f"{name}-{number}.img"
+            kind = format or rng.choice(tuple(FORMATS))
             path.write_bytes(rng.randbytes(rng.randrange(1, 8) << 16))
             os.truncate(path, MIB)
-            if format == "qcow2":
+            if kind != "raw":
                 raw = path.rename(path.with_suffix(".raw"))
-                command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path)]
+                command = ["qemu-img", "convert", "-f", "raw", "-O", kind, *FORMATS[kind], str(raw), str(path)]
                 subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
                 raw.unlink()
-            entries.append(disk_entry(path, format, id, disk_type="data" if number else "boot"))
-            sources[id] = (path, format)
+            entries.append(disk_entry(path, kind, id, disk_type="data" if number else "boot"))
+            sources[id] = (path, kind)
         if disks is None and rng.random() < 0.3:
             entries[0].pop("checksum")
         write_manifest(directory, entries)
@@ -587,14 +592,14 @@ def in_the_middle(here: Site, vm: Vm, runner: int, rng: random.Random) -> None:
 
 
 def at_step(victims: str, inside: str = "runner") -> Inject:
-    """Kill while the runner, or its qemu-img convert, stands still right after its n-th change on disk."""
+    """Kill while the runner, or what converts for it, stands still right after its n-th change on disk."""
 
     def inject(here: Site, rng: random.Random) -> int:
         numbers = list(range(1, steps_of(inside) + 1))
         random.Random(0).shuffle(numbers)  # so that few experiments are spread over the job, and many leave none out
         vm = step_through(here, inside)
-        pid, step = here.caught(vm, inside), numbers[here.number % len(numbers)]
-        if stop_at(pid, here.trace(vm, inside), step) < step:
+        pid, step = here.caught(vm, process(inside)), numbers[here.number % len(numbers)]
+        if stop_at(pid, here.trace(vm, process(inside)), step) < step:
             return 0
         runner = pid if inside == "runner" else int(_status(pid)["PPid"])
         return min(kill(here, runner, victims=victims), 1)
@@ -602,22 +607,27 @@ def at_step(victims: str, inside: str = "runner") -> Inject:
     return inject
 
 
+def process(inside: str) -> str:
+    """What the catcher calls it: whatever converts is a tool."""
+    return "tool" if inside in TOOLS else inside
+
+
 @functools.cache
 def steps_of(inside: str) -> int:
-    """How many numbered steps an undisturbed job has: changes on disk by the runner, or by qemu-img convert."""
+    """How many numbered steps an undisturbed job has: changes on disk by the runner, or by what converts for it."""
     with site() as here:
         vm = step_through(here, inside)
-        return stop_at(here.caught(vm, inside), here.trace(vm, inside), 1 << 20)
+        return stop_at(here.caught(vm, process(inside)), here.trace(vm, process(inside)), 1 << 20)
 
 
 def step_through(here: Site, inside: str) -> Vm:
-    """Start a job whose runner, or whose qemu-img convert, stops after every step."""
-    vm = here.drop(random.Random(0), disks=1)
+    """Start a job whose runner, or what converts for it, stops after every step."""
+    vm = here.drop(random.Random(0), disks=1, format="vmdk" if inside == "reader" else "qcow2")
     subprocess.run(["sync", "--file-system", here.settings.exports_dir], check=True)
-    calls, word = (TOOL_STEPS, "qemu-img convert") if inside == "tool" else (STEPS, "")
+    calls, word = (TOOL_STEPS, TOOLS[inside]) if inside in TOOLS else (STEPS, "")
     # A runner's tools are left alone; but a tool is executed by what limits it.
     alone = ["-b", "execve"] if inside == "runner" else []
-    here.arm(vm, inside, ["-f", *alone, "-e", f"trace={calls}", "-e", f"inject={calls}:signal=STOP"], word)
+    here.arm(vm, process(inside), ["-f", *alone, "-e", f"trace={calls}", "-e", f"inject={calls}:signal=STOP"], word)
     here.start()
     return vm
 
@@ -970,6 +980,9 @@ FAULTS = (
     Fault("kill-tool-at-step", "SIGKILL of qemu-img convert after its n-th write", at_step("tool", "tool"), 5),
     Fault("kill-runner-in-tool", "SIGKILL of the runner while qemu-img convert stands still after its n-th write",
           at_step("runner", "tool"), 3),
+    Fault("kill-reader-at-step", "SIGKILL of our own reader after its n-th write", at_step("tool", "reader"), 5),
+    Fault("kill-runner-in-reader", "SIGKILL of the runner while our own reader stands still after its n-th write",
+          at_step("runner", "reader"), 3),
     Fault("kill-daemon-at-step", "SIGKILL of the daemon after the runner's n-th change on disk", at_step("daemon"), 15),
     Fault("kill-all-at-step", "SIGKILL of all of them after the runner's n-th change on disk", at_step("all"), 15),
     Fault("kill-runner", "SIGKILL of the runner at a random moment", at_random("runner"), 25),

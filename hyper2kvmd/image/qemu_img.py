@@ -14,7 +14,7 @@ from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import create_file
 from hyper2kvmd.image.publish import output_exists
 from hyper2kvmd.image.source import Source, check_unchanged
-from hyper2kvmd.run import Done, Tools
+from hyper2kvmd.run import Done, Tools, storage_failed
 
 # A hostile header that slipped through must not take the machine's memory or an hour of its time.
 INFO_LIMITS = ("--as=1073741824", "--cpu=30", "--fsize=0", "--core=0")
@@ -201,7 +201,7 @@ def check_target(tools: Tools, target: Path, format: str, virtual_size: int) -> 
 
 
 def _invalid(target: Path, what: str, done: Done) -> MigrationError:
-    return MigrationError(
+    return storage_failed(f"{target} cannot be checked", done) or MigrationError(
         Code.VALIDATION_FAILED,
         f"{target} is not what it should be: {what}",
         "Nothing was published. Look at the host's storage and memory, then run `hyper2kvmctl retry`.",
