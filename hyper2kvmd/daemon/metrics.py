@@ -268,7 +268,7 @@ class Metrics:
         elif event.kind == "progress" and data["stage"] in READ:
             self.bytes_read.labels(data["stage"]).inc(data["bytes"])
         elif event.kind == "converted":
-            for kind in CONVERTED[data["engine"]]:
+            for kind in CONVERTED.get(data["engine"], ()):  # what is shared is not moved
                 self.bytes_converted.labels(data["engine"], kind).inc(data[kind])
 
     def job_ended(self, finished: Mapping[str, Any] | None) -> None:

@@ -21,7 +21,7 @@ class Event:
     - manifest: vm (its own name), tags
     - stage: stage, status (started, done, skipped, failed, cancelled), seconds; total (bytes it will do) if started
     - progress: stage, item, ratio (0..1), bytes (done since the last event of this item)
-    - converted: item, engine (stream or qemu-img), read, inflated, written (bytes; inflated may be null)
+    - converted: item, engine (stream, reflink or qemu-img), read, inflated, written (bytes; inflated may be null)
     - warning: code, message, hint, field
     - finished: status; report, if one was written; code, message and hint, if none was and there is a reason
     """

@@ -214,7 +214,8 @@ def _convert(job: Job, plan: Plan, steps: Steps, reads: dict[str, _Read]) -> Non
 
             copied = convert(
                 job.tools, disk.source, disk.partial, plan.format,
-                stream=read is not None, compress=plan.compress, threads=threads, on_progress=told,
+                stream=read is not None, reflink=job.settings.convert.engine == "auto",
+                compress=plan.compress, threads=threads, on_progress=told,
             )  # fmt: skip
         steps.note_converted(disk, copied.engine)
         if copied.sha256 is not None and disk.source.disk.sha256 is None:

@@ -172,13 +172,12 @@ def checks(report: Report, results: Results) -> list[Check]:
     """Everything that was checked, from the source to the boot test, and what was left out."""
     found = []
     for disk in report.disks:
-        verified = disk.source_sha256 is not None
         found.append(
             Check(
                 disk.source,
                 "has the SHA-256 that the manifest gives",
-                "ok" if verified else "none",
-                "verified" if verified else "not verified",
+                "ok" if disk.verified else "none",
+                "verified" if disk.verified else "not verified",
                 disk.source_sha256 or "",
             )
         )

@@ -66,9 +66,14 @@ class DiskRecord(Part):
     target_format: str | None = Field(default=None, description="qcow2 or raw")
     target_bytes: int | None = Field(default=None, description="bytes allocated by the published disk")
     engine: str | None = Field(
-        default=None, description="what converted it: stream (hyper2kvmd's own reader) or qemu-img"
+        default=None, description="what converted it: stream (hyper2kvmd's own reader), reflink or qemu-img"
     )
     boot: bool = Field(default=False, description="whether the guest boots from this disk")
+
+    @property
+    def verified(self) -> bool:
+        """Whether the file has the checksum that the manifest gives."""
+        return self.source_sha256 is not None if self.source_verified is None else self.source_verified
 
 
 class ChangeRecord(Part):

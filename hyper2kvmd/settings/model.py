@@ -92,7 +92,8 @@ class Convert(Section):
     engine: Literal["auto", "qemu-img"] = Field(
         default="auto",
         description="auto: hyper2kvmd reads sparse VMDKs itself, such as the streamOptimized ones of vSphere, once for"
-        " the disk and its checksum; qemu-img reads all other disks. qemu-img: it reads every disk.",
+        " the disk and its checksum; a raw disk that becomes raw on the same file system shares its blocks,"
+        " where that can do so (reflink); qemu-img reads all other disks. qemu-img: it reads every disk.",
     )
 
 

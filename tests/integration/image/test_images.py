@@ -76,7 +76,8 @@ def convert(
     qemu_img.make_target(target)
     stream = streams(source, engine, compress=compress)
     return copy(
-        tools, source, target, format, stream=stream, compress=compress, threads=2, on_progress=on_progress
+        tools, source, target, format,
+        stream=stream, reflink=engine == "auto", compress=compress, threads=2, on_progress=on_progress,
     )  # fmt: skip
 
 

@@ -128,3 +128,35 @@ def test_a_checksum_that_nobody_asked_to_verify_and_is_wrong_is_a_warning(scratc
     report = report_of(export)
     assert "checksum_mismatch" in [warning["code"] for warning in report["warnings"]]
     assert not report["disks"][0]["source_verified"]
+
+
+@pytest.mark.parametrize("system", ("xfs", "btrfs"))
+def test_a_raw_disk_that_stays_raw_shares_its_blocks_where_the_file_system_can_do_that(
+    system: str, scratch: Settings, tmp_path: Path
+) -> None:
+    image, mount = tmp_path / "image", tmp_path / "shared"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(512 * MIB)
+    subprocess.run([f"mkfs.{system}", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, mount], check=True)
+    try:
+        for name in ("exports", "images", "work"):
+            (mount / name).mkdir()
+        places = {"exports_dir": mount / "exports", "output_dir": mount / "images", "work_dir": mount / "work"}
+        settings = Settings.model_validate({**scratch.model_dump(by_alias=True), **places})
+        export, entries = dropped(settings, "raw", target_format="raw")
+        with (export / "d0.raw").open("ab") as file:
+            file.write(b"x" * 100)  # the last sector is not whole
+        entries[0] = disk_entry(export / "d0.raw")
+        write_manifest(export, entries, pipeline=pipeline({"target_format": "raw"}))
+        done = run_job(export, settings)
+        assert 0 == done.returncode, done.stderr
+        (disk,) = report_of(export)["disks"]
+        assert ("reflink", True) == (disk["engine"], disk["source_verified"])
+        assert same(export / "d0.raw", disk["target"], "raw")
+        assert 0 == Path(disk["target"]).stat().st_size % 512
+        written = subprocess.check_output(["filefrag", "-v", disk["target"]], text=True)
+        assert "shared" in written, written
+    finally:
+        subprocess.run(["umount", mount], check=True)
