@@ -48,30 +48,54 @@ def streams(source: Source, engine: Literal["auto", "qemu-img"], *, compress: bo
 _STREAMED = ("streamOptimized", "monolithicSparse")
 
 
-def convert(
+def stream(
     tools: Tools,
     source: Source,
     target: Path,
     format: str,
     *,
-    stream: bool,
-    reflink: bool,
     compress: bool,
     threads: int,
     on_progress: Callable[[float], None],
-) -> Copied:
-    """Convert the source to `target` (absolute), which is there and empty, as `qcow2` or `raw`.
+) -> Copied | None:
+    """Have our own reader convert the source to `target` (absolute), which is there and empty, as `qcow2` or `raw`.
 
-    stream: whether our own reader is tried; reflink: whether a raw disk may share its blocks with its source, where the
-    file system can do that. threads: that inflate. `on_progress` gets the ratio done, from 0 to 1.
-    Raise MigrationError or Cancelled; then the caller removes `target`, which looks like an image and is none.
+    It is a process of its own, of which `threads` inflate. `on_progress` gets the ratio done, from 0 to 1. None if it
+    is not for this disk, with nothing written. Raise MigrationError or Cancelled; then the caller removes `target`.
     """
-    if (
-        stream
-        and (copied := _stream(tools, source, target, f"{format}-zstd" if compress else format, threads, on_progress))
-        is not None
-    ):
-        return copied
+    check_unchanged(source)
+    said = _Lines(lambda line: on_progress(min(line["read"] / source.size, 1.0)))
+    kind = f"{format}-zstd" if compress else format
+    tools.run(
+        *(sys.executable, "-P", "-m", "hyper2kvmd.image.stream"),
+        *(source.file.path, str(source.size), source.name, target, kind, str(threads)),
+        on_output=said, limits=qemu_img.WORK_LIMITS,
+    )  # fmt: skip
+    last = said.last
+    if "unsuitable" in last:
+        log.info("qemu-img converts this disk", disk=source.disk.id, reason=last["unsuitable"])
+        return None
+    if "error" in last:
+        error = last["error"]
+        raise MigrationError(Code(error["code"]), error["message"], error["hint"])
+    on_progress(1.0)
+    return Copied("stream", **last["done"])
+
+
+def copy(
+    tools: Tools,
+    source: Source,
+    target: Path,
+    format: str,
+    *,
+    reflink: bool,
+    compress: bool,
+    on_progress: Callable[[float], None],
+) -> Copied:
+    """Convert the source as stream() does, by other means.
+
+    reflink: whether a raw disk may share its blocks with its source, where the file system can do that.
+    """
     if reflink and "raw" == format == source.header.format and _reflinked(source, target):
         return Copied("reflink", 0, None, 0)
     qemu_img.convert(tools, source, target, format, compress=compress, on_progress=on_progress)
@@ -94,28 +118,6 @@ def _reflinked(source: Source, target: Path) -> bool:
 
 
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
-
-
-def _stream(
-    tools: Tools, source: Source, target: Path, format: str, threads: int, on_progress: Callable[[float], None]
-) -> Copied | None:
-    """Have our own reader convert it, in a process of its own; None if it is not for that, with nothing written."""
-    check_unchanged(source)
-    said = _Lines(lambda line: on_progress(min(line["read"] / source.size, 1.0)))
-    tools.run(
-        *(sys.executable, "-P", "-m", "hyper2kvmd.image.stream"),
-        *(source.file.path, str(source.size), source.name, target, format, str(threads)),
-        on_output=said, limits=qemu_img.WORK_LIMITS,
-    )  # fmt: skip
-    last = said.last
-    if "unsuitable" in last:
-        log.info("qemu-img converts this disk", disk=source.disk.id, reason=last["unsuitable"])
-        return None
-    if "error" in last:
-        error = last["error"]
-        raise MigrationError(Code(error["code"]), error["message"], error["hint"])
-    on_progress(1.0)
-    return Copied("stream", **last["done"])
 
 
 class _Lines:

@@ -12,11 +12,11 @@ all of them.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import threading
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from hyper2kvmd.errors import Cancelled, Collected, MigrationError, Outcome
 from hyper2kvmd.hypervisor.connection import connect, libvirt_version
 from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.image import qemu_img
-from hyper2kvmd.image.convert import THREADS_LIMIT, convert, streams
+from hyper2kvmd.image.convert import THREADS_LIMIT, copy, stream, streams
 from hyper2kvmd.image.publish import publish
 from hyper2kvmd.image.source import check_checksum, check_unchanged, sha256
 from hyper2kvmd.job import reserve
@@ -86,7 +86,7 @@ def migrate(job: Job, claim: Claim, manifest: Manifest) -> tuple[str, ...]:
                     _commit(job, plan, steps)
                     _validate(job, plan)
                     boot_copy(job, plan, disks, domain)
-                    items = steps.note_finished(plan, copy.deepcopy(job.record))
+                    items = steps.note_finished(plan, deepcopy(job.record))
             except (Cancelled, OSError, MigrationError) as error:
                 # The next attempt can use what is done, if the job was stopped or failed for a passing cause.
                 goes_on = not isinstance(error, MigrationError) or error.outcome == Outcome.RETRY
@@ -159,9 +159,9 @@ def _streams(job: Job, plan: Plan, steps: Steps, disk: PlannedDisk) -> bool:
 
 
 class _Read:
-    """The one read of a source: how far CONVERT is with it, and in the end the checksum, for VERIFY.
+    """The one read of a source: how far CONVERT is with it, and once it is over the checksum, for VERIFY.
 
-    digest: None if qemu-img had to convert the disk after all.
+    digest: None if our own reader was not for this disk after all.
     """
 
     def __init__(self) -> None:
@@ -204,27 +204,25 @@ def _convert(job: Job, plan: Plan, steps: Steps, reads: dict[str, _Read]) -> Non
     threads = max(1, min(THREADS_LIMIT, len(os.sched_getaffinity(0)) // max(1, shares)))
 
     def one(disk: PlannedDisk) -> None:
-        read = reads.get(disk.id)
+        what, copied = (job.tools, disk.source, disk.partial, plan.format), None
         with job.progress("convert", disk.id, disk.source.virtual_size) as tell:
+            if read := reads.get(disk.id):
 
-            def told(ratio: float) -> None:
-                tell(ratio)
-                if read is not None:
+                def told(ratio: float) -> None:
+                    tell(ratio)
                     read.ratio = ratio
 
-            copied = convert(
-                job.tools, disk.source, disk.partial, plan.format,
-                stream=read is not None, reflink=job.settings.convert.engine == "auto",
-                compress=plan.compress, threads=threads, on_progress=told,
-            )  # fmt: skip
+                copied = stream(*what, compress=plan.compress, threads=threads, on_progress=told)
+                read.digest = copied.sha256 if copied else None
+                read.over.set()
+            if copied is None:
+                reflink = job.settings.convert.engine == "auto"
+                copied = copy(*what, reflink=reflink, compress=plan.compress, on_progress=tell)
         steps.note_converted(disk, copied.engine)
         if copied.sha256 is not None and disk.source.disk.sha256 is None:
             steps.note_verified(disk, copied.sha256)
         elif copied.sha256 is not None and not plan.verify:
             _warn_of_mismatch(job, disk, copied.sha256)
-        if read is not None:
-            read.digest = copied.sha256
-            read.over.set()
         counted = {"read": copied.read, "inflated": copied.inflated, "written": copied.written}
         job.events.emit("converted", item=disk.id, engine=copied.engine, **counted)
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from hyper2kvmd.ctl import doctor
-from hyper2kvmd.daemon.metrics import CHECKS, POOLS, READ, RESULTS, Metrics
+from hyper2kvmd.daemon.metrics import CHECKS, CONVERTED, POOLS, READ, RESULTS, Metrics
 from hyper2kvmd.errors import MEANING, Code, Outcome
 from tests import ROOT, dashboards, reference
 from tests.monitoring import Json, panels, variables
@@ -232,6 +232,7 @@ def test_every_value_of_a_label_in_a_query_exists() -> None:
         "check": {*CHECKS},
         "outcome": {"won", "busy", "failed", "lost"},
         "stage": {*READ},
+        "kind": {kind for kinds in CONVERTED.values() for kind in kinds},
         "pool": {*POOLS},
         "le": set(),
         "job": {"hyper2kvmd", "$job"},

@@ -21,8 +21,7 @@ import pytest
 from hyper2kvmd.errors import Cancelled, Code, Collected, MigrationError
 from hyper2kvmd.files import fsync_file
 from hyper2kvmd.image import qemu_img
-from hyper2kvmd.image.convert import Copied, streams
-from hyper2kvmd.image.convert import convert as copy
+from hyper2kvmd.image.convert import Copied, copy, stream, streams
 from hyper2kvmd.image.header import DRIVERS
 from hyper2kvmd.image.header.reader import Header
 from hyper2kvmd.image.publish import publish
@@ -74,11 +73,11 @@ def convert(
 ) -> Copied:
     """Convert as a job does, to a file that is not there yet."""
     qemu_img.make_target(target)
-    stream = streams(source, engine, compress=compress)
-    return copy(
-        tools, source, target, format,
-        stream=stream, reflink=engine == "auto", compress=compress, threads=2, on_progress=on_progress,
-    )  # fmt: skip
+    what = (tools, source, target, format)
+    copied = None
+    if streams(source, engine, compress=compress):
+        copied = stream(*what, compress=compress, threads=2, on_progress=on_progress)
+    return copied or copy(*what, reflink=engine == "auto", compress=compress, on_progress=on_progress)
 
 
 def make(path: Path, kind: str, raw: Path) -> Path:

@@ -281,6 +281,25 @@ def test_each_end_of_a_job_is_counted_as_what_it_is() -> None:
     assert (700, 0) == tuple(value(metrics, "bytes_written_total", format=format) for format in ("qcow2", "raw"))
 
 
+def test_bytes_are_counted_by_what_converted_a_disk() -> None:
+    metrics = Metrics()
+    moved = {"item": "disk-0", "read": 10, "written": 30}
+    for engine, inflated in (("stream", 20), ("qemu-img", None), ("reflink", None)):
+        metrics.event(Event("converted", {**moved, "engine": engine, "inflated": inflated}))
+    counted = {
+        (dict(labels)["engine"], dict(labels)["kind"]): count
+        for (name, labels), count in scraped(metrics).items()
+        if name == "hyper2kvmd_convert_bytes_total"
+    }
+    assert {
+        ("stream", "read"): 10,
+        ("stream", "inflated"): 20,
+        ("stream", "written"): 30,
+        ("qemu-img", "read"): 10,
+        ("qemu-img", "written"): 30,
+    } == counted
+
+
 def test_what_ended_before_the_daemon_began_is_known_from_the_reports() -> None:
     now = time.time()
     looks = [
