@@ -193,7 +193,8 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
         line("boot test", f"{boot.outcome} after {boot.seconds:.0f} s: {boot.reason}")
     for disk in document["disks"]:
         if disk["target"]:
-            line("disk", f"{disk['id']}: {disk['target']} ({disk['virtual_size'] / 2**30:.1f} GiB)")
+            by = f", by {disk['engine']}" if disk["engine"] else ""
+            line("disk", f"{disk['id']}: {disk['target']} ({disk['virtual_size'] / 2**30:.1f} GiB{by})")
     if domain := document["domain"]:
         line("domain", f"{domain['name']} ({domain['uuid']}) at {domain['uri']}")
     for warning in document["warnings"]:

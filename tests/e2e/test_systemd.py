@@ -577,6 +577,7 @@ def test_a_restart_in_a_stage_goes_on_with_it(
 def test_a_restart_while_a_guest_is_inspected_fixed_and_committed_loses_nothing(
     service: Container, tmp_path: Path
 ) -> None:
+    configure(service, convert={"engine": "qemu-img"})  # whose calls are counted
     hold(service, "commit")
     name = hand_over(service, export("debian12-bios", tmp_path, vm_name="web01"))
     for stage in ("inspect", "fix", "commit"):
