@@ -173,8 +173,10 @@ class _Crew:
 
     def _do(self, slot: Buffer, piece: Piece) -> Buffer:
         worker = self._resting.get()
-        worker.do(slot, piece)
-        self._resting.put(worker)
+        try:
+            worker.do(slot, piece)
+        finally:  # the next piece may be begun before anybody knows of an error in this one, and waits for a worker
+            self._resting.put(worker)
         return slot
 
 
