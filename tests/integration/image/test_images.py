@@ -28,7 +28,7 @@ from hyper2kvmd.image.publish import publish
 from hyper2kvmd.image.source import OpenDisk, Source, check_unchanged, open_sources, sha256
 from hyper2kvmd.manifest import Disk
 from hyper2kvmd.run import Tools
-from tests.unit.image.test_header import vmware_stream
+from tests.vmdk import vmware_stream
 
 MIB = 1 << 20
 CANARY = b"CANARY-of-a-file-that-no-export-may-read\n" * 50

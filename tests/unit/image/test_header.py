@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import uuid
-import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +14,7 @@ from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.image.header import DRIVERS, examine
 from hyper2kvmd.image.header.reader import Extent, Header
 from tests.pace import work_of_at_most
+from tests.vmdk import vmware_stream
 
 MIB = 1 << 20
 SECTOR = 512
@@ -42,50 +42,6 @@ def put(data: bytes, offset: int, value: bytes) -> bytes:
 
 
 # Images ---------------------------------------------------------------------------------------------------
-
-
-def vmware_stream(disk: bytes) -> bytes:
-    """A streamOptimized VMDK as VMware writes it: markers, tables after the data, and a footer at the end."""
-    grain = 128
-    capacity = len(disk) // SECTOR
-    text = (
-        '# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType="streamOptimized"\n'
-        f'RDONLY {capacity} SPARSE "call-me-stream.vmdk"\nddb.adapterType = "lsilogic"\n'
-    ).encode()
-
-    def header(directory: int) -> bytes:
-        fields = struct.pack("<4sIIQQQQIQQQ", b"KDMV", 3, 0x30001, capacity, grain, 1, 20, 512, 0, directory, 128)
-        return (fields + b"\0\n \r\n" + struct.pack("<H", 1)).ljust(SECTOR, b"\0")
-
-    def padded(part: bytes) -> bytes:
-        return part + bytes(-len(part) % SECTOR)
-
-    def marker(sectors: int, kind: int) -> bytes:
-        return struct.pack("<QII", sectors, 0, kind).ljust(SECTOR, b"\0")
-
-    out = bytearray(header(0xFFFFFFFFFFFFFFFF) + text.ljust(20 * SECTOR, b"\0"))
-    out += bytes(128 * SECTOR - len(out))
-    directory = []
-    for start in range(0, capacity, grain * 512):
-        table = []
-        for sector in range(start, start + grain * 512, grain):
-            block = disk[sector * SECTOR : (sector + grain) * SECTOR]
-            if block.strip(b"\0"):
-                packed = zlib.compress(block.ljust(grain * SECTOR, b"\0"))
-                table.append(len(out) // SECTOR)
-                out += padded(struct.pack("<QI", sector, len(packed)) + packed)
-            else:
-                table.append(0)
-        if any(table):
-            out += marker(4, 1)
-            directory.append(len(out) // SECTOR)
-            out += struct.pack("<512I", *table)
-        else:
-            directory.append(0)
-    out += marker(1, 2)
-    place = len(out) // SECTOR
-    out += padded(struct.pack(f"<{len(directory)}I", *directory))
-    return bytes(out) + marker(1, 3) + header(place) + bytes(SECTOR)
 
 
 def vmdk_text(extent: str) -> bytes:
