@@ -218,10 +218,9 @@ class _Worker:
         else:
             if room < needed:
                 raise image.corrupt(f"has something else inside of {place(number, sector)}, after {room} bytes")
-            count = needed
-            self._out.view[to : to + count] = slot.view[at : at + count]
-        if count < GRAIN:
-            self._out.view[to + count : to + GRAIN] = bytes(GRAIN - count)
+            self._out.view[to : to + needed] = slot.view[at : at + needed]
+        if needed < GRAIN:  # what is behind the end of the disk is nobody's, and would be there if the disk grew
+            self._out.view[to + needed : to + GRAIN] = bytes(GRAIN - needed)
 
 
 # What is written -----------------------------------------------------------------------------------------------
