@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hyper2kvmd.errors import Code, MigrationError
@@ -51,13 +53,23 @@ class Image:
     def read(self, offset: int, length: int, what: str) -> bytes:
         """Exactly `length` bytes, or an error which says that `what` is cut off."""
         self.holds(offset, length, what)
-        data = os.pread(self.fd, length, offset)
-        while len(data) < length:
-            more = os.pread(self.fd, length - len(data), offset + len(data))
-            if not more:
-                raise self.truncated(what, offset + length)
-            data += more
+        with self.named():
+            data = os.pread(self.fd, length, offset)
+            while len(data) < length:
+                more = os.pread(self.fd, length - len(data), offset + len(data))
+                if not more:
+                    raise self.truncated(what, offset + length)
+                data += more
         return data
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """An error of the system, which knows a descriptor only, gets the name of the file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = self.name
+            raise
 
     def holds(self, offset: int, length: int, what: str) -> None:
         """Make sure that the file reaches as far as that."""

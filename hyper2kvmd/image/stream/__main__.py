@@ -40,7 +40,7 @@ def main(source: str, size: str, name: str, target: str, format: str, threads: s
     except Unsuitable as why:
         _say({"unsuitable": str(why)})
     except OSError as error:
-        print(f"{target}: {error.strerror}", file=sys.stderr)
+        print(f"{error.filename or target}: {error.strerror}", file=sys.stderr)
         return 1
     else:
         _say({"done": asdict(done)})

@@ -57,8 +57,8 @@ class Piece:
 def convert(source: Image, target: int, format: str, *, threads: int, on_read: Callable[[int], None]) -> Totals:
     """Write the disk in `source` to the empty file open as `target`, as qcow2, qcow2-zstd (compressed) or raw.
 
-    on_read: gets how many bytes of the file have been read. Raise MigrationError (image_corrupt), OSError, or
-    Unsuitable, before anything is written.
+    on_read: gets how many bytes of the file have been read. Raise MigrationError (image_corrupt, image_unsafe), OSError
+    with the name of the source if that could not be read, or Unsuitable, before anything is written.
     """
     grains = look(source, read_sparse(source))
     writer = _writer(target, grains, format)
@@ -111,7 +111,8 @@ def _read_all(grains: Grains, crew: _Crew, on_read: Callable[[int], None]) -> st
         nonlocal position
         begin = position
         while position < end:
-            count = os.preadv(image.fd, [buffer.view[position - begin : end - begin]], position)
+            with image.named():
+                count = os.preadv(image.fd, [buffer.view[position - begin : end - begin]], position)
             if not count:
                 raise image.corrupt(f"ends at byte {position} of {image.size}: it was cut off while it was read")
             digest.update(buffer.view[position - begin : position - begin + count])
