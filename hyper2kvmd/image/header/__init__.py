@@ -35,9 +35,7 @@ def examine(fd: int, size: int, declared: str, name: str) -> Header:
         raise _mismatch(image, declared, found)
     header = _READERS[declared](image)
     if not 0 < header.virtual_size <= VIRTUAL_SIZE_LIMIT:
-        raise image.refused(
-            f"claims to be a disk of {header.virtual_size} bytes; {VIRTUAL_SIZE_LIMIT} is the most that is accepted"
-        )
+        raise image.absurd(header.virtual_size)
     return header
 
 

@@ -89,6 +89,11 @@ class Image:
             "Do not open this file on the host. Find out where it comes from, then export the VM again.",
         )
 
+    def absurd(self, virtual_size: int) -> MigrationError:
+        return self.refused(
+            f"claims to be a disk of {virtual_size} bytes; {VIRTUAL_SIZE_LIMIT} is the most that is accepted"
+        )
+
     def unsupported(self, what: str, hint: str) -> MigrationError:
         return MigrationError(Code.FORMAT_UNSUPPORTED, f"{self.name} {what}", hint)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import re
 import struct
@@ -10,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.image.header.reader import MERGE, SECTOR, Extent, Header, Image, integers
+from hyper2kvmd.image.header.reader import MERGE, SECTOR, VIRTUAL_SIZE_LIMIT, Extent, Header, Image, integers
 
 _AT_END = 0xFFFFFFFFFFFFFFFF
 _COMPRESSED, _MARKERS, _ZERO_GRAINS = 1 << 16, 1 << 17, 1 << 2
 _DESCRIPTOR_LIMIT = 20 * SECTOR  # how much of it qemu looks at, whatever the header says
+_TABLE_LIMIT = 1 << 22  # twice as many as the largest disk has in VMware's geometry
 TEXT_LIMIT = 1 << 16  # bytes of a description
 EXTENT_LIMIT = 512  # each is an open file; VMware's have 2 GiB, so that is a disk of 1 TiB
 # What a description of extents calls itself; the numbers are VMware's older spelling.
@@ -251,7 +253,7 @@ def _footer(image: Image, header: Sparse) -> Sparse:
     if len(end) < 3 * SECTOR or (size, kind) != (0, 3) or end[SECTOR : SECTOR + 4] != b"KDMV" or any(stops):
         raise image.corrupt("does not end with the footer that a streamOptimized VMDK has: it is truncated")
     footer = Sparse.parse(end[SECTOR : 2 * SECTOR])
-    for field in ("capacity", "grain", "entries_per_table", "flags"):
+    for field in ("capacity", "grain", "entries_per_table", "flags", "compression"):
         if getattr(footer, field) != getattr(header, field):
             raise image.refused(f"has a footer that contradicts its header about {field}")
     return footer
@@ -280,21 +282,57 @@ def grain_tables(image: Image, header: Sparse) -> Iterator[tuple[int, array[int]
 
     Raise MigrationError (image_corrupt).
     """
-    if header.grain & (header.grain - 1) or not 8 <= header.grain <= 1 << 16:
-        raise image.corrupt(f"has grains of {header.grain} sectors")
-    if not 1 <= header.entries_per_table <= SECTOR:
-        raise image.corrupt(f"has grain tables of {header.entries_per_table} entries")
-    directory = integers(image.read(header.directory * SECTOR, header.tables * 4, "the grain directory"), "I")
-    used = [offset for offset in directory if offset]
-    # Bounds the work by the size of the file: a hostile directory could name one table a million times.
-    if len({*used}) != len(used):
-        raise image.corrupt("uses a grain table twice")
+    directory = _directory(image, header)
+    _structures(image, header, directory)
     for number, offset in enumerate(directory):
         if offset:
             yield number, integers(image.read(offset * SECTOR, header.entries_per_table * 4, "a grain table"), "I")
 
 
+def structures(image: Image, header: Sparse) -> array[int]:
+    """The sectors that are no grain's, ascending: where the headers and the tables begin and end, one after the other.
+
+    Raise MigrationError (image_corrupt).
+    """
+    return _structures(image, header, _directory(image, header))
+
+
+def _structures(image: Image, header: Sparse, directory: array[int]) -> array[int]:
+    table = _sectors(header.entries_per_table * 4)
+    end = _sectors(image.size)
+    others = [(0, 1), (header.directory, header.directory + _sectors(header.tables * 4))]
+    if header.descriptor:
+        others.append((min(header.descriptor, end), min(header.descriptor + header.descriptor_size, end)))
+    tables = ((offset, offset + table) for offset in sorted(offset for offset in directory if offset))
+    found = array("Q")
+    for begin, behind in heapq.merge(sorted(others), tables):
+        # Bounds the work by the size of the file, too: a hostile directory could name one table a million times.
+        if found and begin < found[-1]:
+            raise image.corrupt(f"has two tables, or a table and a header, at byte {begin * SECTOR}")
+        found.extend((begin, behind))
+    return found
+
+
+def _directory(image: Image, header: Sparse) -> array[int]:
+    if header.grain & (header.grain - 1) or not 8 <= header.grain <= 1 << 16:
+        raise image.corrupt(f"has grains of {header.grain} sectors")
+    if not 1 <= header.entries_per_table <= SECTOR:
+        raise image.corrupt(f"has grain tables of {header.entries_per_table} entries")
+    if header.tables > _TABLE_LIMIT:
+        raise image.corrupt(f"has {header.tables} grain tables; {_TABLE_LIMIT} is the most that is accepted")
+    return integers(image.read(header.directory * SECTOR, header.tables * 4, "the grain directory"), "I")
+
+
+def _sectors(length: int) -> int:
+    return -(-length // SECTOR)
+
+
 def read_sparse(image: Image) -> Sparse:
     """The header of a sparse VMDK that read_vmdk() found good; of a stream, the footer. Raise MigrationError."""
     header = Sparse.parse(image.read(0, SECTOR, "the VMDK header"))
+    # The flag says it to VMware, the number to qemu.
+    if header.compressed != (header.compression == 1):
+        raise image.refused("contradicts itself about whether its grains are compressed")
+    if header.capacity * SECTOR > VIRTUAL_SIZE_LIMIT:
+        raise image.absurd(header.capacity * SECTOR)
     return _footer(image, header) if header.directory == _AT_END else header

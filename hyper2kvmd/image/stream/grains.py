@@ -6,13 +6,15 @@ A grain is 64 KiB of the disk; a table says in which sector of the file each one
 
 from __future__ import annotations
 
+import itertools
 import operator
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from hyper2kvmd.image.header.reader import SECTOR, Image
-from hyper2kvmd.image.header.vmdk import Sparse, grain_tables
+from hyper2kvmd.image.header.vmdk import Sparse, grain_tables, structures
 
 GRAIN_SECTORS = 128
 GRAIN = GRAIN_SECTORS * SECTOR
@@ -31,7 +33,7 @@ class Grains:
     """What the tables of an image say.
 
     count: the grains that are in the file. ordered: whether they lie there in the order of the disk. tables: the
-    numbers of the grain tables that have any; each is for 32 MiB of the disk.
+    numbers of the grain tables that have any; each is for 32 MiB of the disk. structures: see vmdk.structures().
     """
 
     image: Image
@@ -39,6 +41,7 @@ class Grains:
     count: int
     ordered: bool
     tables: array[int]
+    structures: array[int]
 
     @property
     def virtual_size(self) -> int:
@@ -61,23 +64,41 @@ class Grains:
                     yield sector, rank, number
                     rank += 1
 
-    def in_file(self) -> Iterator[tuple[int, int, int]]:
-        """The same, in the order of the file. Two in one place are an error."""
-        return self.in_disk() if self.ordered else self._sorted()
+    def in_file(self) -> Iterator[tuple[int, int, int, int]]:
+        """The same in the order of the file, and the sector that each grain ends before.
+
+        Raise MigrationError (image_corrupt) for a grain in a place that has something else in it.
+        """
+        parts = iter(self.structures)
+        begin, end = next(parts), next(parts)
+        for grain, following in itertools.pairwise(itertools.chain(self._sorted(), [None])):
+            sector, rank, number = cast(tuple[int, int, int], grain)  # only the last is None
+            while begin <= sector:
+                if sector < end:
+                    raise self.image.corrupt(f"has a header or a table where {place(number, sector)} is")
+                begin, end = next(parts, self._nowhere), next(parts, self._nowhere)
+            limit = begin if following is None else min(begin, following[0])
+            # Also what was in order, and is no more, because the file was changed.
+            if limit <= sector:
+                raise self.image.corrupt(f"has another grain where {place(number, sector)} is")
+            yield sector, rank, number, limit
+
+    @property
+    def _nowhere(self) -> int:
+        return self.image.size // SECTOR + 1
 
     def _sorted(self) -> Iterator[tuple[int, int, int]]:
+        if self.ordered:
+            yield from self.in_disk()
+            return
         parts: dict[int, array[int]] = {}
         numbers = array("I")
         for sector, rank, number in self.in_disk():
             numbers.append(number)
             parts.setdefault(sector >> _SORTED_SECTORS, array("Q")).append(sector << 32 | rank)
-        last = 0
         for key in sorted(parts):
             for pair in sorted(parts.pop(key)):
                 sector, rank = pair >> 32, pair & 0xFFFFFFFF
-                if sector == last:
-                    raise self.image.corrupt(f"has another grain where {place(numbers[rank], sector)} is")
-                last = sector
                 yield sector, rank, numbers[rank]
 
 
@@ -90,8 +111,8 @@ def look(image: Image, sparse: Sparse) -> Grains:
     """Look at all tables once. Raise MigrationError (image_corrupt), Unsuitable."""
     if sparse.grain != GRAIN_SECTORS or sparse.entries_per_table != TABLE_ENTRIES:
         raise Unsuitable(f"it has grains of {sparse.grain} sectors, and {sparse.entries_per_table} in a table")
-    if sparse.compressed and not (sparse.marked and sparse.compression == 1):
-        raise Unsuitable(f"it is compressed in a way that is not known ({sparse.compression})")
+    if sparse.compressed and not sparse.marked:
+        raise Unsuitable("it is compressed without markers")
     count, last, ordered = 0, 0, True
     tables = array("I")
     for first, table in _tables(image, sparse):
@@ -103,7 +124,7 @@ def look(image: Image, sparse: Sparse) -> Grains:
             tables.append(first // TABLE_ENTRIES)
     if not ordered and count > SORTED_LIMIT:
         raise Unsuitable(f"its {count} grains are in no order")
-    return Grains(image, sparse, count, ordered, tables)
+    return Grains(image, sparse, count, ordered, tables, structures(image, sparse))
 
 
 def _tables(image: Image, sparse: Sparse) -> Iterator[tuple[int, array[int]]]:

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
 
 from hyper2kvmd.image.header.reader import SECTOR, Image
 from hyper2kvmd.image.header.vmdk import read_sparse
@@ -87,10 +86,8 @@ def pieces(grains: Grains) -> Iterator[Piece]:
     """The parts of the file that hold grains, in their order; what lies between is not for the disk."""
     batch: list[tuple[int, int, int, int]] = []
     begin = end = 0
-    for grain, following in itertools.pairwise(itertools.chain(grains.in_file(), [None])):
-        sector, rank, number = cast(tuple[int, int, int], grain)  # only the last is None
-        last = grains.image.size if following is None else following[0] * SECTOR
-        last = min(last, sector * SECTOR + _LONGEST)
+    for sector, rank, number, limit in grains.in_file():
+        last = min(limit * SECTOR, grains.image.size, sector * SECTOR + _LONGEST)
         if batch and (len(batch) == _PIECE_GRAINS or last - begin > _PIECE):
             yield Piece(begin, end, tuple(batch))
             batch = []
