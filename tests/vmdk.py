@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import struct
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +137,9 @@ class _Writer:
         self.per_table = layout.entries * disk.grain
         self.table_numbers = range(-(-disk.size // self.per_table))
         self.numbers = sorted(disk.parts.keys() - layout.zeroed)
+        self.of_table: dict[int, list[int]] = defaultdict(list)
+        for number in sorted({*self.numbers, *layout.zeroed}):
+            self.of_table[number // layout.entries].append(number)
         if layout.order:
             layout.order(self.numbers)
 
@@ -150,8 +155,7 @@ class _Writer:
             self._fill(128 * SECTOR)
         if layout.behind and layout.order is None:
             for table in self.table_numbers:
-                of_table = [number for number in self.numbers if number // layout.entries == table]
-                self._put_grains(of_table)
+                self._put_grains([number for number in self.of_table.get(table, ()) if number not in layout.zeroed])
                 self._put_table(table)
         else:
             self._put_grains(self.numbers)
@@ -167,8 +171,8 @@ class _Writer:
             self.out += bytes(SECTOR)
         self.out[:SECTOR] = self._header(AT_END if layout.behind else self.made.directory // SECTOR, second // SECTOR)
         self.out[SECTOR : SECTOR + len(self._text())] = self._text()
-        for table, at in self.made.tables.items():
-            entries = self._entries(table)
+        for table in self.of_table:
+            entries, at = self._entries(table), self.made.tables[table]
             self.out[at : at + len(entries)] = entries
             if second:
                 to = at - self.made.directory + second
@@ -226,11 +230,12 @@ class _Writer:
             self._fill()
 
     def _entries(self, table: int) -> bytes:
-        entries, sectors = self.layout.entries, []
-        for number in range(table * entries, (table + 1) * entries):
-            begin, _ = self.made.grains.get(number, (0, 0))
-            sectors.append(1 if number in self.layout.zeroed else begin // SECTOR)
-        return struct.pack(f"<{entries}I", *sectors)
+        entries = self.layout.entries
+        sectors = [0] * entries
+        for number in self.of_table.get(table, ()):
+            begin, _ = self.made.grains.get(number, (SECTOR, 0))
+            sectors[number % entries] = begin // SECTOR
+        return struct.pack(f"<{entries}I", *sectors) if any(sectors) else bytes(4 * entries)
 
     def _put_grains(self, numbers: list[int]) -> None:
         for number in numbers:
@@ -349,50 +354,61 @@ def read(data: bytes | bytearray) -> Disk:
 
 
 def read_qcow2(data: bytes | bytearray) -> Disk:
-    """The disk in a qcow2 image with clusters as large as grains.
+    """The disk in a qcow2 image with clusters as large as grains, plain or compressed with zstd.
 
-    Every cluster must be used as often as it is counted: once, or not at all.
+    Every cluster must be counted as often as something refers to it.
     """
     magic, version, backing, _, bits, size, crypt, entries, l1, references, blocks = struct.unpack_from(
         ">4sIQIIQIIQQI", data
     )
-    incompatible, _, _, order, length = struct.unpack_from(">QQQII", data, 72)
+    incompatible, _, _, order, length, compression = struct.unpack_from(">QQQIIB", data, 72)
     assert (magic, version, backing, bits, crypt) == (b"QFI\xfb", 3, 0, 16, 0)
-    assert (incompatible, order, length) == (0, 4, 104)
+    assert (incompatible, compression) in ((0, 0), (8, 1))
+    assert (order, length) == (4, 112)
     assert len(data) % GRAIN == 0
     assert entries == -(-size // (GRAIN * 8192))
-    used = {0, *_clusters(references, blocks), *_clusters(l1, -(-entries * 8 // GRAIN))}
+    used = Counter([0])
     parts = {}
+
+    def refer(offset: int, length: int) -> None:
+        assert offset + length <= len(data)
+        used.update(range(offset // GRAIN, (offset + length - 1) // GRAIN + 1))
+
+    def plain(entry: int) -> int:
+        """What says that nothing else refers to the cluster."""
+        assert entry >> 56 == 0x80
+        assert entry % GRAIN == 0
+        refer(entry & ~(1 << 63), GRAIN)
+        return entry & ~(1 << 63)
+
+    refer(references, blocks * GRAIN)
+    refer(l1, entries * 8)
     for number, entry in enumerate(struct.unpack_from(f">{entries}Q", data, l1)):
-        if entry:
-            used.add(_cluster(entry, used))
-            for cluster, place in enumerate(struct.unpack_from(">8192Q", data, entry & ~(1 << 63)), number * 8192):
-                if place:
-                    used.add(_cluster(place, used))
-                    begin = place & ~(1 << 63)
-                    assert begin + GRAIN <= len(data)
-                    parts[cluster] = bytes(data[begin : begin + GRAIN])
-    counts: list[int] = []
-    for place in struct.unpack_from(f">{blocks * 8192}Q", data, references):
-        if place:
-            assert len(counts) % 32768 == 0
-            used.add(place // GRAIN)
-            counts += struct.unpack_from(">32768H", data, place)
-    assert used == {cluster for cluster, count in enumerate(counts) if count}
-    assert not any(count > 1 for count in counts)
+        l2 = struct.unpack_from(">8192Q", data, plain(entry)) if entry else ()
+        for cluster, place in enumerate(l2, number * 8192):
+            if place >> 62 & 1:
+                assert compression
+                begin = place & (1 << 54) - 1
+                length = ((place >> 54 & 0xFF) + 1) * SECTOR - begin % SECTOR
+                refer(begin, length)
+                parts[cluster] = _unzstd(bytes(data[begin : begin + length]))
+            elif place:
+                parts[cluster] = bytes(data[(begin := plain(place)) : begin + GRAIN])
+    places = [place for place in struct.unpack_from(f">{blocks * 8192}Q", data, references) if place]
+    for place in places:
+        refer(place, GRAIN)
+    counts = [count for place in places for count in struct.unpack_from(">32768H", data, place)]
+    assert used == {cluster: count for cluster, count in enumerate(counts) if count}
     for number, part in parts.items():
         assert not any(part[max(0, size - number * GRAIN) :])
     return Disk(size, {number: part[: size - number * GRAIN] for number, part in parts.items()})
 
 
-def _clusters(offset: int, count: int) -> range:
-    assert offset % GRAIN == 0
-    return range(offset // GRAIN, offset // GRAIN + count)
-
-
-def _cluster(entry: int, used: set[int]) -> int:
-    """The cluster of an entry that says that nothing else refers to it."""
-    assert entry >> 63 and not entry >> 56 & 0x7F and not entry % GRAIN
-    cluster = (entry & ~(1 << 63)) // GRAIN
-    assert cluster not in used
-    return cluster
+def _unzstd(data: bytes) -> bytes:
+    """A cluster, from bytes that it is at the beginning of."""
+    library = ctypes.CDLL("libzstd.so.1")
+    library.ZSTD_findFrameCompressedSize.restype = library.ZSTD_decompress.restype = ctypes.c_size_t
+    out = ctypes.create_string_buffer(GRAIN)
+    length = library.ZSTD_findFrameCompressedSize(data, ctypes.c_size_t(len(data)))
+    assert library.ZSTD_decompress(out, ctypes.c_size_t(GRAIN), data, ctypes.c_size_t(length)) == GRAIN
+    return out.raw
