@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
+from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.image.header.reader import SECTOR, Image
 from hyper2kvmd.image.header.vmdk import Sparse, grain_tables, structures
 
@@ -33,7 +34,8 @@ class Grains:
     """What the tables of an image say.
 
     count: the grains that are in the file. ordered: whether they lie there in the order of the disk. tables: the
-    numbers of the grain tables that have any; each is for 32 MiB of the disk. structures: see vmdk.structures().
+    numbers of the grain tables that have any; each is for 32 MiB of the disk. digests: of these tables.
+    structures: see vmdk.structures().
     """
 
     image: Image
@@ -41,6 +43,7 @@ class Grains:
     count: int
     ordered: bool
     tables: array[int]
+    digests: array[int]
     structures: array[int]
 
     @property
@@ -53,16 +56,21 @@ class Grains:
 
         number: which one of the disk it is; rank: which one of those that are there. Raise MigrationError.
         """
-        rank, expected = 0, iter(self.tables)
+        rank, expected = 0, zip(self.tables, self.digests, strict=True)
         for first, table in _tables(self.image, self.sparse):
             if not any(table):
                 continue
-            if next(expected, None) != first // TABLE_ENTRIES or rank + TABLE_ENTRIES - table.count(0) > self.count:
-                raise self.image.corrupt("has other tables than a moment ago: it was changed while it was read")
+            if next(expected, None) != (first // TABLE_ENTRIES, _digest(table)):
+                raise self._changed()
             for number, sector in enumerate(table, first):
                 if sector:
                     yield sector, rank, number
                     rank += 1
+        if next(expected, None) is not None:
+            raise self._changed()
+
+    def _changed(self) -> MigrationError:
+        return self.image.corrupt("has other tables than a moment ago: it was changed while it was read")
 
     def in_file(self) -> Iterator[tuple[int, int, int, int]]:
         """The same in the order of the file, and the sector that each grain ends before.
@@ -114,7 +122,7 @@ def look(image: Image, sparse: Sparse) -> Grains:
     if sparse.compressed and not sparse.marked:
         raise Unsuitable("it is compressed without markers")
     count, last, ordered = 0, 0, True
-    tables = array("I")
+    tables, digests = array("I"), array("q")
     for first, table in _tables(image, sparse):
         present = [sector for sector in table if sector]
         if present:
@@ -122,9 +130,15 @@ def look(image: Image, sparse: Sparse) -> Grains:
             ordered = ordered and last < present[0] and all(map(operator.lt, present, present[1:]))
             last = present[-1]
             tables.append(first // TABLE_ENTRIES)
+            digests.append(_digest(table))
     if not ordered and count > SORTED_LIMIT:
         raise Unsuitable(f"its {count} grains are in no order")
-    return Grains(image, sparse, count, ordered, tables, structures(image, sparse))
+    return Grains(image, sparse, count, ordered, tables, digests, structures(image, sparse))
+
+
+def _digest(table: array[int]) -> int:
+    """What a table that is read again is held against. Python's own has a key that nobody knows."""
+    return hash(table.tobytes())
 
 
 def _tables(image: Image, sparse: Sparse) -> Iterator[tuple[int, array[int]]]:

@@ -430,6 +430,54 @@ def test_several_damaged_grains_end_the_conversion(threads: int) -> None:
         convert(image.data, "raw", threads)
 
 
+CHANGED = Disk(150 * GRAIN, {number: random.Random(number).randbytes(1000) for number in range(150)})
+
+
+def rewritten(fd: int) -> None:
+    """As the same disk, laid out in another way."""
+    os.pwrite(fd, write(CHANGED, replace(VSPHERE, order=random.Random(7).shuffle)).data, 0)
+
+
+def halved(fd: int) -> None:
+    os.ftruncate(fd, os.fstat(fd).st_size // 2)
+
+
+def emptied(fd: int) -> None:
+    os.ftruncate(fd, 0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("at", [0, 1, 2, -1])
+@pytest.mark.parametrize("change", [rewritten, halved, emptied])
+def test_file_that_is_changed_while_it_is_read_is_noticed_or_read_as_it_was(
+    change: Callable[[int], None], at: int, format: str
+) -> None:
+    """Before anything is read, after a piece, or at the end; the tables are looked at again then."""
+    for layout in (VSPHERE, QEMU_STREAM):
+        data = write(CHANGED, layout).data
+        image, target = opened(data), os.memfd_create("target")
+        reads = list[int]()
+
+        def on_read(count: int, image: Image = image, reads: list[int] = reads) -> None:
+            reads.append(count)
+            if at and (len(reads) == at or (at == -1 and count == image.size)):
+                change(image.fd)
+
+        try:
+            if not at:
+                change(image.fd)
+            pipeline.convert(image, target, format, threads=2, on_read=on_read)
+        except MigrationError as error:
+            assert error.code == Code.IMAGE_CORRUPT
+        else:
+            made = os.pread(target, os.fstat(target).st_size, 0)
+            parts = Disk.of(made).holding() if format == "raw" else read_qcow2(made).parts
+            assert {number: part.rstrip(b"\0") for number, part in parts.items()} == CHANGED.parts
+        finally:
+            os.close(image.fd)
+            os.close(target)
+
+
 def test_nothing_broken_ends_in_anything_but_an_image_or_a_refusal(tmp_path: Path) -> None:
     outcomes = fuzz(19, 2000, tmp_path)
     assert outcomes["converted"] > 100
