@@ -7,6 +7,8 @@ checksum is of are the bytes that were converted.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import hashlib
 import itertools
 import mmap
@@ -229,8 +231,17 @@ Pen = Callable[[Buffer, list[tuple[int, int]]], None]
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
     """Write aligned memory. Raise OSError."""
+    direct = True
     while data:
-        count = os.pwrite(fd, data, offset)
+        try:
+            count = os.pwrite(fd, data, offset)
+        except OSError as error:
+            # Some file systems take the flag and refuse the writing; or there was room for a part of a block.
+            if error.errno != errno.EINVAL or not direct:
+                raise
+            direct = False
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+            continue
         data, offset = data[count:], offset + count
 
 
