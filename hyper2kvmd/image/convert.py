@@ -76,6 +76,7 @@ def stream(
         log.info("qemu-img converts this disk", disk=source.disk.id, reason=last["unsuitable"])
         return None
     if "error" in last:
+        check_unchanged(source)  # whoever still writes to it need not export it again
         error = last["error"]
         raise MigrationError(Code(error["code"]), error["message"], error["hint"])
     on_progress(1.0)
