@@ -29,6 +29,7 @@ _KEPT_ENVIRONMENT = (
     "CREDENTIALS_DIRECTORY",  # the path; the files in it are for the service's user alone
 )
 _LIBGUESTFS_PREFIX = "LIBGUESTFS_"
+_FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 _STORAGE = tuple(map(os.strerror, (errno.EIO, errno.EROFS, errno.ESTALE)))  # the tools speak LC_ALL=C
 
 
@@ -253,7 +254,7 @@ def storage_failed(what: str, done: Done) -> MigrationError | None:
 def _failure(command: list[str], done: Done) -> MigrationError:
     if done.returncode == 127 and "No such file or directory" in done.stderr:  # setpriv could not find it
         return _missing(command[0])
-    if "No space left on device" in done.stderr:
+    if any(reason in done.stderr for reason in _FULL):
         return MigrationError(
             Code.NO_SPACE,
             f"{command[0]} ran out of space: {tail(done.stderr).splitlines()[-1]}",
