@@ -133,6 +133,7 @@ class _Writer:
     def __init__(self, disk: Disk, layout: Layout) -> None:
         self.disk, self.layout = disk, layout
         self.out = bytearray()
+        self.overhead = 0  # sectors in front of the first grain; qemu wants the file to have that many
         self.made = Written(self.out)
         self.per_table = layout.entries * disk.grain
         self.table_numbers = range(-(-disk.size // self.per_table))
@@ -153,6 +154,7 @@ class _Writer:
             self.made.directory = self._place_tables()
         if layout.behind or not layout.compressed:
             self._fill(128 * SECTOR)
+        self.overhead = len(self.out) // SECTOR
         if layout.behind and layout.order is None:
             for table in self.table_numbers:
                 self._put_grains([number for number in self.of_table.get(table, ()) if number not in layout.zeroed])
@@ -186,7 +188,7 @@ class _Writer:
         fields = struct.pack(
             "<4sIIQQQQIQQQ",
             *(b"KDMV", 3 if compressed else 1, flags, self.disk.size // SECTOR, self.disk.grain // SECTOR),
-            *(1, _TEXT_SECTORS, layout.entries, second, directory, 128),
+            *(1, _TEXT_SECTORS, layout.entries, second, directory, self.overhead),
         )
         return (fields + b"\0\n \r\n" + struct.pack("<H", compressed)).ljust(SECTOR, b"\0")
 
