@@ -456,6 +456,7 @@ def guest(
     two_disks: bool = False,
     two_sets: bool = False,
     static: bool = False,
+    ipv6: bool = False,
     storahci_off: bool = False,
     vmware: bool = False,
     pending: bool = False,
@@ -464,8 +465,8 @@ def guest(
     """A guest of a family below `at`, with nothing mounted. /dev/sda1 starts it, and Windows is on the last partition.
 
     adopt: viostor is installed as on VMware, and so not started. two_disks: the second is blank. two_sets: Default is
-    another control set than Current. static: two cards with addresses. storahci_off: as in a VM without SATA.
-    compressed: some drivers are as ntfs-3g shows what Windows has compressed.
+    another control set than Current. static: two cards with addresses. ipv6: the first has one of IPv6.
+    storahci_off: as in a VM without SATA. compressed: some drivers are as ntfs-3g shows what Windows has compressed.
     """
     family = FAMILIES[name]
     disk = UEFI_DISK if family.firmware == "uefi" else BIOS_DISK
@@ -482,7 +483,7 @@ def guest(
         "MountedDevices": {"\\DosDevices\\C:": binary(_mounted_device(family))},
     }
     for one in sets:
-        system |= {f"{one}\\{key}": values for key, values in _control_set(family, static=static).items()}
+        system |= {f"{one}\\{key}": values for key, values in _control_set(family, static=static, ipv6=ipv6).items()}
         if storahci_off:
             system[f"{one}\\Services\\{_ahci(family)}\\StartOverride"] = {"0": dword(3)}
         if vmware:
@@ -526,7 +527,7 @@ def _service(name: str, type: int, start: int, group: str = "") -> dict[str, Val
     }
 
 
-def _control_set(family: Family, *, static: bool) -> dict[str, dict[str, Value]]:
+def _control_set(family: Family, *, static: bool, ipv6: bool) -> dict[str, dict[str, Value]]:
     """What every guest has in a control set, below it."""
     network_driver = "e1iexpress" if family.has_driver_database else "e1express"
     services = {
@@ -566,7 +567,30 @@ def _control_set(family: Family, *, static: bool) -> dict[str, dict[str, Value]]
         database = "Control\\CriticalDeviceDatabase"
         keys[f"{database}\\pci#cc_010601"] = {"Service": sz("msahci"), "ClassGUID": sz(HDC)}
         keys[f"{database}\\pci#ven_1000&dev_0054"] = {"Service": sz("LSI_SAS"), "ClassGUID": sz(SCSI)}
-    return keys | _network(family, static=static)
+    return keys | _network(family, static=static) | (_ipv6() if ipv6 else {})
+
+
+def _ipv6() -> dict[str, dict[str, Value]]:
+    """An address, a route and a DNS server of the first card; and what its link has, and another card that is gone."""
+    guid, luid, nsi = CARDS[0][0], "0000000900000600", "Control\\Nsi\\{eb004a01-9b1a-11d4-9123-0050047759bc}"
+    forever = binary(bytes([255] * 8) + struct.pack("<IIB", 1, 1, 64) + bytes(31))
+    return {
+        f"Control\\Class\\{NETWORK}\\0007": {
+            "NetCfgInstanceId": sz(guid),
+            "NetLuidIndex": dword(9),
+            "*IfType": dword(6),
+        },
+        f"Control\\Class\\{NETWORK}\\Properties": {},
+        f"{nsi}\\10": {
+            f"{luid}20010db8000000000000000000000010": forever,
+            f"{luid}fe800000000000000000000000000010": forever,
+            "000000080000060020010db8000000000000000000000099": forever,
+            f"{luid}20010db8": forever,
+            f"{luid}20010db8000000000000000000000011": binary(bytes(16)),
+        },
+        f"{nsi}\\16": {"0" * 40 + luid + "fe80000000000000" + "0" * 15 + "1": binary(bytes(32))},
+        f"Services\\Tcpip6\\Parameters\\Interfaces\\{guid}": {"NameServer": sz("2001:db8::53")},
+    }
 
 
 def _network(family: Family, *, static: bool) -> dict[str, dict[str, Value]]:

@@ -31,7 +31,8 @@ USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 GUEST_PATH = re.compile(r"(?:/[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,63}){1,16}")
 UNIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9:_.@\\-]{0,199}")
 UNIT_TYPES = (".service", ".socket", ".timer", ".target", ".path", ".mount", ".automount", ".swap")
-INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,14}")
+# As Linux has them, and as Windows calls its connections: "Ethernet 2", "LAN-Verbindung (alt)".
+INTERFACE = re.compile(r"\w(?:[\w ().#-]{0,62}[\w).])?")
 PASSWORD_HASH = re.compile(r"\$[a-z0-9-]{1,16}\$[A-Za-z0-9./$=,+*-]{8,500}")
 SSH_KEY = re.compile(
     r"(?:ssh-(?:ed25519|rsa|dss)|ecdsa-sha2-nistp(?:256|384|521)|sk-(?:ssh-ed25519|ecdsa-sha2-nistp256)@openssh\.com)"
@@ -211,7 +212,8 @@ def _unit(text: str) -> str:
 def _interface(text: str) -> str:
     if not INTERFACE.fullmatch(text):
         raise refuse(
-            f"{show(text)} is not the name of a network interface", "Write the guest's own name for it, such as ens192."
+            f"{show(text)} is not the name of a network interface",
+            "Write the guest's own name for it, such as ens192, or in Windows Ethernet0.",
         )
     return text
 
@@ -475,7 +477,9 @@ class Services(Wish):
 class Interface(Wish):
     """How one network interface gets its addresses."""
 
-    name: Annotated[str, AfterValidator(_interface)] = Field(description="the guest's name of it, such as ens192")
+    name: Annotated[str, AfterValidator(_interface)] = Field(
+        description="the guest's name of it, such as ens192, or in Windows Ethernet0"
+    )
     dhcp: Flag = None
     addresses: list[Annotated[str, AfterValidator(_address_with_prefix)]] | None = Field(
         None, max_length=ENTRY_LIMIT, description="a list of addresses such as 192.0.2.10/24"

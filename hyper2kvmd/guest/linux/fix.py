@@ -18,6 +18,7 @@ from hyper2kvmd.guest.linux import fstab, kernels, selinux
 from hyper2kvmd.guest.linux.fixers import (
     FixPlan,
     View,
+    addresses,
     bootloader,
     configuration,
     disks,
@@ -214,9 +215,11 @@ def _unable(image: Image, bus: Bus, menu: Menu | None) -> Finding:
 
 def _plans(view: View, choice: Choice, options: FixOptions) -> list[FixPlan]:
     """What every fixer that is wanted wants to do."""
+    interfaces, unnamed = addresses.named(options.configuration.interfaces)
     plans = [
+        FixPlan(warnings=unnamed),
         *disks.plans(view, choice.machine.disks, options.fstab, bootloader=options.bootloader),
-        network.plan(view, options.nics, choice.machine.cards, options.configuration.interfaces),
+        network.plan(view, options.nics, choice.machine.cards, interfaces),
         platform.plan(view),
     ]
     if options.bootloader:
@@ -225,7 +228,7 @@ def _plans(view: View, choice: Choice, options: FixOptions) -> list[FixPlan]:
         plans.append(initramfs.plan(view, choice.able, choice.bus))
     if options.remove_vmware_tools:
         plans.append(vmware.plan(view))
-    plans.append(configuration.plan(view, options.configuration))
+    plans.append(configuration.plan(view, options.configuration.model_copy(update={"interfaces": interfaces})))
     return plans
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Interface
+from ipaddress import IPv6Interface, ip_interface
 
+from hyper2kvmd.guest.windows.asked import Account, Wishes
 from hyper2kvmd.guest.windows.look import Addresses, Windows
 from hyper2kvmd.guest.windows.plan import PACKAGES, Choice, Registry
 from hyper2kvmd.guest.windows.registry import dword, expand_sz, multi_sz, sz
@@ -25,19 +26,6 @@ _NEW_PNPUTIL = 14393
 _DONE = (0, 259, 1641, 3010)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,14}")
 _PRODUCT = re.compile(r"\{[0-9A-Fa-f-]{36}\}")
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What is to be done besides drivers and addresses.
-
-    hostname: "" to leave it. rdp: whether Remote Desktop is to be let in. uninstall: the product code of VMware Tools,
-    "" to leave them.
-    """
-
-    hostname: str = ""
-    rdp: bool = False
-    uninstall: str = ""
 
 
 def needed(choice: Choice, addresses: Sequence[Addresses], wishes: Wishes) -> bool:
@@ -111,6 +99,10 @@ def _steps(windows: Windows, choice: Choice, addresses: Sequence[Addresses], wis
             else f'wmic.exe computersystem where name="%COMPUTERNAME%" call rename name="{wishes.hostname}"'
         )
         yield Step(f"host name {wishes.hostname}, from the next start on", rename)
+    for number, account in enumerate(wishes.accounts, 1):
+        yield Step(f"user {account.name}", f"call :user{number}", _user(number, account))
+    for name in wishes.disable:
+        yield Step(f"no more logins of {name}", f"net.exe user {name} /active:no")
     if wishes.uninstall:
         yield Step("uninstall VMware Tools", f"msiexec.exe /x {wishes.uninstall} /qn /norestart")
 
@@ -132,6 +124,29 @@ def _drivers(windows: Windows) -> tuple[str, ...]:
     )
 
 
+def _user(number: int, account: Account) -> tuple[str, ...]:
+    """A routine that makes a user if there is none of that name, and puts it into its groups.
+
+    Its password is one that Windows makes up and nobody sees: a person sets another before the first login.
+    """
+    name = account.name
+    comment = f' /comment:"{account.comment}"' if account.comment else ""
+    return (
+        f":user{number}",
+        f"net.exe user {name} >nul 2>&1 || net.exe user {name} /add /random >nul",
+        "if errorlevel 1 exit /b 1",
+        "set BAD=0",
+        *([f"net.exe user {name}{comment} || set BAD=1"] if comment else []),
+        *(
+            f'net.exe localgroup "{group}" | findstr.exe /i /x "{name}" >nul'
+            f' || net.exe localgroup "{group}" {name} /add || set BAD=1'
+            for group in account.groups
+        ),
+        *([f"net.exe user {name} /active:no || set BAD=1"] if account.lock else []),
+        "exit /b %BAD%",
+    )
+
+
 def _card(number: int, card: Addresses) -> tuple[str, ...]:
     """A routine for a Windows without PowerShell's network: it finds the connection by its MAC address."""
     # wmic ends its lines with two carriage returns, of which the inner loop takes one away.
@@ -145,24 +160,34 @@ def _card(number: int, card: Addresses) -> tuple[str, ...]:
         "  exit /b 1",
         ")",
         "set BAD=0",
+        # It answers with an error where that is so already.
+        *(['netsh.exe interface ipv4 set address name="%NAME%" source=dhcp'] if card.dhcp else []),
         *(f"{command} || set BAD=1" for command in _netsh(card)),
         "exit /b %BAD%",
     )
 
 
 def _netsh(card: Addresses) -> Iterator[str]:
-    """The commands that give a connection its addresses; those of IPv4, as that is all that `look` finds."""
+    """The commands that give a connection its addresses."""
     name = 'name="%NAME%"'
-    for number, interface in enumerate(map(IPv4Interface, card.addresses)):
+    interfaces = [ip_interface(address) for address in card.addresses]
+    first = True
+    for interface in interfaces:
+        if isinstance(interface, IPv6Interface):
+            yield f'netsh.exe interface ipv6 add address interface="%NAME%" address={interface}'
+            continue
         ip = f"address={interface.ip} mask={interface.netmask}"
-        if number:
-            yield f"netsh.exe interface ipv4 add address {name} {ip}"
-        else:
-            gateway = (*card.gateways, "none")[0]
-            yield f"netsh.exe interface ipv4 set address {name} source=static {ip} gateway={gateway}"
-    for number, server in enumerate(card.dns, 1):
-        words = f"add dnsservers {name} index={number}" if number > 1 else f"set dnsservers {name} source=static"
-        yield f"netsh.exe interface ipv4 {words} address={server} validate=no"
+        gateway = next((one for one in card.gateways if ":" not in one), "none")
+        words = f"set address {name} source=static {ip} gateway={gateway}" if first else f"add address {name} {ip}"
+        yield f"netsh.exe interface ipv4 {words}"
+        first = False
+    for gateway in card.gateways:
+        if ":" in gateway:
+            yield f'netsh.exe interface ipv6 add route prefix=::/0 interface="%NAME%" nexthop={gateway}'
+    for kind in ("ipv4", "ipv6"):
+        for number, server in enumerate((one for one in card.dns if (":" in one) == (kind == "ipv6")), 1):
+            words = f"add dnsservers {name} index={number}" if number > 1 else f"set dnsservers {name} source=static"
+            yield f"netsh.exe interface {kind} {words} address={server} validate=no"
 
 
 def network_script(addresses: Sequence[Addresses]) -> str:
@@ -173,7 +198,10 @@ def network_script(addresses: Sequence[Addresses]) -> str:
         ips = ", ".join(f"@{{ Ip = '{ip}'; Prefix = {prefix} }}" for ip, prefix in pairs)
         gateways, dns = (", ".join(f"'{one}'" for one in some) for some in (card.gateways, card.dns))
         mac = card.mac.upper().replace(":", "-")
-        cards.append(f"  @{{ Mac = '{mac}'; Addresses = @({ips}); Gateways = @({gateways}); Dns = @({dns}) }}")
+        dhcp = "$true" if card.dhcp else "$false"
+        cards.append(
+            f"  @{{ Mac = '{mac}'; Dhcp = {dhcp}; Addresses = @({ips}); Gateways = @({gateways}); Dns = @({dns}) }}"
+        )
     return "\r\n".join(
         [
             "$ErrorActionPreference = 'Stop'",
@@ -192,6 +220,7 @@ def network_script(addresses: Sequence[Addresses]) -> str:
             "    }",
             '    if (-not $adapter) { throw "no card has $($card.Mac)" }',
             "    $index = $adapter.ifIndex",
+            "    if ($card.Dhcp) { Set-NetIPInterface -InterfaceIndex $index -AddressFamily IPv4 -Dhcp Enabled }",
             "    foreach ($address in $card.Addresses) {",
             "      if (Get-NetIPAddress -InterfaceIndex $index -ErrorAction SilentlyContinue |",
             "          Where-Object { $_.IPAddress -eq $address.Ip -and $_.PrefixOrigin -eq 'Manual' }) { continue }",
@@ -199,7 +228,7 @@ def network_script(addresses: Sequence[Addresses]) -> str:
             "          Out-Null",
             "    }",
             "    foreach ($gateway in $card.Gateways) {",
-            "      $to = '0.0.0.0/0'",
+            "      $to = if ($gateway -like '*:*') { '::/0' } else { '0.0.0.0/0' }",
             "      if (Get-NetRoute -InterfaceIndex $index -DestinationPrefix $to -ErrorAction SilentlyContinue |",
             "          Where-Object { $_.NextHop -eq $gateway }) { continue }",
             "      New-NetRoute -InterfaceIndex $index -DestinationPrefix $to -NextHop $gateway | Out-Null",

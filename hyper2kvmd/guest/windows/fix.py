@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,14 +16,13 @@ from hyper2kvmd.guest.inspect import Inspection
 from hyper2kvmd.guest.mounts import mount_one
 from hyper2kvmd.guest.options import FixOptions, Nic
 from hyper2kvmd.guest.session import spelt
-from hyper2kvmd.guest.windows import bcd, firstboot
+from hyper2kvmd.guest.windows import asked, bcd, firstboot
+from hyper2kvmd.guest.windows.asked import Wishes
 from hyper2kvmd.guest.windows.drivers import Catalogue
-from hyper2kvmd.guest.windows.firstboot import Wishes
 from hyper2kvmd.guest.windows.look import SOFTWARE, SYSTEM, Addresses, Boot, Windows
 from hyper2kvmd.guest.windows.plan import Choice, File, Registry, choose, files, software_edits, system_edits
 from hyper2kvmd.guest.windows.prove import FALLBACK, MANAGER, prove
 from hyper2kvmd.guest.windows.registry import binary, open_hive
-from hyper2kvmd.manifest import Configuration
 
 GRAPHICS_DISABLED = "16000046"  # graphicsmodedisabled, an element of an entry of the BCD
 
@@ -41,10 +40,12 @@ def fix(g: Any, inspection: Inspection, windows: Windows, options: FixOptions) -
             "Set fix.allow_unsupported to migrate it unchanged, with IDE disks and an e1000 network card.",
         )
     machine = partial(machine_of, inspection)
-    wishes = _wishes(windows, options)
+    wishes, not_done = asked.wishes(windows, options)
     if why := firstboot.unusable(wishes):
         raise MigrationError(Code.FIX_FAILED, why, "Correct it in the manifest.", field="configuration")
-    addresses, warnings = _kept(windows, options.nics)
+    wanted, unknown = asked.connections(windows, options.configuration)
+    addresses, warnings = _kept(windows, options.nics, wanted)
+    warnings += [*not_done, *unknown]
     given = options.virtio_win if options.drivers else None
     with Catalogue.open(given) as catalogue, open_hive(g, windows.hives[SYSTEM], SYSTEM, write=True) as system:
         choice = choose(g, system, windows, catalogue, machine)
@@ -54,12 +55,13 @@ def fix(g: Any, inspection: Inspection, windows: Windows, options: FixOptions) -
             put += _first_boot(windows, choice, addresses, wishes)
             for control_set in windows.control_sets:
                 firstboot.register(edits, control_set)
+        warnings += asked.services(edits, windows.control_sets, options.configuration)
         changes = _apply(edits)
     if choice.packages:
         with open_hive(g, windows.hives[SOFTWARE], SOFTWARE, write=True) as software:
             changes += _apply(software_edits(software, choice))
     changes = [*_put(g, put), *changes]
-    warnings = [*choice.warnings, *warnings, *_not_done(options.configuration)]
+    warnings = [*choice.warnings, *warnings]
     hashes = {file.path.lower(): file.sha256 for file in put}
     g.umount_all()
     if options.bootloader and inspection.firmware == "uefi" and windows.boot is not None:
@@ -88,52 +90,49 @@ def machine_of(inspection: Inspection, virtio: bool, scsi: bool) -> Machine:
     return machine_for(guest, inspection.firmware, disks, virtio=virtio, scsi=scsi)
 
 
-def _wishes(windows: Windows, options: FixOptions) -> Wishes:
-    """What the manifest asks for, as far as Windows can do it for itself."""
-    tools = windows.vmware_tools if options.remove_vmware_tools else ""
-    return Wishes(options.configuration.hostname or "", options.rdp, tools)
-
-
-def _not_done(configuration: Configuration) -> list[Finding]:
-    """What the manifest asks for in the guest, and only Linux gets."""
-    asked = configuration.model_dump(exclude_defaults=True, exclude={"hostname"})
-    if not asked:
-        return []
-    return [
-        Finding(
-            "not_done",
-            f"the manifest asks for {', '.join(sorted(asked))} in the guest, which is not done in Windows",
-            "Do it in the guest.",
-            "configuration",
-        )
-    ]
-
-
-def _kept(windows: Windows, nics: Sequence[Nic]) -> tuple[tuple[Addresses, ...], list[Finding]]:
+def _kept(
+    windows: Windows, nics: Sequence[Nic], wanted: Mapping[str, Addresses]
+) -> tuple[tuple[Addresses, ...], list[Finding]]:
     """The cards with addresses of their own, each with the MAC address by which the new one is known.
 
-    Windows takes the new cards for others, which have no addresses yet.
+    Windows takes the new cards for others, which have no addresses yet. wanted: what the manifest gives cards instead,
+    by GUID.
     """
     slots: dict[int | None, str | None] = {nic.pci_slot: nic.mac for nic in nics if nic.pci_slot is not None}
     macs = {nic.mac for nic in nics}
     kept, warnings = [], []
-    for card in windows.addresses:
-        if not card.static:
+    for old in windows.addresses:
+        card = wanted.get(old.guid, old)
+        if not card.static and card is old:
             continue
         mac = card.mac or slots.get(card.slot) or (nics[0].mac if len(nics) == 1 == len(windows.addresses) else None)
         if mac and mac in macs:
             kept.append(replace(card, mac=mac))
+            if card.routes6:
+                warnings.append(_routes_lost(card))
             continue
         why = f"its MAC address {mac} is of no card of the new VM" if mac else "nobody knows which card it was"
+        what = f"the addresses {', '.join(card.addresses)}" if card.addresses else "DHCP"
         warnings.append(
             Finding(
                 "addresses_lost",
-                f"the addresses {', '.join(card.addresses)} of '{card.name or card.guid}' are not kept: {why}",
+                f"{what} of '{card.name or card.guid}' {'are' if card.addresses else 'is'} not set: {why}",
                 "Give the addresses to the card in Windows, or export again with all cards in the manifest's nics.",
                 "nics",
             )
         )
     return tuple(kept), warnings
+
+
+def _routes_lost(card: Addresses) -> Finding:
+    return Finding(
+        "addresses_lost",
+        f"the routes of IPv6 that somebody gave '{card.name or card.guid}' are not kept: Windows has them in a form"
+        " that nobody has described",
+        "Give them to the card in Windows (`netsh interface ipv6 add route`), unless a router announces them; or name"
+        " the connection with its gateway6 in the manifest's configuration.network.",
+        "nics",
+    )
 
 
 def _first_boot(windows: Windows, choice: Choice, addresses: Sequence[Addresses], wishes: Wishes) -> list[File]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,10 @@ SYSTEM, SOFTWARE = "HKLM\\SYSTEM", "HKLM\\SOFTWARE"
 VMWARE_SERVICES = ("VMTools", "VGAuthService", "vm3dservice")
 STORES = ("/EFI/Microsoft/Boot/BCD", "/Boot/BCD")
 _NETWORK = "{4D36E972-E325-11CE-BFC1-08002BE10318}"
+# Where Windows keeps what was set for IPv6: addresses, and routes. Nobody has written down how a route is laid out.
+_NSI = "Control\\Nsi\\{eb004a01-9b1a-11d4-9123-0050047759bc}"
+_NSI_ADDRESSES, _NSI_ROUTES = f"{_NSI}\\10", f"{_NSI}\\16"
+_PREFIX_LENGTH = 16  # where it stands behind two lifetimes and two origins of an address
 _ARCHITECTURES = {"AMD64": "x86_64", "X86": "i386", "ARM64": "aarch64"}
 
 
@@ -31,7 +35,8 @@ class Addresses:
     """A network card as Windows knows it, and what it is set to.
 
     guid: as the registry spells it, in braces. mac: with colons; "" before Windows 10, which notes none. slot: the
-    number that VMware gives the card's PCI slot (160, 192...), where that is known. addresses: 192.0.2.10/24.
+    number that VMware gives the card's PCI slot (160, 192...), where that is known. addresses: 192.0.2.10/24,
+    2001:db8::10/64. dhcp: of IPv4. routes6: whether it has routes of IPv6 that cannot be read.
     """
 
     guid: str
@@ -42,11 +47,12 @@ class Addresses:
     addresses: tuple[str, ...]
     gateways: tuple[str, ...]
     dns: tuple[str, ...]
+    routes6: bool = False
 
     @property
     def static(self) -> bool:
         """Whether it has addresses of its own."""
-        return bool(self.addresses) and not self.dhcp
+        return bool(self.addresses)
 
 
 @dataclass(frozen=True)
@@ -271,32 +277,66 @@ def _version(software: Hive, key: str) -> str:
 def _addresses(system: Hive, control_set: str) -> tuple[Addresses, ...]:
     """All cards that are known by a MAC address or a slot, and all that have addresses of their own."""
     interfaces = f"{control_set}\\Services\\Tcpip\\Parameters\\Interfaces"
-    cards = (_card(system, control_set, f"{interfaces}\\{guid}", guid) for guid in system.keys(interfaces))
+    luids = _luids(system, control_set)
+    cards = (_card(system, control_set, guid, luids.get(guid.lower(), "")) for guid in system.keys(interfaces))
     return tuple(card for card in cards if card.mac or card.slot is not None or card.addresses)
 
 
-def _card(system: Hive, control_set: str, key: str, guid: str) -> Addresses:
+def _luids(system: Hive, control_set: str) -> dict[str, str]:
+    """How names in the store of IPv6 begin, by the card's GUID in lower case."""
+    found = {}
+    drivers = f"{control_set}\\Control\\Class\\{_NETWORK}"
+    for name in system.keys(drivers) if system.exists(f"{control_set}\\{_NSI_ADDRESSES}") else ():
+        key = f"{drivers}\\{name}"
+        kind, index = _number(system, key, "*IfType"), _number(system, key, "NetLuidIndex")
+        if kind is not None and index is not None:
+            luid = (kind & 0xFFFF) << 48 | (index & 0xFFFFFF) << 24
+            found[_text(system, key, "NetCfgInstanceId").lower()] = luid.to_bytes(8, "little").hex()
+    return found
+
+
+def _card(system: Hive, control_set: str, guid: str, luid: str) -> Addresses:
+    key = f"{control_set}\\Services\\Tcpip\\Parameters\\Interfaces\\{guid}"
+    key6 = f"{control_set}\\Services\\Tcpip6\\Parameters\\Interfaces\\{guid}"
     connection = f"{control_set}\\Control\\Network\\{_NETWORK}\\{guid}\\Connection"
     device = _text(system, connection, "PnpInstanceID")
     kernel = f"{control_set}\\Control\\NetworkSetup2\\Interfaces\\{guid}\\Kernel"
     mac = system.value(kernel, "PermanentAddress")
+    dhcp = _number(system, key, "EnableDHCP") == 1
+    servers = (_text(system, one, "NameServer") for one in (key, key6))
     return Addresses(
         guid=printable(guid),
         name=_text(system, connection, "Name"),
         mac=mac.data.hex(":") if mac and len(mac.data) == 6 else "",
         slot=_number(system, f"{control_set}\\Enum\\{device}", "UINumber") if device else None,
-        dhcp=_number(system, key, "EnableDHCP") == 1,
-        addresses=_with_prefix(_texts(system, key, "IPAddress"), _texts(system, key, "SubnetMask")),
-        gateways=_usable(_texts(system, key, "DefaultGateway")),
-        dns=_usable(re.split(r"[,\s]+", _text(system, key, "NameServer"))),
+        dhcp=dhcp,
+        addresses=(
+            *(() if dhcp else _with_prefix(_texts(system, key, "IPAddress"), _texts(system, key, "SubnetMask"))),
+            *_addresses6(system, control_set, luid),
+        ),
+        gateways=() if dhcp else _usable(_texts(system, key, "DefaultGateway")),
+        dns=_usable(address for one in servers for address in re.split(r"[,;\s]+", one)),
+        routes6=bool(luid) and any(luid in name.lower() for name in system.values(f"{control_set}\\{_NSI_ROUTES}")),
     )
+
+
+def _addresses6(system: Hive, control_set: str, luid: str) -> tuple[str, ...]:
+    """The addresses of IPv6 that somebody gave a card, but for those of its link, which it makes for itself."""
+    found = []
+    for name, value in system.values(f"{control_set}\\{_NSI_ADDRESSES}").items() if luid else ():
+        if re.fullmatch(rf"{luid}[0-9a-f]{{32}}", name.lower()) and len(value.data) > _PREFIX_LENGTH:
+            address = ipaddress.IPv6Address(int(name[len(luid) :], 16))
+            length = value.data[_PREFIX_LENGTH]
+            if not (address.is_link_local or address.is_multicast or address.is_loopback) and 0 < length <= 128:
+                found.append(f"{address}/{length}")
+    return tuple(found)
 
 
 def _with_prefix(addresses: Sequence[str], masks: Sequence[str]) -> tuple[str, ...]:
     """Addresses as 192.0.2.10/24; those that are none, or have no mask, are left out."""
     found = []
     for address, mask in zip(addresses, masks, strict=False):
-        if _usable([address]):
+        if ":" not in address and _usable([address]):
             try:
                 found.append(f"{address}/{ipaddress.IPv4Network(f'0.0.0.0/{mask}').prefixlen}")
             except ValueError:
@@ -304,12 +344,12 @@ def _with_prefix(addresses: Sequence[str], masks: Sequence[str]) -> tuple[str, .
     return tuple(found)
 
 
-def _usable(addresses: Sequence[str]) -> tuple[str, ...]:
+def _usable(addresses: Iterable[str]) -> tuple[str, ...]:
     """Those that are addresses, but for 0.0.0.0, which Windows writes where there is none."""
     found = []
     for address in addresses:
         try:
-            if not ipaddress.IPv4Address(address).is_unspecified:
+            if "%" not in address and not ipaddress.ip_address(address).is_unspecified:
                 found.append(address)
         except ValueError:
             continue

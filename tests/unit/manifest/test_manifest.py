@@ -320,6 +320,7 @@ def test_configuration_is_read_in_full() -> None:
             "interfaces": [
                 {"name": "ens192", "addresses": ["192.0.2.10/24"], "gateway4": "192.0.2.1", "dns": ["192.0.2.53"]},
                 {"name": "ens224", "dhcp": True},
+                {"name": "LAN-Verbindung (früher) #2", "dhcp": True},
             ]
         },
     }
@@ -337,6 +338,7 @@ def test_configuration_is_read_in_full() -> None:
         interfaces=(
             Interface(name="ens192", addresses=("192.0.2.10/24",), gateway4="192.0.2.1", dns=("192.0.2.53",)),
             Interface(name="ens224", dhcp=True),
+            Interface(name="LAN-Verbindung (früher) #2", dhcp=True),
         ),
     )
 

@@ -31,8 +31,25 @@ _IFCFG_KEYS = re.compile(
     r"|IPV6INIT|IPV6_AUTOCONF|IPV6ADDR|IPV6ADDR_SECONDARIES|IPV6_DEFAULTGW"
 )
 _WICKED_KEYS = re.compile(r"BOOTPROTO|STARTMODE|(?:IPADDR|PREFIXLEN|NETMASK|BROADCAST)(?:_\w+)?")
+# What the kernel, and whatever is named after an interface, takes.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,14}")
 # What starts anything else than an option of the stanza before it.
 _STANZA = re.compile(r"[ \t]*(?:iface|auto|allow-\S+|mapping|source\S*|no-auto-down|no-scripts|template|rename)[ \t]")
+
+
+def named(interfaces: Sequence[Interface]) -> tuple[tuple[Interface, ...], tuple[Finding, ...]]:
+    """Those that Linux can have; a warning for each other, whose name is one of Windows."""
+    unusable = (interface.name for interface in interfaces if not _NAME.fullmatch(interface.name))
+    warnings = tuple(
+        Finding(
+            "network_unknown",
+            f"no network interface of Linux is called '{name}', so nothing is configured for it",
+            "Write the guest's own name for it, such as ens192.",
+            "configuration.network",
+        )
+        for name in unusable
+    )
+    return tuple(interface for interface in interfaces if _NAME.fullmatch(interface.name)), warnings
 
 
 def plan(view: View, interfaces: Sequence[Interface]) -> FixPlan:

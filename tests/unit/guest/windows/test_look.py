@@ -189,6 +189,14 @@ def test_static_addresses_are_known_by_the_mac_of_their_cards(tmp_path: Path) ->
     assert (("198.51.100.7/26",), (), ()) == (second.addresses, second.gateways, second.dns)
 
 
+def test_addresses_of_ipv6_are_found_by_the_number_of_the_card(tmp_path: Path) -> None:
+    first, second = windows(guest(tmp_path, "2022", static=True, ipv6=True)).addresses
+    assert ("2001:db8::10/64",) == first.addresses[2:] and ("2001:db8::53",) == first.dns[2:]
+    assert (True, ("198.51.100.7/26",), False) == (first.routes6, second.addresses, second.routes6)
+    (card,) = windows(guest(tmp_path / "dhcp", "2022", ipv6=True)).addresses
+    assert (True, ("2001:db8::10/64",)) == (card.dhcp, card.addresses)
+
+
 def test_an_older_windows_knows_its_cards_by_the_slot(tmp_path: Path) -> None:
     cards = windows(guest(tmp_path, "2012R2", static=True)).addresses
     assert [("", 160), ("", 192)] == [(card.mac, card.slot) for card in cards]
@@ -202,6 +210,7 @@ def test_a_card_with_dhcp_has_no_addresses_of_its_own(tmp_path: Path) -> None:
 def test_what_is_no_address_is_left_out(tmp_path: Path) -> None:
     g = guest(tmp_path, "10")
     junk = {
+        "EnableDHCP": dword(0),
         "IPAddress": multi_sz("192.0.2.300", "192.0.2.7", "192.0.2.8", "192.0.2.9"),
         "SubnetMask": multi_sz("255.255.255.0", "255.0.255.0", "255.255.255.0"),
         "DefaultGateway": multi_sz("0.0.0.0", "gateway"),

@@ -567,6 +567,14 @@ def test_a_network_that_nobody_knows_is_said() -> None:
 
 # SELinux --------------------------------------------------------------------------------------------------
 
+
+def test_a_name_that_only_windows_has_is_for_no_file() -> None:
+    good, windows = Interface(name="ens192", dhcp=True), Interface(name="Ethernet 2", dhcp=True)
+    kept, (warning,) = addresses.named((good, windows))
+    assert (good,) == kept
+    assert ("network_unknown", True) == (warning.code, "'Ethernet 2'" in warning.message)
+
+
 SELINUX = {
     "/etc/selinux/config": "# the mode\nSELINUX=enforcing\nSELINUXTYPE=targeted\n",
     "/etc/selinux/targeted/contexts/files/file_contexts": "",
