@@ -18,7 +18,7 @@ APPLICATION_PATH = "12000002"
 DESCRIPTION = "12000004"
 OS_DEVICE = "21000001"
 SYSTEM_ROOT = "22000002"
-RELATED = "23000003"  # of the boot manager: the default entry; of an entry: what resumes it from hibernation
+DEFAULT = "23000003"  # of the boot manager
 
 Kind = Literal["partition", "boot", "locate", "other"]
 _KINDS: dict[int, Kind] = {5: "boot", 6: "partition", 8: "locate"}
@@ -60,7 +60,7 @@ class Device:
 class Entry:
     """A Windows that can be started. device has the loader, whose path there is `path`; os_device has `system_root`.
 
-    device, os_device: None where the entry has no such element. resume: the entry that wakes it, "" for none.
+    Both are None where the entry has no such element.
     """
 
     id: str
@@ -69,28 +69,17 @@ class Entry:
     device: Device | None
     os_device: Device | None
     system_root: str
-    resume: str
 
 
-@dataclass(frozen=True)
-class Store:
-    """A boot configuration. default: the entry that starts by itself; None if it names none, or one that is not there.
+def default_entry(g: Any, path: str) -> Entry | None:
+    """The entry that starts by itself, in a store of the mounted partition; None if it names none, or one that is not
+    there.
 
-    entries: of those that the boot manager shows, the default first.
+    Raise MigrationError: guest_dirty.
     """
-
-    default: Entry | None
-    entries: tuple[Entry, ...]
-
-
-def read_store(g: Any, path: str) -> Store:
-    """Read the store of the mounted partition. Raise MigrationError: guest_dirty."""
     with open_hive(g, path, NAME) as hive:
-        default = _text(hive, BOOTMGR, RELATED)
-        shown = hive.value(_element(BOOTMGR, "24000001"), "Element")
-        ids = dict.fromkeys(id.lower() for id in (default, *(shown.texts if shown else ())) if id)
-        entries = tuple(_entry(hive, id) for id in ids if hive.exists(f"Objects\\{id}"))
-    return Store(next((entry for entry in entries if entry.id == default.lower()), None), entries)
+        id = _text(hive, BOOTMGR, DEFAULT).lower()
+        return _entry(hive, id) if id and hive.exists(f"Objects\\{id}") else None
 
 
 def read_device(data: bytes) -> Device:
@@ -117,7 +106,6 @@ def _entry(hive: Hive, id: str) -> Entry:
         device=_device(hive, id, APPLICATION_DEVICE),
         os_device=_device(hive, id, OS_DEVICE),
         system_root=_text(hive, id, SYSTEM_ROOT),
-        resume=_text(hive, id, RELATED),
     )
 
 

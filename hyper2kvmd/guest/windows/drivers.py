@@ -148,6 +148,7 @@ class Catalogue:
         self.path = path
         self._place = place
         self._read: dict[str, bytes] = {}
+        self._packages: dict[tuple[str | int, ...], Package | None] = {}
 
     @classmethod
     @contextmanager
@@ -200,6 +201,12 @@ class Catalogue:
         family: as the directory is called. arch: x86_64, i386 or aarch64. product_type: as Windows has it, 1 for a
         workstation. Raise MigrationError (drivers_unusable) for a package that is there, and damaged or mixed up.
         """
+        asked = (driver, family, arch, build, product_type)
+        if asked not in self._packages:
+            self._packages[asked] = self._find(*asked)
+        return self._packages[asked]
+
+    def _find(self, driver: str, family: str, arch: str, build: int, product_type: int) -> Package | None:
         directory = self._directory(driver, family, arch)
         if directory is None:
             return None

@@ -229,8 +229,8 @@ def _loader(g: Any, windows: Windows, boot: Boot) -> list[Change]:
             g.mkdir_p(place.rpartition("/")[0])
             g.cp(manager, place)
             changes.append(Change("windows.loader", place, f"a copy of {manager}, which firmware finds by itself"))
-        if boot.store.default is not None:
-            key = f"Objects\\{boot.store.default.id}\\Elements\\{GRAPHICS_DISABLED}"
+        if boot.entry is not None:
+            key = f"Objects\\{boot.entry.id}\\Elements\\{GRAPHICS_DISABLED}"
             with open_hive(g, boot.path, bcd.NAME, write=True) as store:
                 registry = Registry(store)
                 registry.set(

@@ -145,12 +145,6 @@ class Inf:
                 return fields[0]
         return ""
 
-    @property
-    def includes(self) -> tuple[str, ...]:
-        """The files of Windows that it refers to. They are not read."""
-        lines = (entry for entries in self.sections.values() for entry in entries if entry.key == "include")
-        return tuple(dict.fromkeys(name for entry in lines for name in self._texts(entry) if name))
-
     def models(self, arch: str, build: int, product_type: int) -> dict[str, str]:
         """The install section for each device id that it supports, on just this Windows; none if it is not for it.
 

@@ -13,7 +13,7 @@ from hyper2kvmd.guest.linux.devices import Device
 from hyper2kvmd.guest.mounts import mount_one
 from hyper2kvmd.guest.session import spelt
 from hyper2kvmd.guest.windows import bcd, program, refuse
-from hyper2kvmd.guest.windows.bcd import Place, Store
+from hyper2kvmd.guest.windows.bcd import Entry, Place
 from hyper2kvmd.guest.windows.registry import Hive, open_hive
 from hyper2kvmd.guest.windows.releases import Release, product_of, release_of
 from hyper2kvmd.text import printable
@@ -57,11 +57,14 @@ class Addresses:
 
 @dataclass(frozen=True)
 class Boot:
-    """The partition that firmware starts. path: of the boot configuration on it, as it is spelt there."""
+    """The partition that firmware starts. path: of the boot configuration on it, as it is spelt there.
+
+    entry: the one that starts by itself, None if there is none.
+    """
 
     device: str
     path: str
-    store: Store
+    entry: Entry | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +80,7 @@ class Windows:
     system_root: str
     version: str
     build: int
-    ubr: int
     product: str
-    edition: str
     installation_type: str
     release: Release | None
     arch: str
@@ -151,9 +152,7 @@ def look(
             system_root=system_root,
             version=_version(software, key),
             build=build,
-            ubr=_number(software, key, "UBR") or 0,
             product=product_of(release, _text(software, key, "ProductName")),
-            edition=_text(software, key, "EditionID"),
             installation_type=kind,
             release=release,
             arch=arch,
@@ -200,7 +199,7 @@ def _boot(g: Any, device: str | None) -> Boot | None:
     try:
         g.mount_ro(device, "/")
         path = next(filter(None, (spelt(g, path) for path in STORES)), None)
-        return Boot(device, path, bcd.read_store(g, path)) if path else None
+        return Boot(device, path, bcd.default_entry(g, path)) if path else None
     except RuntimeError:  # no file system
         return None
     finally:

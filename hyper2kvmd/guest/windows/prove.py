@@ -11,7 +11,7 @@ from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Proof
 from hyper2kvmd.guest.session import spelt
 from hyper2kvmd.guest.windows import chain
-from hyper2kvmd.guest.windows.bcd import Place, read_store
+from hyper2kvmd.guest.windows.bcd import Place, default_entry
 from hyper2kvmd.guest.windows.look import SYSTEM, Windows
 from hyper2kvmd.guest.windows.plan import CARD_DRIVER, PACKAGES, Choice
 from hyper2kvmd.guest.windows.registry import Hive, open_hive
@@ -173,7 +173,7 @@ def _prove_boot(g: Any, windows: Windows, firmware: Literal["bios", "uefi"], roo
             found = spelt(g, path)
             claim = f"the firmware finds {path} on {boot.device}"
             proofs.append(Proof(path, claim, found is not None, found or "it is not there"))
-        entry = read_store(g, boot.path).default
+        entry = default_entry(g, boot.path)
     finally:
         g.umount_all()
     if firmware == "bios":

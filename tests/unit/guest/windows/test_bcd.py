@@ -9,14 +9,13 @@ import pytest
 
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.guest.windows import bcd
-from hyper2kvmd.guest.windows.bcd import Device, Place, read_device, read_store
-from hyper2kvmd.guest.windows.registry import Value, binary, multi_sz, sz
+from hyper2kvmd.guest.windows.bcd import Device, Place, default_entry, read_device
+from hyper2kvmd.guest.windows.registry import Value, binary, sz
 from tests.windows import (
     BOOTMGR,
     DEFAULT,
     DISK_GUID,
     FAMILIES,
-    RESUME,
     SIGNATURE,
     WINDOWS_GUID,
     WINDOWS_START,
@@ -47,16 +46,15 @@ def change(g: Directory, id: str, element: str, value: Value) -> None:
 
 
 def test_the_entry_of_a_uefi_guest_names_its_partition_by_guid(tmp_path: Path) -> None:
-    store = read_store(booting(tmp_path, "2022"), UEFI)
-    assert store.default is not None and (store.default,) == store.entries
-    entry = store.default
-    assert (DEFAULT, "Windows", "\\Windows", RESUME) == (entry.id, entry.description, entry.system_root, entry.resume)
+    entry = default_entry(booting(tmp_path, "2022"), UEFI)
+    assert entry is not None
+    assert (DEFAULT, "Windows", "\\Windows") == (entry.id, entry.description, entry.system_root)
     assert "\\Windows\\system32\\winload.efi" == entry.path
     assert Device("partition", OURS) == entry.device == entry.os_device
 
 
 def test_the_entry_of_a_bios_guest_names_its_partition_by_signature_and_offset(tmp_path: Path) -> None:
-    entry = read_store(booting(tmp_path, "7"), BIOS).default
+    entry = default_entry(booting(tmp_path, "7"), BIOS)
     assert entry is not None
     assert Device("partition", Place(SIGNATURE, WINDOWS_START)) == entry.os_device
     assert "\\Windows\\system32\\winload.exe" == entry.path
@@ -86,31 +84,29 @@ def test_a_raw_disk_is_no_partition() -> None:
     assert Device("other") == read_device(bytes(data))
 
 
-def test_the_default_comes_first_among_the_entries_that_are_shown(tmp_path: Path) -> None:
+def test_an_entry_may_lack_what_others_have(tmp_path: Path) -> None:
     g = booting(tmp_path, "11")
     other = "{aaaaaaaa-0000-4000-8000-000000000001}"
     change(g, other, bcd.DESCRIPTION, sz("Old Windows"))
-    change(g, BOOTMGR, "24000001", multi_sz(other, DEFAULT.upper(), "{not there}"))
-    store = read_store(g, UEFI)
-    assert [DEFAULT, other] == [entry.id for entry in store.entries]
-    assert store.default == store.entries[0]
-    assert (None, "") == (store.entries[1].os_device, store.entries[1].path)
+    change(g, BOOTMGR, bcd.DEFAULT, sz(other.upper()))
+    entry = default_entry(g, UEFI)
+    assert entry is not None and (other, "Old Windows", None, "") == (
+        entry.id, entry.description, entry.os_device, entry.path,
+    )  # fmt: skip
 
 
 def test_a_store_whose_default_is_not_there_has_none(tmp_path: Path) -> None:
     g = booting(tmp_path, "11")
-    change(g, BOOTMGR, bcd.RELATED, sz("{bbbbbbbb-0000-4000-8000-000000000001}"))
-    store = read_store(g, UEFI)
-    assert store.default is None and [DEFAULT] == [entry.id for entry in store.entries]
-    change(g, BOOTMGR, bcd.RELATED, binary(b"\1"))
-    assert read_store(g, UEFI).default is None
+    for value in (sz("{bbbbbbbb-0000-4000-8000-000000000001}"), binary(b"\1")):
+        change(g, BOOTMGR, bcd.DEFAULT, value)
+        assert default_entry(g, UEFI) is None
 
 
 def test_a_store_that_was_not_closed_is_refused(tmp_path: Path) -> None:
     g = booting(tmp_path, "2025")
     unclose(g.host(UEFI))
     with pytest.raises(MigrationError, match="its registry hive BCD") as raised:
-        read_store(g, UEFI)
+        default_entry(g, UEFI)
     assert Code.GUEST_DIRTY == raised.value.code
 
 

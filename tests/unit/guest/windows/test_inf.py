@@ -43,7 +43,7 @@ def everything(data: bytes, arch: str = "x86_64", build: int = 20348) -> object:
     models = read.models(arch, build, 3)
     installs = sorted(set(models.values()))
     services = [(read.service(install), read.copied(install)) for install in installs]
-    return read.version, read.catalog(arch), read.sources(arch), read.includes, models, services
+    return read.version, read.catalog(arch), read.sources(arch), models, services
 
 
 # What real ones say -----------------------------------------------------------------------------------------
@@ -226,11 +226,6 @@ def _service(more: str) -> Service:
 def test_service_that_does_not_drive_the_device_is_not_taken_for_the_one_that_does() -> None:
     assert inf("[i.Services]\nAddService=filter,0,s\nAddService=,2\n").service("i") is None
     assert inf("[i]\n").service("i") is None
-
-
-def test_includes_are_named_and_not_followed() -> None:
-    read = inf("[i]\nInclude = %M%, a.inf\nNeeds = X\n[j]\nInclude = a.inf, itself.inf\n[Strings]\nM = machine.inf")
-    assert ("machine.inf", "a.inf", "itself.inf") == read.includes
 
 
 # What is no .inf --------------------------------------------------------------------------------------------

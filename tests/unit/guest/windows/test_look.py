@@ -97,7 +97,7 @@ def test_every_family_is_known_by_what_is_on_its_disk(name: str, tmp_path: Path)
     version, product, drivers, id = RELEASES[name]
     assert found is not None and found.release is not None
     assert (version, product, drivers) == (found.version, found.product, found.release.family)
-    assert (family.build, family.ubr, family.edition) == (found.build, found.ubr, found.edition)
+    assert family.build == found.build
     assert (family.arch, family.installation_type, "WIN-PHONY") == (
         found.arch, found.installation_type, found.hostname)  # fmt: skip
     assert ("/Windows", ("ControlSet001",), ()) == (
@@ -122,11 +122,11 @@ def test_the_boot_configuration_that_firmware_reads_names_the_partition_that_was
     name: str, place: Place, path: str, tmp_path: Path
 ) -> None:
     found = windows(guest(tmp_path, name))
-    assert found.boot is not None and found.boot.store.default is not None
-    assert ("/dev/sda1", path, DEFAULT) == (found.boot.device, found.boot.path, found.boot.store.default.id)
+    assert found.boot is not None and found.boot.entry is not None
+    assert ("/dev/sda1", path, DEFAULT) == (found.boot.device, found.boot.path, found.boot.entry.id)
     assert place == found.place
-    assert found.boot.store.default.os_device is not None
-    assert place == found.boot.store.default.os_device.place
+    assert found.boot.entry.os_device is not None
+    assert place == found.boot.entry.os_device.place
 
 
 def test_a_bios_guest_without_an_active_partition_has_no_boot_configuration(tmp_path: Path) -> None:
