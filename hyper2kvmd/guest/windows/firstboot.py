@@ -133,18 +133,27 @@ def _user(number: int, account: Account) -> tuple[str, ...]:
     comment = f' /comment:"{account.comment}"' if account.comment else ""
     return (
         f":user{number}",
-        f"net.exe user {name} >nul 2>&1 || net.exe user {name} /add /random >nul",
+        f"net.exe user {name} >nul 2>&1",
+        f"if errorlevel 1 net.exe user {name} /add /random >nul",
         "if errorlevel 1 exit /b 1",
         "set BAD=0",
-        *([f"net.exe user {name}{comment} || set BAD=1"] if comment else []),
+        *(_bad_if(f"net.exe user {name}{comment}") if comment else ()),
         *(
-            f'net.exe localgroup "{group}" | findstr.exe /i /x "{name}" >nul'
-            f' || net.exe localgroup "{group}" {name} /add || set BAD=1'
+            line
             for group in account.groups
+            for line in (
+                f'net.exe localgroup "{group}" | findstr.exe /i /x "{name}" >nul',
+                *_bad_if(f'if errorlevel 1 net.exe localgroup "{group}" {name} /add'),
+            )
         ),
-        *([f"net.exe user {name} /active:no || set BAD=1"] if account.lock else []),
+        *(_bad_if(f"net.exe user {name} /active:no") if account.lock else ()),
         "exit /b %BAD%",
     )
+
+
+def _bad_if(command: str) -> tuple[str, str]:
+    """A command that makes the routine fail in the end, and not stop; not with `||`, which Wine's cmd gets wrong."""
+    return command, "if errorlevel 1 set BAD=1"
 
 
 def _card(number: int, card: Addresses) -> tuple[str, ...]:
@@ -162,7 +171,7 @@ def _card(number: int, card: Addresses) -> tuple[str, ...]:
         "set BAD=0",
         # It answers with an error where that is so already.
         *(['netsh.exe interface ipv4 set address name="%NAME%" source=dhcp'] if card.dhcp else []),
-        *(f"{command} || set BAD=1" for command in _netsh(card)),
+        *(line for command in _netsh(card) for line in _bad_if(command)),
         "exit /b %BAD%",
     )
 

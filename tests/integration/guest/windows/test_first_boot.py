@@ -1,7 +1,7 @@
 """The script that Windows runs when it first starts, run by Wine's cmd.exe: bounded, and each step by itself.
 
-Wine has netsh and PowerShell that do nothing, and no pnputil: what fails and what is done once can be seen, not what
-a Windows makes of it.
+Wine has netsh, PowerShell and a net that do nothing, and no pnputil: what fails and what is done
+once can be seen, not what a Windows makes of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from hyper2kvmd.guest.options import FixOptions, Nic
 from hyper2kvmd.guest.session import Session
 from hyper2kvmd.guest.windows.firstboot import DIRECTORY, LOG, SCRIPT, SERVICE
 from hyper2kvmd.guest.windows.fix import fix
+from hyper2kvmd.manifest import Configuration
+from hyper2kvmd.manifest.model import Interface, User
 from hyper2kvmd.run import Tools
 from tests import virtiowin
 from tests.windows import guest
@@ -52,18 +54,32 @@ class Wine:
         return (self.windows / DIRECTORY / LOG).read_text(errors="replace").replace("\r", "")
 
 
+CONFIGURATION = Configuration(
+    users=(User(name="ann", groups=("administrators",), comment="Ann (admin)"),),
+    disable_users=("guest",),
+    interfaces=(Interface(name="Backup LAN", addresses=("203.0.113.9/28", "2001:db8::9/64"), dns=("2001:db8::53",)),),
+)
+
+
 @pytest.fixture
-def wine(tmp_path: Path) -> Wine:
-    """Wine, with what FIX put into a Server 2022 that has two static addresses, and the service for it."""
-    g = guest(tmp_path / "guest", "2022", static=True)
+def wine(request: pytest.FixtureRequest, tmp_path: Path) -> Wine:
+    """Wine, with what FIX put into a Windows that has two static addresses, and the service for it.
+
+    The parameter is the family, Server 2022 without one, and what its manifest asks for.
+    """
+    family, configuration = getattr(request, "param", ("2022", Configuration()))
+    g = guest(tmp_path / "guest", family, static=True)
     drivers = virtiowin.write(tmp_path / "virtio-win", virtiowin.tree())
     found = inspect(Session(g, (), Tools()))
     assert found.windows is not None
-    nics = (Nic("00:50:56:aa:00:01"), Nic("00:50:56:aa:00:02"))
-    fix(g, found, found.windows, FixOptions(virtio_win=drivers, nics=nics, rdp=True))
+    nics = (Nic("00:50:56:aa:00:01", 160), Nic("00:50:56:aa:00:02", 192))
+    options = FixOptions(virtio_win=drivers, nics=nics, rdp=True, configuration=configuration)
+    fix(g, found, found.windows, options)
     made = Wine(tmp_path / "wine")
     for name in (DIRECTORY, "Drivers"):
-        shutil.copytree(tmp_path / "guest/sda3/Windows" / name, made.windows / name)
+        shutil.copytree(
+            Path(found.root.replace("/dev", str(tmp_path / "guest"))) / "Windows" / name, made.windows / name
+        )
     assert 0 == made.run("sc", "create", SERVICE, "binPath=", "C:\\windows\\system32\\cmd.exe")
     return made
 
@@ -86,3 +102,15 @@ def test_the_service_is_gone_as_soon_as_all_is_done(wine: Wine) -> None:
     shutil.rmtree(wine.windows / "Drivers")
     assert (0, False) == (wine.start(), wine.service_is_there())
     assert "end, failed=0\n" in wine.log() and "of 3" in wine.log()
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("wine", [("2022", CONFIGURATION), ("7", CONFIGURATION)], indirect=True, ids=["2022", "7"])
+def test_what_the_manifest_asks_for_has_its_turn_until_it_is_done(wine: Wine) -> None:
+    ended = [(wine.start(), wine.service_is_there()) for _ in range(3)]
+    assert [(1, True), (1, True), (1, False)] == ended
+    log = wine.log()
+    for step in ("user ann", "no more logins of guest", "remote desktop"):
+        assert 1 == log.count(f" {step}: 0\n"), log
+    if "addresses of 00:50:56:aa:00:02" in log:  # of Windows 7, which asks wmic for its connections
+        assert 3 == log.count("no card has 00:50:56:aa:00:02\n") == log.count(" addresses of 00:50:56:aa:00:02: 1\n")

@@ -37,12 +37,14 @@ def test_users_are_made_with_a_password_that_nobody_knows(tmp_path: Path) -> Non
     user = User(name="ann", groups=("administrators", "remote"), comment="Ann (admin)", lock=True)
     result, script = asked(tmp_path, users=(user,), disable_users=("guest",))
     lines = script.split("\n")
-    assert "net.exe user ann >nul 2>&1 || net.exe user ann /add /random >nul" in lines
-    assert 'net.exe user ann /comment:"Ann (admin)" || set BAD=1' in lines
+    made = lines.index("if errorlevel 1 net.exe user ann /add /random >nul")
+    assert ("net.exe user ann >nul 2>&1", "if errorlevel 1 exit /b 1") == (lines[made - 1], lines[made + 1])
+    assert 'net.exe user ann /comment:"Ann (admin)"' in lines
     for group in user.groups:
-        found = f'net.exe localgroup "{group}" | findstr.exe /i /x "ann" >nul'
-        assert f'{found} || net.exe localgroup "{group}" ann /add || set BAD=1' in lines
-    assert "net.exe user ann /active:no || set BAD=1" in lines and "net.exe user guest /active:no" in lines
+        added = lines.index(f'if errorlevel 1 net.exe localgroup "{group}" ann /add')
+        assert f'net.exe localgroup "{group}" | findstr.exe /i /x "ann" >nul' == lines[added - 1]
+        assert "if errorlevel 1 set BAD=1" == lines[added + 1]
+    assert "net.exe user ann /active:no" in lines and "net.exe user guest /active:no" in lines
     assert [] == said(result)
 
 
@@ -73,7 +75,7 @@ def test_the_addresses_of_a_connection_are_those_of_the_manifest(name: str, tmp_
             'ipv4 set dnsservers name="%NAME%" source=static address=203.0.113.53 validate=no',
             'ipv6 set dnsservers name="%NAME%" source=static address=2001:db8::53 validate=no',
         ):
-            assert f"netsh.exe interface {line} || set BAD=1" in script.split("\n")
+            assert f"netsh.exe interface {line}\nif errorlevel 1 set BAD=1" in script
         assert 'netsh.exe interface ipv4 set address name="%NAME%" source=dhcp' in script.split("\n")
     else:
         ips = "@{ Ip = '203.0.113.9'; Prefix = 28 }, @{ Ip = '2001:db8::9'; Prefix = 64 }"
