@@ -323,6 +323,9 @@ class Directory:
 
     # hives
 
+    def is_ready(self) -> bool:
+        return True
+
     def hivex_open(self, path: str, *, write: bool = False) -> None:
         if self._hive is not None:
             raise RuntimeError("hivex_open: a hive is open already")

@@ -217,6 +217,8 @@ class Hive:
         try:
             yield
         except RuntimeError as error:
+            if not self._g.is_ready():
+                raise _ended(self.name, self.path) from None
             self._damaged(key, str(error))
 
     def _damaged(self, key: str, why: str) -> NoReturn:
@@ -236,16 +238,30 @@ def open_hive(g: Any, path: str, name: str, *, write: bool = False) -> Iterator[
     try:
         g.hivex_open(path, write=write)
     except RuntimeError as error:
-        raise _damaged(name, path, str(error)) from None
+        raise (_damaged(name, path, str(error)) if g.is_ready() else _ended(name, path)) from None
     try:
         hive = Hive(g, path, name)
         yield hive
         if hive.changed:
-            g.hivex_commit(None)
+            _commit(g, hive)
     finally:
         # A defect can end the appliance, and then the error of before says more.
         with contextlib.suppress(RuntimeError):
             g.hivex_close()
+
+
+def _commit(g: Any, hive: Hive) -> None:
+    """Write a hive, as a whole, over what it was."""
+    try:
+        g.hivex_commit(None)
+    except RuntimeError as error:
+        if not g.is_ready():
+            raise _ended(hive.name, hive.path) from None
+        raise MigrationError(
+            Code.FIX_FAILED,
+            f"the registry hive {hive.name} ({printable(hive.path)}) cannot be written: {printable(str(error), 400)}",
+            "See that C: has as much space as its largest file in System32\\config, and export the guest again.",
+        ) from None
 
 
 def _check_base_block(g: Any, path: str, name: str) -> None:
@@ -274,6 +290,17 @@ def _damaged(name: str, path: str, why: str) -> MigrationError:
         f"the registry of Windows is damaged at {name} ({printable(path)}): {printable(why, 400)}",
         "Start the guest on VMware, run `chkdsk C: /f` and `sfc /scannow` in it, shut it down, and export it again; or"
         " go back to a backup from before the damage.",
+    )
+
+
+def _ended(name: str, path: str) -> MigrationError:
+    """What libguestfs runs aborts where a hive contradicts itself in a way that it does not expect."""
+    return MigrationError(
+        Code.GUEST_DIRTY,
+        f"the libguestfs appliance ended while it worked on the registry hive {name} ({printable(path)}): the hive is"
+        " damaged, or larger than the appliance's memory",
+        "Raise guest.memory_mb if the hive has hundreds of MiB. Else start the guest on VMware, run `chkdsk C: /f` and"
+        " `sfc /scannow` in it, shut it down, and export it again; or go back to a backup from before the damage.",
     )
 
 

@@ -329,3 +329,37 @@ def fuzz(g: Directory, inputs: int, seed: int) -> int:
 
 def test_a_disturbed_hive_is_read_or_refused(g: Directory) -> None:
     assert 20 < fuzz(g, 200, seed=19) < 200
+
+
+# What ends the appliance ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["hivex_open", "hivex_node_children", "hivex_node_set_value", "hivex_commit"])
+def test_an_appliance_that_ends_over_a_hive_is_said_with_both_remedies(
+    call: str, g: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(*arguments: object, **options: object) -> None:
+        for name in ("hivex_close", "hivex_root", "umount_all"):
+            monkeypatch.setattr(g, name, ends)
+        monkeypatch.setattr(g, "is_ready", lambda: False)
+        raise RuntimeError(f"{call}: appliance closed the connection unexpectedly")
+
+    monkeypatch.setattr(g, call, ends)
+    with (
+        pytest.raises(MigrationError, match="the libguestfs appliance ended") as raised,
+        open_hive(g, PATH, NAME, write=True) as opened,
+    ):
+        opened.keys("Select")
+        opened.set("Select", "Default", dword(2))
+    assert Code.GUEST_DIRTY == raised.value.code and NAME in raised.value.message
+    assert "guest.memory_mb" in raised.value.hint and "chkdsk" in raised.value.hint
+
+
+def test_a_disk_that_is_full_is_no_damage(g: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: str | None) -> None:
+        raise RuntimeError("hivex_commit: No space left on device")
+
+    monkeypatch.setattr(g, "hivex_commit", full)
+    with pytest.raises(MigrationError, match="No space left") as raised, open_hive(g, PATH, NAME, write=True) as opened:
+        opened.set("Select", "Default", dword(2))
+    assert Code.FIX_FAILED == raised.value.code and "space" in raised.value.hint
