@@ -148,7 +148,8 @@ def installed(g: Any, system: Hive, control_set: str, function: Function, window
     """The driver that Windows has for a device, whether or not it starts it while it boots.
 
     Network cards have no critical devices, and a driver that Windows brings along and never needed is not in the
-    database of SYSTEM: of those the `.inf` files tell.
+    database of SYSTEM, but in that of the hive DRIVERS, which Windows loads once it runs. What is there has an
+    `.inf` file, and a search through those says the same without a third hive.
     """
     link = service_of(system, control_set, function)
     if link.service is not None:
