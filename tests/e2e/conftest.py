@@ -36,7 +36,8 @@ SUITES = (READY, *(pytest.param(suite, marks=pytest.mark.rest) for suite in ("bo
 
 # What a KVM host has, and a fresh system has not. Of what is recommended, no more than the tests need.
 RECOMMENDED = "acl, libdeflate0, libguestfs-xfs, libvirt-clients, libvirt-daemon-system, linux-image-amd64"
-OTHERS = "bindfs, build-essential, ovmf, rpm, rsync, tini"  # that a test installs
+HOST_WITH = ("bindfs", "ovmf", "rsync", "swtpm-tools")  # what the host of a test installs besides
+OTHERS = ", ".join([*HOST_WITH, "build-essential", "rpm", "tini"])  # that a test installs
 INCLUDED = "bash-completion,dbus,man-db,procps,systemd,systemd-sysv"
 # INITRD: nobody boots this kernel but libguestfs, which makes its own. The settings stay as they were edited, without a
 # question. No pty, and nothing flushed: the system lives as long as the test.
@@ -160,7 +161,7 @@ def machine(suite: str, package: Path) -> Iterator[Container]:
 @pytest.fixture(scope="module")
 def host(machine: Container) -> Container:
     """The machine with libvirt as its distribution ships it: people are root there, and QEMU is not."""
-    machine.run(*APT, "install", "bindfs", "ovmf", "rsync")  # if they are not there
+    machine.run(*APT, "install", *HOST_WITH)  # if they are not there
     written = machine.run("grep", "-Ev", "^[[:space:]]*(#|$)", "/etc/libvirt/qemu.conf", accept=(0, 1))
     assert "" == written, "qemu.conf is not the one of the distribution"
     machine.run("systemctl", "start", "libvirtd")
@@ -193,7 +194,7 @@ def fresh_system(suite: str) -> Path:
         # Without the option, the dpkg that apt runs is this machine's, on this machine.
         inside = f'{get} -o DPkg::Chroot-Directory="$1"'
         gets = [
-            f"{inside} {shlex.quote(', '.join([*needed, 'bindfs', 'ovmf', 'rsync', 'tini']))}",
+            f"{inside} {shlex.quote(', '.join([*needed, *HOST_WITH, 'tini']))}",
             f"{get} --download-only {shlex.quote(fetched)}",
         ]
     else:
