@@ -430,7 +430,7 @@ def test_several_damaged_grains_end_the_conversion(threads: int) -> None:
         convert(image.data, "raw", threads)
 
 
-CHANGED = Disk(150 * GRAIN, {number: random.Random(number).randbytes(1000) for number in range(150)})
+CHANGED = Disk(70 * GRAIN, {number: random.Random(number).randbytes(1000) + b"\1" for number in range(70)})
 
 
 def rewritten(fd: int) -> None:
