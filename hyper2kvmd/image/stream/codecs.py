@@ -24,8 +24,8 @@ class Buffer:
 class Inflate(Protocol):
     """Inflates `length` bytes at a place of one buffer to a place of another, at most `limit` bytes.
 
-    Returns how many came out, or None if these bytes are not exactly one zlib stream with the right checksum, or hold
-    more. One thread at a time.
+    Returns how many came out, or None if these bytes do not begin with a whole zlib stream with the right checksum, or
+    that holds more. One thread at a time.
     """
 
     def __call__(self, source: Buffer, at: int, length: int, target: Buffer, to: int, limit: int) -> int | None: ...
@@ -42,11 +42,11 @@ def libdeflate() -> ctypes.CDLL | None:
         library = ctypes.CDLL("libdeflate.so.0")
         library.libdeflate_alloc_decompressor.argtypes = ()
         library.libdeflate_alloc_decompressor.restype = ctypes.c_void_p
-        library.libdeflate_zlib_decompress_ex.argtypes = (
+        library.libdeflate_zlib_decompress.argtypes = (
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t),
-            *(ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)),
+            ctypes.POINTER(ctypes.c_size_t),
         )
-        library.libdeflate_zlib_decompress_ex.restype = ctypes.c_int
+        library.libdeflate_zlib_decompress.restype = ctypes.c_int
         return library
     return None
 
@@ -56,14 +56,14 @@ def _libdeflate(library: ctypes.CDLL) -> Inflate:
     state = library.libdeflate_alloc_decompressor()
     if not state:
         raise MemoryError
-    decompress: Callable[..., int] = library.libdeflate_zlib_decompress_ex
-    taken, count = ctypes.c_size_t(), ctypes.c_size_t()
-    took, counted = ctypes.byref(taken), ctypes.byref(count)
+    decompress: Callable[..., int] = library.libdeflate_zlib_decompress
+    count = ctypes.c_size_t()
+    counted = ctypes.byref(count)
 
     def inflate(source: Buffer, at: int, length: int, target: Buffer, to: int, limit: int) -> int | None:
-        if decompress(state, source.address + at, length, target.address + to, limit, took, counted):
+        if decompress(state, source.address + at, length, target.address + to, limit, counted):
             return None
-        return count.value if taken.value == length else None
+        return count.value
 
     return inflate
 
@@ -76,7 +76,7 @@ def _zlib(source: Buffer, at: int, length: int, target: Buffer, to: int, limit: 
             data += stream.decompress(stream.unconsumed_tail, 1)
     except zlib.error:
         return None
-    if not stream.eof or stream.unused_data or len(data) > limit:
+    if not stream.eof or len(data) > limit:
         return None
     target.view[to : to + len(data)] = data
     return len(data)
