@@ -162,15 +162,18 @@ def _run_together(commands: list[list[str | Path]], target: Path) -> tuple[float
     """Run processes at the same time, until what they wrote is on disk: seconds, those of CPU, MiB of the largest."""
     started = time.monotonic()
     processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
-    used = []
+    cpu, largest = 0.0, 0.0
     for process in processes:
+        # Not ru_maxrss, which counts what this process had when it forked.
+        while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            largest = max(largest, _resident_mb(process.pid, "VmHWM"))
+            time.sleep(0.05)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0, process.args
-        used.append(usage)
+        cpu += usage.ru_utime + usage.ru_stime
     fsync_file(target)
-    seconds = time.monotonic() - started
-    return seconds, sum(u.ru_utime + u.ru_stime for u in used), max(u.ru_maxrss for u in used) / 1024
+    return time.monotonic() - started, cpu, largest
 
 
 def data(scratch: Path) -> None:
@@ -472,9 +475,10 @@ def _job_events(number: int) -> Iterator[Event]:
     yield Event("finished", {"status": "failed" if code else "succeeded", **failed, "report": report})
 
 
-def _resident_mb(pid: int) -> float:
+def _resident_mb(pid: int, field: str = "VmRSS") -> float:
+    """MiB of memory of a process: now, or at most so far ("VmHWM"); 0 if it has ended."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith(field)), 0) / 1024
 
 
 def _cpu_seconds(pid: int) -> float:
