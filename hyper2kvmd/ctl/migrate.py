@@ -193,7 +193,7 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
         line("boot test", f"{boot.outcome} after {boot.seconds:.0f} s: {boot.reason}")
     for disk in document["disks"]:
         if disk["target"]:
-            by = f", by {disk['engine']}" if disk["engine"] else ""
+            by = f", by {engine}" if (engine := disk.get("engine")) else ""  # which 0.1 did not say
             line("disk", f"{disk['id']}: {disk['target']} ({disk['virtual_size'] / 2**30:.1f} GiB{by})")
     if domain := document["domain"]:
         line("domain", f"{domain['name']} ({domain['uuid']}) at {domain['uri']}")
