@@ -106,13 +106,14 @@ def check_programs(host: Host, diagnosis: Diagnosis) -> str:
             done = Tools().run(program, "--version", timeout=ANSWER_SECONDS)
             found = re.search(r"\d+\.\d[\w.]*", done.stdout + done.stderr)
             versions.append(f"{Path(program).name} {found[0] if found else '(no version)'}")
+    inflates = "libdeflate"
     if libdeflate() is None:
+        inflates = "zlib"
         diagnosis.warn(
             Code.TOOL_MISSING,
             "libdeflate is not installed: zlib inflates the disks of vSphere, which takes twice as long",
             "Install libdeflate0 (Debian, Ubuntu), or libdeflate (Fedora, EL where a repository has it).",
         )
-    inflates = "zlib" if libdeflate() is None else "libdeflate"
     return f"{', '.join(versions)}; {inflates} inflates VMDKs"
 
 

@@ -20,8 +20,8 @@ def info(path: Path) -> dict[str, Any]:
     return content
 
 
-def same(source: Path, target: Path, target_format: str) -> bool:
-    command = ["qemu-img", "compare", "-f", "raw", "-F", target_format]
+def same(source: Path, target: Path, target_format: str, source_format: str = "raw") -> bool:
+    command = ["qemu-img", "compare", "-f", source_format, "-F", target_format]
     return subprocess.run([*command, source, target], capture_output=True, check=False).returncode == 0
 
 

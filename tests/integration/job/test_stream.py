@@ -12,6 +12,7 @@ import pytest
 
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
+from tests.integration.job.test_pipeline import same
 
 MIB = 1 << 20
 KINDS = ("streamOptimized", "monolithicSparse")
@@ -61,11 +62,6 @@ def stages(export: Path) -> dict[str, str]:
     return {stage["name"]: stage["status"] for stage in report_of(export)["stages"]}
 
 
-def same(source: Path, target: str, format: str) -> bool:
-    options = ("-f", source.suffix[1:], "-F", format)
-    return subprocess.run(["qemu-img", "compare", *options, source, target], check=False).returncode == 0
-
-
 @pytest.mark.parametrize(
     "wish", ({"target_format": "qcow2"}, {"target_format": "raw"}, {"target_format": "qcow2", "compression": True})
 )
@@ -80,7 +76,8 @@ def test_each_disk_is_converted_by_what_is_best_for_it_and_verified_all_the_same
     for disk, entry in zip(report["disks"], entries, strict=True):
         assert entry["checksum"] == f"sha256:{disk['source_sha256']}"
         assert disk["source_verified"]
-        assert same(export / disk["source"], disk["target"], wish["target_format"])
+        source, target = export / disk["source"], Path(disk["target"])
+        assert same(source, target, wish["target_format"], disk["source_format"])
     assert ("done", "done") == (stages(export)["verify"], stages(export)["convert"])
 
 
@@ -154,7 +151,7 @@ def test_a_raw_disk_that_stays_raw_shares_its_blocks_where_the_file_system_can_d
         assert 0 == done.returncode, done.stderr
         (disk,) = report_of(export)["disks"]
         assert ("reflink", True) == (disk["engine"], disk["source_verified"])
-        assert same(export / "d0.raw", disk["target"], "raw")
+        assert same(export / "d0.raw", Path(disk["target"]), "raw")
         assert 0 == Path(disk["target"]).stat().st_size % 512
         written = subprocess.check_output(["filefrag", "-v", disk["target"]], text=True)
         assert "shared" in written, written
