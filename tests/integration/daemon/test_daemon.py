@@ -367,8 +367,9 @@ def test_an_export_that_cannot_be_written_is_told_as_that_and_left_alone_also_af
     # Mended, and its time has come.
     with daemon(change(scratch, retry={"delay_seconds": 0})):
         wait_until(lambda: done(export), 60)
+        # The daemon hears of the runner's end later than the report is there.
+        wait_until(lambda: {} == json.loads((scratch.work_dir / "setbacks.json").read_text()))
     assert ("succeeded", None) == row()
-    assert {} == json.loads((scratch.work_dir / "setbacks.json").read_text())
 
 
 def test_two_daemons_on_one_directory_do_nothing_twice(scratch: Settings, make_export: MakeExport) -> None:
