@@ -66,6 +66,9 @@ class Code(StrEnum):
     TOOL_KILLED = "tool_killed"
     IO_ERROR = "io_error"
     TIMED_OUT = "timed_out"
+    ENGINE_UNAVAILABLE = "engine_unavailable"
+    ENGINE_REFUSED = "engine_refused"
+    NOT_ACCEPTED = "not_accepted"
     BUSY = "busy"
     INTERRUPTED = "interrupted"
     HELD = "held"
@@ -152,6 +155,11 @@ MEANING: dict[Code, Meaning] = {
     Code.TIMED_OUT: Meaning(
         Outcome.RETRY, "a stage took longer than its limit, or what tells how far it is got no further"
     ),
+    Code.ENGINE_UNAVAILABLE: Meaning(
+        Outcome.RETRY, "what places jobs on hosts does not answer, or not so that it can be read"
+    ),
+    Code.ENGINE_REFUSED: Meaning(Outcome.BLOCKED, "what places jobs on hosts does not take the job"),
+    Code.NOT_ACCEPTED: Meaning(Outcome.RETRY, "no host takes the export, by the settings of each"),
     Code.BUSY: Meaning(Outcome.RETRY, "another runner works on the export"),
     Code.INTERRUPTED: Meaning(Outcome.RETRY, "the job was stopped from outside; the next attempt goes on"),
     Code.HELD: Meaning(Outcome.BLOCKED, "somebody put the export on hold"),

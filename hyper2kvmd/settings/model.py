@@ -27,6 +27,7 @@ from hyper2kvmd.domain.model import attachment
 from hyper2kvmd.manifest import wire
 
 Seconds = Annotated[float, Field(ge=0)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:+-]*$")]  # as Slurm has names; no comma, no space
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -480,6 +481,174 @@ class Hypersdk(Section):
         return self
 
 
+class Slurm(Section):
+    """What is asked of Slurm for each job; docs/hosts.md has a cluster that suits."""
+
+    partition: Word | None = Field(default=None, description="The partition; null for the cluster's default.")
+    account: Word | None = Field(default=None, description="The account that is charged; null for the user's default.")
+    qos: Word | None = Field(default=None, description="The quality of service; null for the default.")
+    features: tuple[Word, ...] = Field(
+        default=(),
+        description="Features (--constraint) that every host must have. With guest.accel kvm, the feature kvm is asked"
+        " for as well.",
+        examples=[["site-a"]],
+    )
+    licenses: tuple[Word, ...] = Field(
+        default=(),
+        description="Licences that every job takes, as NAME:COUNT: by them, so many jobs at most read from one file"
+        " server.",
+        examples=[["filer1:1"]],
+    )
+
+
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+
+
+class DispatchCommand(Section):
+    """Programs that stand in for an engine, each as a list of words, without a shell. In the words, a name in braces
+    becomes what it says; a word that is {words} becomes all the words of the program that is to be run.
+    """
+
+    submit: tuple[str, ...] = Field(
+        default=(),
+        description="Takes one job, prints its identifier as its last line, and ends at once. Of {name}, {log}, {cpus},"
+        " {memory_mb}, {scratch_mb}, {priority}, {features}, {licenses} and {exclude}, the last three are joined by"
+        " commas, and may be empty. It must run {words} somewhere, with its output at the end of the file {log}. Status"
+        " 2: it does not take this job, which then waits for a person. Any other but 0: not now.",
+        examples=[["/usr/local/bin/h2k-submit", "{name}", "{log}", "{exclude}", "{words}"]],
+    )
+    list: tuple[str, ...] = Field(
+        default=(),
+        description="Prints a line for each job that is not over: identifier, name, and `running` and its host or"
+        " `waiting` and why, if that is known.",
+        examples=[["/usr/local/bin/h2k-list"]],
+    )
+    cancel: tuple[str, ...] = Field(
+        default=(),
+        description="Drops the job {id} if it waits; it is no error if it does not any more.",
+        examples=[["/usr/local/bin/h2k-cancel", "{id}"]],
+    )
+
+    @property
+    def is_set(self) -> bool:
+        """Whether all three are there."""
+        return bool(self.submit and self.list and self.cancel)
+
+    @field_validator("submit", "list", "cancel")
+    @classmethod
+    def _words(cls, words: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        known, needed = DISPATCH_PLACEHOLDERS[str(info.field_name)]
+        for word in words:
+            if "\0" in word:
+                raise ValueError(f"{word!a} holds a null character, which no word can have")
+            for name in _PLACEHOLDER.findall(word):
+                if name not in known:
+                    names = ", ".join(f"{{{each}}}" for each in known) or "none"
+                    raise ValueError(f"{{{name}}} in {word!r} is not known; known are: {names}")
+            if "{words}" in word and word != "{words}":
+                raise ValueError(f"{word!r}: {{words}} becomes several words, and has to be one by itself")
+        if words and needed and not any(f"{{{needed}}}" in word for word in words):
+            raise ValueError(f"without {{{needed}}} it cannot know {needed}; add it")
+        return words
+
+
+# The placeholders that each of those commands may have, and the one that it cannot do without.
+DISPATCH_PLACEHOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "submit": (
+        ("name", "log", "cpus", "memory_mb", "scratch_mb", "priority", "features", "licenses", "exclude", "words"),
+        "words",
+    ),
+    "list": ((), ""),
+    "cancel": (("id",), "id"),
+}
+
+
+class Dispatch(Section):
+    """Who decides on which host a job runs; docs/hosts.md compares the ways."""
+
+    engine: Literal["local", "slurm", "command"] = Field(
+        default="local",
+        description="local: this daemon runs jobs on its own host, `workers` at a time. slurm: it hands every job to"
+        " Slurm, which runs it on one of its nodes. command: the same, with programs of yours.",
+    )
+    max_submitted: int = Field(
+        default=100,
+        ge=1,
+        le=10000,
+        description="So many jobs are with the engine at most, waiting and running; the others wait in exports_dir.",
+    )
+    program: tuple[str, ...] = Field(
+        default=("hyper2kvmd",),
+        min_length=1,
+        description="The program as the nodes have it. It reads their own settings files.",
+    )
+    cpus: int = Field(default=2, ge=1, le=1024, description="CPUs that a job asks for.")
+    memory_mb: int = Field(
+        default=1024,
+        ge=0,
+        description="Memory that a job asks for besides that of its appliance (guest.memory_mb), in MiB.",
+    )
+    scratch_mb: int = Field(
+        default=0,
+        ge=0,
+        description="Space in work_dir that a job asks for, in MiB; 0 for none. Slurm takes it as --tmp, which its"
+        " nodes must have (TmpDisk).",
+    )
+    timeout_seconds: float = Field(
+        default=30, ge=1, le=600, description="How long a command of the engine may take before it is given up."
+    )
+    slurm: Slurm = Slurm()
+    command: DispatchCommand = DispatchCommand()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Dispatch:
+        if self.engine == "command" and not self.command.is_set:
+            raise ValueError("engine: command needs all of dispatch.command.submit, .list and .cancel; set them")
+        return self
+
+
+class Accept(Section):
+    """Which exports this host takes, where several hosts share exports_dir and each takes by itself
+    (`dispatch.engine: local`). `hyper2kvmctl list` says of an export that no host takes why that is so.
+    """
+
+    largest_disk_gib: float | None = Field(
+        default=None, gt=0, description="No export with a larger file than this, in GiB as exported; null for any."
+    )
+    free_gib: float = Field(
+        default=0,
+        ge=0,
+        description="So much is to stay free in output_dir, in GiB, once disks as large as the exported are there.",
+    )
+    kvm: bool = Field(default=False, description="Whether this host takes nothing while KVM does not work on it.")
+    tags: dict[str, str] = Field(
+        default_factory=dict,
+        description="Only exports whose manifests have all these tags; in the values, * stands for anything.",
+        examples=[{"site": "berlin"}],
+    )
+
+
+class Rule(Section):
+    """What holds for some VMs. One that a rule names neither by `vm` nor by `tags` is meant as well: it is for all."""
+
+    vm: tuple[str, ...] = Field(
+        default=(), description="Names of VMs, or of directories of exports; * stands for anything."
+    )
+    tags: dict[str, str] = Field(
+        default_factory=dict, description="Tags that the manifest must have, all of them; * as above."
+    )
+    features: tuple[Word, ...] = Field(
+        default=(), description="What a host must have, besides dispatch.slurm.features."
+    )
+    licenses: tuple[Word, ...] = Field(default=(), description="Licences, besides dispatch.slurm.licenses.")
+    priority: int | None = Field(
+        default=None, ge=-1000, le=1000, description="Jobs with a higher number are started first; the others have 0."
+    )
+    libvirt_uri: str | None = Field(
+        default=None, description="The libvirt that the domain is defined in, instead of libvirt.uri."
+    )
+
+
 class Log(Section):
     """What is logged."""
 
@@ -550,6 +719,16 @@ class Settings(Section):
     notify: Notify = Notify()
     hooks: Hooks = Hooks()
     hypersdk: Hypersdk = Hypersdk()
+    accept: Accept = Accept()
+    rules: tuple[Rule, ...] = Field(
+        default=(),
+        description="What holds for some VMs; where several rules do, the last one that says something of a key counts,"
+        " and features and licences add up. The keys of a rule: vm and tags say for which VMs it is (patterns, such as"
+        " web*; all must match), features, licenses and priority how an engine places their jobs (see dispatch), and"
+        " libvirt_uri where their domains are defined.",
+        examples=[[{"tags": {"site": "berlin"}, "features": ["berlin"], "licenses": ["filer1:1"], "priority": 10}]],
+    )
+    dispatch: Dispatch = Dispatch()
     log: Log = Log()
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

@@ -32,7 +32,8 @@ def test_every_setting_in_the_shipped_file_has_a_comment_that_fits_the_line() ->
 def test_the_examples_are_settings(tmp_path: Path) -> None:
     text = SHIPPED.read_text()
     examples = re.findall(r"^ *# For example: (.*)\n *(\w+): ", text, flags=re.MULTILINE)
-    assert {"allowed_dirs", "pipeline", "network_map", "luks_keys"} == {key for _, key in examples}
+    others = {"allowed_dirs", "pipeline", "network_map", "luks_keys", "rules", "tags"}
+    assert others | {"features", "licenses", "submit", "list", "cancel"} == {key for _, key in examples}
     for example, key in examples:
         its_place = rf"^( *# For example: {re.escape(example)}\n *{key}): .*"
         text = re.sub(its_place, rf"\1: {example}", text, flags=re.MULTILINE)
@@ -42,6 +43,8 @@ def test_the_examples_are_settings(tmp_path: Path) -> None:
     assert "bridge:br0" == settings.libvirt.network_map["VM Network"]
     assert [Path("/srv/fast"), Path("/srv/big")] == [*settings.output.allowed_dirs]
     assert [Path("/srv/exports")] == [*settings.hypersdk.allowed_dirs]
+    assert ({"site": "berlin"}, 10) == (settings.rules[0].tags, settings.rules[0].priority)
+    assert settings.dispatch.command.is_set
 
 
 def test_a_file_overrides_defaults_and_set_overrides_the_file(tmp_path: Path) -> None:
@@ -74,6 +77,11 @@ def test_a_file_overrides_defaults_and_set_overrides_the_file(tmp_path: Path) ->
         ("workers: !!timestamp now\n", "holds a value that is none"),
         ('exports_dir: "/a\\0b"\n', "c.yaml:1: exports_dir: Value error, '/a\\x00b' holds characters"),
         ('work_dir: "/a\\ud800b"\n', "c.yaml:1: work_dir: Value error, '/a\\ud800b' holds characters"),
+        ("dispatch: {engine: command}\n", "engine: command needs all of dispatch.command.submit"),
+        (
+            "dispatch:\n  command:\n    submit: [x, '{wrods}']\n",
+            "c.yaml:3: dispatch.command.submit: Value error, {wrods} in '{wrods}' is not known; known are: {name}, ",
+        ),
         ('output: {allowed_dirs: ["/a", "/\\n"]}\n', "output.allowed_dirs: Value error, '/\\n' holds characters"),
     ],
 )
