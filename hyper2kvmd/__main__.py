@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING
 
 from hyper2kvmd import __version__
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
-from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
+from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
+from hyper2kvmd.files import existing_parent
 from hyper2kvmd.job.events import CHOICES, Emitter
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.options import add_settings_options
@@ -42,8 +45,16 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument("--as-before", action="store_true", help="as was asked for the last time, on any host")
     job.add_argument("--if-ready", action="store_true", help="do nothing while the export is being written")
     job.add_argument("--died", default="", metavar="HOW", help="how the last runner of this export died")
+    job.add_argument(
+        "--submitted-by",
+        nargs=2,
+        metavar=("VERSION", "HOST"),
+        help="what an engine starts: do nothing unless this is the release of who asks, and say in the report who did",
+    )
     check = commands.add_parser("check-config", help="check the settings and print them")
-    for command in (run, job, check):
+    host = commands.add_parser("check-host", help="say in JSON whether this host can do jobs that an engine sends")
+    host.add_argument("mark", type=Path, help="a file in the exports directory, made by who asks")
+    for command in (run, job, check, host):
         add_settings_options(command)
     return parser
 
@@ -59,7 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "check-config":
         print(config.model_dump_json(by_alias=True, indent=2))
         return 0
+    if options.command == "check-host":
+        return _check_host(options.mark, config)
     return _run(options, config)
+
+
+def _release(version: str) -> list[str]:
+    """What two versions share that work together: the first two numbers."""
+    return version.split(".")[:2]
 
 
 def _settings(options: argparse.Namespace) -> Settings | None:
@@ -82,11 +100,17 @@ def _run_job(options: argparse.Namespace) -> int:
     if only is not None and (unknown := only - set(CHOICES)):
         print(f"--stages: {', '.join(sorted(unknown))}: choose from {', '.join(CHOICES)}", file=sys.stderr)
         return EXIT_USAGE
+    version, submitter = options.submitted_by or (__version__, None)
+    if _release(version) != _release(__version__):
+        remedy = f"Install the same release on all hosts; `hyper2kvmctl hosts` lists them, this one is {gethostname()}."
+        print(f"hyper2kvmd {__version__} takes no job from {version} on {submitter}. {remedy}", file=sys.stderr)
+        return EXIT_CONFIG
     request = Request(
         asked=None if options.as_before else Asked(only, options.name, tuple(options.overrides)),
         dry_run=options.dry_run,
         if_ready=options.if_ready,
         died=options.died,
+        submitted_by=submitter,
     )
     # What is kept for later attempts must mean something.
     config = _settings(options) if options.overrides else None
@@ -157,6 +181,19 @@ def _cancel_on(signals: Iterable[signal.Signals], cancel: threading.Event) -> No
         cancel.set()
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def _check_host(mark: Path, config: Settings) -> int:
+    """Say what this host is, and what keeps it from doing jobs. `hyper2kvmctl doctor dispatch` reads it."""
+    problems = []
+    for name, directory in (("output_dir", config.output_dir), ("work_dir", existing_parent(config.work_dir))):
+        if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+            hint = f"Make it, give the service's user access, or set {name} in the settings of that host."
+            problems.append({"message": f"cannot write to {directory} ({name})", "hint": hint})
+    shared = mark.exists() and config.exports_dir in mark.parents
+    said = {"host": gethostname(), "version": __version__, "uid": os.geteuid(), "shared": shared, "problems": problems}
+    print(json.dumps(said))
+    return EXIT_DONE if shared and not problems else EXIT_FAILED
 
 
 def _run(options: argparse.Namespace, config: Settings) -> int:

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 
 from hyper2kvmd.authoring.artifact import ArtifactManifest
 from hyper2kvmd.authoring.builder import ManifestBuilder
-from hyper2kvmd.daemon.progress import Progress, Stage
 from hyper2kvmd.daemon.runner import Runner
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.job.events import CHOICES, Event
@@ -37,6 +36,7 @@ from hyper2kvmd.manifest.model import Convert, Fix, Inspect, Interface, Services
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.asked import Asked
 from hyper2kvmd.queue.names import REPORT
+from hyper2kvmd.queue.progress import Progress, Stage
 from hyper2kvmd.report.model import (
     ChangeRecord,
     DiskRecord,

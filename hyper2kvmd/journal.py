@@ -15,7 +15,7 @@ import stat
 import sys
 import time
 from collections.abc import MutableMapping
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import structlog
 
@@ -76,8 +76,22 @@ def also_to(dir_fd: int, name: str) -> int | None:
     if status.st_size > FILE_LIMIT:
         os.ftruncate(fd, 0)
     *others, final = structlog.get_config()["processors"]
-    structlog.configure(processors=[*others, _File(fd), final])
+    # What places jobs on hosts has their standard error go to that very file.
+    last = _drop if _is_file(sys.stderr, status) else final
+    structlog.configure(processors=[*others, _File(fd), last])
     return fd
+
+
+def _is_file(stream: TextIO, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), status)
+    except (OSError, ValueError):
+        return False
+
+
+def _drop(logger: Any, method: str, event: MutableMapping[str, Any]) -> NoReturn:
+    """The last processor where there is nobody else to tell."""
+    raise structlog.DropEvent
 
 
 def _without_kind(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

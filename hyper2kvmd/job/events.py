@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +31,20 @@ class Event:
 
 
 class Emitter:
-    """Writes events to a descriptor; with None they go nowhere. Safe to use from several threads."""
+    """Writes events to a descriptor; with None they go nowhere. Safe to use from several threads.
+
+    `also` gets every event too, whether there is a descriptor or not.
+    """
 
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
         self._lock = threading.Lock()
+        self.also: Callable[[str, dict[str, Any]], None] | None = None
 
     def emit(self, kind: str, **data: Any) -> None:
         """Write one event; a reader that is gone is not an error."""
+        if self.also is not None:
+            self.also(kind, data)
         if self._fd is None:
             return
         line = memoryview(json.dumps({"event": kind, **data}).encode() + b"\n")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 
@@ -20,6 +20,7 @@ from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome,
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
 from hyper2kvmd.files import explained, timestamp, trouble, user_name, write_durably
 from hyper2kvmd.job import steps
+from hyper2kvmd.job.beacon import Beacon
 from hyper2kvmd.job.context import Job, finding_records, job_id
 from hyper2kvmd.job.events import CHOICES, Emitter
 from hyper2kvmd.job.pipeline import migrate
@@ -33,6 +34,7 @@ from hyper2kvmd.queue.asked import Asked, kept, unusable
 from hyper2kvmd.queue.claim import Claim, unwritable
 from hyper2kvmd.queue.export import Export
 from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
+from hyper2kvmd.queue.placement import placement
 from hyper2kvmd.queue.state import FINAL, JITTER, Facts, State, request_error, state_of
 from hyper2kvmd.report.model import ErrorRecord, HostRecord, ManifestRecord, Report
 from hyper2kvmd.run import Tools
@@ -60,9 +62,11 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
     request, settings, unknown = _as_asked(export, request, settings)
     # What the daemon saw may be over since: only what is found under the claim counts.
     look = replace(facts.look(export.directory, settings), held=False)
+    settings = _as_ruled(look, export, request, settings)
     state, finding = state_of(look, settings, began)
-    if request.if_ready and state in (State.INCOMPLETE, State.WAITING):
-        claim.interrupted()  # written to since it was seen
+    # Written to since it was seen; or this host is to start no job, and what placed it here did not know.
+    if request.if_ready and (state in (State.INCOMPLETE, State.WAITING) or requests.draining(settings)):
+        claim.interrupted()
         events.emit("finished", status="nothing")
         return EXIT_TEMPORARY
     wanted = requests.pending(export.fd)
@@ -92,11 +96,34 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
     structlog.contextvars.bind_contextvars(job_id=job.id, attempt=claim.attempt)
     journal.also_to(export.fd, LOG)
     _be_nice(settings, tools)
+    beacon = Beacon(claim, settings)
+    events.also = beacon.note
+    try:
+        return _run(job, claim, look, began, wanted, unknown, beacon)
+    finally:
+        beacon.close()
+
+
+def _run(
+    job: Job,
+    claim: Claim,
+    look: Facts,
+    began: float,
+    wanted: Literal["hold", "cancel"] | None,
+    unknown: MigrationError | None,
+    beacon: Beacon,
+) -> int:
+    """Do the job, and conclude it.
+
+    wanted: what a person asks for. unknown: why it is not known what was asked for, if it is not.
+    """
+    export, request, settings, events = job.export, job.request, job.settings, job.events
     manifest: Manifest | None = None
     error: MigrationError | None = None
     sources: tuple[str, ...] = ()
     try:
         events.emit("claimed", job=job.id, vm=export.directory.name, attempt=claim.attempt)
+        beacon.show()
         log.info("claimed", kind=Kind.CLAIMED, export=str(export.directory))
         if wanted is not None and not request.dry_run:
             job.verdict = request_error(wanted)
@@ -116,7 +143,7 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
             raise Cancelled
         structlog.contextvars.bind_contextvars(vm=manifest.vm_name)
         events.emit("manifest", vm=manifest.vm_name, tags=manifest.tags)
-        with overseen(job):
+        with overseen(job, beacon.show):
             sources = migrate(job, claim, manifest)
     except Cancelled:
         if job.verdict is not None and job.verdict.code != Code.HELD:
@@ -156,6 +183,15 @@ def _as_asked(export: Export, request: Request, settings: Settings) -> tuple[Req
     except OSError as error:
         problem = _from_os(error)
     return replace(request, asked=Asked()), settings, problem
+
+
+def _as_ruled(look: Facts, export: Export, request: Request, settings: Settings) -> Settings:
+    """The settings with what the rules say of this VM; a person's word goes before them."""
+    uri = placement(settings, export.directory.name, look).libvirt_uri
+    asked = () if request.asked is None else request.asked.overrides
+    if uri is None or any(text.partition("=")[0] in ("libvirt", "libvirt.uri") for text in asked):
+        return settings
+    return settings.model_copy(update={"libvirt": settings.libvirt.model_copy(update={"uri": uri})})
 
 
 # What a disk looks like of which only the beginning is there.
@@ -237,7 +273,7 @@ def _conclude(
         domain=job.record.domain,
         tags=manifest.tags if manifest else {},
         tools=job.record.tools,
-        host=_host(by_daemon=request.if_ready),
+        host=_host(request),
         overrides={
             **settings.pipeline.model_dump(by_alias=True, exclude_none=True),
             **({} if request.vm_name is None else {"vm_name": request.vm_name}),
@@ -280,7 +316,7 @@ def _conclude(
     return EXIT_OF[outcome]
 
 
-def _host(*, by_daemon: bool) -> HostRecord:
+def _host(request: Request) -> HostRecord:
     """Where this process runs, and for whom."""
     # The kernel keeps this number through sudo and su; it is all ones where nobody logged in.
     login = _NOBODY
@@ -291,7 +327,8 @@ def _host(*, by_daemon: bool) -> HostRecord:
         pid=os.getpid(),
         user=user_name(os.geteuid()),
         login_user=None if login == _NOBODY else user_name(login),
-        started_by="daemon" if by_daemon else "command",
+        started_by="daemon" if request.if_ready else "command",
+        submitted_by=request.submitted_by,
     )
 
 

@@ -17,7 +17,7 @@ from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, domain_uuid, 
 from hyper2kvmd.errors import Code, Collected, Finding, MigrationError
 from hyper2kvmd.files import existing_parent
 from hyper2kvmd.guest.session import check_host
-from hyper2kvmd.hypervisor.connection import connect, virt_type
+from hyper2kvmd.hypervisor.connection import connect, is_remote, virt_type
 from hyper2kvmd.hypervisor.disks import check_access
 from hyper2kvmd.hypervisor.preflight import preflight, runs_already, uuid_taken
 from hyper2kvmd.image import qemu_img
@@ -137,7 +137,9 @@ def make_plan(
             if defines and not imported:
                 domain = _check_target(connection, job, domain, uuid, directory, problems)
             # Last, as it writes into the output directory, and starts QEMU.
-            starts = {True: defines and settings.libvirt.start, False: boot and not published}
+            # A libvirt elsewhere is tried in any case: who can know what disks it sees?
+            started = settings.libvirt.start or is_remote(settings.libvirt.uri)
+            starts = {True: defines and started, False: boot and not published}
             for given_away in () if dry_run or imported or problems.errors else (True, False):
                 if starts[given_away]:
                     check_access(connection, domain, directory, job.attempt, given_away=given_away)

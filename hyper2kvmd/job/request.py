@@ -15,12 +15,14 @@ class Request:
     asked: what a person wants beyond the settings, which is kept for every later attempt; None for what was asked the
     last time. dry_run: leave everything as it was. if_ready: do nothing unless the export is queued, as the daemon saw
     it; a person's word goes at any time. died: how the last runner died, if the daemon knows.
+    submitted_by: the host whose daemon had an engine start it.
     """
 
     asked: Asked | None = None
     dry_run: bool = False
     if_ready: bool = False
     died: str = ""
+    submitted_by: str | None = None
 
     def options(self) -> list[str]:
         """The options of `hyper2kvmd run-job` that say the same."""

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import structlog
 
@@ -25,12 +25,16 @@ STUCK_SECONDS = 8.0
 
 
 @contextlib.contextmanager
-def overseen(job: Job) -> Iterator[None]:
-    """Have `job` stopped when somebody wishes it, or when a stage takes too long; `job.verdict` says why."""
+def overseen(job: Job, show: Callable[[], None]) -> Iterator[None]:
+    """Have `job` stopped when somebody wishes it, or when a stage takes too long; `job.verdict` says why.
+
+    `show` is called twice a second meanwhile.
+    """
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(POLL_SECONDS):
+            show()
             job.verdict = verdict(job, time.monotonic())
             if job.verdict is not None:
                 break

@@ -29,6 +29,7 @@ class _Error(_Part):
 
 class _Host(_Part):
     name: Text
+    submitted_by: Text | None = None
 
 
 class _Report(_Part):
@@ -46,13 +47,18 @@ class _Report(_Part):
 
 @dataclass(frozen=True)
 class Ended:
-    """A job that is over. `at` is when, in seconds since the epoch; `report` is the whole report, as it was read."""
+    """A job that is over. `at` is when, in seconds since the epoch; `report` is the whole report, as it was read.
+
+    `teller` is the host that tells of it: where it ran, or the one that had an engine place it, which need not have
+    anybody there who does.
+    """
 
     id: str
     path: Path
     vm: str
     job: str
     host: str
+    teller: str
     status: str
     summary: str
     at: float
@@ -90,6 +96,7 @@ def ended(path: Path, report: dict[str, Any]) -> Ended | None:
         vm=vm,
         job=found.job,
         host=found.host.name,
+        teller=found.host.submitted_by or found.host.name,
         status=found.status,
         summary=_summary(found, vm),
         at=at,

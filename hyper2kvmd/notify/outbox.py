@@ -267,7 +267,7 @@ def _new(
     if message is None:
         return None, None, []
     # Each host tells of its own jobs, so that two on one directory do not tell everything twice.
-    if message.at < since or message.host != socket.gethostname():
+    if message.at < since or message.teller != socket.gethostname():
         return message.id, message.at, []
     told = message.status in settings.notify.webhook.events
     return message.id, message.at, [channel for channel in channels if channel != WEBHOOK or told]

@@ -19,7 +19,7 @@ from hyper2kvmd.errors import MEANING, Code, MigrationError
 from hyper2kvmd.files import open_directory, open_file, remove_leftovers, timestamp, user_name, write_durably
 from hyper2kvmd.queue.access import let_in, open_shared, pinned
 from hyper2kvmd.queue.export import Export
-from hyper2kvmd.queue.names import ASKED, CANCEL, LOCK, REPORT
+from hyper2kvmd.queue.names import ASKED, CANCEL, LOCK, PROGRESS, REPORT
 
 if TYPE_CHECKING:
     from hyper2kvmd.report.model import Report
@@ -162,7 +162,7 @@ def claim_export(directory: Path) -> Claim:
         )
         os.fsync(fd)
         _let_in_files(fd)
-        for name in (REPORT, ASKED):
+        for name in (REPORT, ASKED, PROGRESS):
             remove_leftovers(fd, name)  # of attempts that died; the claim makes them ours
         return Claim(Export(directory, fd), lock_fd, attempt, crashes, retries)
     except BaseException:

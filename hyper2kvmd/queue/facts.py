@@ -11,7 +11,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Container, Iterable
+import time
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ from hyper2kvmd.files import (
     remedy,
 )
 from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
+from hyper2kvmd.queue import progress
 from hyper2kvmd.queue.access import open_shared
 from hyper2kvmd.queue.claim import probe
 from hyper2kvmd.queue.export import is_export_name
@@ -59,11 +61,17 @@ def look(directory: Path, settings: Settings) -> Facts:
             return _look_report(bare, report) if report else bare
         digest = hashlib.sha256(data).hexdigest() if data is not None else None
         found = Facts(name, digest, problem, False, (), newest, held, request, crashes, began_at)
+        if held:
+            found = replace(found, progress=progress.read(fd, time.monotonic()))
         if report is not None:
-            return _look_report(found, report)
-        if data is None:
+            found = _look_report(found, report)
+        # What is over needs no more: of thousands of manifests, only those are read that somebody waits for.
+        if data is None or found.report_status == State.SUCCEEDED:
             return found
-        paths, problem = _disk_paths(data, name)
+        paths, problem, vm_name, tags = _read(data, name)
+        found = replace(found, vm_name=vm_name, tags=tags)
+        if report is not None:
+            return found
         missing, sizes, newest = _look_disks(fd, [inside(path, directory) for path in paths], newest)
         if missing:
             problem = Finding(
@@ -76,7 +84,12 @@ def look(directory: Path, settings: Settings) -> Facts:
             )
         unreadable = problem is not None and problem.code == Code.MANIFEST_UNREADABLE
         return replace(
-            found, problem=problem, unreadable=unreadable, missing=missing, settled_since=newest, sizes=sizes
+            found,
+            problem=problem,
+            unreadable=unreadable,
+            missing=missing,
+            settled_since=newest,
+            sizes=sizes,
         )
     finally:
         os.close(fd)
@@ -182,12 +195,13 @@ def _unsafe_manifest(path: Path, what: str) -> Finding:
 
 
 @functools.lru_cache(maxsize=1024)  # a queue of a thousand is looked at again and again
-def _disk_paths(data: bytes, name: str) -> tuple[tuple[str, ...], Finding | None]:
-    """The disks that a manifest names, or what is wrong with it."""
+def _read(data: bytes, name: str) -> tuple[tuple[str, ...], Finding | None, str | None, Mapping[str, str]]:
+    """The disks that a manifest names, the VM's name and the tags; or what is wrong with it."""
     try:
-        return tuple(disk.path for disk in parse(data, name).disks), None
+        manifest = parse(data, name)
     except ManifestError as error:
-        return (), error.finding()
+        return (), error.finding(), None, {}
+    return tuple(disk.path for disk in manifest.disks), None, manifest.vm_name, manifest.tags
 
 
 def _entries(dir_fd: int) -> tuple[list[str], float]:

@@ -10,6 +10,8 @@ CANCEL = ".hyper2kvmd.cancel"
 LOG = ".hyper2kvmd.log"
 # What a person wants of the VM beyond the settings.
 ASKED = ".hyper2kvmd.asked"
+# How far the job is that runs; there only while one does.
+PROGRESS = ".hyper2kvmd.progress"
 # What was seen of the guest in the boot test.
 BOOT_LOG = "boot-test.log"
 BOOT_SCREEN = "boot-test.png"
@@ -18,3 +20,5 @@ TAKEN = ".hyper2kvmd.taken."
 ANSWERED = ".hyper2kvmd.answered."
 # In the exports directory itself: no daemon starts another job.
 DRAIN = ".hyper2kvmd.drain"
+# There, too: a file for each host that works on it, and one for each that is to start no job.
+HOSTS = ".hyper2kvmd.hosts"

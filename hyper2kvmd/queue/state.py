@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.queue.names import REPORT
+from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.settings.model import Settings
 
 
@@ -48,7 +50,8 @@ class Facts:
 
     Times are seconds since the epoch. `settled_since` is when the newest file of the export was written, or renamed.
     `sizes` are those of the disks that are there, by their paths inside the export. `setback` is what a daemon of this
-    host knows that could not be written there.
+    host knows that could not be written there. `progress` is how far a job is that runs, as it says. `vm_name` and
+    `tags` are the manifest's, if that could be read.
     """
 
     manifest: str | None
@@ -68,6 +71,9 @@ class Facts:
     finished_at: float | None = None
     sizes: tuple[tuple[str, int], ...] = ()
     setback: Setback | None = None
+    progress: Progress | None = None
+    vm_name: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 def state_of(facts: Facts, settings: Settings, now: float) -> tuple[State, Finding | None]:
@@ -76,7 +82,9 @@ def state_of(facts: Facts, settings: Settings, now: float) -> tuple[State, Findi
     # A setback that is further away than its delay is long does not count: the clock was put back meanwhile.
     setback = facts.setback
     if setback is not None and state == State.QUEUED and 0 < setback.until - now <= settings.retry.delay(setback.count):
-        return State.RETRYING, setback.finding
+        # What an engine refuses is for a person to change; that it is tried again now and then, as well, costs nothing.
+        refused = setback.finding.code == Code.ENGINE_REFUSED
+        return State.BLOCKED if refused else State.RETRYING, setback.finding
     return state, finding
 
 

@@ -119,6 +119,9 @@ class HostRecord(Part):
     started_by: Literal["daemon", "command"] | None = Field(
         default=None, description="the daemon, or a command that a person ran"
     )
+    submitted_by: str | None = Field(
+        default=None, description="the host whose daemon handed the job over to an engine; null without an engine"
+    )
 
 
 class Report(Part):

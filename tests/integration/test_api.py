@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from hyper2kvmd.api import MigrationFailed, MigrationPipeline
-from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.job.events import Event
+from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.settings.load import overridden
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, MakeExport, disk_entry, report_of, write_manifest
