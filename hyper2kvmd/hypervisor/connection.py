@@ -9,6 +9,7 @@ import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import libvirt
 
@@ -53,6 +54,11 @@ def connect(uri: str) -> Iterator[Any]:
     finally:
         with contextlib.suppress(libvirt.libvirtError):
             connection.close()
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a libvirt is reached through a network, so that its files may be others than ours."""
+    return bool(urlsplit(uri).hostname)
 
 
 def unanswered(uri: str) -> MigrationError:

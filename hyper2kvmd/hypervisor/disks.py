@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import shlex
@@ -20,7 +21,7 @@ from hyper2kvmd.domain.model import Domain, DomainDisk
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import create_file, granted, rights_of, user_name
-from hyper2kvmd.hypervisor.connection import qemu_account, translated, virt_type
+from hyper2kvmd.hypervisor.connection import is_remote, qemu_account, translated, virt_type
 from hyper2kvmd.hypervisor.units import unit
 
 _TRIAL_BYTES = 1 << 20
@@ -99,6 +100,13 @@ def _without_screen(xml: str) -> str:
 
 def _denied(connection: Any, domain: Domain, directory: Path, error: libvirt.libvirtError) -> MigrationError:
     """What keeps QEMU from a disk, as far as that can be told from here."""
+    if is_remote(connection.getURI()) and os.strerror(errno.ENOENT) in str(error):
+        hint = (
+            f"Mount the storage of {directory} on that host, too, at the same path; or name a libvirt that has it, with"
+            " libvirt.uri or a rule. Then `hyper2kvmctl retry`."
+        )
+        message = f"the libvirt {connection.getURI()} does not see what is in {directory} on this host: {error}"
+        return MigrationError(Code.QEMU_DENIED, message, hint, field="libvirt.uri")
     account = qemu_account(connection, domain.virt_type)
     who, closed = "libvirt's QEMU", None
     if account is not None:
