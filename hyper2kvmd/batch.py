@@ -7,7 +7,7 @@ import select
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,10 @@ def _ended(entry: BatchEntry, settings: Settings) -> None:
             _set_back(entry, settings, entry.reason)
     elif finished is not None and finished["status"] == "busy":
         entry.state, entry.reason = State.RUNNING, _finding(finished)
+        look = facts.look_or_reason(entry.export, settings)
+        if isinstance(look, Facts) and look.progress is not None:
+            doing = f"{entry.reason.message}: {look.progress.doing(time.monotonic())}"
+            entry.reason = replace(entry.reason, message=doing)
     elif finished is not None and finished["status"] in ("nothing", "interrupted"):
         _look(entry, settings)
     else:

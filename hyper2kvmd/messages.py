@@ -16,6 +16,7 @@ class Kind(StrEnum):
     CONFIG_BAD = "config_bad"
     EXPORTS_UNREADABLE = "exports_unreadable"
     RUNNER_DIED = "runner_died"
+    ENGINE_DOWN = "engine_down"
     TASK_FAILED = "task_failed"
     CLAIMED = "claimed"
     STAGE_STARTED = "stage_started"
@@ -80,6 +81,12 @@ CATALOG: dict[Kind, CatalogEntry] = {
         "The process of a job died",
         "The job is started again after a delay, and goes on behind its last finished step. If it dies again and again,"
         " look for what kills it: `journalctl -k`, the memory of the host.",
+    ),
+    Kind.ENGINE_DOWN: CatalogEntry(
+        "85fea057267143e699538f6eff5c605e",
+        "No job can be handed over to what places jobs on hosts",
+        "Slurm, or what dispatch.command names, does not answer, or takes no job. What it has already goes on."
+        " The daemon asks again every ten seconds. `hyper2kvmctl doctor dispatch` says what is wrong.",
     ),
     Kind.TASK_FAILED: CatalogEntry(
         "067c62030d4e4c218ccca895bd4de38d",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from hyper2kvmd.daemon import metrics
-from hyper2kvmd.daemon.progress import Progress
+from hyper2kvmd.daemon import fleet, metrics
 from hyper2kvmd.job.events import Event
+from hyper2kvmd.queue.hosts import Beat, Seen
+from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.queue.state import FINAL, State
 
 STEP = 60  # seconds between two scrapes
@@ -183,7 +184,7 @@ class _Day:
 
     def _tell(self, running: _Job, kind: str, **data: Any) -> None:
         event = Event(kind, data)
-        running.progress.apply(event, self.clock.now)
+        running.progress.apply(event.kind, event.data, self.clock.now)
         self.metrics.event(event)
 
     def _look(self, now: float) -> None:
@@ -201,18 +202,32 @@ class _Day:
         self.metrics.looked((), {**self.states, **current}, since, now)
         self.metrics.show({slot: job.progress for slot, job in self.running.items()}, self.host.workers)
 
+    def see(self, all_days: Iterable[_Day]) -> None:
+        """See the jobs of the other hosts, and which of them are there."""
+        there = []
+        for day in all_days:
+            silent = day.host.silent[0] <= (self.clock.now - self.start) / 3600 < day.host.silent[1]
+            beat = Beat(day.host.name.partition(".")[0], "running", 30, self.clock.now)
+            there.append(Seen(beat, 600.0 if silent else 5.0, drained=False))
+            for job in day.running.values():
+                job.progress.host = beat.host
+        others = [job.progress for day in all_days if day is not self for job in day.running.values()]
+        self.metrics.fleet.show(others, there, len(self.running))
+
 
 def history(start: float, end: float) -> Iterator[str]:
     """The lines of an OpenMetrics file with every scrape of every host."""
     clock = _Clock(start)
-    vars(metrics)["time"] = clock
+    vars(metrics)["time"] = vars(fleet)["time"] = clock
     days = [_Day(host, clock, start) for host in HOSTS]
     while clock.now <= end:
         for day in days:
             day.step()
+        for day in days:
+            day.see(days)
             yield from _scrape(day, clock.now)
         clock.now += STEP
-    vars(metrics)["time"] = time
+    vars(metrics)["time"] = vars(fleet)["time"] = time
     yield "# EOF\n"
 
 

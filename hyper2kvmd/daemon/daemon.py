@@ -10,8 +10,8 @@ import selectors
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -21,16 +21,21 @@ from hyper2kvmd.daemon.handover import Handover
 from hyper2kvmd.daemon.health import MEND, Health
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.daemon.periodic import PeriodicTask
+from hyper2kvmd.daemon.placer import Placer, Row
+from hyper2kvmd.daemon.pulse import Pulse
 from hyper2kvmd.daemon.runner import Runner, stop_all
-from hyper2kvmd.daemon.systemd import STATUS_LIMIT, Notifier
+from hyper2kvmd.daemon.systemd import Notifier, status_line
 from hyper2kvmd.daemon.watch import POLL_SECONDS, Scan, Scanner, Watch
 from hyper2kvmd.daemon.web import Web
+from hyper2kvmd.dispatch.engines import engine_of
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.notify import outbox
 from hyper2kvmd.queue import setbacks
+from hyper2kvmd.queue.placement import declined, placement
+from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.queue.state import FINAL, Facts, Setback, State, state_of
 from hyper2kvmd.settings.model import Settings
 
@@ -48,16 +53,6 @@ STOP = {signal.SIGTERM, signal.SIGINT}
 BUSY_SECONDS = 1.0  # how often STATUS is refreshed while jobs run
 SCANNING_SECONDS = 0.2  # how often it is asked whether a look that takes long has ended
 REST_SECONDS = 15.0  # how often the loop comes round when nothing happens, so that one that hangs can be told from it
-
-
-@dataclass(frozen=True)
-class Row:
-    """An export as of the last scan. `since`: when it could have been started, or came into its state."""
-
-    state: State
-    finding: Finding | None
-    look: Facts
-    since: float
 
 
 class Daemon:
@@ -83,7 +78,9 @@ class Daemon:
         self._watch = Watch(self.wake, metrics.watched)
         self._handover = Handover()
         self._queue_watch = Watch(self._handed_over)
-        self._scanner = Scanner(self._watch, self._handover, self._queue_watch)
+        self._pulse = Pulse()
+        self._scanner = Scanner(self._watch, self._handover, self._queue_watch, self._pulse)
+        self._placer = Placer(self.wake, metrics)
         # By export: its newest modification, and when that was by a clock that does not jump.
         self._settling: dict[Path, tuple[float, float]] = {}
         self._last_status = ""
@@ -151,10 +148,10 @@ class Daemon:
         self._scan(now, found)
         self.draining = found.draining
         self.metrics.draining.set(self._starts_nothing)
-        self._start(now)
-        self._count(now, found.seconds)
+        due = self._start(now, found)
+        self._count(now, found)
         self._rested_at = time.monotonic() + min(PAUSE_FACTOR * found.seconds, PAUSE_SECONDS)
-        return min(self._next_look(now, found.seconds), self._do_periodic(now))
+        return min(self._next_look(now, found.seconds), self._do_periodic(now), due)
 
     def _do_periodic(self, now: float) -> float:
         """Have done what is due beside the jobs, and return the seconds until something is."""
@@ -180,22 +177,20 @@ class Daemon:
         words = {State.SUCCEEDED: "done"}
         others = [state for state in State if states[state] and state != State.RUNNING]
         parts = [f"{states[state]} {words.get(state, state)}" for state in others]
-        if states[State.RUNNING]:
-            parts.append(f"{states[State.RUNNING]} running elsewhere")
+        rest = [self._placer.trouble, self._trouble]
         if self.draining:
-            parts.append("draining: no job is started (hyper2kvmctl resume)")
+            rest[:0] = ["draining: no job is started (hyper2kvmctl resume)"]
         if self.retiring:
-            parts.append("ends with its last job, to start anew")
-        parts += [self._trouble] if self._trouble else []
-        names = [runner.progress.phrase(time.monotonic()) for runner in self.runners.values()]
-        # The counts matter more than the names: of these, as many as there is room for.
-        for shown in range(len(names), -1, -1):
-            more = [f"{len(names) - shown} more"] if 0 < shown < len(names) else []
-            running = f" ({', '.join([*names[:shown], *more])})" if shown else ""
-            line = ", ".join([f"{len(names)} running{running}", *parts])
-            if len(line) <= STATUS_LIMIT:
-                break
-        return line
+            rest[:0] = ["ends with its last job, to start anew"]
+        now = time.monotonic()
+        here = [runner.progress.phrase(now) for runner in self.runners.values()]
+        there = [progress.phrase(now) for progress in self._elsewhere()]
+        return status_line(here, parts, states[State.RUNNING], there, [text for text in rest if text])
+
+    def _elsewhere(self) -> list[Progress]:
+        """How far the jobs of other hosts are, and those that an engine or a person started on this one."""
+        looks = (seen.look for export, seen in self.table.items() if export not in self.runners)
+        return [look.progress for look in looks if look.progress is not None]
 
     def _loop(self, once: bool) -> None:
         watchdog = self._notifier.watchdog_interval()
@@ -211,7 +206,7 @@ class Daemon:
                     self._reload()
                     next_scan, ready = 0, False
                 if signal.SIGQUIT in self._signals and not self.retiring:
-                    self.retiring = True
+                    self.retiring = self._pulse.retiring = True
                     log.info("no job is started any more; the daemon ends with the last that runs", kind=Kind.RETIRING)
                 # Every end of a runner changes the picture: a place is free, a report is there.
                 if self._reap(selector, watched):
@@ -295,7 +290,7 @@ class Daemon:
             table[export] = Row(state, finding, look, self._since(before, state, look, now))
         self.table = table
         there = {**found.looks, **found.unreadable}
-        over = {export for export, seen in table.items() if seen.state in FINAL}
+        over = {export for export, seen in table.items() if seen.state in FINAL and seen.look.report_status}
         if not found.trouble and (gone := [e for e in self._setbacks if e not in there or e in over]):
             self._forget_setbacks(gone)
         self._settling = {export: times for export, times in self._settling.items() if export in table}
@@ -321,16 +316,39 @@ class Daemon:
         due = look.next_attempt_at or (before.look.next_attempt_at if before is not None else None)
         return max(look.settled_since + self.settings.settle_seconds, due or 0)
 
-    def _start(self, now: float) -> None:
-        if self._starts_nothing:
-            return
+    def _start(self, now: float, found: Scan) -> float:
+        """Start what can be started, here or by an engine; return the seconds until it is to be tried again."""
         queued = [export for export, seen in self.table.items() if seen.state == State.QUEUED]
-        # Oldest first: who has waited longest is served first.
-        queued.sort(key=lambda export: (self.table[export].look.settled_since, export.name))
+        looks = {export: self.table[export].look for export in queued}
+        placements = {export: placement(self.settings, export.name, look) for export, look in looks.items()}
+        # Of one priority, the oldest first: who has waited longest is served first.
+        queued.sort(key=lambda export: (-placements[export].priority, looks[export].settled_since, export.name))
+        engine = engine_of(self.settings)
+        if engine is None:
+            self._pulse.waits = self._start_here(now, queued)
+            return math.inf
+        if self.retiring or found.trouble:
+            return math.inf
+        wanted = [] if found.draining_all else [(export, placements[export]) for export in queued]
+        due, set_back = self._placer.place(engine, self.settings, self.table, wanted, found, now)
+        for export, finding in set_back:
+            self._set_back(export, finding)
+        self._pulse.waits = self._placer.waits(queued, self.table)
+        return due
+
+    def _start_here(self, now: float, queued: Sequence[Path]) -> dict[str, str]:
+        """Start jobs on this host as long as there are workers; return why it leaves exports to others."""
+        waits: dict[str, str] = {}
+        if self._starts_nothing:
+            return waits
+        verdict = self.health.checks(time.monotonic())["output"]
+        output_free = None if math.isnan(verdict.value) else int(verdict.value)
         for export in queued:
-            if len(self.runners) >= self.settings.workers:
-                break
-            if export not in self.runners:
+            look = self.table[export].look
+            if why := declined(look, self.settings, output_free=output_free, kvm=self._pulse.kvm):
+                waits[export.name] = why
+                continue
+            if len(self.runners) < self.settings.workers and export not in self.runners:
                 try:
                     before = self._setbacks.get(export)
                     crashed = before is not None and before.finding.code == Code.RUNNER_CRASHED
@@ -345,9 +363,11 @@ class Daemon:
                     continue
                 self.metrics.job_started(now - self.table[export].since)
                 log.info("started", export=export.name, pid=self.runners[export].pid)
+        return waits
 
-    def _count(self, now: float, took: float) -> None:
-        """Show what a look found that took so many seconds."""
+    def _count(self, now: float, found: Scan) -> None:
+        """Show what a look found."""
+        took = found.seconds
         states = Counter(State.RUNNING if export in self.runners else seen.state for export, seen in self.table.items())
         waiting = (
             seen.since
@@ -356,14 +376,15 @@ class Daemon:
         )
         self.metrics.looked((seen.look for seen in self.table.values()), states, min(waiting, default=None), now)
         self.metrics.scan_seconds.observe(took)
-        self.health.interval = self._interval(took) + took
+        self.metrics.fleet.show(self._elsewhere(), found.hosts, len(self.runners))
+        self.health.interval = self._pulse.interval = self._interval(took) + took
         self.health.looked = time.monotonic()
 
     def _interval(self, took: float) -> float:
         """Seconds until the next look if nothing happens, after one that took so long."""
         interval = self.settings.scan_interval_seconds
         if self._watch.polls:
-            return min(interval, POLL_SECONDS)
+            return max(min(interval, POLL_SECONDS), PAUSE_FACTOR * took)  # a file server has others to serve
         seen = self._watch.up and (self.settings.hypersdk.queue_dir is None or self._queue_watch.up)
         return max(interval, REST_FACTOR * took) if seen else interval
 
@@ -378,7 +399,9 @@ class Daemon:
 
     def _pending(self) -> bool:
         """Whether there is something that this daemon will do soon without anybody doing anything."""
-        return any(seen.state in (State.WAITING, State.QUEUED) for seen in self.table.values())
+        left_to_others = set() if self.settings.dispatch.engine != "local" else {*self._pulse.waits}
+        states = {seen.state for export, seen in self.table.items() if export.name not in left_to_others}
+        return not states.isdisjoint({State.WAITING, State.QUEUED}) or self._placer.has_jobs
 
     def _read(self, runner: Runner) -> None:
         for event in runner.read():
@@ -459,6 +482,8 @@ class Daemon:
             log.error(bad, kind=Kind.CONFIG_BAD, reason=str(error))
             return
         self.metrics.reload(accepted=True)
+        # The settings may ask for something else now.
+        self._forget_setbacks([e for e, back in self._setbacks.items() if back.finding.code == Code.ENGINE_REFUSED])
         self.health.refused = ""
         journal.configure(settings.log.level)
         self.metrics.count_log()
@@ -467,6 +492,7 @@ class Daemon:
     def _stop(self) -> None:
         """Stop the runners and wait for them: their jobs are done again by the next start."""
         self._notifier.stopping()
+        self._pulse.stop(self.settings)
         stop_all(self.runners.values())
         self._prune.end()
         self._notify.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -18,16 +19,16 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from hyper2kvmd import __version__
+from hyper2kvmd.daemon.fleet import NAMESPACE, Fleet
 from hyper2kvmd.daemon.health import Health, Verdict
-from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.daemon.web import Answer
 from hyper2kvmd.errors import MEANING, Code
 from hyper2kvmd.job.events import STAGES, Event
 from hyper2kvmd.journal import PRIORITY
+from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.queue.state import FINAL, Facts, State
 from hyper2kvmd.text import plain
 
-NAMESPACE = "hyper2kvmd"
 # From a second to a day: small disks are common, and so are nights. Each bucket is a series, so what there is once for
 # each stage has few.
 BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
@@ -41,6 +42,7 @@ FORMATS = ("qcow2", "raw")
 CONVERTED = {"stream": ("read", "inflated", "written"), "qemu-img": ("read", "written")}  # what is counted of which
 CHECKS = ("settings", "exports", "locks", "libvirt", "output", "work")
 POOLS = ("output", "work")
+NO_JOB = {Code.ENGINE_UNAVAILABLE, Code.ENGINE_REFUSED, Code.NOT_ACCEPTED}  # before there is a job that could end so
 TAGS_LIMIT = 200
 # A series for each of when a counter was created would double what there is, and Prometheus does not need them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -59,7 +61,9 @@ class Metrics:
         self._declare_slots()
         self._declare_watching()
         self._declare_health()
+        self.fleet = Fleet()
         self.registry.register(_Running(self))
+        self.registry.register(self.fleet)
 
     def _declare_jobs(self) -> None:
         self.jobs = self._gauge("jobs", "Number of exports in each state, as of the last look at them.", "state")
@@ -116,7 +120,7 @@ class Metrics:
         _initialise(self.jobs, State)
         self.oldest_waiting.set(math.nan)
         _initialise(self.completed, RESULTS)
-        _initialise(self.failures, MEANING)
+        _initialise(self.failures, [code for code in MEANING if code not in NO_JOB])
         _initialise(self.job_seconds, ("succeeded", "other"))
         _initialise(self.stage_seconds, STAGES)
         _initialise(self.bytes_read, READ)
@@ -240,7 +244,7 @@ class Metrics:
         epoch = time.time() - now  # of the monotonic clock
         counting = [stage.moved for stage in progress.stages.values() if stage.total] if progress else []
         heard = min(counting, default=progress.heard if progress else 0.0)
-        name = _slowest(progress, now) if progress else None
+        name = progress.slowest(now) if progress else None
         number, ratio, rate, left, start = math.nan, math.nan, 0.0, math.nan, math.nan
         if progress is not None and name is not None:
             number, stage = STAGES.index(name) + 1.0, progress.stages[name]
@@ -252,6 +256,18 @@ class Metrics:
         self.left.labels(slot).set(left)
         self.stage_start.labels(slot).set(start)
         self.last_progress.labels(slot).set(epoch + heard if heard else math.nan)
+
+    def reported(self, report: Mapping[str, Any]) -> None:
+        """Count a job that an engine ran somewhere, by its report, which may be anything."""
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            error = report["error"]
+            finished = {"status": report["status"], "report": report}
+            if report["status"] not in RESULTS:
+                return
+            for stage in report["stages"]:
+                if stage["name"] in STAGES and stage["status"] in ("done", "failed"):
+                    self.stage_seconds.labels(stage["name"]).observe(stage["seconds"])
+            self.job_ended(finished if error is None else {**finished, "code": error["code"]})
 
     def job_started(self, waited: float) -> None:
         """Count a job that was started, `waited` seconds after it could have been."""
@@ -408,16 +424,6 @@ def _initialise(metric: Counter | Gauge | Histogram, values: Iterable[str]) -> N
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _slowest(progress: Progress, now: float) -> str | None:
-    """The stage under way that takes longest, as far as that is known; one that counts in bytes before others."""
-
-    def weight(name: str) -> tuple[bool, float]:
-        stage = progress.stages[name]
-        return stage.total > 0, stage.seconds_left(now) or math.inf
-
-    return max(progress.stages, key=weight, default=None)
 
 
 def _tags(tags: Mapping[str, str]) -> str:

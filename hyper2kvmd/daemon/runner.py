@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from hyper2kvmd import run
-from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.job.events import Decoder, Event
 from hyper2kvmd.job.request import Request
+from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.settings.model import Settings
 
 # A job ends its tools within seconds, but storage that hangs can hold it up.
@@ -59,7 +59,7 @@ class Runner:
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self.events_fd, 65536):
                 for event in self._decoder.feed(data):
-                    self.progress.apply(event, time.monotonic())
+                    self.progress.apply(event.kind, event.data, time.monotonic())
                     yield event
 
     def follow(self, on_event: Callable[[Event], None]) -> int:

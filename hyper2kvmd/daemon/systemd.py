@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Sequence
 
 import sdnotify
 
@@ -47,3 +48,28 @@ class Notifier:
         notifier.notify(message)
         if notifier.socket is not None:
             notifier.socket.close()
+
+
+def status_line(
+    here: Sequence[str], counts: Sequence[str], running_elsewhere: int, elsewhere: Sequence[str], rest: Sequence[str]
+) -> str:
+    """One line: what runs, what else there is, what runs elsewhere, and what people should know.
+
+    The counts matter more than the names of jobs: of these, as many as there is room for, this host's first.
+    """
+    line = ""
+    for shown in range(len(here) + len(elsewhere), -1, -1):
+        others = _some(elsewhere, shown - len(here))
+        at_others = [f"{running_elsewhere} running elsewhere{others}"] if running_elsewhere else []
+        line = ", ".join([f"{len(here)} running{_some(here, shown)}", *counts, *at_others, *rest])
+        if len(line) <= STATUS_LIMIT:
+            break
+    return line
+
+
+def _some(names: Sequence[str], shown: int) -> str:
+    """The first of some names in brackets, and how many there are more; "" if none is to be shown."""
+    if shown <= 0 or not names:
+        return ""
+    more = [f"{len(names) - shown} more"] if shown < len(names) else []
+    return f" ({', '.join([*names[:shown], *more])})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -16,8 +17,10 @@ from watchdog.events import DirCreatedEvent, DirMovedEvent, FileClosedEvent, Fil
 from watchdog.observers import Observer
 
 from hyper2kvmd.daemon.handover import Handover
+from hyper2kvmd.daemon.pulse import Pulse
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.queue import facts, requests
+from hyper2kvmd.queue.hosts import Seen, all_hosts, drained_hosts
 from hyper2kvmd.queue.names import LOCK, REPORT
 from hyper2kvmd.queue.state import Facts
 from hyper2kvmd.settings.model import Settings
@@ -145,7 +148,9 @@ class Scan:
     """What one look at all of the exports directory found.
 
     unreadable: exports, and why they cannot be looked at. ignored: names of directories that cannot be exports.
-    trouble: why the directory itself cannot be read, or "".
+    trouble: why the directory itself cannot be read, or "". began: when the look began (monotonic). draining: whether
+    no job is started here, draining_all: nor anywhere else. drained: hosts that start none, by themselves. hosts: all
+    that work on the directory.
     """
 
     looks: dict[Path, Facts]
@@ -155,6 +160,10 @@ class Scan:
     draining: bool
     settings: Settings
     seconds: float
+    began: float = 0.0
+    draining_all: bool = False
+    drained: frozenset[str] = frozenset()
+    hosts: tuple[Seen, ...] = ()
 
 
 class Scanner:
@@ -163,8 +172,9 @@ class Scanner:
     It is a daemon thread, so the program can end without it.
     """
 
-    def __init__(self, watch: Watch, handover: Handover, queue_watch: Watch) -> None:
+    def __init__(self, watch: Watch, handover: Handover, queue_watch: Watch, pulse: Pulse) -> None:
         self._watch = watch
+        self._pulse = pulse
         self._handover = handover
         self._queue_watch = queue_watch
         self._thread: threading.Thread | None = None
@@ -226,7 +236,16 @@ class Scanner:
             elif found is not None:
                 looks[export] = found
         self._handover.answer(settings, all_looks)
-        return Scan(looks, unreadable, tuple(ignored), "", draining, settings, time.monotonic() - began)
+        self._pulse.beat(settings, draining=draining)
+        seen: tuple[Seen, ...] = ()
+        drained: frozenset[str] = frozenset()
+        with contextlib.suppress(OSError):  # `hyper2kvmctl hosts` says why
+            seen, drained = tuple(all_hosts(settings, time.time())), drained_hosts(settings)
+        found_in = time.monotonic() - began
+        everywhere = requests.draining_all(settings)
+        return Scan(
+            looks, unreadable, tuple(ignored), "", draining, settings, found_in, began, everywhere, drained, seen
+        )
 
 
 def file_system(path: Path) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.job.events import Event
+from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.text import duration
 
 
@@ -20,7 +20,7 @@ def moved(stage: str, bytes: int) -> Event:
 def after(*events: tuple[float, Event]) -> Progress:
     progress = Progress("web01")
     for now, event in events:
-        progress.apply(event, now)
+        progress.apply(event.kind, event.data, now)
     return progress
 
 
