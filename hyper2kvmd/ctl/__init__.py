@@ -12,6 +12,7 @@ from hyper2kvmd.ctl import (
     batch,
     control,
     doctor,
+    hosts,
     listing,
     logs,
     manifest,
@@ -41,7 +42,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hyper2kvmctl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (migrate, batch, validate, manifest, listing, report, control, logs, prune, switch, notify, doctor):
+    for module in (
+        migrate,
+        batch,
+        validate,
+        manifest,
+        listing,
+        report,
+        control,
+        hosts,
+        logs,
+        prune,
+        switch,
+        notify,
+        doctor,
+    ):
         for command in module.add_commands(commands):
             command.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
             add_settings_options(command)

@@ -18,6 +18,7 @@ from hyper2kvmd.job.context import job_id
 from hyper2kvmd.job.undo import OUTPUT_KEPT
 from hyper2kvmd.queue import facts, requests
 from hyper2kvmd.queue.claim import Busy, claim_export
+from hyper2kvmd.queue.hosts import all_hosts, drain_request, make_directory
 from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD
 from hyper2kvmd.queue.state import FINAL, Facts, State
 from hyper2kvmd.settings.model import Settings
@@ -45,6 +46,8 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     drain_.set_defaults(run=drain)
     resume_ = commands.add_parser("resume", help="have jobs started again after a drain")
     resume_.set_defaults(run=resume)
+    for command in (drain_, resume_):
+        command.add_argument("--host", metavar="NAME", help="on this host only, as `hyper2kvmctl hosts` has its name")
     return [*made, drain_, resume_]
 
 
@@ -149,36 +152,52 @@ def release(export: Path, config: Settings) -> str:
 
 
 def drain(options: argparse.Namespace, config: Settings) -> int:
-    """Have no daemon on this directory start another job."""
+    """Have no daemon on this directory, or that of one host, start another job."""
+    host = options.host
+    if host is not None and host not in (known := [seen.beat.host for seen in all_hosts(config, time.time())]):
+        names = ", ".join(known) or "none has said that it is there yet"
+        return refuse(EXIT_NOT_FOUND, f"{host}: no such host works on {config.exports_dir}; the hosts are: {names}")
     try:
-        requests.ask(config.exports_dir, DRAIN)
+        if host is not None:
+            make_directory(config)
+        requests.ask(config.exports_dir, _drain_name(host))
     except OSError as error:
         return refuse(*refused(error, config.exports_dir))
     if not options.no_wait:
-        while running := _running(config):
+        while running := _running(config, host):
             print(f"waiting for {', '.join(export.name for export in running)}", file=sys.stderr)
-            _wait_until(lambda: not _running(config), seconds=10.0)
-    left = [str(export) for export in _running(config)]
+            _wait_until(lambda: not _running(config, host), seconds=10.0)
+    left = [str(export) for export in _running(config, host)]
+    where, again = ("", "") if host is None else (f" on {host}", f" --host {host}")
     if options.json:
-        print_json({"draining": True, "running": left})
+        print_json({"draining": True, "host": host, "running": left})
+    elif left:
+        print(f"no job is started any more{where}")
     else:
-        print("drained; `hyper2kvmctl resume` has jobs started again" if not left else "no job is started any more")
+        print(f"drained{where}; `hyper2kvmctl resume{again}` has jobs started again")
     return EXIT_DONE
 
 
 def resume(options: argparse.Namespace, config: Settings) -> int:
     """Have jobs started again."""
-    was = requests.withdraw(config.exports_dir, DRAIN)
+    was = requests.withdraw(config.exports_dir, _drain_name(options.host))
     if options.json:
-        print_json({"draining": False, "was_draining": was})
+        print_json({"draining": False, "host": options.host, "was_draining": was})
     else:
         print("jobs are started again" if was else "nobody had asked for a drain")
     return EXIT_DONE
 
 
-def _running(config: Settings) -> list[Path]:
+def _drain_name(host: str | None) -> str:
+    return DRAIN if host is None else drain_request(host)
+
+
+def _running(config: Settings, host: str | None) -> list[Path]:
+    """The exports that a job works on, on one host or on any."""
     looks = ((export, facts.look_or_reason(export, config)) for export in facts.exports(config)[0])
-    return [export for export, look in looks if isinstance(look, Facts) and look.held]
+    running = [(export, look) for export, look in looks if isinstance(look, Facts) and look.held]
+    # A job says within a moment where it runs; until then it may be anywhere.
+    return [export for export, look in running if host is None or look.progress is None or look.progress.host == host]
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:

@@ -7,7 +7,8 @@ import contextlib
 import os
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,15 @@ from rich.text import Text
 
 from hyper2kvmd.ctl.migrate import print_report
 from hyper2kvmd.ctl.output import print_json
-from hyper2kvmd.errors import Finding, MigrationError
+from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.files import open_directory
 from hyper2kvmd.queue import facts, setbacks
 from hyper2kvmd.queue.asked import Asked, kept
 from hyper2kvmd.queue.claim import holder
 from hyper2kvmd.queue.export import Export
+from hyper2kvmd.queue.hosts import Seen, all_hosts
+from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.queue.state import Facts, State, state_of
 from hyper2kvmd.settings.model import Settings
 
@@ -49,24 +52,22 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 def list_exports(options: argparse.Namespace, config: Settings) -> int:
     """Print a table of all exports."""
-    rows = [row for export in facts.exports(config)[0] if (row := _row(export, config)) is not None]
-    asked = {export: _asked(export, config) for export, _, _ in rows}
+    hosts = _hosts(config)
+    rows = [row for export in facts.exports(config)[0] if (row := _row(export, config, hosts)) is not None]
+    asked = {row.export: _asked(row.export, config) for row in rows}
+    now = time.monotonic()
     if options.json:
-        print_json(
-            [
-                {"export": str(export), "state": state, **_reason(finding), "asked": asked[export].options()}
-                for export, state, finding in rows
-            ]
-        )
+        print_json([{**row.as_json(now), "asked": asked[row.export].options()} for row in rows])
         return EXIT_DONE
     table = Table(box=None, pad_edge=False)
     wide = any(str(wanted) for wanted in asked.values())
     for heading in ("EXPORT", "STATE", "REASON", *(["ASKED FOR"] if wide else [])):
         table.add_column(heading, overflow="fold")
-    for export, state, finding in rows:
-        style = "red" if state == "unreadable" else STYLE.get(state)
-        more = [Text(str(asked[export]))] if wide else []
-        table.add_row(export.name, state, Text(finding.message if finding else ""), *more, style=style)
+    for row in rows:
+        style = "red" if row.state == "unreadable" else STYLE.get(row.state)
+        more = [Text(str(asked[row.export]))] if wide else []
+        text = row.finding.message if row.finding else row.progress.doing(now) if row.progress else ""
+        table.add_row(row.export.name, row.state, Text(text), *more, style=style)
     Console().print(table)
     return EXIT_DONE
 
@@ -80,26 +81,29 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
             file=sys.stderr,
         )
         return EXIT_NOT_FOUND
-    _, state, finding = _describe(export, config)
+    row = _described(export, facts.look(export, config), config, _hosts(config))
     document = facts.read_report(export)
     runner = holder(export)
     asked = _asked(export, config)
     if options.json:
-        shape = {"export": str(export), "state": state, **_reason(finding), "asked": asked.options()}
+        shape = {**row.as_json(time.monotonic()), "asked": asked.options()}
         print_json({**shape, "holder": runner, "report": document})
         return EXIT_DONE
     console = Console()
     console.print(f"{'export':<10} {export}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{'state':<10} {state}", style=STYLE.get(state), markup=False, highlight=False)
+    console.print(f"{'state':<10} {row.state}", style=STYLE.get(State(row.state)), markup=False, highlight=False)
     if asked != Asked():
         console.print(f"{'asked for':<10} {asked}", markup=False, highlight=False, soft_wrap=True)
-    if state == State.RUNNING:
+    if row.progress is not None:
+        text = row.progress.doing(time.monotonic())
+        console.print(f"{'progress':<10} {text}", markup=False, highlight=False, soft_wrap=True)
+    if row.state == State.RUNNING:
         text = f"attempt {runner.get('attempt')}, process {runner.get('pid')} on {runner.get('host')}"
         console.print(f"{'runner':<10} {text} since {runner.get('since')}", markup=False, highlight=False)
     if document:
         print_report(console, document)
-    elif finding is not None:
-        console.print(f"{'reason':<10} {finding}", markup=False, highlight=False, soft_wrap=True)
+    elif row.finding is not None:
+        console.print(f"{'reason':<10} {row.finding}", markup=False, highlight=False, soft_wrap=True)
     return EXIT_DONE
 
 
@@ -119,12 +123,59 @@ def find(name: str, config: Settings) -> Path | None:
     return Path(name).resolve() if Path(name).is_dir() else None
 
 
-def _row(export: Path, config: Settings) -> tuple[Path, State | Literal["unreadable"], Finding | None] | None:
+@dataclass(frozen=True)
+class Row:
+    """One export as it is shown."""
+
+    export: Path
+    state: State | Literal["unreadable"]
+    finding: Finding | None
+    progress: Progress | None = None
+
+    def as_json(self, now: float) -> dict[str, Any]:
+        """The row for `--json`; now: the monotonic clock."""
+        return {
+            "export": str(self.export),
+            "state": self.state,
+            "reason": None if self.finding is None else self.finding.as_json(),
+            "progress": None if self.progress is None else self.progress.as_json(now),
+        }
+
+
+def _row(export: Path, config: Settings, hosts: Sequence[Seen]) -> Row | None:
     """One row of the list; None for an export that is gone."""
     found = facts.look_or_reason(export, config)
     if isinstance(found, Finding):
-        return export, "unreadable", found
-    return None if found is None else (export, *_state(export, found, config))
+        return Row(export, "unreadable", found)
+    return None if found is None else _described(export, found, config, hosts)
+
+
+def _described(export: Path, look: Facts, config: Settings, hosts: Sequence[Seen]) -> Row:
+    """The state, with what a daemon of this host knows that could not be written into the export."""
+    known = replace(look, setback=setbacks.read(config.work_dir).get(export))
+    state, finding = state_of(known, config, time.time())
+    if state == State.QUEUED and finding is None:
+        finding = _untaken(export, hosts)
+    return Row(export, state, finding, look.progress)
+
+
+def _hosts(config: Settings) -> list[Seen]:
+    """The hosts that have a daemon which works; none if nobody can know."""
+    with contextlib.suppress(OSError):
+        return [seen for seen in all_hosts(config, time.time()) if seen.state == "running"]
+    return []
+
+
+def _untaken(export: Path, hosts: Sequence[Seen]) -> Finding | None:
+    """Why no host starts a queued export, if each has said so."""
+    why = {seen.beat.host: seen.beat.waits.get(export.name) for seen in hosts}
+    if not why or None in why.values():
+        return None
+    said = "; ".join(f"{host}: {text}" for host, text in why.items())
+    if any(seen.beat.engine != "local" for seen in hosts):
+        return Finding("placed_later", said, "The engine decides; `hyper2kvmctl doctor dispatch` tries every host.")
+    hint = "Change `accept` on one of them and reload its daemon; or `hyper2kvmctl migrate` it on the host you want."
+    return Finding(Code.NOT_ACCEPTED, f"no host takes it: {said}", hint)
 
 
 def _asked(export: Path, config: Settings) -> Asked:
@@ -136,19 +187,6 @@ def _asked(export: Path, config: Settings) -> Asked:
         finally:
             os.close(fd)
     return Asked()
-
-
-def _describe(export: Path, config: Settings) -> tuple[Path, State, Finding | None]:
-    return export, *_state(export, facts.look(export, config), config)
-
-
-def _state(export: Path, look: Facts, config: Settings) -> tuple[State, Finding | None]:
-    """The state, with what a daemon of this host knows that could not be written into the export."""
-    return state_of(replace(look, setback=setbacks.read(config.work_dir).get(export)), config, time.time())
-
-
-def _reason(finding: Finding | None) -> dict[str, Any]:
-    return {"reason": None if finding is None else finding.as_json()}
 
 
 def state_now(export: Path, config: Settings, *, held: bool | None = None) -> State:

@@ -12,10 +12,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from hyper2kvmd.api import MigrationFailed, MigrationPipeline
 from hyper2kvmd.ctl.output import print_json
-from hyper2kvmd.daemon.progress import Progress as JobProgress
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.job.events import CHOICES, Event
 from hyper2kvmd.queue.answer import boot_disk
+from hyper2kvmd.queue.progress import Progress as JobProgress
 from hyper2kvmd.report.model import Report
 from hyper2kvmd.report.results import Results
 from hyper2kvmd.settings.load import writing_to

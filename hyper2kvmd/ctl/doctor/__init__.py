@@ -19,6 +19,7 @@ from hyper2kvmd.ctl.doctor.directories import (
     check_watching,
     check_work,
 )
+from hyper2kvmd.ctl.doctor.dispatch import check_dispatch
 from hyper2kvmd.ctl.doctor.host import (
     check_kvm,
     check_libguestfs,
@@ -113,4 +114,5 @@ CHECKS: dict[str, Callable[[Host, Diagnosis], str]] = {
     "windows": check_windows,
     "service": check_service,
     "metrics": check_metrics,
+    "dispatch": check_dispatch,
 }
