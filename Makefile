@@ -125,6 +125,15 @@ matrix: deps venv ## migrate every test guest and boot it (two hours without KVM
 demo: deps venv ## watch one guest being migrated
 	@$(PYTHON) -m tests.demo
 
+.PHONY: test-fleet
+test-fleet: deps venv ## minutes; several hosts with a real Slurm, each in namespaces of its own
+	$(call pytest,fleet,-m 'rest or not rest' tests/unit/dispatch tests/integration/dispatch tests/integration/daemon/test_dispatch.py)
+	@$(call SAY,fleet)
+
+.PHONY: soak-fleet
+soak-fleet: deps venv ## kill, hang and cut off hosts that migrate, 200 times; SOAK="--experiments 20" for fewer
+	@$(PYTHON) -m tests.fleet.soak $(SOAK)
+
 .PHONY: soak
 soak: deps venv ## break migrations in every way for ten minutes; SOAK="--seconds 7200" for longer
 	@$(PYTHON) -m tests.faults $(SOAK)

@@ -66,11 +66,13 @@ apt() {
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get -q -o DPkg::Lock::Timeout=300 "$@" </dev/null >"$log" 2>&1
 }
-# The tests start a Prometheus of their own; the package would start one, now and at every boot, that everybody can reach.
-unit=/etc/systemd/system/prometheus.service
-if [[ " ${missing[*]} " == *" prometheus "* && -d ${unit%/*} && ! -e $unit ]]; then
-    "${as_root[@]}" ln -s /dev/null "$unit"
-fi
+# The tests start these themselves; their packages would start them, now and at every boot, where everybody can reach them.
+for service in prometheus slurmctld slurmd munge; do
+    unit=/etc/systemd/system/$service.service
+    if [[ " ${missing[*]} " == *" $service "* && -d ${unit%/*} && ! -e $unit ]]; then
+        "${as_root[@]}" ln -s /dev/null "$unit"
+    fi
+done
 # One unreachable source must not stop us if the others have what we need; the installation will tell.
 apt update || echo "apt-get update had trouble; trying to install all the same" >&2
 look "$@" # with the names that apt knows now

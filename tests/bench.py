@@ -19,23 +19,25 @@ from typing import Any
 from hyper2kvmd import accel, journal
 from hyper2kvmd.daemon.daemon import Daemon
 from hyper2kvmd.daemon.metrics import Metrics
-from hyper2kvmd.daemon.progress import Progress
 from hyper2kvmd.errors import Code
 from hyper2kvmd.files import fsync_file
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.job.events import STAGES, Event
 from hyper2kvmd.queue.names import LOCK, REPORT
+from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
 from tests.cache import cached
 from tests.conftest import disk_entry, report_of, run_job, write_manifest
+from tests.fleet import HEAD, write_script
+from tests.fleet.migrations import Campaign
 from tests.guests.build import build, export
 from tests.integration.daemon.test_daemon import daemon
 
 
 def main() -> int:
     """Run the benchmarks that are named, or all of them, and print one line for each figure."""
-    functions = (conversion, data, migration, fix, latency, overhead, burst, endurance, scan, idle, events)
+    functions = (conversion, data, migration, fix, latency, overhead, burst, fleet, endurance, scan, idle, events)
     benchmarks = {function.__name__: function for function in functions}
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *benchmarks], help="which (default: all)")
@@ -361,6 +363,57 @@ def burst(scratch: Path) -> None:
     figure("  time", seconds, "s", "none set")
 
 
+def fleet(scratch: Path) -> None:
+    """Two thousand exports, three nodes of two slots, and a real Slurm: how fast they are handed over, and done."""
+    count = 2000
+    with Campaign(nodes=3, dispatch={"max_submitted": count}) as campaign:
+        # Nothing may start: what is measured is the daemon, sbatch and slurmctld.
+        campaign.fleet.shell(HEAD, "scontrol update nodename=kvm[1-3] state=drain reason=bench")
+        for number in range(count):
+            campaign.drop(f"vm{number:04}", 4096)
+        began = time.monotonic()
+        with campaign.daemon():
+            listed = ["squeue", "--noheader", "--format=%i"]
+            while len(campaign.fleet.run(HEAD, *listed).stdout.split()) < count:
+                time.sleep(0.5)
+        figure("2,000 jobs handed over to Slurm", count / (time.monotonic() - began), "a second", "≥ 20")
+        campaign.fleet.run(HEAD, "scancel", f"--user={campaign.fleet.account}")
+    with Campaign(nodes=3) as campaign:
+        calls = campaign.fleet.hosts[HEAD].directory / "home" / "squeue"
+        write_script(
+            campaign.fleet.directory / "local" / "squeue",
+            f'echo >>{campaign.fleet.directory}/here/home/squeue; exec /usr/bin/squeue "$@"',
+        )
+        exports = [campaign.drop(f"vm{number:04}", 4096) for number in range(count)]
+        began = time.monotonic()
+        with campaign.daemon():
+            while not all((export / REPORT).exists() for export in exports):
+                time.sleep(2)
+            seconds = time.monotonic() - began
+            page = campaign.metrics()
+        reports = [report_of(export) for export in exports]
+        figure("2,000 tiny exports, 3 nodes of 2 slots: succeeded", _counted(reports, "succeeded"), "jobs", "2000")
+        figure("  done more than once", sum(document["attempts"] != 1 for document in reports), "jobs", "0")
+        figure("  disks published", sum(len([*h.images.iterdir()]) for h in campaign.fleet.hosts.values()), "", "2000")
+        figure("  time", seconds, "s", "none set")
+        looks, took = (_sample(page, f"hyper2kvmd_scan_duration_seconds_{what}") for what in ("count", "sum"))
+        figure("  one look of the daemon, on average", took / looks, "s", "≤ 2")
+        figure("  looks that took longer than 1 s", looks - _sample(page, _WITHIN_A_SECOND), "", "none set")
+        figure("  calls of squeue for a look", len(calls.read_text().splitlines()) / looks, "", "≤ 1")
+
+
+_WITHIN_A_SECOND = 'hyper2kvmd_scan_duration_seconds_bucket{le="1.0"}'
+
+
+def _counted(reports: list[dict[str, Any]], status: str) -> int:
+    return sum(document["status"] == status for document in reports)
+
+
+def _sample(page: str, name: str) -> float:
+    """The value of a series of the page that Prometheus reads."""
+    return next(float(line.split()[-1]) for line in page.splitlines() if line.startswith(f"{name} "))
+
+
 def endurance(scratch: Path) -> None:
     """The daemon's memory over ten thousand tiny jobs; what is done is taken away after each thousand."""
     settings = settings_in(scratch, log={"level": "error"}, metrics={"listen": "127.0.0.1:9879"}, workers=4)
@@ -437,7 +490,7 @@ def events(scratch: Path) -> None:
     for number in range(1, 100_001):
         progress = Progress(f"web{number}")
         for event in _job_events(number):
-            progress.apply(event, time.monotonic())
+            progress.apply(event.kind, event.data, time.monotonic())
             metrics.event(event)
         metrics.show({number % 8: progress}, 8)
         metrics.job_ended(progress.finished)
