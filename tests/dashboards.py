@@ -353,6 +353,14 @@ def fleet() -> Json:
         Column("version", "Version", "string", 110),
         Column("python", "Python", "string", 90),
     )
+    everywhere = (
+        Column("vm", "VM"),
+        Column("host", "Host"),
+        Column("stage", "Stage", "string", 90),
+        Column("Value #A", "Progress", "percentunit", 160),
+        Column("Value #B", "Rate", "binBps", 100),
+        Column("Value #C", "Left in stage", "s", 100),
+    )
     to_host = {
         "title": "Look at this host",
         "url": f"/d/{HOST}?${{datasource:queryparam}}&${{job:queryparam}}&var-instance=${{__value.raw}}"
@@ -423,6 +431,39 @@ def fleet() -> Json:
                 "How much room each host has for migrated disks. Jobs wait for space, they do not fill it up.",
                 "bytes",
                 (f"min by (instance) ({of('destination_free_bytes', pool='output')})", "{{instance}}"),
+            ),
+        ],
+        "One exports directory": [
+            table(
+                "Jobs of all hosts",
+                "Every job that runs on any host of the exports directory, also where no daemon runs, such as on a node"
+                " of Slurm.",
+                everywhere,
+                f"max by (vm, host, stage) ({of('elsewhere_progress_ratio')})",
+                f"max by (vm, host, stage) ({of('elsewhere_bytes_per_second')})",
+                f"max by (vm, host, stage) ({of('elsewhere_stage_remaining_seconds')})",
+                overrides=[_column("Progress", ("custom.cellOptions", {"type": "gauge", "mode": "basic"}), ("max", 1))],
+                width=12,
+                height=8,
+            ),
+            timeline(
+                "Hosts that are there",
+                "When each host of the exports directory said that it is there. Its silence leaves its jobs to others.",
+                (f"max by (host) ({of('host_up')})", "{{host}}"),
+                no="gone",
+                yes="there",
+            ),
+            areas(
+                "Jobs by host",
+                "How many jobs run on each host, as they say themselves.",
+                "none",
+                (f"max by (host) ({of('host_jobs')})", "{{host}}"),
+            ),
+            areas(
+                "With the engine",
+                "Jobs that Slurm, or what dispatch.command names, has: waiting for a host, and running.",
+                "none",
+                (f"max by (state) ({of('engine_jobs')})", "{{state}}"),
             ),
         ],
     }
@@ -606,6 +647,7 @@ def host() -> Json:
 
 # Metrics that neither a dashboard nor an alert has, and why.
 UNUSED = {
+    "hyper2kvmd_host_last_seen_timestamp_seconds": "says how old hyper2kvmd_host_up is, which is 0 by then",
     "hyper2kvmd_jobs_started_total": "says nothing that the jobs that ended and those that run do not say",
 }
 

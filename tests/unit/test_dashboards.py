@@ -290,7 +290,7 @@ def test_an_alert_says_who_should_act_and_where_to_read_on(name: str) -> None:
     alert, section = alerts()[name], runbook()[name]
     assert {"summary", "description", "runbook_url"} == {*alert["annotations"]}
     assert f"docs/runbook.md#{name.lower()}" == alert["annotations"]["runbook_url"]
-    assert "{{ $labels.instance }}" in alert["annotations"]["summary"]
+    assert re.search(r"\{\{ \$labels\.(instance|host) }}", alert["annotations"]["summary"])
     (severity,) = alert["labels"].values()
     assert section.strip().startswith(f"**{severity}.**")
     assert ["See more", "Do", "Silence"] == re.findall(r"^- (.*?):", section, re.MULTILINE)
