@@ -162,7 +162,7 @@ def test_the_journals_catalog_is_there(machine: Container) -> None:
         (["hyper2kvmctl", "manifest", "create", "--format", ""], ["json", "yaml"]),
         (["hyper2kvmctl", "drain", "--no"], ["--no-wait"]),
         (["hyper2kvmctl", "show", "etc"], []),
-        (["hyper2kvmd", "check"], ["check-config"]),
+        (["hyper2kvmd", "check"], ["check-config", "check-host"]),
     ],
 )
 def test_bash_completes(machine: Container, words: list[str], offered: list[str]) -> None:
