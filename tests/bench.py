@@ -353,7 +353,7 @@ def burst(scratch: Path) -> None:
     with daemon(settings, "--once") as process:
         process.communicate()
     seconds = time.monotonic() - started
-    reports = [report_of(directory) for directory in (scratch / "exports").iterdir()]
+    reports = [report_of(directory) for directory in (scratch / "exports").glob("vm*")]
     good = sum(document["status"] == "succeeded" for document in reports)
     twice = sum(document["attempts"] != 1 for document in reports)
     outputs = len(list((scratch / "images").iterdir()))

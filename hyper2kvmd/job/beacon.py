@@ -26,13 +26,13 @@ HOST_SECONDS = 60.0  # how often a host without a daemon says that it is there
 class Beacon:
     """The file of one job. Losing it loses no work: what cannot be written is logged once.
 
-    `note` is called with every event, by any thread; `show` now and then, by one.
+    `note` is called with every event, by any thread; `show` now and then, by one. hosts_of: the settings of the
+    directory whose other hosts are told of this one, too: where an engine started the job, there need be no daemon.
     """
 
-    def __init__(self, claim: Claim, settings: Settings) -> None:
+    def __init__(self, claim: Claim, hosts_of: Settings | None) -> None:
         self._fd = claim.export.fd
-        # A job by hand, of a directory elsewhere, is not of the hosts that share one.
-        self._settings = settings if claim.export.directory.parent == settings.exports_dir else None
+        self._settings = hosts_of
         self._beaten = -math.inf
         self._progress = Progress(claim.export.directory.name, attempt=claim.attempt, host=hosts.this_host())
         self._lock = threading.Lock()

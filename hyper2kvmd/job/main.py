@@ -96,7 +96,7 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
     structlog.contextvars.bind_contextvars(job_id=job.id, attempt=claim.attempt)
     journal.also_to(export.fd, LOG)
     _be_nice(settings, tools)
-    beacon = Beacon(claim, settings)
+    beacon = Beacon(claim, None if request.submitted_by is None else settings)
     events.also = beacon.note
     try:
         return _run(job, claim, look, began, wanted, unknown, beacon)
