@@ -21,13 +21,15 @@ REFUSED_LIMIT = 3  # so many jobs in a row that are refused mean that it is not 
 class Round:
     """What came of one round, which asked the engine at `asked` (monotonic) what it has.
 
-    jobs: what it has by now, by our names; submitted: those of them that it was given in this round. refused: by name,
-    why it did not take a job. trouble: why nothing more could be done, if that is so.
+    jobs: what it has by now, by our names; submitted: those of them that it was given in this round; withdrawn: what
+    was taken back, as it must not start. refused: by name, why it did not take a job. trouble: why nothing more could
+    be done, if that is so.
     """
 
     asked: float = 0.0
     jobs: Mapping[str, Handed] = field(default_factory=dict)
     submitted: frozenset[str] = frozenset()
+    withdrawn: frozenset[str] = frozenset()
     refused: Mapping[str, Finding] = field(default_factory=dict)
     trouble: Finding | None = None
 
@@ -84,8 +86,9 @@ def in_step(engine: Engine, wanted: Sequence[Submission], ours: frozenset[str], 
     except MigrationError as error:
         return Round(before.asked, before.jobs, trouble=error.finding())
     jobs = {job.name: job for job in listed if job not in stale}
+    withdrawn = frozenset(job.name for job in stale if not job.stuck)
     # What was there and is gone has ended: whether it left anything is for the next look to say.
-    known = {*jobs, *before.jobs}
+    known = {*jobs, *before.jobs} - withdrawn
     due = [submission for submission in wanted if submission.name not in known][: max(limit - len(jobs), 0)]
     refused: dict[str, Finding] = {}
     taken: list[str] = []
@@ -107,4 +110,4 @@ def in_step(engine: Engine, wanted: Sequence[Submission], ours: frozenset[str], 
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(hand_over, due))
-    return Round(asked, jobs, frozenset(taken), refused, trouble[0] if trouble else None)
+    return Round(asked, jobs, frozenset(taken), withdrawn, refused, trouble[0] if trouble else None)

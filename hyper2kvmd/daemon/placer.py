@@ -96,6 +96,8 @@ class Placer:
         self._note_trouble(last.trouble)
         self._metrics.fleet.show_engine(last.jobs.values(), up=last.trouble is None)
         for export, name in names.items():
+            if name in last.withdrawn:
+                self._handed.pop(export, None)
             if name in last.jobs:
                 self._handed[export] = name
             if name in last.submitted:

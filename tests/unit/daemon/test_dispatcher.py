@@ -68,6 +68,7 @@ def test_what_must_not_start_any_more_is_taken_back_and_what_runs_is_left_alone(
     found = step(engine, ours=("held", "runs"))
     assert ["jobs", "cancel 1"] == engine.calls
     assert ["runs"] == [*found.jobs]
+    assert {"held"} == found.withdrawn, "it did not end by itself"
 
 
 def test_what_waits_for_ever_is_taken_back_and_handed_over_anew_once_somebody_has_looked() -> None:
@@ -75,6 +76,8 @@ def test_what_waits_for_ever_is_taken_back_and_handed_over_anew_once_somebody_ha
     found = step(engine, "a")
     assert ["jobs", "cancel 1", "submit a"] == engine.calls
     assert {"a"} == found.submitted
+    again = step(Table([Handed("2", "a", "waiting", stuck=True)]), "a", before=found)
+    assert (frozenset(), frozenset()) == (again.submitted, again.withdrawn)
 
 
 def test_jobs_of_other_directories_are_nobodys_business_here() -> None:
