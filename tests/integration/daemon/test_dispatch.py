@@ -144,7 +144,7 @@ def test_what_waits_there_says_why_and_is_taken_back_when_it_is_held_or_all_is_d
         wait_until(lambda: 1 == queue.waiting(), 60)
         assert 0 == ctl("drain").returncode
         wait_until(lambda: not queue.waiting(), 60)
-        assert ("queued", "") == listed("web01")[:2], "it was taken back, and did not fail"
+        assert "queued" == listed("web01")[0], "it was taken back, and did not fail"
         queue.unset("full")
         assert 0 == ctl("resume").returncode
         wait_until(lambda: done(export), 120)
