@@ -20,7 +20,16 @@ def write_durably(dir_fd: int, name: str, data: bytes, attempt: int) -> None:
 
     Raise OSError; then the old one is still there.
     """
-    temporary = f".{name}.{attempt}.tmp"
+    write_whole(dir_fd, name, data, attempt, flush=True)
+    os.fsync(dir_fd)
+
+
+def write_whole(dir_fd: int, name: str, data: bytes, number: int, *, flush: bool = False) -> None:
+    """Write a file so that a reader finds the old one or the new one, whole. flush: so that a crash does not, either.
+
+    number: what tells its writer from others, for the temporary name. Raise OSError; then the old one is still there.
+    """
+    temporary = f".{name}.{number}.tmp"
     fd = create_file(temporary, 0o644, dir_fd=dir_fd)
     try:
         try:
@@ -28,7 +37,8 @@ def write_durably(dir_fd: int, name: str, data: bytes, attempt: int) -> None:
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
-            os.fsync(fd)
+            if flush:
+                os.fsync(fd)
         finally:
             os.close(fd)
         os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
@@ -36,7 +46,6 @@ def write_durably(dir_fd: int, name: str, data: bytes, attempt: int) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary, dir_fd=dir_fd)
         raise
-    os.fsync(dir_fd)
 
 
 def remove_leftovers(dir_fd: int, name: str) -> None:

@@ -95,11 +95,11 @@ def boot_as_on_vmware(guest: Guest) -> BootResult:
     """Boot the original on the controller and the network cards it knows, whose slots name them ens192 and ens224."""
     # A machine of Hyper-V's first generation boots from IDE.
     bus: Bus = "sata" if guest.firmware == "uefi" or guest.platform == "hyper-v" else "pvscsi"
-    result = boot(disks(guest.name), "raw", bus, **_machine(guest), loader=guest.loader)
     # A kernel calls disks as they happen to answer, also those of one controller, and this guest goes by these names.
-    for _ in range(2 if len(guest.disk_sizes) > 1 else 0):
-        if not works(result, guest.cards):
-            result = boot(disks(guest.name), "raw", bus, **_machine(guest), loader=guest.loader)
+    for _ in range(3 if len(guest.disk_sizes) > 1 else 1):
+        result = boot(disks(guest.name), "raw", bus, **_machine(guest), loader=guest.loader)
+        if works(result, guest.cards):
+            break
     return result
 
 

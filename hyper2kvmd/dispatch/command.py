@@ -10,12 +10,11 @@ from typing import Literal
 from hyper2kvmd.dispatch.engine import PREFIX, Handed, Submission
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.run import Done, Tools, tail
-from hyper2kvmd.settings.model import Dispatch
+from hyper2kvmd.settings.model import PLACEHOLDER, Dispatch
 from hyper2kvmd.text import plain
 
 OUTPUT_LIMIT = 64 << 20
 REFUSED = 2  # the exit status of `submit` for a job that it does not take
-_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _ID = re.compile(r"[^\s-]\S{0,254}")  # a word that no program takes for an option
 
 
@@ -97,7 +96,7 @@ def filled(template: Sequence[str], values: Mapping[str, str], words: Sequence[s
         if word == "{words}":
             result += words
         else:
-            result.append(_PLACEHOLDER.sub(lambda found: values[found[1]], word))
+            result.append(PLACEHOLDER.sub(lambda found: values[found[1]], word))
     return result
 
 

@@ -84,12 +84,7 @@ def look(directory: Path, settings: Settings) -> Facts:
             )
         unreadable = problem is not None and problem.code == Code.MANIFEST_UNREADABLE
         return replace(
-            found,
-            problem=problem,
-            unreadable=unreadable,
-            missing=missing,
-            settled_since=newest,
-            sizes=sizes,
+            found, problem=problem, unreadable=unreadable, missing=missing, settled_since=newest, sizes=sizes
         )
     finally:
         os.close(fd)

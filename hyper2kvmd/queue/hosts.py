@@ -10,13 +10,13 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from hyper2kvmd import __version__
-from hyper2kvmd.files import create_file, existing_parent, open_directory, open_file
+from hyper2kvmd.files import existing_parent, open_directory, open_file, write_whole
 from hyper2kvmd.memory import available
 from hyper2kvmd.queue.names import HOSTS
 from hyper2kvmd.settings.model import Settings
@@ -110,18 +110,9 @@ def beat(settings: Settings, said: Beat) -> None:
     fd = open_directory(directory)
     try:
         name = f"{_file_name(said.host)}.json"
-        temporary = f".{name}.{os.getpid()}.tmp"
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=fd)  # of a process that died and had our number
-        file = create_file(temporary, 0o644, dir_fd=fd)
-        try:
-            os.fchmod(file, 0o644)
-            view = memoryview(json.dumps(shape).encode())
-            while view:
-                view = view[os.write(file, view) :]
-        finally:
-            os.close(file)
-        os.rename(temporary, name, src_dir_fd=fd, dst_dir_fd=fd)
+            os.unlink(f".{name}.{os.getpid()}.tmp", dir_fd=fd)  # of a process that died and had our number
+        write_whole(fd, name, json.dumps(shape).encode(), os.getpid())
     finally:
         os.close(fd)
 
@@ -148,7 +139,7 @@ def all_hosts(settings: Settings, now: float) -> list[Seen]:
         names = sorted(os.listdir(directory))
     except FileNotFoundError:
         return []
-    drained = {name.removesuffix(_DRAIN) for name in names if name.endswith(_DRAIN)}
+    drained = _drained(names)
     found = []
     for name in [name for name in names if name.endswith(".json") and not name.startswith(".")][:HOSTS_LIMIT]:
         with contextlib.suppress(OSError):
@@ -187,10 +178,15 @@ def drained_hosts(settings: Settings) -> frozenset[str]:
         names = os.listdir(settings.exports_dir / HOSTS)
     except FileNotFoundError:
         return frozenset()
-    return frozenset(name.removesuffix(_DRAIN) for name in names if name.endswith(_DRAIN))
+    return _drained(names)
 
 
 _DRAIN = ".drain"
+
+
+def _drained(names: Iterable[str]) -> frozenset[str]:
+    """The hosts that the requests among the files of the directory are for."""
+    return frozenset(name.removesuffix(_DRAIN) for name in names if name.endswith(_DRAIN))
 
 
 def _file_name(host: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hyper2kvmd.files import create_file, open_file
+from hyper2kvmd.files import open_file, write_whole
 from hyper2kvmd.queue.names import PROGRESS
 from hyper2kvmd.text import duration, plain
 
@@ -140,19 +140,7 @@ def write(dir_fd: int, progress: Progress, now: float) -> None:
     ]
     keys = ("job", "attempt", "vm", "host")
     shape = {**{key: getattr(progress, key) for key in keys}, "known": progress.known, "stages": stages}
-    temporary = f".{PROGRESS}.{progress.attempt}.tmp"
-    fd = create_file(temporary, 0o644, dir_fd=dir_fd)
-    try:
-        try:
-            os.fchmod(fd, 0o644)
-            os.write(fd, json.dumps(shape).encode())
-        finally:
-            os.close(fd)
-        os.rename(temporary, PROGRESS, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary, dir_fd=dir_fd)
-        raise
+    write_whole(dir_fd, PROGRESS, json.dumps(shape).encode(), progress.attempt)
 
 
 def remove(dir_fd: int) -> None:

@@ -501,7 +501,7 @@ class Slurm(Section):
     )
 
 
-_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 
 
 class DispatchCommand(Section):
@@ -541,7 +541,7 @@ class DispatchCommand(Section):
         for word in words:
             if "\0" in word:
                 raise ValueError(f"{word!a} holds a null character, which no word can have")
-            for name in _PLACEHOLDER.findall(word):
+            for name in PLACEHOLDER.findall(word):
                 if name not in known:
                     names = ", ".join(f"{{{each}}}" for each in known) or "none"
                     raise ValueError(f"{{{name}}} in {word!r} is not known; known are: {names}")

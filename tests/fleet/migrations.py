@@ -57,7 +57,10 @@ class Campaign:
             "libvirt": {"import": False},
             "metrics": {"listen": METRICS if not self.ssh else f"127.0.0.1:{free_port()}"},
             "guest": {"memory_mb": 512, "accel": "tcg"},
-            "dispatch": self._over_ssh() if self.ssh else self.dispatch,
+            "dispatch": over_ssh(fleet, fleet.directory / "local", fleet.node_names)
+            | {"program": ["/usr/local/bin/hyper2kvmd"]}
+            if self.ssh
+            else self.dispatch,
         }
         self.settings = Settings.model_validate(shape)
         self.config.write_text(self.settings.model_dump_json(by_alias=True))
@@ -71,24 +74,6 @@ class Campaign:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.fleet.__exit__(kind, error, trace)
-
-    def _over_ssh(self) -> dict[str, Any]:
-        """The settings that the example's head shows."""
-        fleet, local = self.fleet, self.fleet.directory / "local"
-        shutil.copy(EXAMPLE, local / "h2k-ssh")
-        hosts = "".join(
-            f'{name}) shift; exec {shlex.join(fleet.words(name, "sh", "-c"))} "$*" ;;\n' for name in fleet.node_names
-        )
-        # Like ssh, it hands one string to a shell, and ends with 255 if there is no such host.
-        write_script(local / "remote", f'case $1 in\n{hosts}esac\necho "$1 does not answer" >&2\nexit 255')
-        (local / "h2k-ssh.conf").write_text(
-            f'HOSTS="{" ".join(fleet.node_names)}"\nJOBS={fleet.directory}/here/home/jobs\nREMOTE={local}/remote\n'
-        )
-        lines = [line.removeprefix("#") for line in EXAMPLE.read_text().splitlines() if line.startswith("#     ")]
-        shape: dict[str, Any] = yaml.safe_load("\n".join(lines))["dispatch"]
-        for words in shape["command"].values():
-            words[0] = str(local / "h2k-ssh")
-        return {**shape, "program": ["/usr/local/bin/hyper2kvmd"]}
 
     def _head(self, program: str, *words: str) -> list[str]:
         """The words that run a program on the head."""
@@ -220,6 +205,29 @@ class Campaign:
         command = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", str(source), str(disk)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert 0 == done.returncode, done.stdout + done.stderr
+
+
+def over_ssh(fleet: Fleet, directory: Path, hosts: Iterable[str]) -> dict[str, Any]:
+    """The section `dispatch` that the head of the shipped example for ssh shows, with that in a directory.
+
+    hosts: those that it knows, some of which need not be there. Only ssh itself is played by a script.
+    """
+    program = directory / "h2k-ssh"
+    shutil.copy(EXAMPLE, program)
+    there = "".join(
+        f'{name}) shift; exec {shlex.join(fleet.words(name, "sh", "-c"))} "$*" ;;\n' for name in fleet.node_names
+    )
+    # Like ssh, it hands one string to a shell, and ends with 255 if there is no such host.
+    write_script(directory / "remote", f'case $1 in\n{there}esac\necho "$1 does not answer" >&2\nexit 255')
+    (directory / "h2k-ssh.conf").write_text(
+        f'HOSTS="{" ".join(hosts)}"\nJOBS={fleet.directory}/here/home/jobs\nREMOTE={directory}/remote\n'
+    )
+    # What its head says of the settings is what is used.
+    lines = [line.removeprefix("#") for line in EXAMPLE.read_text().splitlines() if line.startswith("#     ")]
+    shape: dict[str, Any] = yaml.safe_load("\n".join(lines))["dispatch"]
+    for words in shape["command"].values():
+        words[0] = str(program)
+    return shape
 
 
 def _open_to_all(directory: Path) -> bool:

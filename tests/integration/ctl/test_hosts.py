@@ -79,10 +79,7 @@ def test_every_host_sees_how_far_a_job_is_and_nothing_of_it_is_left(
     scratch: Settings, make_export: MakeExport, ctl: Ctl, gate: Path
 ) -> None:
     export = make_export()
-    job = subprocess.Popen(
-        [sys.executable, "-m", "hyper2kvmd", "run-job", str(export), "--config", str(_config(scratch))],
-        stderr=subprocess.DEVNULL,
-    )
+    job = _by_hand(export, scratch)
     try:
         wait_until(lambda: "convert" in str(in_list(ctl)["web01"]["progress"]), 60)
         progress = in_list(ctl)["web01"]["progress"]
@@ -113,10 +110,7 @@ def test_a_job_that_is_killed_leaves_a_file_that_nobody_believes(
     scratch: Settings, make_export: MakeExport, ctl: Ctl, gate: Path
 ) -> None:
     export = make_export()
-    job = subprocess.Popen(
-        [sys.executable, "-m", "hyper2kvmd", "run-job", str(export), "--config", str(_config(scratch))],
-        stderr=subprocess.DEVNULL,
-    )
+    job = _by_hand(export, scratch)
     wait_until(lambda: in_list(ctl)["web01"]["progress"] is not None, 60)
     job.kill()
     job.wait(60)
@@ -190,7 +184,11 @@ def _page(port: int) -> str:
     return text
 
 
-def _config(settings: Settings) -> Path:
-    path = settings.work_dir.parent / "job.json"
-    path.write_text(settings.model_dump_json(by_alias=True))
-    return path
+def _by_hand(export: Path, settings: Settings) -> subprocess.Popen[bytes]:
+    """A job that a person started, and that goes on."""
+    config = settings.work_dir.parent / "job.json"
+    config.write_text(settings.model_dump_json(by_alias=True))
+    return subprocess.Popen(
+        [sys.executable, "-m", "hyper2kvmd", "run-job", str(export), "--config", str(config)],
+        stderr=subprocess.DEVNULL,
+    )

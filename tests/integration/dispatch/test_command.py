@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from hyper2kvmd.dispatch.command import Command
 from hyper2kvmd.dispatch.engine import Submission
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.settings.model import Settings
-from tests import ROOT
 from tests.fleet import Fleet
-
-SHIPPED = ROOT / "packaging/dispatch/ssh/h2k-ssh"
+from tests.fleet.migrations import over_ssh
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +25,7 @@ def fleet() -> Iterator[Fleet]:
 
 @pytest.fixture
 def command(fleet: Fleet, tmp_path: Path) -> Iterator[Command]:
-    program = tmp_path / "h2k-ssh"
-    shutil.copy(SHIPPED, program)
-    hosts = "".join(
-        f'{name}) shift; exec {shlex.join(fleet.words(name, "sh", "-c"))} "$*" ;;\n' for name in fleet.node_names
-    )
-    # Like ssh, it hands one string to a shell, and ends with 255 if there is no such host.
-    (tmp_path / "remote").write_text(f'#!/bin/sh\ncase $1 in\n{hosts}esac\necho "$1 does not answer" >&2\nexit 255\n')
-    (tmp_path / "remote").chmod(0o755)
-    (tmp_path / "h2k-ssh.conf").write_text(
-        f'HOSTS="kvm1 gone kvm2"\nJOBS={fleet.directory}/here/home/jobs\nREMOTE={tmp_path}/remote\n'
-    )
-    # What its head says of the settings is what is used.
-    lines = [line.removeprefix("#") for line in SHIPPED.read_text().splitlines() if line.startswith("#     ")]
-    shape: dict[str, Any] = yaml.safe_load("\n".join(lines))
-    for words in shape["dispatch"]["command"].values():
-        words[0] = str(program)
+    shape = {"dispatch": over_ssh(fleet, tmp_path, ("kvm1", "gone", "kvm2"))}
     yield Command(Settings.model_validate(shape).dispatch)
     for name in fleet.node_names:
         fleet.run(name, "pkill", "-x", f"--uid={fleet.uid}", "sleep", check=False)
