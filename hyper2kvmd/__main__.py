@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("VERSION", "HOST"),
         help="what an engine starts: do nothing unless this is the release of who asks, and say in the report who did",
     )
+    job.add_argument("--planned", metavar="DIGEST", help="do nothing unless the plan of the VM is the same here")
     check = commands.add_parser("check-config", help="check the settings and print them")
     host = commands.add_parser("check-host", help="say in JSON whether this host can do jobs that an engine sends")
     host.add_argument("mark", type=Path, help="a file in the exports directory, made by who asks")
@@ -111,6 +112,7 @@ def _run_job(options: argparse.Namespace) -> int:
         if_ready=options.if_ready,
         died=options.died,
         submitted_by=submitter,
+        planned=options.planned,
     )
     # What is kept for later attempts must mean something.
     config = _settings(options) if options.overrides else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import select
 import subprocess
 import time
@@ -18,39 +17,18 @@ from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.asked import Asked
+from hyper2kvmd.queue.placement import placement
 from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
-from hyper2kvmd.settings.load import writing_to
-from hyper2kvmd.settings.model import Network, Section, Settings
+from hyper2kvmd.settings.model import Section, Settings
+from hyper2kvmd.settings.plan import NO_PLAN, VmPlan
 
 POLL_SECONDS = 0.2
 
 
-class VmOptions(Section):
-    """What is wanted for one VM beyond the settings. Those with a higher priority are migrated first."""
-
-    priority: int = Field(default=0, description="VMs with a higher number are migrated first")
-    name: str | None = Field(default=None, description="what the VM is to be called")
-    network_map: dict[str, Network] = Field(
-        default_factory=dict, description="networks of this VM, in the form of `libvirt.network_map` and before it"
-    )
-    output_dir: Path | None = Field(default=None, description="where its disks go")
-    start: bool | None = Field(default=None, description="whether the domain is started")
-    skip: bool = Field(default=False, description="leave this one out")
-
-    def overrides(self, settings: Settings) -> list[str]:
-        """What this VM is to have before the settings, as `key.path=value`."""
-        networks = {**settings.libvirt.network_map, **self.network_map}
-        return [
-            *([f"libvirt.network_map={json.dumps(networks)}"] if self.network_map else []),
-            *([f"libvirt.start={json.dumps(self.start)}"] if self.start is not None else []),
-            *(writing_to(self.output_dir) if self.output_dir is not None else []),
-        ]
-
-
 class BatchPlan(Section):
-    """A plan file: the options of each VM, by the name of its export's directory."""
+    """A plan file: the plans of single VMs, by the names of their exports' directories. They go before plan_dir."""
 
-    vms: dict[str, VmOptions] = Field(default_factory=dict)
+    vms: dict[str, VmPlan] = Field(default_factory=dict)
 
 
 @dataclass
@@ -62,11 +40,12 @@ class BatchEntry:
     """
 
     export: Path
-    options: VmOptions
+    plan: VmPlan
     state: State
     reason: Finding | None = None
     runner: Runner | None = None
     report: dict[str, Any] | None = None
+    priority: int = 0
     tries: int = 0
     began: float = 0.0
     seconds: float = 0.0
@@ -82,15 +61,15 @@ def entries(settings: Settings, plan: BatchPlan, *, dry_run: bool) -> list[Batch
     """The exports in the order in which they will be migrated, with the states that they are in. Raise OSError."""
     found = []
     for export in facts.exports(settings)[0]:
-        wanted = plan.vms.get(export.name, VmOptions())
-        if wanted.skip:
+        wanted = plan.vms.get(export.name, NO_PLAN)
+        if wanted.hold:
             continue
         entry = BatchEntry(export, wanted, State.QUEUED)
         _look(entry, settings)
         if dry_run and entry.state in FINAL - {State.SUCCEEDED}:
             entry.state, entry.reason = State.QUEUED, None  # what was decided before is looked at again
         found.append(entry)
-    return sorted(found, key=lambda entry: (-entry.options.priority, entry.export.name))
+    return sorted(found, key=lambda entry: (-entry.priority, entry.export.name))
 
 
 def run(
@@ -141,12 +120,15 @@ def _look(entry: BatchEntry, settings: Settings) -> None:
         entry.state, entry.reason = State.FAILED, look or gone
         return
     entry.state, entry.reason = state_of(look, settings, time.time())
+    entry.priority = (
+        placement(settings, entry.export.name, look).priority if entry.plan.priority is None else entry.plan.priority
+    )
     entry.due = look.settled_since + settings.settle_seconds if entry.state == State.WAITING else 0.0
 
 
 def _start(entry: BatchEntry, settings: Settings, asked: Asked, dry_run: bool) -> None:
-    overrides = (*asked.overrides, *entry.options.overrides(settings))
-    wanted = Asked(asked.stages, entry.options.name, overrides)
+    overrides = (*asked.overrides, *entry.plan.overrides(settings))
+    wanted = Asked(asked.stages, entry.plan.name, overrides)
     request = Request(None if wanted == Asked() else wanted, dry_run=dry_run)
     entry.tries += 1
     entry.began = time.monotonic()

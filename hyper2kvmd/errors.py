@@ -72,6 +72,8 @@ class Code(StrEnum):
     BUSY = "busy"
     INTERRUPTED = "interrupted"
     HELD = "held"
+    PLAN_INVALID = "plan_invalid"
+    WINDOW = "window"
     CANCELLED = "cancelled"
     CLAIM_LOST = "claim_lost"
     RUNNER_CRASHED = "runner_crashed"
@@ -163,6 +165,10 @@ MEANING: dict[Code, Meaning] = {
     Code.BUSY: Meaning(Outcome.RETRY, "another runner works on the export"),
     Code.INTERRUPTED: Meaning(Outcome.RETRY, "the job was stopped from outside; the next attempt goes on"),
     Code.HELD: Meaning(Outcome.BLOCKED, "somebody put the export on hold"),
+    Code.PLAN_INVALID: Meaning(Outcome.BLOCKED, "the plan of the VM holds a mistake, or does not fit the VM"),
+    Code.WINDOW: Meaning(
+        Outcome.BLOCKED, "the window of the VM or of its wave has not begun, is over, or is too short"
+    ),
     Code.CANCELLED: Meaning(Outcome.CANCELLED, "somebody cancelled the job"),
     Code.CLAIM_LOST: Meaning(Outcome.RETRY, "another runner took the export over"),
     Code.RUNNER_CRASHED: Meaning(Outcome.FAILED, "the job's process died again and again"),

@@ -70,6 +70,7 @@ def scratch(tmp_path: Path) -> Settings:
             "exports_dir": tmp_path / "exports",
             "output_dir": tmp_path / "images",
             "work_dir": tmp_path / "work",
+            "plan_dir": tmp_path / "plan.d",
             "settle_seconds": 0,
             "scan_interval_seconds": 0.3,
             "libvirt": {"import": False},

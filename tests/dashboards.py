@@ -292,6 +292,12 @@ def _now() -> list[Json]:
             steps=_steps((None, GREEN), (3600, YELLOW), (4 * 3600, RED)),
         ),
         stat(
+            "Time left",
+            "How long all jobs that have not begun will take with these workers, by the estimates of one host.",
+            "s",
+            (f"max({of('estimated_seconds')}) / sum({of('workers')})", ""),
+        ),
+        stat(
             "Success rate",
             "Of the jobs that ended in the time that is shown, how many succeeded. What was cancelled, stopped, or is"
             " tried again does not count.",

@@ -98,6 +98,11 @@ def _trouble() -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "vhdx", disk, "64M"], check=True)
 
 
+def _plan() -> None:
+    for name in ("web01", "web02", "db01"):
+        export(name)
+
+
 def _operations() -> None:
     for name in ("web01", "web02"):
         export(name)
@@ -106,6 +111,7 @@ def _operations() -> None:
 SETUP: dict[str, Callable[[], None]] = {
     "migrate.md": _migrate,
     "batch.md": _batch,
+    "plan.md": _plan,
     "trouble.md": _trouble,
     "operations.md": _operations,
 }
@@ -131,6 +137,8 @@ def run(page: Path) -> list[dict[str, object]]:
         for number, text in enumerate(blocks(page, "yaml")):
             name = re.match(r"# (\S+\.yaml)", text)
             Path(name[1] if name else f"block-{number}.yaml").write_text(text)
+        for table in blocks(page, "csv"):
+            Path("plan.csv").write_text(table)
         for command in commands(page):
             done = subprocess.run(
                 ["bash", "-c", command.text],

@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel
 
 from hyper2kvmd import __main__ as daemon
-from hyper2kvmd import __version__, api, batch, ctl, messages
+from hyper2kvmd import __version__, api, ctl, messages
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.errors import MEANING, Outcome
 from hyper2kvmd.exits import EXIT_MEANING
@@ -30,6 +30,7 @@ from hyper2kvmd.options import DEFAULT_PATH
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.report.model import report_schema
 from hyper2kvmd.settings.model import Section, Settings
+from hyper2kvmd.settings.plan import VmPlan
 from tests import ROOT, completions, dashboards
 
 WIDTH = 118  # of a line of the shipped settings
@@ -474,7 +475,7 @@ def _option(action: argparse.Action, name: str) -> str:
 
 def _argument(action: argparse.Action) -> str:
     name = action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest.upper())
-    return {"+": f"{name}...", "*": f"[{name}...]"}.get(str(action.nargs), str(name))
+    return {"+": f"{name}...", "*": f"[{name}...]", "?": f"[{name}]"}.get(str(action.nargs), str(name))
 
 
 def _program(parser: argparse.ArgumentParser, description: str) -> str:
@@ -538,17 +539,17 @@ A migration by hand, without a domain:
 
 def plan_file() -> str:
     """The section on the file that --plan names."""
-    wishes = batch.VmOptions.model_json_schema()
+    wishes = VmPlan.model_json_schema()
     rows = (item(f"vms.NAME.{name}", key["description"], value_kind(key)) for name, key in wishes["properties"].items())
     return f"""\
 ## The plan of a batch
 
 The file that `hyper2kvmctl batch --plan` takes is YAML. It has one key, `vms`: for each export, by the *NAME* of its
-directory, what is wanted for it. An export that it does not name is migrated as the settings say.
+directory, what is planned for it, in the keys of a plan. An export that it does not name has the plan in `plan_dir`.
 
     vms:
       db01: {{priority: 10, network_map: {{"VM Network": bridge:br1}}}}
-      test07: {{skip: true}}
+      test07: {{hold: true}}
 
 {"".join(rows)}"""
 

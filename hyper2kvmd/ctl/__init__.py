@@ -18,6 +18,7 @@ from hyper2kvmd.ctl import (
     manifest,
     migrate,
     notify,
+    plan,
     prune,
     report,
     switch,
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     for module in (
         migrate,
         batch,
+        plan,
         validate,
         manifest,
         listing,

@@ -99,7 +99,7 @@ def run(options: argparse.Namespace, config: Settings) -> int:
 
 def _refuse_unknown(plan: BatchPlan, options: argparse.Namespace, names: set[str]) -> None:
     for name, wanted in plan.vms.items():
-        if name not in names and not wanted.skip:
+        if name not in names and not wanted.hold:
             close = nearest(name, names)
             meant = f"; did you mean {close}?" if close else "; take it out, or name the directory of an export"
             raise SettingsError(f"{options.plan}: vms.{name}: no such export in {options.directory}{meant}")

@@ -24,10 +24,11 @@ from hyper2kvmd.files import open_directory
 from hyper2kvmd.queue import facts, setbacks
 from hyper2kvmd.queue.asked import Asked, kept
 from hyper2kvmd.queue.claim import holder
+from hyper2kvmd.queue.estimate import Estimate
 from hyper2kvmd.queue.export import Export
 from hyper2kvmd.queue.hosts import Seen, all_hosts
 from hyper2kvmd.queue.progress import Progress
-from hyper2kvmd.queue.state import Facts, State, state_of
+from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
 from hyper2kvmd.settings.model import Settings
 
 STYLE = {
@@ -67,6 +68,8 @@ def list_exports(options: argparse.Namespace, config: Settings) -> int:
         style = "red" if row.state == "unreadable" else STYLE.get(row.state)
         more = [Text(str(asked[row.export]))] if wide else []
         text = row.finding.message if row.finding else row.progress.doing(now) if row.progress else ""
+        if not text and row.estimate is not None:
+            text = str(row.estimate)
         table.add_row(row.export.name, row.state, Text(text), *more, style=style)
     Console().print(table)
     return EXIT_DONE
@@ -94,6 +97,8 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
     console.print(f"{'state':<10} {row.state}", style=STYLE.get(State(row.state)), markup=False, highlight=False)
     if asked != Asked():
         console.print(f"{'asked for':<10} {asked}", markup=False, highlight=False, soft_wrap=True)
+    if row.estimate is not None and row.state != State.RUNNING:
+        console.print(f"{'estimate':<10} {row.estimate}", markup=False, highlight=False, soft_wrap=True)
     if row.progress is not None:
         text = row.progress.doing(time.monotonic())
         console.print(f"{'progress':<10} {text}", markup=False, highlight=False, soft_wrap=True)
@@ -131,6 +136,7 @@ class Row:
     state: State | Literal["unreadable"]
     finding: Finding | None
     progress: Progress | None = None
+    estimate: Estimate | None = None
 
     def as_json(self, now: float) -> dict[str, Any]:
         """The row for `--json`; now: the monotonic clock."""
@@ -139,6 +145,7 @@ class Row:
             "state": self.state,
             "reason": None if self.finding is None else self.finding.as_json(),
             "progress": None if self.progress is None else self.progress.as_json(now),
+            "estimate": None if self.estimate is None else self.estimate.as_json(),
         }
 
 
@@ -156,7 +163,7 @@ def _described(export: Path, look: Facts, config: Settings, hosts: Sequence[Seen
     state, finding = state_of(known, config, time.time())
     if state == State.QUEUED and finding is None:
         finding = _untaken(export, hosts)
-    return Row(export, state, finding, look.progress)
+    return Row(export, state, finding, look.progress, None if state in FINAL - {State.BLOCKED} else look.estimate)
 
 
 def _hosts(config: Settings) -> list[Seen]:

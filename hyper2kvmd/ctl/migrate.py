@@ -203,3 +203,7 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
             line("", warning["hint"])
     stages = ", ".join(f"{s['name']} {s['seconds']:.1f}" for s in document["stages"] if s["seconds"] is not None)
     line("seconds", f"{document['seconds']:.1f} ({stages})")
+    if estimated := document.get("estimate"):  # which older versions did not have
+        line("estimate", f"{estimated['seconds']:.0f} s ({estimated['low']:.0f} to {estimated['high']:.0f})")
+    for key, value in document.get("plan", {}).items():
+        line("plan", f"{key}: {value}")

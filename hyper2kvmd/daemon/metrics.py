@@ -33,6 +33,7 @@ from hyper2kvmd.text import plain
 # each stage has few.
 BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
 FEW_BUCKETS = (60, 600, 3600, 86400)
+STAGE_BUCKETS = (60, 3600)  # there are many stages
 SCAN_BUCKETS = (0.1, 1, 10, 60)
 RESULTS = tuple(
     sorted({*(str(state) for state in FINAL), "retrying", "interrupted", "crashed", "unclaimed", "unreported"})
@@ -42,7 +43,8 @@ FORMATS = ("qcow2", "raw")
 CONVERTED = {"stream": ("read", "inflated", "written"), "qemu-img": ("read", "written")}  # what is counted of which
 CHECKS = ("settings", "exports", "locks", "libvirt", "output", "work")
 POOLS = ("output", "work")
-NO_JOB = {Code.ENGINE_UNAVAILABLE, Code.ENGINE_REFUSED, Code.NOT_ACCEPTED}  # before there is a job that could end so
+# Before there is a job that could end so.
+NO_JOB = {Code.ENGINE_UNAVAILABLE, Code.ENGINE_REFUSED, Code.NOT_ACCEPTED, Code.WINDOW}
 TAGS_LIMIT = 200
 # A series for each of when a counter was created would double what there is, and Prometheus does not need them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -71,6 +73,10 @@ class Metrics:
             "oldest_waiting_job_timestamp_seconds",
             "Since when the export that has waited longest for a worker could be started, NaN if none waits.",
         )
+        self.estimated = self._gauge(
+            "estimated_seconds",
+            "What all jobs that have not begun are estimated to take, one after the other; see `plan estimate`.",
+        )
         self.workers = self._gauge("workers", "Number of jobs that may run at the same time.")
         self.workers_busy = self._gauge("workers_busy", "Number of jobs that run.")
         self.started = self._counter("jobs_started", "Jobs that were started; one that is tried again counts again.")
@@ -87,7 +93,7 @@ class Metrics:
             "result",
         )
         self.stage_seconds = self._histogram(
-            "stage_duration_seconds", "Time that stages took, whether they were done or failed.", FEW_BUCKETS, "stage"
+            "stage_duration_seconds", "Time that stages took, whether they were done or failed.", STAGE_BUCKETS, "stage"
         )
         self.queue_seconds = self._histogram(
             "queue_wait_seconds", "Time from when an export could be started until it was.", FEW_BUCKETS
@@ -324,10 +330,13 @@ class Metrics:
             self.jobs.labels(state).set(states.get(state, 0))
         self.oldest_waiting.set(_number(waiting_since))
         self.last_scan.set(now)
+        left = 0.0
         for look in looks:
+            left += look.estimate.seconds if look.estimate is not None and not look.held else 0.0
             # A report can say anything, also that it is from the future.
             if look.report_status in FINAL and look.finished_at is not None and look.finished_at <= now:
                 self._completed(look.report_status, look.finished_at)
+        self.estimated.set(left)
 
     def _completed(self, result: str, when: float) -> None:
         if when > self._last.get(result, 0):

@@ -78,7 +78,7 @@ class Placer:
                 failed += self._ended(export, name, table.get(export))
         out = {export for export, _ in failed}
         submissions = [
-            submission(settings, names[export], export, placed, found.drained)
+            submission(settings, names[export], export, table[export].look.plan.digest, placed, found.drained)
             for export, placed in wanted
             if export not in out
         ]
@@ -149,10 +149,13 @@ def name_of(export: Path, look: Facts) -> str:
     return PREFIX + job_id(export, look.manifest_sha256 or "")
 
 
-def submission(settings: Settings, name: str, export: Path, placed: Placement, exclude: Iterable[str]) -> Submission:
-    """What an engine is asked for, for one export."""
+def submission(
+    settings: Settings, name: str, export: Path, planned: str, placed: Placement, exclude: Iterable[str]
+) -> Submission:
+    """What an engine is asked for, for one export. planned: the digest of the VM's plan."""
     dispatch, kvm = settings.dispatch, ("kvm",) if settings.guest.accel == "kvm" else ()
-    options = ("run-job", str(export), "--if-ready", "--as-before", "--submitted-by", __version__, this_host())
+    who = ("--submitted-by", __version__, this_host(), "--planned", planned)
+    options = ("run-job", str(export), "--if-ready", "--as-before", *who)
     return Submission(
         name=name,
         words=(*dispatch.program, *options),

@@ -74,6 +74,13 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
                 return
             for finding in result.warnings:
                 job.warn(finding)
+                if job.settings.vm.mac == "new" and finding.code in _BY_OLD_MAC:
+                    raise MigrationError(
+                        Code.PLAN_INVALID,
+                        f"its cards are to get new MAC addresses, but {finding.message}",
+                        "Set `mac: keep` in the plan of the VM (vm.mac), or change that in the guest and export again.",
+                        field="vm.mac",
+                    )
             job.record.changes = [ChangeRecord(**change.as_json()) for change in result.changes]
             fstab: dict[Literal["before", "after"], str] | None = None
             if plan.manifest.stages.fix.print_fstab:
@@ -88,6 +95,10 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
                 names=tuple(replace(name, device=_on_disk(name.device, inspection, plan)) for name in result.names),
             )
             stack.close()  # what the appliance could not write is an error of this stage
+
+
+# What FIX says of a guest that loses an address with its card's old MAC.
+_BY_OLD_MAC = frozenset({"network_unknown_mac", "addresses_lost"})
 
 
 def _on_disk(device: str, inspection: Inspection, plan: Plan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import socket
@@ -17,7 +18,7 @@ import structlog
 
 from hyper2kvmd import journal
 from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome, SettingsError
-from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
+from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
 from hyper2kvmd.files import explained, timestamp, trouble, user_name, write_durably
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.beacon import Beacon
@@ -29,14 +30,16 @@ from hyper2kvmd.job.supervise import overseen
 from hyper2kvmd.job.undo import is_imported, undo
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.messages import Kind
-from hyper2kvmd.queue import facts, requests
+from hyper2kvmd.queue import estimate, facts, requests
 from hyper2kvmd.queue.asked import Asked, kept, unusable
 from hyper2kvmd.queue.claim import Claim, unwritable
+from hyper2kvmd.queue.estimate import Sample, kind_and_bytes
 from hyper2kvmd.queue.export import Export
 from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
 from hyper2kvmd.queue.placement import placement
+from hyper2kvmd.queue.plans import plan_file
 from hyper2kvmd.queue.state import FINAL, JITTER, Facts, State, request_error, state_of
-from hyper2kvmd.report.model import ErrorRecord, HostRecord, ManifestRecord, Report
+from hyper2kvmd.report.model import ErrorRecord, EstimateRecord, HostRecord, ManifestRecord, Report
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.load import overridden
 from hyper2kvmd.settings.model import Settings
@@ -62,8 +65,18 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
     request, settings, unknown = _as_asked(export, request, settings)
     # What the daemon saw may be over since: only what is found under the claim counts.
     look = replace(facts.look(export.directory, settings), held=False)
-    settings = _as_ruled(look, export, request, settings)
-    state, finding = state_of(look, settings, began)
+    if request.planned not in (None, look.plan.digest):
+        claim.interrupted()
+        events.emit("finished", status="nothing")
+        print(
+            f"{export.directory}: the plan of the VM in {settings.plan_dir} is not the one on {request.submitted_by};"
+            " put plan_dir on storage that all hosts share",
+            file=sys.stderr,
+        )
+        return EXIT_CONFIG
+    request, settings, mistake = _as_planned(look, export, request, settings)
+    unknown = unknown or mistake
+    state, finding = state_of(look, settings, began, any_time=not request.if_ready)
     # Written to since it was seen; or this host is to start no job, and what placed it here did not know.
     if request.if_ready and (state in (State.INCOMPLETE, State.WAITING) or requests.draining(settings)):
         claim.interrupted()
@@ -185,13 +198,26 @@ def _as_asked(export: Export, request: Request, settings: Settings) -> tuple[Req
     return replace(request, asked=Asked()), settings, problem
 
 
-def _as_ruled(look: Facts, export: Export, request: Request, settings: Settings) -> Settings:
-    """The settings with what the rules say of this VM; a person's word goes before them."""
+def _as_planned(
+    look: Facts, export: Export, request: Request, settings: Settings
+) -> tuple[Request, Settings, MigrationError | None]:
+    """The request and the settings with what rules and the plan say of this VM, and what is wrong with the plan.
+
+    A person's word goes before both.
+    """
+    if look.plan_problem is not None:
+        return request, settings, MigrationError(Code.PLAN_INVALID, look.plan_problem.message, look.plan_problem.hint)
     uri = placement(settings, export.directory.name, look).libvirt_uri
-    asked = () if request.asked is None else request.asked.overrides
-    if uri is None or any(text.partition("=")[0] in ("libvirt", "libvirt.uri") for text in asked):
-        return settings
-    return settings.model_copy(update={"libvirt": settings.libvirt.model_copy(update={"uri": uri})})
+    overrides = [*look.plan.overrides(settings), *([] if uri is None else [f"libvirt.uri={json.dumps(uri)}"])]
+    asked = request.asked or Asked()
+    if asked.vm_name is None and look.plan.name is not None:
+        request = replace(request, asked=replace(asked, vm_name=look.plan.name))
+    try:
+        settings = overridden(settings, [*overrides, *asked.overrides]) if overrides else settings
+    except SettingsError as error:
+        path = plan_file(settings, export.directory.name)
+        return request, settings, MigrationError(Code.PLAN_INVALID, f"{path}: {error}", "Correct the plan.")
+    return request, settings, None
 
 
 # What a disk looks like of which only the beginning is there.
@@ -272,6 +298,8 @@ def _conclude(
         changes=tuple(job.record.changes),
         domain=job.record.domain,
         tags=manifest.tags if manifest else {},
+        plan=look.plan.model_dump(mode="json", exclude_unset=True),
+        estimate=_estimated(look),
         tools=job.record.tools,
         host=_host(request),
         overrides={
@@ -291,6 +319,7 @@ def _conclude(
             job.events.emit("finished", status="unreported", **lost.finding().as_json())
             print(lost, file=sys.stderr)
             return EXIT_TEMPORARY
+    _learn(settings.work_dir, look, document)
     # What is published without a domain is ours still, and the next attempt goes on with what is done.
     if outcome == Outcome.CANCELLED:
         claim.fulfil(CANCEL)
@@ -314,6 +343,22 @@ def _conclude(
         log.info("succeeded", kind=Kind.SUCCEEDED, seconds=document.seconds, warnings=len(document.warnings))
     job.events.emit("finished", **finished, report=document.model_dump(mode="json"))
     return EXIT_OF[outcome]
+
+
+def _estimated(look: Facts) -> EstimateRecord | None:
+    """What the job was to take."""
+    if look.estimate is None:
+        return None
+    return EstimateRecord(**look.estimate.as_json())
+
+
+def _learn(work_dir: Path, look: Facts, document: Report) -> None:
+    """Keep what a whole migration took, for the estimates of others. What was resumed is only a part of one."""
+    if document.status != "succeeded" or document.attempts > 1 or document.dry_run or not look.sizes:
+        return
+    took = {stage.name: stage.seconds for stage in document.stages if stage.status == "done" and stage.seconds}
+    written = sum(disk.target_bytes or 0 for disk in document.disks)
+    estimate.add(work_dir, Sample(*kind_and_bytes(look.sizes), written, document.seconds, took))
 
 
 def _host(request: Request) -> HostRecord:

@@ -126,6 +126,8 @@ def make_plan(
     uuid = domain_uuid(
         *(part or "" for part in (manifest.provider, manifest.datacenter, manifest.vm_id)), manifest.vm_name
     )
+    with problems:
+        _check_cards(job, was)
     domain = _domain(job, manifest, was, disks, format, uuid)
     published, imported = set(published), False
     if convert:
@@ -249,20 +251,34 @@ def _accel(job: Job) -> str:
     return found.name
 
 
+def _check_cards(job: Job, was: Hardware) -> None:
+    """Check that the VM has the network cards that something is planned for."""
+    if len(job.settings.vm.networks) > len(was.cards):
+        raise MigrationError(
+            Code.PLAN_INVALID,
+            f"networks are planned for {len(job.settings.vm.networks)} network cards, and the VM has {len(was.cards)}",
+            "Correct `networks` in the plan of the VM (vm.networks), or the nics in the manifest.",
+            field="vm.networks",
+        )
+
+
 def _domain(
     job: Job, manifest: Manifest, was: Hardware, disks: Sequence[PlannedDisk], format: str, uuid: str
 ) -> Domain:
     """The domain as far as it is known before the disks are looked into."""
-    libvirt = job.settings.libvirt
+    libvirt, vm = job.settings.libvirt, job.settings.vm
+    cpus = vm.cpus or was.cpus
+    whole_sockets = was.cores_per_socket is not None and cpus % was.cores_per_socket == 0
+    targets = [*vm.networks, *[None] * len(was.cards)]
     firmware: Literal["bios", "uefi"] = "uefi" if was.firmware == "uefi" else "bios"
     return Domain(
         name=manifest.slug,
         uuid=was.uuid or uuid,
         title=manifest.vm_name,
         description=was.annotation,
-        cpus=was.cpus,
-        cores_per_socket=was.cores_per_socket,
-        memory_mib=was.memory_mib,
+        cpus=cpus,
+        cores_per_socket=was.cores_per_socket if whole_sockets else None,
+        memory_mib=vm.memory_mb or was.memory_mib,
         firmware=firmware,
         secure_boot=was.secure_boot,
         tpm=was.tpm,
@@ -272,8 +288,8 @@ def _domain(
         disks=tuple(DomainDisk(disk.final, format, disk.id, False) for disk in disks),
         nics=tuple(
             DomainNic(
-                card.mac or generated_mac(uuid, index),
-                libvirt.network_map.get(card.network or "", libvirt.default_network),
+                (card.mac if vm.mac == "keep" else None) or generated_mac(uuid, index),
+                targets[index] or libvirt.network_map.get(card.network or "", libvirt.default_network),
             )
             for index, card in enumerate(was.cards)
         ),

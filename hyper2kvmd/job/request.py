@@ -15,7 +15,7 @@ class Request:
     asked: what a person wants beyond the settings, which is kept for every later attempt; None for what was asked the
     last time. dry_run: leave everything as it was. if_ready: do nothing unless the export is queued, as the daemon saw
     it; a person's word goes at any time. died: how the last runner died, if the daemon knows.
-    submitted_by: the host whose daemon had an engine start it.
+    submitted_by: the host whose daemon had an engine start it, and planned: the digest of the plan that it saw.
     """
 
     asked: Asked | None = None
@@ -23,6 +23,7 @@ class Request:
     if_ready: bool = False
     died: str = ""
     submitted_by: str | None = None
+    planned: str | None = None
 
     def options(self) -> list[str]:
         """The options of `hyper2kvmd run-job` that say the same."""

@@ -15,7 +15,7 @@ from hyper2kvmd.files import write_durably
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.handover import Ticket
 from hyper2kvmd.queue.names import REPORT
-from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
+from hyper2kvmd.queue.state import FINAL, NOT_YET, Facts, State, state_of
 from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import show
 
@@ -43,7 +43,7 @@ def verdict(ticket: Ticket, look: Facts | Finding | None, settings: Settings, no
     if look is None or (not look.held and look.manifest_sha256 != ticket.sha256):
         return _not_there(ticket, look) if older_than(settings.settle_seconds) else None
     state, finding = state_of(look, settings, now)
-    if state not in FINAL or (finding is not None and finding.code == Code.HELD):
+    if state not in FINAL or (finding is not None and finding.code in NOT_YET):
         return None
     return state if state == State.SUCCEEDED else finding or _without_reason(ticket, state)
 

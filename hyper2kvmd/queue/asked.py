@@ -25,7 +25,7 @@ LIMIT = 1 << 16
 # Settings of a daemon or of one command, which are not about the VM.
 _NOT_KEPT = frozenset(
     {"exports_dir", "workers", "settle_seconds", "incomplete_grace_seconds", "scan_interval_seconds", "watch"}
-    | {"retention", "metrics", "notify", "accept", "rules", "dispatch", "log"}
+    | {"retention", "metrics", "notify", "accept", "rules", "dispatch", "log", "plan_dir", "waves"}
 )
 
 

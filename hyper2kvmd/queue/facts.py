@@ -32,9 +32,11 @@ from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
 from hyper2kvmd.queue import progress
 from hyper2kvmd.queue.access import open_shared
 from hyper2kvmd.queue.claim import probe
+from hyper2kvmd.queue.estimate import estimate
 from hyper2kvmd.queue.export import is_export_name
 from hyper2kvmd.queue.handover import tickets
 from hyper2kvmd.queue.names import REPORT
+from hyper2kvmd.queue.plans import planned
 from hyper2kvmd.queue.requests import pending
 from hyper2kvmd.queue.state import FINAL, Facts, State
 from hyper2kvmd.settings.model import Settings
@@ -55,12 +57,14 @@ def look(directory: Path, settings: Settings) -> Facts:
         entries, written = _entries(fd)
         newest = max(newest, written)
         report = _read_report(fd)
+        plan = planned(settings, directory.name)
+        planning = {"plan_problem": plan} if isinstance(plan, Finding) else {"plan": plan}
         if name is None:
             # A report can outlive its manifest; without either there is nothing to do yet.
-            bare = Facts(None, held=held, request=request)
+            bare = Facts(None, held=held, request=request, **planning)
             return _look_report(bare, report) if report else bare
         digest = hashlib.sha256(data).hexdigest() if data is not None else None
-        found = Facts(name, digest, problem, False, (), newest, held, request, crashes, began_at)
+        found = Facts(name, digest, problem, False, (), newest, held, request, crashes, began_at, **planning)
         if held:
             found = replace(found, progress=progress.read(fd, time.monotonic()))
         if report is not None:
@@ -70,9 +74,12 @@ def look(directory: Path, settings: Settings) -> Facts:
             return found
         paths, problem, vm_name, tags = _read(data, name)
         found = replace(found, vm_name=vm_name, tags=tags)
-        if report is not None:
+        if report is not None and found.report_status != State.RETRYING:
             return found
         missing, sizes, newest = _look_disks(fd, [inside(path, directory) for path in paths], newest)
+        found = replace(found, sizes=sizes, estimate=estimate(sizes, settings.work_dir))
+        if report is not None:
+            return found
         if missing:
             problem = Finding(
                 Code.DISK_MISSING, f"{directory / missing[0]} is not there yet", "Waiting for the exporter."
@@ -83,9 +90,7 @@ def look(directory: Path, settings: Settings) -> Facts:
                 Code.DISK_MISSING, f"{directory / copying} is still being copied", "Waiting until it has its name."
             )
         unreadable = problem is not None and problem.code == Code.MANIFEST_UNREADABLE
-        return replace(
-            found, problem=problem, unreadable=unreadable, missing=missing, settled_since=newest, sizes=sizes
-        )
+        return replace(found, problem=problem, unreadable=unreadable, missing=missing, settled_since=newest)
     finally:
         os.close(fd)
 
@@ -296,6 +301,7 @@ def _look_report(found: Facts, report: dict[str, Any]) -> Facts:
         report_finding=finding,
         next_attempt_at=_seconds(report.get("next_attempt_at")),
         finished_at=_seconds(report.get("finished_at")),
+        seconds=took if isinstance(took := report.get("seconds"), int | float) else None,
     )
 
 

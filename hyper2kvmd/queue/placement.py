@@ -1,4 +1,4 @@
-"""Where an export may be migrated: what the rules of the settings say of it, and whether this host takes it."""
+"""Where an export may be migrated: what rules and its plan say of it, and whether this host takes it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from hyper2kvmd.queue.state import Facts
 from hyper2kvmd.settings.model import Rule, Settings
+from hyper2kvmd.settings.plan import VmPlan
 from hyper2kvmd.text import size
 
 GIB = 1 << 30
@@ -15,7 +16,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Placement:
-    """What the rules say of one VM, together; `libvirt_uri` is None where they leave it to the settings."""
+    """What rules and the plan say of one VM, together; `libvirt_uri` is None where they leave it to the settings."""
 
     features: tuple[str, ...] = ()
     licenses: tuple[str, ...] = ()
@@ -24,16 +25,19 @@ class Placement:
 
 
 def placement(settings: Settings, export: str, look: Facts) -> Placement:
-    """What the rules say of the VM of an export. export: the name of its directory. look: what was found there."""
+    """What the rules say of the VM of an export, and then its plan.
+
+    export: the name of its directory. look: what was found there.
+    """
     found = Placement()
-    for rule in settings.rules:
-        if _matches(rule, export, look):
-            found = Placement(
-                (*found.features, *(word for word in rule.features if word not in found.features)),
-                (*found.licenses, *(word for word in rule.licenses if word not in found.licenses)),
-                found.priority if rule.priority is None else rule.priority,
-                rule.libvirt_uri or found.libvirt_uri,
-            )
+    wanted: list[Rule | VmPlan] = [rule for rule in settings.rules if _matches(rule, export, look)]
+    for rule in (*wanted, look.plan):
+        found = Placement(
+            (*found.features, *(word for word in rule.features if word not in found.features)),
+            (*found.licenses, *(word for word in rule.licenses if word not in found.licenses)),
+            found.priority if rule.priority is None else rule.priority,
+            rule.libvirt_uri or found.libvirt_uri,
+        )
     return found
 
 

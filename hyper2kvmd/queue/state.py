@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from typing import Literal
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.queue.estimate import Estimate
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.settings.model import Settings
+from hyper2kvmd.settings.plan import NO_PLAN, VmPlan
+from hyper2kvmd.text import duration
 
 
 class State(StrEnum):
@@ -29,6 +33,7 @@ class State(StrEnum):
 
 
 JITTER = 1.25  # the most that a delay is stretched by, so that jobs that failed together do not come back together
+NOT_YET = frozenset({Code.HELD, Code.PLAN_INVALID, Code.WINDOW})  # with these, a job has not even begun
 FINAL = frozenset({State.BLOCKED, State.SUCCEEDED, State.FAILED, State.REJECTED, State.CANCELLED})
 
 
@@ -51,7 +56,8 @@ class Facts:
     Times are seconds since the epoch. `settled_since` is when the newest file of the export was written, or renamed.
     `sizes` are those of the disks that are there, by their paths inside the export. `setback` is what a daemon of this
     host knows that could not be written there. `progress` is how far a job is that runs, as it says. `vm_name` and
-    `tags` are the manifest's, if that could be read.
+    `tags` are the manifest's, if that could be read. `plan` is what is planned for the VM, and `plan_problem` what is
+    wrong with that. `estimate` is what its migration will take, if that is still to come.
     """
 
     manifest: str | None
@@ -69,16 +75,29 @@ class Facts:
     report_finding: Finding | None = None
     next_attempt_at: float | None = None
     finished_at: float | None = None
+    seconds: float | None = None
     sizes: tuple[tuple[str, int], ...] = ()
     setback: Setback | None = None
     progress: Progress | None = None
     vm_name: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    plan: VmPlan = NO_PLAN
+    plan_problem: Finding | None = None
+    estimate: Estimate | None = None
 
 
-def state_of(facts: Facts, settings: Settings, now: float) -> tuple[State, Finding | None]:
-    """The state of an export, and the reason where there is one. Pure: looks at nothing but its arguments."""
+def state_of(facts: Facts, settings: Settings, now: float, *, any_time: bool = False) -> tuple[State, Finding | None]:
+    """The state of an export, and the reason where there is one. Pure: looks at nothing but its arguments.
+
+    any_time: whether a person wants it migrated now, whatever its window says.
+    """
     state, finding = _state_on_disk(facts, settings, now)
+    if state == State.QUEUED and facts.request != "cancel":
+        planned = facts.plan_problem or (_on_hold() if facts.plan.hold else None)
+        if planned is None and not any_time:
+            planned = _outside(facts, settings, now)
+        if planned is not None:
+            return State.BLOCKED, planned
     # A setback that is further away than its delay is long does not count: the clock was put back meanwhile.
     setback = facts.setback
     if setback is not None and state == State.QUEUED and 0 < setback.until - now <= settings.retry.delay(setback.count):
@@ -103,14 +122,14 @@ def _state_on_disk(facts: Facts, settings: Settings, now: float) -> tuple[State,
         if due - now > settings.retry.max_delay_seconds * JITTER:  # no delay is that long: the clock was put back
             due = now
         if facts.report_status == State.RETRYING and facts.request == "hold":
-            return _on_hold()
+            return State.BLOCKED, _on_hold()
         if facts.report_status == State.RETRYING and (due <= now or facts.request == "cancel"):
             return State.QUEUED, facts.report_finding
         return State(facts.report_status), facts.report_finding
     if facts.manifest is None:
         return State.INCOMPLETE, None
     if facts.request == "hold":
-        return _on_hold()
+        return State.BLOCKED, _on_hold()
     if facts.request == "cancel":
         return State.QUEUED, None  # for a runner that says so in a report
     age = now - facts.settled_since
@@ -126,8 +145,33 @@ def _state_on_disk(facts: Facts, settings: Settings, now: float) -> tuple[State,
     return State.QUEUED, None
 
 
-def _on_hold() -> tuple[State, Finding]:
-    return State.BLOCKED, request_error("hold").finding()
+def _on_hold() -> Finding:
+    return request_error("hold").finding()
+
+
+def _outside(facts: Facts, settings: Settings, now: float) -> Finding | None:
+    """Why a job must not start now, if it must not: its window has not begun, is over, or is too short for it."""
+    window = facts.plan.window(settings)
+    whose = "its window" if facts.plan.has_window else f"the window of wave {facts.plan.wave}"
+    hint = "Wait for it, or change the plan; `hyper2kvmctl migrate` starts the job now."
+    if window.not_before is not None and now < window.not_before.timestamp():
+        return Finding(Code.WINDOW, f"{whose} begins at {clock(window.not_before)}", hint)
+    if window.not_after is None:
+        return None
+    hint = "Give it a later window in its plan, or in `waves`; `hyper2kvmctl migrate` starts the job now."
+    left = window.not_after.timestamp() - now
+    if left <= 0:
+        return Finding(Code.WINDOW, f"{whose} ended at {clock(window.not_after)}", hint)
+    if facts.estimate is not None and facts.estimate.seconds > left:
+        takes = f"the job would take {duration(facts.estimate.seconds)}"
+        message = f"{takes} by the estimate, and {whose} ends in {duration(left)}, at {clock(window.not_after)}"
+        return Finding(Code.WINDOW, message, hint)
+    return None
+
+
+def clock(time: datetime) -> str:
+    """A time for people, by this host's clock: 2026-12-05 20:00 +0100."""
+    return time.astimezone().strftime("%Y-%m-%d %H:%M %z")
 
 
 def request_error(request: Literal["hold", "cancel"]) -> MigrationError:

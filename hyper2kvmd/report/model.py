@@ -124,6 +124,18 @@ class HostRecord(Part):
     )
 
 
+class EstimateRecord(Part):
+    """What the job was to take, by what was known when it began; the report's `seconds` are what it took."""
+
+    seconds: float = Field(description="the most likely duration")
+    low: float = Field(description="one of ten jobs takes less")
+    high: float = Field(description="one of ten jobs takes more")
+    stages: dict[str, float] = Field(description="seconds of each stage")
+    written: int = Field(description="bytes that its disks were to take")
+    samples: int = Field(description="how many earlier migrations of that host this was made of; 0: of sizes alone")
+    confidence: str = Field(description="none, low, medium or high")
+
+
 class Report(Part):
     """What became of one export. Its presence means: nothing more to do, unless the status is `retrying`.
 
@@ -153,6 +165,8 @@ class Report(Part):
         default_factory=dict, description="what the settings and the command line put in place of the manifest's wishes"
     )
     tags: dict[str, str] = Field(default_factory=dict, description="tags of the manifest")
+    plan: dict[str, Any] = Field(default_factory=dict, description="what was planned for the VM, as its file says")
+    estimate: EstimateRecord | None = None
     tools: dict[str, str] = Field(default_factory=dict, description="versions of the tools that were used")
     host: HostRecord
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -649,6 +650,56 @@ class Rule(Section):
     )
 
 
+def _time(value: object) -> object:
+    """A time; without an offset, it is one of this host's clock."""
+    try:
+        time = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+    except ValueError:
+        raise ValueError("expected a time such as 2026-12-05 20:00, or 2026-12-05 20:00+01:00") from None
+    return time.astimezone() if time.tzinfo is None else time
+
+
+Time = Annotated[datetime, BeforeValidator(_time)]
+
+
+class Wave(Section):
+    """The window of time in which the VMs of a wave may be migrated."""
+
+    not_before: Time | None = Field(
+        default=None, description="No job starts before this time, such as `2026-12-05 20:00` by this host's clock."
+    )
+    not_after: Time | None = Field(
+        default=None,
+        description="No job starts that would end later than this, by its estimate. A job that runs is not stopped.",
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Wave:
+        if self.not_before is not None and self.not_after is not None and self.not_after <= self.not_before:
+            raise ValueError("not_after must be later than not_before")
+        return self
+
+
+class Vm(Section):
+    """The virtual hardware of a VM, instead of what it had. For the plan of one VM, and for `hyper2kvmctl migrate
+    --set`; in the settings file it holds for every VM.
+    """
+
+    cpus: int | None = Field(default=None, ge=1, le=4096, description="Virtual CPUs; null: as many as it had.")
+    memory_mb: int | None = Field(default=None, ge=16, description="Memory, in MiB; null: as much as it had.")
+    networks: tuple[Network | None, ...] = Field(
+        default=(),
+        description="Where its network cards lead to, in their order, each in the form of `libvirt.default_network`;"
+        " null leaves a card to `libvirt.network_map`.",
+        examples=[["bridge:br0", None]],
+    )
+    mac: Literal["keep", "new"] = Field(
+        default="keep",
+        description="keep: the cards keep their MAC addresses. new: they get new ones. A guest that knows a card by its"
+        " old address blocks its job then.",
+    )
+
+
 class Log(Section):
     """What is logged."""
 
@@ -729,6 +780,18 @@ class Settings(Section):
         examples=[[{"tags": {"site": "berlin"}, "features": ["berlin"], "licenses": ["filer1:1"], "priority": 10}]],
     )
     dispatch: Dispatch = Dispatch()
+    vm: Vm = Vm()
+    plan_dir: Path = Field(
+        default=Path("/etc/hyper2kvmd/plan.d"),
+        description="Where the plans of single VMs are: NAME.yaml, by the name of the export's directory. Several hosts"
+        " need the same files: put the directory on shared storage.",
+    )
+    waves: dict[str, Wave] = Field(
+        default_factory=dict,
+        description="When the waves of a campaign may run, by their names. The plan of a VM says to which wave it"
+        " belongs.",
+        examples=[{"1": {"not_before": "2026-12-05 20:00", "not_after": "2026-12-06 06:00"}}],
+    )
     log: Log = Log()
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

@@ -75,7 +75,7 @@ def test_a_plan_gives_the_order_and_the_wishes_of_each_vm(
         "vms:\n"
         "  c: {priority: 10, name: database}\n"
         f"  b: {{priority: 5, output_dir: {tmp_path}/fast}}\n"
-        "  d: {skip: true}\n"
+        "  d: {hold: true}\n"
     )
     done = ctl("batch", scratch.exports_dir, "--plan", plan, "--workers", "1")
     assert 0 == done.returncode, done.stdout + done.stderr

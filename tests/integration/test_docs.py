@@ -67,7 +67,7 @@ def test_every_command_and_option_that_a_page_names_exists() -> None:
     checked = 0
     for where, text in mentioned():
         program, first, *rest = text.split()
-        path = (first, rest[0]) if first == "manifest" and rest and rest[0].isalpha() else (first,)
+        path = (first, rest[0]) if first in ("manifest", "plan") and rest and rest[0].isalpha() else (first,)
         options = options_of(parsers[program], path)
         if options is None:
             # Running text, such as "hyper2kvmd takes an export": no command has an option that could be meant.

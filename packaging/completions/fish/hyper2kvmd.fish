@@ -18,6 +18,7 @@ complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l as-before -d 
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l if-ready -d 'do nothing while the export is being written'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l died -r -F -d 'how the last runner of this export died'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l submitted-by -r -F -d 'what an engine starts: do nothing unless this is the release of who asks, and say in the report who did'
+complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l planned -r -F -d 'do nothing unless the plan of the VM is the same here'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l config -r -F -d 'settings file (default: /etc/hyper2kvmd/hyper2kvmd.yaml)'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from run-job' -l set -r -F -d 'override a setting, for example --set workers=4 or --set libvirt.import=false'
 complete -c hyper2kvmd -n '__fish_seen_subcommand_from check-config' -s h -l help -d 'show this help message and exit'

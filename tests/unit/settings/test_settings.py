@@ -32,7 +32,7 @@ def test_every_setting_in_the_shipped_file_has_a_comment_that_fits_the_line() ->
 def test_the_examples_are_settings(tmp_path: Path) -> None:
     text = SHIPPED.read_text()
     examples = re.findall(r"^ *# For example: (.*)\n *(\w+): ", text, flags=re.MULTILINE)
-    others = {"allowed_dirs", "pipeline", "network_map", "luks_keys", "rules", "tags"}
+    others = {"allowed_dirs", "pipeline", "network_map", "luks_keys", "rules", "tags", "networks", "waves"}
     assert others | {"features", "licenses", "submit", "list", "cancel"} == {key for _, key in examples}
     for example, key in examples:
         its_place = rf"^( *# For example: {re.escape(example)}\n *{key}): .*"
