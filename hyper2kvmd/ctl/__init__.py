@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from hyper2kvmd import __version__, journal
 from hyper2kvmd.ctl import (
     batch,
+    bundle,
     control,
     doctor,
     hosts,
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         control,
         hosts,
         logs,
+        bundle,
         prune,
         switch,
         notify,

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from hyper2kvmd.ctl.listing import find, state_now
@@ -39,12 +40,7 @@ def logs(options: argparse.Namespace, config: Settings) -> int:
         print(f"hyper2kvmctl: {options.export}: no export of this name in {config.exports_dir}", file=sys.stderr)
         return EXIT_NOT_FOUND
     if options.journal:
-        look, report = facts.look(export, config), facts.read_report(export) or {}
-        jobs = {job_id(export, look.manifest_sha256 or ""), str(report.get("job", ""))} - {""}
-        fields = [f"H2K_JOB_ID={job}" for job in sorted(jobs)] + [
-            f"H2K_EXPORT={name}" for name in (export.name, export)
-        ]
-        matches = [word for field in fields for word in ("+", field)][1:]
+        matches = journal_matches(export, config)
         output = "json" if options.json else "short-iso"
         try:
             become(["journalctl", "-o", output, *(["-f"] if options.follow else []), *matches])
@@ -66,3 +62,12 @@ def logs(options: argparse.Namespace, config: Settings) -> int:
             if not options.follow or state_now(export, config) in FINAL:
                 return EXIT_DONE
             time.sleep(POLL_SECONDS)
+
+
+def journal_matches(export: Path, config: Settings) -> list[str]:
+    """What journalctl(1) takes to find what was logged of an export, by its runners and by the daemon."""
+    look, report = facts.look(export, config), facts.read_report(export) or {}
+    jobs = {job_id(export, look.manifest_sha256 or ""), str(report.get("job", ""))} - {""}
+    fields = [f"H2K_JOB_ID={job}" for job in sorted(jobs)]
+    fields += [f"H2K_EXPORT={name}" for name in (export.name, export)]
+    return [word for field in fields for word in ("+", field)][1:]

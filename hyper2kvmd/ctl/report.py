@@ -105,16 +105,16 @@ def _page(export: Path, document: dict[str, Any], shown: Report, results: Result
     """The page of one report, with what lies beside it. Raise OSError."""
     fd = open_directory(export)
     try:
-        log = _beside(fd, LOG, LOG_BYTES).decode(errors="replace")
+        log = beside(fd, LOG, LOG_BYTES).decode(errors="replace")
         # One that the report does not name is an earlier attempt's.
         named = results.boot is not None and results.boot.screenshot is not None
-        screen = _beside(fd, BOOT_SCREEN, SCREEN_BYTES) if named else None
+        screen = beside(fd, BOOT_SCREEN, SCREEN_BYTES) if named else None
         return render(document, log, screen, _source(fd, export, shown.manifest))
     finally:
         os.close(fd)
 
 
-def _beside(dir_fd: int, name: str, limit: int) -> bytes:
+def beside(dir_fd: int, name: str, limit: int) -> bytes:
     """The last bytes of a plain file in the export; empty for what is none, or is not to be read."""
     try:
         fd = open_file(name, dir_fd=dir_fd)
