@@ -35,26 +35,26 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", help="watch the exports directory and migrate what is dropped there")
-    run.add_argument("--once", action="store_true", help="work off what is there, print a summary, and end")
+    run.add_argument("--once", action="store_true", help="migrate what is there, print a summary, and exit")
     job = commands.add_parser("run-job", help="migrate one export under its lock")
     job.add_argument("export", type=Path, help="directory of the export")
     job.add_argument("--events-fd", type=int, metavar="N", help="write events as JSON lines to this descriptor")
     job.add_argument("--dry-run", action="store_true", help="inspect and fix on throw-away overlays, change nothing")
     job.add_argument("--stages", metavar="A,B", help=f"run these of {', '.join(CHOICES)}, and no others")
-    job.add_argument("--name", metavar="VM", help="call the VM so, whatever the manifest calls it")
-    job.add_argument("--as-before", action="store_true", help="as was asked for the last time, on any host")
+    job.add_argument("--name", metavar="VM", help="name of the VM, instead of the manifest's")
+    job.add_argument("--as-before", action="store_true", help="use the options of the last `migrate`, from any host")
     job.add_argument("--if-ready", action="store_true", help="do nothing while the export is being written")
     job.add_argument("--died", default="", metavar="HOW", help="how the last runner of this export died")
     job.add_argument(
         "--submitted-by",
         nargs=2,
         metavar=("VERSION", "HOST"),
-        help="what an engine starts: do nothing unless this is the release of who asks, and say in the report who did",
+        help="what an engine starts: do nothing unless this host has the caller's release; the report names the caller",
     )
     job.add_argument("--planned", metavar="DIGEST", help="do nothing unless the plan of the VM is the same here")
     check = commands.add_parser("check-config", help="check the settings and print them")
     host = commands.add_parser("check-host", help="say in JSON whether this host can do jobs that an engine sends")
-    host.add_argument("mark", type=Path, help="a file in the exports directory, made by who asks")
+    host.add_argument("mark", type=Path, help="a file in the exports directory, made by the caller")
     for command in (run, job, check, host):
         add_settings_options(command)
     return parser

@@ -53,7 +53,7 @@ CATALOG: dict[Kind, CatalogEntry] = {
     Kind.STOPPED: CatalogEntry(
         "34d37092ba6e418eaa44e760c97d0387",
         "The daemon has stopped",
-        "Nothing of the jobs that ran is lost: the next start goes on behind the last finished step of each.",
+        "Nothing of the jobs that ran is lost: the next start resumes after the last finished step of each.",
     ),
     Kind.RETIRING: CatalogEntry(
         "9b6fd51baf4c4a4d8bbe623b88be29c0",
@@ -74,17 +74,17 @@ CATALOG: dict[Kind, CatalogEntry] = {
     Kind.EXPORTS_UNREADABLE: CatalogEntry(
         "b90b6bf115d14d2090ab82b7522ca629",
         "The exports directory cannot be read",
-        "No job is started until it can be: mount or create it, mend its file server, or change `exports_dir`.",
+        "No job is started until it can be: mount or create it, repair its file server, or change `exports_dir`.",
     ),
     Kind.RUNNER_DIED: CatalogEntry(
         "75eb3b97efe449628bd2c308cf5651c3",
         "The process of a job died",
-        "The job is started again after a delay, and goes on behind its last finished step. If it dies again and again,"
+        "The job is started again after a delay, and resumes after its last finished step. If it dies again and again,"
         " look for what kills it: `journalctl -k`, the memory of the host.",
     ),
     Kind.ENGINE_DOWN: CatalogEntry(
         "85fea057267143e699538f6eff5c605e",
-        "No job can be handed over to what places jobs on hosts",
+        "The engine takes no jobs",
         "Slurm, or what dispatch.command names, does not answer, or takes no job. What it has already goes on."
         " The daemon asks again every ten seconds. `hyper2kvmctl doctor dispatch` says what is wrong.",
     ),
@@ -120,7 +120,7 @@ CATALOG: dict[Kind, CatalogEntry] = {
     Kind.INTERRUPTED: CatalogEntry(
         "84c3ce6205d9431f86c37c0cbedabdee",
         "A job was stopped from outside",
-        "Nothing is lost: the next attempt goes on behind its last finished step.",
+        "Nothing is lost: the next attempt resumes after its last finished step.",
     ),
     Kind.SUCCEEDED: CatalogEntry(
         "cee09f281aee4269a4f37d0b4bbec06c",

@@ -329,7 +329,7 @@ def report_page() -> str:
 
 A job that is over leaves its report beside the manifest, as `{REPORT}`. As long as it is there, the
 export is left alone, unless its status is `retrying`. `hyper2kvmctl show` prints it for people, `hyper2kvmctl retry`
-moves it away and has the job begun anew.
+moves it away and starts the job again.
 
 It is one JSON object in UTF-8, and it is written whole or not at all. All fields are always there. Its schema is
 [migration-report.schema.json](migration-report.schema.json).
@@ -393,7 +393,7 @@ and no line of it can pass for another record. What a tool said when it failed i
     journalctl -u hyper2kvmd -p err -x              what went wrong, with what to do about it
     journalctl H2K_ERROR=no_space                   one error code
     journalctl MESSAGE_ID={failed}
-    hyper2kvmctl logs --journal web01               all of one export, the daemon's words of it included
+    hyper2kvmctl logs --journal web01               all of one export, with the daemon's messages
     hyper2kvmctl logs web01                         the log beside the export, which is there without systemd too
 
 ## Fields
@@ -569,11 +569,11 @@ domain is defined in libvirt. The report beside the manifest says how it ended.
     )
     return f"""\
 {text}
-With 78, systemd does not start the daemon again: the settings must be mended first.
+With 78, systemd does not start the daemon again: fix the settings first.
 
 ## Signals
 
-{item("SIGTERM", "Stops the running jobs and ends. The next start goes on behind the last finished step of each.")}\
+{item("SIGTERM", "Stops the running jobs and ends. The next start resumes after the last finished step of each.")}\
 {item("SIGINT", "The same.")}\
 {item("SIGQUIT", "Starts no job any more, and ends with 75 when those that run are over; systemd starts it anew.")}\
 {item("SIGHUP", "Reads the settings again, for jobs that start from then on. Bad ones are logged, and not used.")}\

@@ -66,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
             add_settings_options(command)
             command.set_defaults(claims=module in CLAIMING)
             if module in CLAIMING:
-                command.add_argument("-v", "--verbose", action="store_true", help="say as whom the command works")
+                command.add_argument(
+                    "-v", "--verbose", action="store_true", help="print the user that the command runs as"
+                )
     return parser
 
 

@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     parser.add_argument(
         "--workers", type=_workers, metavar="N", help="migrations at the same time (default: the setting)"
     )
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="wishes for each VM, and their order (YAML)")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="plans of single VMs, and their order (YAML)")
     add_migration_options(parser)
     parser.set_defaults(run=run)
     return [parser]

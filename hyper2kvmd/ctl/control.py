@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the commands to the parser."""
     made = []
     for name, run, text in (
-        ("retry", retry, "start a job anew whose error is mended; the old report is kept under another name"),
+        ("retry", retry, "retry a job after you fixed its error; the old report is kept under another name"),
         ("cancel", cancel, "stop a job for good, and remove what it made"),
         ("hold", hold, "stop a job, or do not start it, until it is released"),
         ("release", release, "let a job on hold go on"),
@@ -41,10 +41,10 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         command.add_argument("exports", nargs="+", metavar="EXPORT", help="directory, its name, or the VM's name")
         command.set_defaults(run=_for_each(name, run))
         made.append(command)
-    drain_ = commands.add_parser("drain", help="have no job started any more, and wait for those that run")
+    drain_ = commands.add_parser("drain", help="start no more jobs, and wait for those that run")
     drain_.add_argument("--no-wait", action="store_true", help="do not wait for the jobs that run")
     drain_.set_defaults(run=drain)
-    resume_ = commands.add_parser("resume", help="have jobs started again after a drain")
+    resume_ = commands.add_parser("resume", help="start jobs again after a drain")
     resume_.set_defaults(run=resume)
     for command in (drain_, resume_):
         command.add_argument("--host", metavar="NAME", help="on this host only, as `hyper2kvmctl hosts` has its name")

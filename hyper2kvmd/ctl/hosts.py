@@ -31,7 +31,7 @@ STYLE = {"gone": "red", "down": "red", "draining": "yellow", "stopped": "yellow"
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command to the parser."""
     parser = commands.add_parser("hosts", help="list the hosts that work on the exports directory")
-    parser.add_argument("--forget", metavar="NAME", help="take a host off the list that is not there any more")
+    parser.add_argument("--forget", metavar="NAME", help="remove a host that is gone from the list")
     parser.set_defaults(run=hosts)
     return [parser]
 
@@ -101,7 +101,7 @@ def _node_row(node: Node, running: Counter[str]) -> dict[str, Any]:
 
 def _drained(node: Node) -> Finding:
     message = f"Slurm gives {node.name} no job: it is {node.state}" + (f" ({node.reason})" if node.reason else "")
-    hint = f"When that is mended: `scontrol update nodename={node.name} state=resume`, as one who administers Slurm."
+    hint = f"After you fix that, run `scontrol update nodename={node.name} state=resume` as a Slurm administrator."
     return Finding("host_drained", message, hint)
 
 

@@ -27,8 +27,8 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command to the parser."""
     parser = commands.add_parser("logs", help="print what the attempts at one export logged")
     parser.add_argument("export", help="directory, its name, or the VM's name")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on printing as the job goes on")
-    parser.add_argument("--journal", action="store_true", help="from the journal: the daemon's words of it, too")
+    parser.add_argument("-f", "--follow", action="store_true", help="follow the log until the job ends")
+    parser.add_argument("--journal", action="store_true", help="read the journal, with the daemon's messages")
     parser.set_defaults(run=logs)
     return [parser]
 

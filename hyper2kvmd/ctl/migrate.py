@@ -29,7 +29,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     parser = commands.add_parser("migrate", help="migrate one export now, and show how it goes")
     parser.add_argument("manifest", type=Path, help="manifest, or directory of the export")
     add_migration_options(parser)
-    parser.add_argument("--name", metavar="VM", help="call the VM so, whatever the manifest calls it")
+    parser.add_argument("--name", metavar="VM", help="name of the VM, instead of the manifest's")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="write the disks there")
     parser.add_argument(
         "--print-output",

@@ -19,9 +19,9 @@ from hyper2kvmd.settings.model import Settings
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command to the parser."""
     parser = commands.add_parser(
-        "notify", help="tell what has ended to the webhook and the hooks; the daemon does it by itself"
+        "notify", help="notify webhook and hooks of finished jobs; the daemon does this by itself"
     )
-    parser.add_argument("--dry-run", action="store_true", help="only print what would be told")
+    parser.add_argument("--dry-run", action="store_true", help="only print the notifications that are pending")
     parser.set_defaults(run=notify)
     return [parser]
 

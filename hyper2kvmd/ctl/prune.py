@@ -26,7 +26,7 @@ from hyper2kvmd.settings.model import Settings
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command to the parser."""
-    parser = commands.add_parser("prune", help="remove what nobody needs any more, as the settings' retention says")
+    parser = commands.add_parser("prune", help="remove leftovers of finished jobs, by the setting `retention`")
     parser.add_argument("--dry-run", action="store_true", help="only print what would be removed")
     parser.set_defaults(run=prune)
     return [parser]

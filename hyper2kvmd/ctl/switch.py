@@ -33,7 +33,9 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         "switch-bus", help="give a migrated Windows that is shut off another bus, if it would start from there"
     )
     parser.add_argument("vm", metavar="VM", help="the VM, as `virsh list --all` has it")
-    parser.add_argument("bus", choices=("virtio", "sata"), help="what its disks are to be on; its cards go with them")
+    parser.add_argument(
+        "bus", choices=("virtio", "sata"), help="the new bus of its disks; its network cards change too"
+    )
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
     parser.add_argument("--dry-run", action="store_true", help="look into the guest, and show what would change")
     parser.set_defaults(run=switch_bus)

@@ -34,7 +34,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="compute the checksums too, which reads every disk; and take a key that nobody knows for an error",
+        help="compute the checksums too, which reads every disk; and treat unknown keys as errors",
     )
     parser.set_defaults(run=validate)
     return [parser]

@@ -30,8 +30,8 @@ OVERDUE_SECONDS = 30.0
 FREE_BYTES = 16 << 20
 LOCAL_LOCKS = ("nolock", "local_lock=all", "local_lock=flock")
 MEND = {
-    "settings": "Mend what `hyper2kvmd check-config` says, then `systemctl reload hyper2kvmd`.",
-    "exports": "Mount or create the directory, mend its file server, or change exports_dir.",
+    "settings": "Fix what `hyper2kvmd check-config` reports, then `systemctl reload hyper2kvmd`.",
+    "exports": "Mount or create the directory, repair its file server, or change exports_dir.",
 }
 
 

@@ -81,7 +81,7 @@ def _invalid(name: str, message: str, hint: str) -> ManifestError:
 
 
 def _unreadable(name: str, message: str, hint: str) -> ManifestError:
-    hint = f"If the exporter is still writing it, wait. Otherwise export the VM again, or mend the file: {hint}"
+    hint = f"If the exporter is still writing it, wait. Otherwise export the VM again, or fix the file: {hint}"
     return ManifestError(Code.MANIFEST_UNREADABLE, name, [Finding(Code.MANIFEST_UNREADABLE, message, hint)])
 
 

@@ -117,7 +117,7 @@ def run(tools: Tools, hook: Path, report: bytes, environment: dict[str, str], ti
         raise MigrationError(
             Code.HOOK_FAILED,
             f"the hook {hook} {how}: {last}",
-            "Mend what it complains about, or the hook; then `hyper2kvmctl retry`, which converts nothing again.",
+            "Fix what the hook reports, or the hook; then `hyper2kvmctl retry`, which converts nothing again.",
             field=_FIELD,
             tail="\n".join(said.splitlines()[-25:]),
         )

@@ -25,7 +25,7 @@ _OURS = frozenset({"host", "content-length", "content-type", "transfer-encoding"
 _REMEDY = {
     400: "The receiver does not take a message of this form; docs/notify.md has the form, and what to put in between.",
     401: "It wants to know who we are: give it an Authorization header with notify.webhook.headers_credential.",
-    403: "It knows us, and does not let us: mend the token in notify.webhook.headers_credential, or its rights there.",
+    403: "The receiver denied access: correct the token in notify.webhook.headers_credential, or its rights there.",
     404: "It has nothing under this URL: correct notify.webhook.url, or make the webhook anew.",
     410: "The webhook was removed there: make it anew, and set notify.webhook.url.",
     413: "The report is too long for it: raise the receiver's limit for the size of a request.",
@@ -96,10 +96,10 @@ def _unreached(where: str, error: Exception) -> Undelivered:
     if isinstance(error, ssl.SSLCertVerificationError):
         return Undelivered(
             f"{where}: its certificate is not accepted: {plain(error.verify_message, 200)}",
-            "Set notify.webhook.ca_file to the certificate of the authority that signed it, or mend the receiver's.",
+            "Set notify.webhook.ca_file to the certificate of the authority that signed it, or correct the receiver's.",
         )
     if isinstance(error, socket.gaierror):
-        return Undelivered(f"{where}: {error.strerror}", "Correct the name in notify.webhook.url, or mend the DNS.")
+        return Undelivered(f"{where}: {error.strerror}", "Correct the name in notify.webhook.url, or fix the DNS.")
     if isinstance(error, http.client.HTTPException | ValueError):  # its text can hold what the receiver said
         return Undelivered(
             f"{where}: what answers there does not speak HTTP ({type(error).__name__})",

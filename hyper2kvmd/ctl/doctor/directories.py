@@ -159,7 +159,7 @@ def check_handover(host: Host, diagnosis: Diagnosis) -> str:
         if unit_properties(alias).get("Id") != service:
             diagnosis.warn(
                 "handover_unseen",
-                f"exporters look for {alias}, which is not {service}: they do not hand over",
+                f"exporters look for {alias}, which is not {service}: they submit nothing",
                 f"Run `systemctl enable {service}`, which gives it this name, too.",
             )
     return f"manifests are taken from {host.settings.hypersdk.queue_dir}"
@@ -237,7 +237,7 @@ def _answers(directory: Path) -> None:
         raise MigrationError(
             Code.IO_ERROR,
             f"no answer from {directory} within {ANSWER_SECONDS:g} s",
-            "Mend its file server or the network to it, or unmount it (`umount --lazy`).",
+            "Repair its file server or the network to it, or unmount it (`umount --lazy`).",
         ) from None
 
 

@@ -52,7 +52,7 @@ def check_service(host: Host, diagnosis: Diagnosis) -> str:
         raise MigrationError(
             Code.TOOL_FAILED,
             f"{service} has failed ({unit.get('Result')}, exit status {status})",
-            ("Mend what `hyper2kvmd check-config` says" if status == "78" else f"See `journalctl -u {service} -n 50`")
+            ("Fix what `hyper2kvmd check-config` reports" if status == "78" else f"See `journalctl -u {service} -n 50`")
             + f", then run `systemctl restart {service}`.",
         )
     if active != "active":

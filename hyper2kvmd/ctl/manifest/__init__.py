@@ -36,7 +36,7 @@ _Command = Callable[[argparse.Namespace, Settings], int]
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the commands to the parser."""
-    group = commands.add_parser("manifest", help="make, mend and translate manifests")
+    group = commands.add_parser("manifest", help="create, fix and convert manifests")
     actions = group.add_subparsers(dest="action", required=True)
 
     make = actions.add_parser("create", help="make a manifest from disk files, a directory, an .ovf or an OVA")
@@ -48,7 +48,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     )
     make.add_argument("--name", metavar="VM", help="the VM's name (default: what an .ovf says, or the source's name)")
     make.add_argument("--format", choices=("json", "yaml"), help="default: by the name of FILE, or json")
-    make.add_argument("--dialect", choices=("seed", "go"), default="seed", help="whose keys are used (default: seed)")
+    make.add_argument("--dialect", choices=("seed", "go"), default="seed", help="dialect of the keys (default: seed)")
     make.add_argument(
         "--checksum",
         action=argparse.BooleanOptionalAction,
@@ -66,7 +66,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     hash_ = actions.add_parser("rehash", help="compute the checksums of a manifest's disks, and put them in")
     move = actions.add_parser("relocate", help="replace the leading directory of the disks' paths")
     move.add_argument("old", metavar="OLD", help="the leading directory that the paths have")
-    move.add_argument("new", metavar="NEW", help="the one that they are to have")
+    move.add_argument("new", metavar="NEW", help="the new leading directory")
     for parser, run in ((hash_, _rehash), (move, _relocate)):
         parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="path of the manifest")
         parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -75,7 +75,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     schema = actions.add_parser("schema", help="print the JSON Schema of manifests")
     schema.set_defaults(run=_schema)
 
-    upgrade = actions.add_parser("upgrade", help="say a manifest in the other dialect")
+    upgrade = actions.add_parser("upgrade", help="convert a manifest to the other dialect")
     upgrade.add_argument("manifest", type=Path, metavar="MANIFEST", help="path of the manifest")
     upgrade.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="a new file (default: print it); JSON or YAML by its name"

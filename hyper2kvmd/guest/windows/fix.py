@@ -248,7 +248,7 @@ def _unproved(failed: Sequence[Proof]) -> MigrationError:
     return MigrationError(
         Code.FIX_UNPROVED,
         f"{first.subject}: it is not so that {first.claim}: {first.evidence}{more}",
-        "Mend it in Windows on VMware, see that it starts there, shut it down, and export it again. To migrate it as it"
+        "Fix it in Windows on VMware, see that it starts there, shut it down, and export it again. To migrate it as it"
         " is, set fix.enabled to false in its manifest.",
         field="pipeline.fix",
     )

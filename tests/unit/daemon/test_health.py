@@ -68,7 +68,7 @@ def test_each_thing_that_is_wrong_has_its_line_with_the_remedy(scratch: Settings
     answer = found.readyz("", "")
     assert 503 == answer.status
     settings, exports, *others = answer.body.decode().splitlines()
-    assert settings.startswith("settings: failed: the last reload was refused: c.yaml:1: worker: unknown setting; Mend")
+    assert settings.startswith("settings: failed: the last reload was refused: c.yaml:1: worker: unknown setting; Fix")
     assert exports.startswith("exports: failed: cannot read /exports: No such file; Mount or create")
     assert 4 == len(others)
     for query, accept in (("format=json", ""), ("", "application/json")):

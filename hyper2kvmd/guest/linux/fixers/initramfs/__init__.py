@@ -39,20 +39,21 @@ BUILDERS = {
         initramfs_tools.plan,
         initramfs_tools.commands,
         initramfs_tools.prepare,
-        "Run `update-initramfs -u -k all` in the guest on VMware, mend what it says, and export it again "
+        "Run `update-initramfs -u -k all` in the guest on VMware, fix the errors that it reports, and export it again "
         "(update_initramfs=no in /etc/initramfs-tools/update-initramfs.conf turns it off).",
     ),
     "dracut": Builder(
         dracut.plan,
         dracut.commands,
         lambda view, images: _nothing,
-        "Run `dracut --force --regenerate-all` in the guest on VMware, mend what it says, and export it again.",
+        "Run `dracut --force --regenerate-all` in the guest on VMware, fix the errors that it reports, and export it"
+        " again.",
     ),
     "mkinitrd": Builder(
         mkinitrd.plan,
         mkinitrd.commands,
         lambda view, images: _nothing,
-        "Run `mkinitrd` in the guest on VMware, mend what it says, and export it again.",
+        "Run `mkinitrd` in the guest on VMware, fix the errors that it reports, and export it again.",
     ),
 }
 

@@ -231,7 +231,7 @@ def _netplan(view: View, warnings: list[Finding]) -> tuple[Interface, ...]:
                     "network_unreadable",
                     f"{printable(path)} in the guest is not the YAML of a netplan file: the cards that it configures "
                     "may have other names on KVM",
-                    "Run `netplan generate` in the guest on VMware and mend what it says, or bind the names by hand.",
+                    "Run `netplan generate` in the guest on VMware and fix what it reports, or bind the names by hand.",
                 )
             )
         else:
