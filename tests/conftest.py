@@ -16,6 +16,7 @@ import hypothesis
 import pytest
 
 from hyper2kvmd import accel
+from hyper2kvmd.queue import estimate
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
 from tests import appliance, order
@@ -161,6 +162,11 @@ def ctl(scratch: Settings, tmp_path: Path) -> Ctl:
         )
 
     return run
+
+
+def left_in(work_dir: Path) -> list[str]:
+    """What is in a work directory besides what stays there on purpose: how long migrations took."""
+    return sorted(path.name for path in work_dir.iterdir() if path.name != estimate.FILE)
 
 
 def run_job(

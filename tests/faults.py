@@ -36,7 +36,7 @@ from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import job_id
 from hyper2kvmd.notify import outbox
-from hyper2kvmd.queue import facts, requests, setbacks
+from hyper2kvmd.queue import estimate, facts, requests, setbacks
 from hyper2kvmd.queue.claim import holder
 from hyper2kvmd.queue.names import BOOT_LOG, BOOT_SCREEN, CANCEL, LOCK, LOG, REPORT
 from hyper2kvmd.queue.state import FINAL, State, state_of
@@ -429,7 +429,7 @@ def invariants(here: Site, patience: float = 20) -> None:
 
 def _leftovers(here: Site, works: set[str]) -> list[str]:
     """What is in the work directory beside `works`, and the processes that still run."""
-    ours = {outbox.STATE, f"{outbox.STATE}-journal", outbox.LOCK, setbacks.FILE}
+    ours = {outbox.STATE, f"{outbox.STATE}-journal", outbox.LOCK, setbacks.FILE, estimate.FILE}
     names = {path.name for path in listing(here.settings.work_dir)} - ours - works
     left = [f"left in the work directory: {names}"] if names else []
     orphans = references(here)

@@ -22,8 +22,8 @@ from hyper2kvmd.ctl.doctor import CHECKS
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.ctl.logs import journal_matches
 from hyper2kvmd.ctl.output import print_json, refuse, refuse_existing, say
+from hyper2kvmd.ctl.pages import beside
 from hyper2kvmd.ctl.redact import redacted
-from hyper2kvmd.ctl.report import beside
 from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND, EXIT_USAGE
 from hyper2kvmd.files import create_file, explained, open_directory

@@ -53,8 +53,8 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 def list_exports(options: argparse.Namespace, config: Settings) -> int:
     """Print a table of all exports."""
-    hosts = _hosts(config)
-    rows = [row for export in facts.exports(config)[0] if (row := _row(export, config, hosts)) is not None]
+    hosts = working_hosts(config)
+    rows = [row for export in facts.exports(config)[0] if (row := row_of(export, config, hosts)) is not None]
     asked = {row.export: _asked(row.export, config) for row in rows}
     now = time.monotonic()
     if options.json:
@@ -84,7 +84,7 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
             file=sys.stderr,
         )
         return EXIT_NOT_FOUND
-    row = _described(export, facts.look(export, config), config, _hosts(config))
+    row = _described(export, facts.look(export, config), config, working_hosts(config))
     document = facts.read_report(export)
     runner = holder(export)
     asked = _asked(export, config)
@@ -137,6 +137,7 @@ class Row:
     finding: Finding | None
     progress: Progress | None = None
     estimate: Estimate | None = None
+    look: Facts | None = None
 
     def as_json(self, now: float) -> dict[str, Any]:
         """The row for `--json`; now: the monotonic clock."""
@@ -149,7 +150,7 @@ class Row:
         }
 
 
-def _row(export: Path, config: Settings, hosts: Sequence[Seen]) -> Row | None:
+def row_of(export: Path, config: Settings, hosts: Sequence[Seen]) -> Row | None:
     """One row of the list; None for an export that is gone."""
     found = facts.look_or_reason(export, config)
     if isinstance(found, Finding):
@@ -163,10 +164,10 @@ def _described(export: Path, look: Facts, config: Settings, hosts: Sequence[Seen
     state, finding = state_of(known, config, time.time())
     if state == State.QUEUED and finding is None:
         finding = _untaken(export, hosts)
-    return Row(export, state, finding, look.progress, None if state in FINAL - {State.BLOCKED} else look.estimate)
+    return Row(export, state, finding, look.progress, None if state in FINAL - {State.BLOCKED} else look.estimate, look)
 
 
-def _hosts(config: Settings) -> list[Seen]:
+def working_hosts(config: Settings) -> list[Seen]:
     """The hosts that have a daemon which works; none if nobody can know."""
     with contextlib.suppress(OSError):
         return [seen for seen in all_hosts(config, time.time()) if seen.state == "running"]

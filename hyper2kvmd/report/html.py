@@ -8,14 +8,12 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from typing import Any, Literal
-
-from jinja2 import Environment, StrictUndefined
 
 from hyper2kvmd.domain.hardware import Hardware
 from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.report.model import Report, StageRecord, Status
+from hyper2kvmd.report.pages import template
 from hyper2kvmd.report.results import Results
 from hyper2kvmd.text import escaped, exact_duration, size
 
@@ -81,11 +79,10 @@ def render(
     known. Raise pydantic.ValidationError if the document is not a report.
     """
     report, results = checked(document)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(size=size, duration=exact_duration, moment=moment, diff_lines=diff_lines)
-    template = environment.from_string(resources.files(__package__).joinpath("page.html.j2").read_text("utf-8"))
     bars, ticks = timeline(report)
-    return template.render(
+    return template("page.html.j2").render(
+        moment=moment,
+        diff_lines=diff_lines,
         report=report,
         results=results,
         headline=_headline(report),

@@ -14,7 +14,7 @@ import pytest
 
 from hyper2kvmd.queue.names import LOCK, LOG, REPORT
 from hyper2kvmd.settings.model import Settings
-from tests.conftest import MakeExport, disk_entry, report_of, run_job, write_manifest
+from tests.conftest import MakeExport, disk_entry, left_in, report_of, run_job, write_manifest
 from tests.libvirtd import session
 
 CANARY = b"root:CANARY-THAT-MUST-NEVER-LEAVE:0:0\n"
@@ -47,7 +47,7 @@ def refused(export: Path, settings: Settings, code: str, *words: str) -> dict[st
     assert error["hint"], "an error without a remedy"
     assert before == digests(export), "the source was changed"
     assert [] == list(settings.output_dir.iterdir()), "something was published"
-    assert [] == list(settings.work_dir.iterdir()), "something was left behind"
+    assert [] == left_in(settings.work_dir), "something was left behind"
     return document
 
 

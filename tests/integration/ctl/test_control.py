@@ -19,7 +19,7 @@ from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
 from hyper2kvmd.queue.state import state_of
 from hyper2kvmd.settings.model import Settings
 from tests import ROOT
-from tests.conftest import Ctl, MakeExport, disk_entry, report_of, run_job, write_manifest
+from tests.conftest import Ctl, MakeExport, disk_entry, left_in, report_of, run_job, write_manifest
 from tests.integration.daemon.test_daemon import change, daemon, free_port, left_behind, look_again, wait_until
 from tests.integration.job.test_kill import check_finished_once, is_alive, start
 
@@ -57,7 +57,7 @@ def test_cancel_ends_a_running_job_long_before_its_time_and_leaves_nothing(
     runner.wait(timeout=60)
     assert not is_alive(tool)
     assert ("cancelled", "cancelled") == (report_of(export)["status"], report_of(export)["error"]["code"])
-    assert ([], []) == (list(scratch.output_dir.iterdir()), list(scratch.work_dir.iterdir()))
+    assert ([], []) == (list(scratch.output_dir.iterdir()), left_in(scratch.work_dir))
     assert CANCEL not in os.listdir(export)
 
 
@@ -96,7 +96,7 @@ def test_cancel_kills_a_job_that_cannot_stop_and_says_so_in_its_report(
     assert 0 == done.returncode, done.stderr
     assert -9 == runner.wait(timeout=60)
     assert "cancelled" == report_of(export)["status"]
-    assert ([], []) == (list(scratch.output_dir.iterdir()), list(scratch.work_dir.iterdir()))
+    assert ([], []) == (list(scratch.output_dir.iterdir()), left_in(scratch.work_dir))
 
 
 def test_cancel_of_a_job_that_waits_or_is_blocked_writes_the_report(
@@ -236,7 +236,7 @@ def test_prune_removes_what_is_over_and_nothing_that_is_needed(
         "-e", "inject=linkat:signal=KILL:when=1",
     )  # fmt: skip
     assert 0 != stopped.wait(timeout=60)
-    (needed,) = scratch.work_dir.iterdir()
+    (needed,) = (scratch.work_dir / name for name in left_in(scratch.work_dir))
     gone = scratch.work_dir / "gone-01234567"
     old = scratch.output_dir / ".x.qcow2.gone-01234567.1.partial"
     beside = old.with_suffix(".boot.partial")
@@ -290,7 +290,7 @@ def test_prune_removes_the_half_disk_of_a_runner_that_was_killed_once_its_export
     assert [] == json.loads(ctl("prune", "--json", "--set", "retention.work_days=0").stdout)["removed"]
     shutil.rmtree(export)
     wait_until(lambda: ctl("prune", "--json", "--set", "retention.work_days=0").stdout.count("partial") > 0, 60)
-    assert ([], []) == (list(scratch.output_dir.iterdir()), list(scratch.work_dir.iterdir()))
+    assert ([], []) == (list(scratch.output_dir.iterdir()), left_in(scratch.work_dir))
     assert half.suffix == ".partial"
 
 
@@ -299,7 +299,7 @@ def check_finished_once_beside(export: Path, settings: Settings, other: Path) ->
     assert 0 == run_job(export, settings).returncode
     names = {f"{path.name}-disk-0.qcow2" for path in (export, other)}
     assert names == {path.name for path in settings.output_dir.iterdir()}
-    assert [] == list(settings.work_dir.iterdir())
+    assert [] == left_in(settings.work_dir)
 
 
 def test_sources_are_deleted_only_if_the_settings_say_so_and_only_after_success(

@@ -16,7 +16,7 @@ import pytest
 
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.settings.model import Settings
-from tests.conftest import Ctl, MakeExport, report_of, run_job
+from tests.conftest import Ctl, MakeExport, left_in, report_of, run_job
 from tests.integration.job.test_kill import start
 from tests.libvirtd import session
 
@@ -117,7 +117,7 @@ def test_a_runner_that_died_before_any_rename_is_brought_to_an_end(
             assert "succeeded" == report_of(export)["status"]
             assert {name: starts} == domains(uri)
             assert disk.exists()
-        assert [] == list(scratch.work_dir.iterdir())
+        assert [] == left_in(scratch.work_dir)
         assert [] == list(scratch.output_dir.glob(".*"))
         for left in domains(uri):
             if domains(uri)[left]:
@@ -171,7 +171,7 @@ def test_a_disk_that_somebody_uses_is_kept_and_the_remedy_works(
     done = ctl("cancel", "web01")
     assert 0 == done.returncode, done.stderr
     assert not disk.exists()
-    assert [] == list(scratch.work_dir.iterdir())
+    assert [] == left_in(scratch.work_dir)
     assert domains(uri) == {} or before == {}
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from hyper2kvmd.job.context import job_id
 from hyper2kvmd.settings.model import Settings
-from tests.conftest import MakeExport, report_of, run_job
+from tests.conftest import MakeExport, left_in, report_of, run_job
 from tests.guests.build import export as export_guest
 
 
@@ -60,7 +60,7 @@ def check_finished_once(export: Path, settings: Settings) -> None:
     final = settings.output_dir / f"{export.name}-disk-0.qcow2"
     assert [final] == list(settings.output_dir.iterdir()), "something was left behind, or done twice"
     assert is_whole(export, final)
-    assert [] == list(settings.work_dir.iterdir())
+    assert [] == left_in(settings.work_dir)
     assert [] == [path.name for path in export.iterdir() if path.name.endswith(".tmp")]
 
 
@@ -237,7 +237,7 @@ def test_a_kill_takes_the_appliance_along(scratch: Settings, make_export: MakeEx
     document = report_of(export)
     assert ("blocked", "os_unknown", 2) == (document["status"], document["error"]["code"], document["attempts"])
     assert [] == list(scratch.output_dir.iterdir())
-    assert [] == list(scratch.work_dir.iterdir())
+    assert [] == left_in(scratch.work_dir)
 
 
 # `info` is run with a limit that lets it write no file at all.
@@ -329,7 +329,7 @@ def test_a_fix_that_was_proved_is_not_done_again_and_half_a_commit_is_completed(
     assert ("stream", inode) == (disk["engine"], Path(disk["target"]).stat().st_ino), "it was converted twice"
     assert report["results"]["fix"]["proofs"] and report["changes"], "the record of the fix is lost"
     assert ["inspect", "fix", "plan"] == [stage["name"] for stage in report["stages"]][:3]
-    assert [] == list(settings.work_dir.iterdir())
+    assert [] == left_in(settings.work_dir)
 
 
 def test_a_burst_of_signals_stops_a_job_as_one_does(

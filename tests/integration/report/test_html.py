@@ -10,10 +10,9 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,23 +20,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 
 from hyper2kvmd.report.html import render
 from hyper2kvmd.settings.model import Settings
 from tests import ROOT
 from tests.conftest import Ctl, MakeExport, disk_entry, report_of, run_job, write_manifest
+from tests.integration.report.conftest import AA, Open, contrast, emulate, overflowing, texts_and_colours
 
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 # Each would do something if it were not shown as text, or would change how the text around it is read.
 HOSTILE = (
     "<script>document.title='owned'</script>",
@@ -51,9 +40,6 @@ HOSTILE = (
 )
 SHOWN = (*HOSTILE[:4], r"right\u202eto left", r"nul\x00 escape\x1b[2J", HOSTILE[6], r"half\ud800pair")
 LONG = "unbroken" * 60
-AA = 4.5  # WCAG 2.1, 1.4.3: the least contrast of text
-
-Open = Callable[[str], webdriver.Chrome]
 
 
 def png(width: int = 64, height: int = 40) -> bytes:
@@ -237,48 +223,6 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().casefold()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[webdriver.Chrome]:
-    """A browser that has never been used, with a log of all that it asks for."""
-    profile = tempfile.mkdtemp(prefix="page-browser-")
-    try:
-        options = webdriver.ChromeOptions()
-        options.binary_location = "/usr/bin/chromium"
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-        driver = webdriver.Chrome(options, Service("/usr/bin/chromedriver"))
-        try:
-            yield driver
-        finally:
-            driver.quit()
-    finally:
-        shutil.rmtree(profile, ignore_errors=True)
-
-
-@pytest.fixture
-def show(browser: webdriver.Chrome, tmp_path: Path) -> Open:
-    """A function that opens a page as a file, on a screen of 1100 × 900 pixels in light colours."""
-
-    def open_page(html: str) -> webdriver.Chrome:
-        path = tmp_path / "page.html"
-        path.write_text(html, encoding="utf-8")
-        emulate(browser)
-        for log in ("performance", "browser"):
-            browser.get_log(log)  # type: ignore[no-untyped-call]  # which empties it
-        browser.get(path.as_uri())
-        return browser
-
-    return open_page
-
-
-def emulate(browser: webdriver.Chrome, scheme: str = "light", media: str = "screen", width: int = 1100) -> None:
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-
-
 def visible(browser: webdriver.Chrome) -> str:
     return squeezed(str(browser.execute_script("return document.body.innerText")))
 
@@ -426,48 +370,17 @@ def test_the_page_forbids_itself_all_but_its_own_styles_and_pictures() -> None:
 
 def test_nothing_overflows_on_a_screen_of_400_pixels(show: Open) -> None:
     browser = show(render(rich(), f"{LONG}{LONG}\n", png(1280, 800)))
-    emulate(browser, width=400)
-    widths = "const root = document.documentElement; return [root.scrollWidth - root.clientWidth, innerWidth]"
-    assert [0, 400] == browser.execute_script(widths)
-    outside = """const width = document.documentElement.clientWidth + 1;
-        return [...document.querySelectorAll('main *, header *')].filter(
-            box => box.getBoundingClientRect().right > width).map(box => box.outerHTML)"""
-    assert [] == browser.execute_script(outside)
+    assert [] == overflowing(browser, 400)
     assert [] == [line for line in ("web01.vmdk", "2 GiB", "disk-0") if squeezed(line) not in visible(browser)]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_has_the_contrast_that_people_need(show: Open, scheme: str) -> None:
     browser = show(render(rich(), "the last line\n", None))
-    emulate(browser, scheme)
-    found = browser.execute_script(
-        """const backdrop = box => {
-            const colour = getComputedStyle(box).backgroundColor;
-            return colour !== 'rgba(0, 0, 0, 0)' || !box.parentElement ? colour : backdrop(box.parentElement)};
-        const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
-        while (walker.nextNode()) if (walker.currentNode.data.trim()) {
-            const box = walker.currentNode.parentElement;
-            found.push([box.className, getComputedStyle(box).color, backdrop(box)])}
-        return found"""
-    )
+    found = texts_and_colours(browser, scheme)
     classes = {name for name, _, _ in found}
     assert {"added", "removed", "place", "file", "same", "mark ok", "mark failed", "label", "quiet"} <= classes
-    body = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (0.5 < luminance(body)) is (scheme == "light")
     assert [] == [item for item in found if contrast(item[1], item[2]) < AA]
-
-
-def luminance(colour: str) -> float:
-    """The relative luminance of `rgb(r, g, b)`, as WCAG defines it."""
-    channels = [int(part) / 255 for part in re.findall(r"\d+", colour)]
-    assert 3 == len(channels), colour
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, other: str) -> float:
-    darker, lighter = sorted((luminance(one), luminance(other)))
-    return (lighter + 0.05) / (darker + 0.05)
 
 
 def test_print_shows_every_line_of_every_difference_on_white(show: Open) -> None:
@@ -599,6 +512,7 @@ def test_the_template_is_package_data_and_in_the_wheel(tmp_path: Path) -> None:
     subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert template.read_bytes() == zipfile.ZipFile(wheel).read("hyper2kvmd/report/page.html.j2")
+    assert {"campaign.html.j2", "style.css"} <= {Path(name).name for name in zipfile.ZipFile(wheel).namelist()}
 
 
 def test_report_prints_what_show_prints_of_it(migrated: tuple[Path, Settings]) -> None:
