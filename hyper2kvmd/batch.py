@@ -54,7 +54,10 @@ class BatchEntry:
     def waits(self, settings: Settings) -> bool:
         """Whether it is still to be migrated by this batch."""
         tries = self.tries < settings.retry.max_attempts
-        return self.runner is None and tries and self.state in (State.QUEUED, State.WAITING, State.RETRYING)
+        later = self.reason is not None and self.reason.code == Code.WINDOW  # which may be days away
+        return (
+            self.runner is None and tries and not later and self.state in (State.QUEUED, State.WAITING, State.RETRYING)
+        )
 
 
 def entries(settings: Settings, plan: BatchPlan, *, dry_run: bool) -> list[BatchEntry]:
@@ -123,7 +126,7 @@ def _look(entry: BatchEntry, settings: Settings) -> None:
     entry.priority = (
         placement(settings, entry.export.name, look).priority if entry.plan.priority is None else entry.plan.priority
     )
-    entry.due = look.settled_since + settings.settle_seconds if entry.state == State.WAITING else 0.0
+    entry.due = look.due(settings) if entry.state == State.WAITING else 0.0
 
 
 def _start(entry: BatchEntry, settings: Settings, asked: Asked, dry_run: bool) -> None:

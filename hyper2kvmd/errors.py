@@ -166,9 +166,7 @@ MEANING: dict[Code, Meaning] = {
     Code.INTERRUPTED: Meaning(Outcome.RETRY, "the job was stopped from outside; the next attempt goes on"),
     Code.HELD: Meaning(Outcome.BLOCKED, "somebody put the export on hold"),
     Code.PLAN_INVALID: Meaning(Outcome.BLOCKED, "the plan of the VM holds a mistake, or does not fit the VM"),
-    Code.WINDOW: Meaning(
-        Outcome.BLOCKED, "the window of the VM or of its wave has not begun, is over, or is too short"
-    ),
+    Code.WINDOW: Meaning(Outcome.BLOCKED, "the window of the VM or of its wave is over, or too short for the job"),
     Code.CANCELLED: Meaning(Outcome.CANCELLED, "somebody cancelled the job"),
     Code.CLAIM_LOST: Meaning(Outcome.RETRY, "another runner took the export over"),
     Code.RUNNER_CRASHED: Meaning(Outcome.FAILED, "the job's process died again and again"),

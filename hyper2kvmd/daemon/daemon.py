@@ -314,7 +314,7 @@ class Daemon:
         if before is not None and before.state not in (State.INCOMPLETE, State.WAITING, State.RETRYING):
             return now
         due = look.next_attempt_at or (before.look.next_attempt_at if before is not None else None)
-        return max(look.settled_since + self.settings.settle_seconds, due or 0)
+        return max(look.due(self.settings), due or 0)
 
     def _start(self, now: float, found: Scan) -> float:
         """Start what can be started, here or by an engine; return the seconds until it is to be tried again."""
@@ -392,15 +392,15 @@ class Daemon:
         interval = self._interval(took) * random.uniform(0.75, 1.25)
         for seen in self.table.values():
             if seen.state == State.WAITING:
-                interval = min(interval, seen.look.settled_since + self.settings.settle_seconds - now)
+                interval = min(interval, seen.look.due(self.settings) - now)
             elif seen.state == State.RETRYING and seen.look.next_attempt_at is not None:
                 interval = min(interval, seen.look.next_attempt_at - now)
         return max(interval, 0.1)
 
     def _pending(self) -> bool:
         """Whether there is something that this daemon will do soon without anybody doing anything."""
-        left_to_others = set() if self.settings.dispatch.engine != "local" else {*self._pulse.waits}
-        states = {seen.state for export, seen in self.table.items() if export.name not in left_to_others}
+        others = set() if self.settings.dispatch.engine != "local" else {*self._pulse.waits}
+        states = {seen.state for export, seen in self.table.items() if not (seen.for_later or export.name in others)}
         return not states.isdisjoint({State.WAITING, State.QUEUED}) or self._placer.has_jobs
 
     def _read(self, runner: Runner) -> None:

@@ -36,6 +36,11 @@ class Row:
     look: Facts
     since: float
 
+    @property
+    def for_later(self) -> bool:
+        """Whether it waits for its window, or for one that is long enough."""
+        return self.finding is not None and self.finding.code == Code.WINDOW
+
 
 class Placer:
     """Keeps nothing that is needed: what an engine has it says itself, and what is done is in the exports directory.

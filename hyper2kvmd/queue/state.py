@@ -85,6 +85,11 @@ class Facts:
     plan_problem: Finding | None = None
     estimate: Estimate | None = None
 
+    def due(self, settings: Settings) -> float:
+        """When an export that waits may be started: it has settled, and its window has begun."""
+        window = self.plan.window(settings).not_before
+        return max(self.settled_since + settings.settle_seconds, 0.0 if window is None else window.timestamp())
+
 
 def state_of(facts: Facts, settings: Settings, now: float, *, any_time: bool = False) -> tuple[State, Finding | None]:
     """The state of an export, and the reason where there is one. Pure: looks at nothing but its arguments.
@@ -93,11 +98,10 @@ def state_of(facts: Facts, settings: Settings, now: float, *, any_time: bool = F
     """
     state, finding = _state_on_disk(facts, settings, now)
     if state == State.QUEUED and facts.request != "cancel":
-        planned = facts.plan_problem or (_on_hold() if facts.plan.hold else None)
-        if planned is None and not any_time:
-            planned = _outside(facts, settings, now)
-        if planned is not None:
+        if planned := facts.plan_problem or (_planned_hold(settings) if facts.plan.hold else None):
             return State.BLOCKED, planned
+        if not any_time and (outside := _outside(facts, settings, now)):
+            return outside
     # A setback that is further away than its delay is long does not count: the clock was put back meanwhile.
     setback = facts.setback
     if setback is not None and state == State.QUEUED and 0 < setback.until - now <= settings.retry.delay(setback.count):
@@ -149,23 +153,28 @@ def _on_hold() -> Finding:
     return request_error("hold").finding()
 
 
-def _outside(facts: Facts, settings: Settings, now: float) -> Finding | None:
-    """Why a job must not start now, if it must not: its window has not begun, is over, or is too short for it."""
+def _planned_hold(settings: Settings) -> Finding:
+    hint = f"Remove `hold` from its file in {settings.plan_dir} when it may start."
+    return Finding(Code.HELD, "its plan puts it on hold", hint)
+
+
+def _outside(facts: Facts, settings: Settings, now: float) -> tuple[State, Finding] | None:
+    """Why a job must not start now, if it must not: it waits for its window, or that is over or too short for it."""
     window = facts.plan.window(settings)
     whose = "its window" if facts.plan.has_window else f"the window of wave {facts.plan.wave}"
-    hint = "Wait for it, or change the plan; `hyper2kvmctl migrate` starts the job now."
     if window.not_before is not None and now < window.not_before.timestamp():
-        return Finding(Code.WINDOW, f"{whose} begins at {clock(window.not_before)}", hint)
+        hint = "It starts by itself then; `hyper2kvmctl migrate` starts it now."
+        return State.WAITING, Finding(Code.WINDOW, f"{whose} begins at {clock(window.not_before)}", hint)
     if window.not_after is None:
         return None
     hint = "Give it a later window in its plan, or in `waves`; `hyper2kvmctl migrate` starts the job now."
     left = window.not_after.timestamp() - now
     if left <= 0:
-        return Finding(Code.WINDOW, f"{whose} ended at {clock(window.not_after)}", hint)
+        return State.BLOCKED, Finding(Code.WINDOW, f"{whose} ended at {clock(window.not_after)}", hint)
     if facts.estimate is not None and facts.estimate.seconds > left:
         takes = f"the job would take {duration(facts.estimate.seconds)}"
         message = f"{takes} by the estimate, and {whose} ends in {duration(left)}, at {clock(window.not_after)}"
-        return Finding(Code.WINDOW, message, hint)
+        return State.BLOCKED, Finding(Code.WINDOW, message, hint)
     return None
 
 

@@ -185,6 +185,19 @@ def test_an_export_is_migrated_by_the_services_user(machine: Container, drop: Dr
     assert {"hyper2kvm"} == set(machine.run("stat", "-c", "%U", *files).split())
 
 
+def test_the_service_keeps_to_the_plan_that_root_imports(machine: Container, drop: Drop) -> None:
+    configure(machine)
+    machine.write("/root/plan.csv", "vm,name,hold\nfirst,shop,\nsecond,,yes\n")
+    machine.run("hyper2kvmctl", "plan", "import", "/root/plan.csv")
+    second, first = drop("second"), drop("first")
+    assert ("succeeded", "shop") == (report(machine, first)["status"], report(machine, first)["vm_name"])
+    rows = json.loads(machine.run("hyper2kvmctl", "list", "--json"))
+    assert ["held"] == [row["reason"]["code"] for row in rows if row["export"] == f"{EXPORTS}/{second}"]
+    assert not exists(machine, of_export(second, "migration-report.json"))
+    machine.run("rm", "-r", "/etc/hyper2kvmd/plan.d")
+    assert "succeeded" == report(machine, second)["status"]
+
+
 def test_an_upgrade_waits_for_the_jobs_that_run(machine: Container, drop: Drop, packages: dict[str, Path]) -> None:
     hold(machine, "convert")
     first = drop("first")

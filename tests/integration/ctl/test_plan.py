@@ -41,7 +41,7 @@ def test_a_spreadsheet_decides_what_each_vm_becomes_and_when(
     assert 0 == check.returncode
     assert f"{scratch.plan_dir}/later.yaml: no export later in" in check.stderr
     rows = {Path(row["export"]).name: row for row in json.loads(ctl("list", "--json").stdout)}
-    assert ["queued", "blocked", "blocked"] == [rows[name]["state"] for name in ("web01", "web02", "web03")]
+    assert ["queued", "waiting", "blocked"] == [rows[name]["state"] for name in ("web01", "web02", "web03")]
     assert ("window", "held") == tuple(rows[name]["reason"]["code"] for name in ("web02", "web03"))
 
     with session(tmp_path) as uri:
@@ -60,7 +60,7 @@ def test_a_spreadsheet_decides_what_each_vm_becomes_and_when(
 
     out = ctl("plan", "export").stdout
     table = {row["vm"]: row for row in csv.DictReader(io.StringIO(out, newline=""))}
-    assert ["no export", "succeeded", "blocked", "blocked"] == [row["state"] for _, row in sorted(table.items())]
+    assert ["no export", "succeeded", "waiting", "blocked"] == [row["state"] for _, row in sorted(table.items())]
     assert ("user", "yes", "2099-01-01T20:00:00") == (
         *(table["web01"]["networks"], table["web03"]["hold"], table["web02"]["not_before"][:19]),
     )
@@ -154,3 +154,14 @@ def test_estimates_learn_from_what_was_migrated(ctl: Ctl, scratch: Settings, mak
     text = ctl("plan", "estimate").stdout
     assert "second" in text and "low" in text
     assert "about" in ctl("list").stdout
+
+
+def test_a_batch_does_not_wait_for_windows(ctl: Ctl, scratch: Settings, make_export: MakeExport) -> None:
+    make_export("now")
+    make_export("later")
+    scratch.plan_dir.mkdir()
+    (scratch.plan_dir / "later.yaml").write_text("not_before: 2099-01-01 00:00\n")
+    done = ctl("batch", scratch.exports_dir)
+    assert 75 == done.returncode
+    assert "1 waiting, 1 succeeded" == done.stdout.splitlines()[-1]
+    assert "its window begins at 2099-01-01" in done.stdout

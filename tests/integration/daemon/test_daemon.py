@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -393,3 +394,22 @@ def test_a_bad_configuration_ends_with_78_and_the_reason(tmp_path: Path) -> None
     )
     assert 78 == done.returncode
     assert "bad.yaml:1: worker: unknown setting; did you mean workers?" in done.stderr
+
+
+def test_a_job_starts_when_its_window_begins_and_once_does_not_wait_for_it(
+    scratch: Settings, make_export: MakeExport
+) -> None:
+    now, later = make_export("now"), make_export("later")
+    scratch.plan_dir.mkdir()
+    plan = scratch.plan_dir / "later.yaml"
+    plan.write_text("not_before: 2099-01-01 00:00\n")
+    with daemon(scratch, "--once") as process:
+        output, _ = process.communicate(timeout=120)
+    assert (True, False) == (done(now), done(later)), output
+    begins = time.time() + 8
+    plan.write_text(f"not_before: {datetime.fromtimestamp(begins, UTC).isoformat()}\n")
+    # So rarely that only the window can have been what it looked for.
+    with daemon(scratch.model_copy(update={"scan_interval_seconds": 3600.0})):
+        wait_until(lambda: done(later), 120)
+    claimed = datetime.fromisoformat(report_of(later)["started_at"]).timestamp()
+    assert begins <= claimed < begins + 60

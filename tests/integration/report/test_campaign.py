@@ -159,7 +159,7 @@ def test_the_command_writes_a_page_with_a_page_for_each_and_a_table(
         done = ctl("report", "--all", "--html", page, "--csv", table)
         assert 0 == done.returncode, done.stderr
     text = page.read_text()
-    for part in ("Wave 7", "ask Ann", "the export is on hold", "bad-disk-0.raw has sha256"):
+    for part in ("Wave 7", "ask Ann", "its plan puts it on hold", "bad-disk-0.raw has sha256"):
         assert part in text
     pages = tmp_path / "campaign.html.vms"
     linked = {part.partition('"')[0] for part in text.split('href="campaign.html.vms/')[1:]}
@@ -175,7 +175,7 @@ def test_the_command_writes_a_page_with_a_page_for_each_and_a_table(
     shape = json.loads(ctl("report", "--all", "--json").stdout)
     assert {*rows} == {one["name"] for one in shape["vms"]}
     said = ctl("report", "--all").stdout
-    assert "later: blocked: the export is on hold" in said
+    assert "later: blocked: its plan puts it on hold" in said
     assert EXIT_USAGE == ctl("report").returncode == ctl("report", "web01", "--all").returncode
     assert EXIT_USAGE == ctl("report", "web01", "--csv", table).returncode
 

@@ -38,5 +38,5 @@ def test_every_command_that_takes_an_export_finds_it_this_way() -> None:
     """Those that take a path say so: migrate, validate, batch, manifest."""
     source = {path.name: path.read_text() for path in (ROOT / "hyper2kvmd/ctl").glob("*.py")}
     taking = {name for name, text in source.items() if "or its name" in text or "its name, or the VM" in text}
-    assert {"control.py", "listing.py", "logs.py", "report.py"} == taking
+    assert {"bundle.py", "control.py", "listing.py", "logs.py", "report.py"} == taking
     assert [] == [name for name in taking if "find(" not in source[name]]
