@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hyper2kvmd.dispatch.engine import Engine, Handed, Submission
 from hyper2kvmd.errors import Code, Finding, MigrationError
@@ -22,14 +22,15 @@ class Round:
     """What came of one round, which asked the engine at `asked` (monotonic) what it has.
 
     jobs: what it has by now, by our names; submitted: those of them that it was given in this round; withdrawn: what
-    was taken back, as it must not start. refused: by name, why it did not take a job. trouble: why nothing more could
-    be done, if that is so.
+    was taken back, as it must not start, or not like that. asked_for: as what each was handed over by this daemon.
+    refused: by name, why it did not take a job. trouble: why nothing more could be done, if that is so.
     """
 
     asked: float = 0.0
     jobs: Mapping[str, Handed] = field(default_factory=dict)
     submitted: frozenset[str] = frozenset()
     withdrawn: frozenset[str] = frozenset()
+    asked_for: Mapping[str, Submission] = field(default_factory=dict)
     refused: Mapping[str, Finding] = field(default_factory=dict)
     trouble: Finding | None = None
 
@@ -58,7 +59,8 @@ class Dispatcher:
             return POLL_SECONDS
         names, there = {submission.name for submission in wanted}, self.last.jobs
         new = bool(names - {*there}) and len(there) < limit and self.last.trouble is None
-        stale = any(job.state == "waiting" and name not in names for name, job in there.items())
+        changed = _changed(self.last, wanted)
+        stale = any(job.state == "waiting" and (name not in names or name in changed) for name, job in there.items())
         left = self._ended + (ROUND_SECONDS if new or stale else POLL_SECONDS) - time.monotonic()
         if self._ended and left > 0:
             return left
@@ -79,12 +81,14 @@ def in_step(engine: Engine, wanted: Sequence[Submission], ours: frozenset[str], 
     try:
         listed = [job for job in engine.jobs() if job.name in ours]
         names = {submission.name for submission in wanted}
+        changed = _changed(before, wanted)
         # What runs decides for itself: its runner sees who is on hold or cancelled, and stops.
-        stale = [job for job in listed if job.state == "waiting" and (job.stuck or job.name not in names)]
+        waiting = [job for job in listed if job.state == "waiting"]
+        stale = [job for job in waiting if job.stuck or job.name not in names or job.name in changed]
         if stale:
             engine.cancel([job.id for job in stale])
     except MigrationError as error:
-        return Round(before.asked, before.jobs, trouble=error.finding())
+        return Round(before.asked, before.jobs, asked_for=before.asked_for, trouble=error.finding())
     jobs = {job.name: job for job in listed if job not in stale}
     withdrawn = frozenset(job.name for job in stale if not job.stuck)
     # What was there and is gone has ended: whether it left anything is for the next look to say.
@@ -110,4 +114,18 @@ def in_step(engine: Engine, wanted: Sequence[Submission], ours: frozenset[str], 
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(hand_over, due))
-    return Round(asked, jobs, frozenset(taken), withdrawn, refused, trouble[0] if trouble else None)
+    handed = {**before.asked_for, **{submission.name: submission for submission in due}}
+    asked_for = {name: submission for name, submission in handed.items() if name in jobs}
+    return Round(asked, jobs, frozenset(taken), withdrawn, asked_for, refused, trouble[0] if trouble else None)
+
+
+def _changed(before: Round, wanted: Sequence[Submission]) -> set[str]:
+    """What is wanted otherwise by now than it was handed over: with another priority, on other hosts, by another plan.
+
+    Which hosts must not get it is for their runners to see. What another daemon handed over is left as it is.
+    """
+    return {
+        one.name
+        for one in wanted
+        if one.name in before.asked_for and replace(before.asked_for[one.name], exclude=()) != replace(one, exclude=())
+    }

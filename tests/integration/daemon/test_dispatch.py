@@ -151,6 +151,25 @@ def test_what_waits_there_says_why_and_is_taken_back_when_it_is_held_or_all_is_d
     assert ("succeeded", 1) == (report_of(export)["status"], report_of(export)["attempts"])
 
 
+def test_a_plan_that_changes_while_its_job_waits_has_the_job_handed_over_anew(
+    scratch: Settings, make_export: MakeExport, queue: Queue
+) -> None:
+    queue.set("full")
+    export = make_export()
+    scratch.plan_dir.mkdir()
+    with daemon(queue.settings(scratch)):
+        wait_until(lambda: 1 == queue.waiting(), 120)
+        (scratch.plan_dir / "web01.yaml").write_text("name: shop\npriority: 5\n")
+        wait_until(lambda: 2 == queue.calls("submit") and 1 == queue.waiting(), 120)
+        queue.unset("full")
+        (scratch.plan_dir / "web01.yaml").write_text("name: shop\npriority: 6\n")
+        wait_until(lambda: done(export), 120)
+    assert ("succeeded", "shop", 6) == (
+        *(report_of(export)[key] for key in ("status", "vm_name")),
+        report_of(export)["plan"]["priority"],
+    )
+
+
 def test_a_refusal_blocks_in_the_engines_words_until_the_settings_are_read_again(
     scratch: Settings, make_export: MakeExport, queue: Queue, listed: Callable[[str], tuple[str, str, str]]
 ) -> None:

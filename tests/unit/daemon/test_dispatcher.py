@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +78,33 @@ def test_what_waits_for_ever_is_taken_back_and_handed_over_anew_once_somebody_ha
     assert {"a"} == found.submitted
     again = step(Table([Handed("2", "a", "waiting", stuck=True)]), "a", before=found)
     assert (frozenset(), frozenset()) == (again.submitted, again.withdrawn)
+
+
+def test_what_is_wanted_otherwise_by_now_is_handed_over_anew_if_it_still_waits() -> None:
+    engine = Table()
+    ours = frozenset({"a", "b", "c"})
+    before = in_step(engine, [submission(name) for name in "abc"], ours, 9, BEFORE)
+    engine.has = [replace(job, state="running") if job.name == "c" else job for job in engine.has]
+    engine.calls.clear()
+    first, drained, runs = submission("a"), replace(submission("b"), exclude=("kvm1",)), submission("c")
+    wanted = [replace(first, priority=5), drained, replace(runs, words=("false",))]
+    found = in_step(engine, wanted, ours, 9, before)
+    cancelled = next(job.id for job in before.jobs.values() if job.name == "a")
+    assert ["jobs", f"cancel {cancelled}", "submit a"] == engine.calls
+    assert {"a"} == found.submitted == found.withdrawn
+    engine.calls.clear()
+    assert frozenset() == in_step(engine, wanted, ours, 9, found).submitted
+    assert ["jobs"] == engine.calls
+
+
+def test_trouble_forgets_nothing_of_what_was_handed_over() -> None:
+    engine = Table()
+    before = in_step(engine, [submission("a")], frozenset({"a"}), 9, BEFORE)
+    engine.down = True
+    trouble = in_step(engine, [submission("a")], frozenset({"a"}), 9, before)
+    engine.down = False
+    found = in_step(engine, [replace(submission("a"), priority=1)], frozenset({"a"}), 9, trouble)
+    assert {"a"} == found.submitted
 
 
 def test_jobs_of_other_directories_are_nobodys_business_here() -> None:
