@@ -37,7 +37,10 @@ from tests.integration.daemon.test_daemon import daemon
 
 def main() -> int:
     """Run the benchmarks that are named, or all of them, and print one line for each figure."""
-    functions = (conversion, data, migration, fix, latency, overhead, burst, fleet, endurance, scan, idle, events)
+    functions = (
+        *(conversion, data, migration, fix, latency, overhead, burst, fleet, endurance, scan, idle, events),
+        estimates,
+    )
     benchmarks = {function.__name__: function for function in functions}
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *benchmarks], help="which (default: all)")
@@ -337,6 +340,34 @@ def overhead(scratch: Path) -> None:
     jobs.sort()
     print(f"a tiny job {jobs[10]:.2f} s, Python with the libraries alone {bare[10]:.2f} s (medians of 20)")
     figure("a tiny job / the start of Python with its libraries", jobs[10] / bare[10], "", "≤ 2")
+
+
+def estimates(scratch: Path) -> None:
+    """How near the estimates come: twelve migrations to learn from, and six of other sizes up to twice as large."""
+    settings = settings_in(scratch)
+
+    def ratio(number: int, mib: int) -> float:
+        """Estimated seconds for each second that a disk of random bytes took."""
+        export = scratch / "exports" / f"vm{number:02}"
+        export.mkdir()
+        disk = export / "disk.raw"
+        with disk.open("wb") as file:
+            for _ in range(mib):
+                file.write(os.urandom(1 << 20))
+        write_manifest(export, [disk_entry(disk)])
+        assert 0 == run_job(export, settings).returncode
+        report = report_of(export)
+        for path in (disk, *settings.output_dir.iterdir()):
+            path.unlink()
+        return float(report["estimate"]["seconds"]) / float(report["seconds"])
+
+    sizes = (32, 64, 128, 256, 512, 1024)
+    for number, mib in enumerate((*sizes, *sizes)):
+        ratio(number, mib)
+    found = sorted(ratio(number, mib) for number, mib in enumerate((48, 96, 384, 768, 1536, 2048), start=50))
+    figure("estimated / actual, median of six", (found[2] + found[3]) / 2, "", "0.8 to 1.25")
+    figure("  the lowest", found[0], "", "≥ 0.5")
+    figure("  the highest", found[-1], "", "≤ 2")
 
 
 def burst(scratch: Path) -> None:
