@@ -187,15 +187,15 @@ def test_an_export_is_migrated_by_the_services_user(machine: Container, drop: Dr
 
 def test_the_service_keeps_to_the_plan_that_root_imports(machine: Container, drop: Drop) -> None:
     configure(machine)
-    machine.write("/root/plan.csv", "vm,name,hold\nfirst,shop,\nsecond,,yes\n")
+    machine.write("/root/plan.csv", "vm,name,hold\nplanned,shop,\nplanned-later,,yes\n")
     machine.run("hyper2kvmctl", "plan", "import", "/root/plan.csv")
-    second, first = drop("second"), drop("first")
-    assert ("succeeded", "shop") == (report(machine, first)["status"], report(machine, first)["vm_name"])
+    later, planned = drop("planned-later"), drop("planned")
+    assert ("succeeded", "shop") == (report(machine, planned)["status"], report(machine, planned)["vm_name"])
     rows = json.loads(machine.run("hyper2kvmctl", "list", "--json"))
-    assert ["held"] == [row["reason"]["code"] for row in rows if row["export"] == f"{EXPORTS}/{second}"]
-    assert not exists(machine, of_export(second, "migration-report.json"))
+    assert ["held"] == [row["reason"]["code"] for row in rows if row["export"] == f"{EXPORTS}/{later}"]
+    assert not exists(machine, of_export(later, "migration-report.json"))
     machine.run("rm", "-r", "/etc/hyper2kvmd/plan.d")
-    assert "succeeded" == report(machine, second)["status"]
+    assert "succeeded" == report(machine, later)["status"]
 
 
 def test_an_upgrade_waits_for_the_jobs_that_run(machine: Container, drop: Drop, packages: dict[str, Path]) -> None:
