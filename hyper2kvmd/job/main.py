@@ -299,7 +299,7 @@ def _conclude(
         domain=job.record.domain,
         tags=manifest.tags if manifest else {},
         plan=look.plan.model_dump(mode="json", exclude_unset=True),
-        estimate=_estimated(look),
+        estimate=None if look.estimate is None else EstimateRecord(**look.estimate.as_json()),
         tools=job.record.tools,
         host=_host(request),
         overrides={
@@ -343,13 +343,6 @@ def _conclude(
         log.info("succeeded", kind=Kind.SUCCEEDED, seconds=document.seconds, warnings=len(document.warnings))
     job.events.emit("finished", **finished, report=document.model_dump(mode="json"))
     return EXIT_OF[outcome]
-
-
-def _estimated(look: Facts) -> EstimateRecord | None:
-    """What the job was to take."""
-    if look.estimate is None:
-        return None
-    return EstimateRecord(**look.estimate.as_json())
 
 
 def _learn(work_dir: Path, look: Facts, document: Report) -> None:

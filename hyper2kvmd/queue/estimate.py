@@ -179,7 +179,7 @@ class Learnt:
 
     def of(self, bytes: int) -> Estimate:
         """What a migration of so many bytes takes."""
-        stages = {name: at + slope * bytes for name, (at, slope) in self.lines.items()}
+        stages = _stages(self.lines, bytes)
         seconds = critical_path(stages)
         times = (seconds * self.scale, seconds * self.low, seconds * self.high)
         return Estimate(*times, stages, int(bytes * self.written), self.samples)
@@ -188,11 +188,7 @@ class Learnt:
 def learn(samples: Sequence[Sample]) -> Learnt:
     """What these migrations say, of which there is at least one."""
     lines = _lines(samples)
-    taken = (
-        sample.seconds
-        / max(critical_path({name: at + slope * sample.bytes for name, (at, slope) in lines.items()}), 1e-3)
-        for sample in samples
-    )
+    taken = (sample.seconds / max(critical_path(_stages(lines, sample.bytes)), 1e-3) for sample in samples)
     errors = sorted(taken)
     low, high = (errors[round(part * (len(errors) - 1))] for part in (0.1, 0.9))
     scale = statistics.median(errors)
@@ -208,6 +204,11 @@ def _learnt(path: Path, _version: tuple[int, ...], kind: str) -> Learnt | None:
     earlier = history(path.parent)
     samples = [sample for sample in earlier if sample.kind == kind] or earlier
     return learn(samples) if samples else None
+
+
+def _stages(lines: Mapping[str, tuple[float, float]], bytes: int) -> dict[str, float]:
+    """Seconds of each stage, by its line."""
+    return {name: at + slope * bytes for name, (at, slope) in lines.items()}
 
 
 def _lines(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:

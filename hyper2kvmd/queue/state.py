@@ -126,14 +126,14 @@ def _state_on_disk(facts: Facts, settings: Settings, now: float) -> tuple[State,
         if due - now > settings.retry.max_delay_seconds * JITTER:  # no delay is that long: the clock was put back
             due = now
         if facts.report_status == State.RETRYING and facts.request == "hold":
-            return State.BLOCKED, _on_hold()
+            return _on_hold()
         if facts.report_status == State.RETRYING and (due <= now or facts.request == "cancel"):
             return State.QUEUED, facts.report_finding
         return State(facts.report_status), facts.report_finding
     if facts.manifest is None:
         return State.INCOMPLETE, None
     if facts.request == "hold":
-        return State.BLOCKED, _on_hold()
+        return _on_hold()
     if facts.request == "cancel":
         return State.QUEUED, None  # for a runner that says so in a report
     age = now - facts.settled_since
@@ -149,8 +149,8 @@ def _state_on_disk(facts: Facts, settings: Settings, now: float) -> tuple[State,
     return State.QUEUED, None
 
 
-def _on_hold() -> Finding:
-    return request_error("hold").finding()
+def _on_hold() -> tuple[State, Finding]:
+    return State.BLOCKED, request_error("hold").finding()
 
 
 def _planned_hold(settings: Settings) -> Finding:
