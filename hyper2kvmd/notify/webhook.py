@@ -81,7 +81,7 @@ def post(webhook: Webhook, body: bytes) -> None:
     if thread.is_alive() and (waiting := connection.sock) is not None:
         with contextlib.suppress(OSError):
             waiting.shutdown(socket.SHUT_RDWR)
-    if answer is None:
+    if answer is None or isinstance(answer, TimeoutError):  # the socket's limit is the same, and can be over first
         raise Undelivered(
             f"{where} did not answer within {webhook.timeout_seconds:g} s",
             "See whether the receiver works; if it is slow, raise notify.webhook.timeout_seconds.",
