@@ -17,27 +17,20 @@ _TARGET = re.compile(r"(?:(bridge|ovs):)?([^@:/\x00-\x1f]+)(?:@([0-9]{1,4}))?")
 
 @dataclass(frozen=True)
 class DomainDisk:
-    """A disk of the domain. Disks are given in boot order.
-
-    backing: what an overlay is laid on, and its format. given_away: whether libvirt gives its files to the account of
-    its QEMU, as it does unless it is told.
-    """
+    """A disk of the domain. Disks are given in boot order."""
 
     path: Path
     format: str
     serial: str
     direct_io: bool
-    backing: tuple[Path, str] | None = None
-    given_away: bool = True
 
 
 @dataclass(frozen=True)
 class DomainNic:
-    """A network interface. `target` is as `attachment` reads it; without `link`, its cable is unplugged."""
+    """A network interface. `target` is as `attachment` reads it."""
 
     mac: str
     target: str
-    link: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,6 @@ class Domain:
     job: str
     source: dict[str, str]
     tags: dict[str, str]
-    nvram: Path | None = None
 
 
 def domain_uuid(*identity: str) -> str:

@@ -37,7 +37,7 @@ def hard_disks(xml: str) -> list[tuple[Path, str]]:
     Raise ValueError, with its name in the domain, for one whose data is no file and no device of this host.
     """
     found = []
-    for disk in _hard_disks(ET.fromstring(xml)):
+    for disk in hard_disk_elements(ET.fromstring(xml)):
         path = _get(disk, "source", "file") or _get(disk, "source", "dev")
         if not path:
             raise ValueError(_get(disk, "target", "dev"))
@@ -51,12 +51,9 @@ def switched(xml: str, machine: Machine, *, cards: bool = True) -> str:
     Of the cards, virtio's become others, or others virtio's: who chose between those had a reason.
     Where on a bus what was changed comes to be is left to libvirt. What is so already is not touched.
     """
-    for _, (prefix, uri) in ET.iterparse(io.StringIO(xml), ["start-ns"]):
-        if prefix and not re.fullmatch(r"ns[0-9]+", prefix):
-            ET.register_namespace(prefix, uri)
-    root = ET.fromstring(xml)
+    root = parsed(xml)
     for devices in root.findall("devices"):
-        disks = enumerate(_hard_disks(root))
+        disks = enumerate(hard_disk_elements(root))
         moved = [(disk, machine.bus(index)) for index, disk in disks if _bus(disk) != machine.bus(index)]
         emptied = {place for disk, _ in moved if (place := _controller(disk))}
         for disk, bus in moved:
@@ -75,6 +72,14 @@ def switched(xml: str, machine: Machine, *, cards: bool = True) -> str:
     return ET.tostring(root, encoding="unicode") + "\n"
 
 
+def parsed(xml: str) -> ET.Element:
+    """The domain as a tree that is written with the prefixes that it came with."""
+    for _, (prefix, uri) in ET.iterparse(io.StringIO(xml), ["start-ns"]):
+        if prefix and not re.fullmatch(r"ns[0-9]+", prefix):
+            ET.register_namespace(prefix, uri)
+    return ET.fromstring(xml)
+
+
 def difference(before: str, after: str) -> str:
     """What changes from one domain to another, as a unified diff; "" if nothing does."""
     old, new = (ET.fromstring(xml) for xml in (before, after))
@@ -84,7 +89,7 @@ def difference(before: str, after: str) -> str:
     return "\n".join(difflib.unified_diff(was, then, "now", "then", lineterm="", n=2))
 
 
-def _hard_disks(root: ET.Element) -> list[ET.Element]:
+def hard_disk_elements(root: ET.Element) -> list[ET.Element]:
     """The disks that a machine of ours could have, those with a place in the boot order first."""
     disks = [
         disk for disk in root.findall("devices/disk") if disk.get("device", "disk") == "disk" and _bus(disk) in _BUSES

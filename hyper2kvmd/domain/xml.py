@@ -6,10 +6,9 @@ import re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 from hyper2kvmd.domain.machine import needs_remapping, topology
-from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, GuestSystem, attachment
+from hyper2kvmd.domain.model import Domain, DomainNic, GuestSystem, attachment
 from hyper2kvmd.domain.osinfo import osinfo_id
 
 METADATA_NAMESPACE = "urn:hyper2kvmd:domain:1"
@@ -102,8 +101,6 @@ def _firmware(root: ET.Element, domain: Domain) -> None:
         secure = "yes" if domain.secure_boot else "no"
         ET.SubElement(firmware, "feature", enabled=secure, name="secure-boot")
         ET.SubElement(firmware, "feature", enabled=secure, name="enrolled-keys")
-        if domain.nvram is not None:
-            _text(system, "nvram", str(domain.nvram))
 
 
 def _features(root: ET.Element, *, secure_boot: bool, hyperv: bool, remaps: bool) -> None:
@@ -157,14 +154,7 @@ def _disks(devices: ET.Element, domain: Domain) -> None:
         caching = {"cache": "none", "io": "native"} if disk.direct_io else {}
         thread = {"iothread": "1"} if bus == "virtio" else {}
         ET.SubElement(element, "driver", {"name": "qemu", "type": disk.format, "discard": "unmap", **caching, **thread})
-        _source(element, disk.path, disk)
-        if disk.backing:
-            # Said in full, as libvirt would find it out by itself, and would give it away.
-            path, format = disk.backing
-            backing = ET.SubElement(element, "backingStore", type="file")
-            ET.SubElement(backing, "format", type=format)
-            _source(backing, path, disk)
-            ET.SubElement(backing, "backingStore")
+        ET.SubElement(element, "source", file=str(disk.path))
         ET.SubElement(element, "target", dev=device_name(number, bus), bus=bus)
         if bus == "scsi":
             # By itself libvirt puts 15 disks on a controller, and adds LSI controllers, for which OVMF has no driver.
@@ -174,12 +164,6 @@ def _disks(devices: ET.Element, domain: Domain) -> None:
         _text(element, "serial", serial)
         # Every disk has an order: OVMF connects only the devices it is told of, and /boot may be on the second.
         ET.SubElement(element, "boot", order=str(order))
-
-
-def _source(parent: ET.Element, path: Path, disk: DomainDisk) -> None:
-    source = ET.SubElement(parent, "source", file=str(path))
-    if not disk.given_away:
-        ET.SubElement(source, "seclabel", model="dac", relabel="no")
 
 
 def _unique_serials(serials: Iterable[str]) -> list[str]:
@@ -206,8 +190,6 @@ def _nic(devices: ET.Element, nic: DomainNic, model: str) -> None:
         ET.SubElement(ET.SubElement(element, "vlan"), "tag", id=str(leads.vlan))
     ET.SubElement(element, "mac", address=nic.mac)
     ET.SubElement(element, "model", type=model)
-    if not nic.link:
-        ET.SubElement(element, "link", state="down")
 
 
 def device_name(index: int, bus: str) -> str:

@@ -6,19 +6,16 @@ import contextlib
 import re
 import threading
 import time
-import uuid
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import libvirt
 import libvirt_qemu
 import structlog
 
-from hyper2kvmd.domain.model import Domain, DomainDisk
-from hyper2kvmd.domain.xml import job_of, to_xml
+from hyper2kvmd.domain.xml import job_of
 from hyper2kvmd.errors import Cancelled, MigrationError
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.hypervisor.disks import let_in
@@ -31,7 +28,6 @@ LISTEN_SECONDS = 30.0
 AGENT_SECONDS = 5.0  # between two questions to the guest agent
 TCG_FACTOR = 4  # how much longer a guest may take whose CPU is emulated
 KEPT_BYTES = 1 << 20
-MAX_CPUS = 4
 
 # Consoles are written for screens: colours, cursor moves, and what else ECMA-48 has.
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*\x07|[@-Z\\^_=>78]|[()][0-9A-B])")
@@ -83,41 +79,15 @@ def judge(text: str) -> tuple[Literal["passed", "failed"], str] | None:
     return None
 
 
-def thrown_away(
-    domain: Domain, overlays: Sequence[Path], backing: Sequence[tuple[Path, str]], nvram: Path, memory_mb: int
-) -> Domain:
-    """The domain that is tested: the same hardware on `overlays`, without a network and with less of the host.
-
-    backing: what each is laid on, and its format.
-    """
-    return replace(
-        domain,
-        name=f"{domain.name}.boot-test",
-        uuid=str(uuid.uuid5(uuid.UUID(domain.uuid), "boot test")),
-        cpus=min(domain.cpus, MAX_CPUS),
-        cores_per_socket=None,
-        memory_mib=min(domain.memory_mib, memory_mb),
-        # What is in a TPM stays on VMware: with a new one or without, the guest boots the same way.
-        tpm=False,
-        disks=tuple(
-            DomainDisk(overlay, "qcow2", disk.serial, False, below)
-            for disk, overlay, below in zip(domain.disks, overlays, backing, strict=True)
-        ),
-        # The source may be running, with the same addresses.
-        nics=tuple(replace(nic, target="user", link=False) for nic in domain.nics),
-        nvram=nvram if domain.firmware == "uefi" else None,
-    )
-
-
 def run(
     connection: Any,
     uri: str,
-    domain: Domain,
+    xml: str,
     seconds: float,
     *,
     cancel: threading.Event,
 ) -> Verdict:
-    """Start `domain`, from thrown_away(), for at most `seconds`, and end it when it has said how it does.
+    """Start the domain `xml`, from thrown_away(), for at most `seconds`, and end it when it has said how it does.
 
     uri: that of the connection, with which the domain dies, and so with this process. Raise Cancelled when `cancel` is
     set.
@@ -129,9 +99,9 @@ def run(
         return Verdict(outcome, reason, round(time.monotonic() - began, 1), readable(console), screen)
 
     try:
-        with let_in(connection, domain) as started, _running(connection, uri, started, console) as guest:
+        with let_in(connection, xml) as started, _running(connection, uri, started, console) as guest:
             outcome, reason = _watched(guest, console, began + seconds, cancel)
-            return verdict(outcome, reason, _screen(connection, guest))
+            return verdict(outcome, reason, screen(connection, guest))
     except libvirt.libvirtError as error:
         # It says nothing about the guest: libvirt cannot read the disks, or went away.
         return verdict("inconclusive", f"libvirt could not run the test: {error}", None)
@@ -145,29 +115,34 @@ def readable(console: bytes | bytearray) -> str:
 
 
 @contextlib.contextmanager
-def _running(connection: Any, uri: str, domain: Domain, console: bytearray) -> Iterator[Any]:
+def _running(connection: Any, uri: str, xml: str, console: bytearray) -> Iterator[Any]:
     """The started domain, whose console is appended to `console`; it is gone at the end."""
+    root = ET.fromstring(xml)
     for other in connection.listAllDomains():  # of an attempt that died while libvirt was away
-        if other.name() == domain.name and job_of(other.XMLDesc(0)) == domain.job:
+        if other.name() == root.findtext("name") and job_of(other.XMLDesc(0)) == job_of(xml):
             other.destroy()
-    root = ET.fromstring(to_xml(domain))
     system = root.find("os")
-    if system is not None and domain.firmware == "bios":
+    if system is not None and system.get("firmware") != "efi":
+        for old in system.findall("bios"):
+            system.remove(old)
         ET.SubElement(system, "bios", useserial="yes")
     # Paused until somebody listens: what a firmware has to say comes first.
     flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_VALIDATE
     guest = connection.createXML(ET.tostring(root, encoding="unicode"), flags)
     try:
-        listening = threading.Event()
-        threading.Thread(
-            target=_listen, args=(uri, domain.uuid, console, listening), name="console", daemon=True
-        ).start()
-        listening.wait(LISTEN_SECONDS)
+        listen(uri, guest.UUIDString(), console)
         guest.resume()
         yield guest
     finally:
         with contextlib.suppress(libvirt.libvirtError):
             guest.destroy()
+
+
+def listen(uri: str, uuid: str, console: bytearray) -> None:
+    """Have what a running domain writes to its console appended to `console`, from now on and until it ends."""
+    listening = threading.Event()
+    threading.Thread(target=_listen, args=(uri, uuid, console, listening), name="console", daemon=True).start()
+    listening.wait(LISTEN_SECONDS)
 
 
 def _listen(uri: str, uuid: str, console: bytearray, listening: threading.Event) -> None:
@@ -198,14 +173,15 @@ def _watched(
         if not guest.isActive():
             return "failed", "it switched itself off"
         if time.monotonic() >= ask_at:
-            if _agent_answers(guest):
+            if agent_answers(guest):
                 return "passed", "the guest agent answers"
             ask_at = time.monotonic() + AGENT_SECONDS
     said = "it said nothing that tells how it does" if console else "its kernel writes nothing to the serial port"
     return "inconclusive", f"{said} before the time was over"
 
 
-def _agent_answers(guest: Any) -> bool:
+def agent_answers(guest: Any) -> bool:
+    """Whether the guest has an agent that answers."""
     channel = ET.fromstring(guest.XMLDesc(0)).find("devices/channel/target[@state='connected']")
     if channel is None:
         return False
@@ -216,7 +192,7 @@ def _agent_answers(guest: Any) -> bool:
     return True
 
 
-def _screen(connection: Any, guest: Any) -> bytes | None:
+def screen(connection: Any, guest: Any) -> bytes | None:
     """A picture of the guest's screen as PNG; None if it has none."""
     picture = bytearray()
     try:

@@ -18,6 +18,7 @@ import libvirt
 
 from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk
+from hyper2kvmd.domain.trial import kept_ours
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.files import create_file, granted, rights_of, user_name
@@ -29,22 +30,26 @@ _TRIAL_MIB = 64
 
 
 @contextlib.contextmanager
-def let_in(connection: Any, domain: Domain) -> Iterator[Domain]:
+def let_in(connection: Any, xml: str) -> Iterator[str]:
     """The domain as it can be started without its disks being given away.
 
     libvirt gives the disks of a domain, and all that they are laid on, to the account of its QEMU, and takes back only
     the disks. Here the account is let at them for a while instead. Raise MigrationError (libvirt_unavailable), OSError.
     """
-    account = qemu_account(connection, domain.virt_type)
+    root = ET.fromstring(xml)
+    account = qemu_account(connection, root.get("type", ""))
     if account is None:
-        yield domain
+        yield xml
         return
     with contextlib.ExitStack() as stack:
-        for disk in domain.disks:
-            stack.enter_context(granted(disk.path, account, os.R_OK | os.W_OK))
-            if disk.backing is not None:
-                stack.enter_context(granted(disk.backing[0], account, os.R_OK))
-        yield replace(domain, disks=tuple(replace(disk, given_away=False) for disk in domain.disks))
+        files = []
+        for disk in root.iterfind("devices/disk[@device='disk']"):
+            for way, rights in (("source", os.R_OK | os.W_OK), ("backingStore/source", os.R_OK)):
+                for source in disk.iterfind(way):
+                    if file := source.get("file"):
+                        files.append(Path(file))
+                        stack.enter_context(granted(files[-1], account, rights))
+        yield kept_ours(xml, files)
 
 
 def check_access(connection: Any, domain: Domain, directory: Path, attempt: int, *, given_away: bool) -> None:
@@ -78,9 +83,10 @@ def check_access(connection: Any, domain: Domain, directory: Path, attempt: int,
         os.close(fd)
         with translated(Code.DEFINE_FAILED, connection):
             try:
-                with contextlib.nullcontext(trial) if given_away else let_in(connection, trial) as started:
+                xml = to_xml(trial)
+                with contextlib.nullcontext(xml) if given_away else let_in(connection, xml) as started:
                     flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
-                    connection.createXML(_without_screen(to_xml(started)), flags).destroy()
+                    connection.createXML(_without_screen(started), flags).destroy()
             except libvirt.libvirtError as error:
                 if str(path) in str(error):
                     raise _denied(connection, trial, directory, error) from None

@@ -9,6 +9,8 @@ from pathlib import Path
 import structlog
 
 from hyper2kvmd.domain.model import Domain
+from hyper2kvmd.domain.trial import thrown_away
+from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import write_durably
 from hyper2kvmd.guest.inspect import inspect
@@ -50,7 +52,7 @@ def boot_copy(job: Job, plan: Plan, disks: Sequence[PlannedDisk], domain: Domain
         seconds = job.settings.validate_.boot_seconds * (1 if plan.accel == "kvm" else boottest.TCG_FACTOR)
         with connect(job.settings.libvirt.uri) as connection:
             backing = [(disk.partial, plan.format) for disk in disks]
-            tested = boottest.thrown_away(domain, overlays, backing, nvram, job.settings.validate_.boot_memory_mb)
+            tested = thrown_away(to_xml(domain), overlays, backing, nvram, job.settings.validate_.boot_memory_mb)
             verdict = boottest.run(connection, job.settings.libvirt.uri, tested, seconds, cancel=job.tools.cancel)
         _keep(job, verdict)
         if verdict.outcome == "passed":

@@ -10,17 +10,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import libvirt
 import pytest
 
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, Machine
+from hyper2kvmd.domain.trial import thrown_away
 from hyper2kvmd.domain.xml import job_of, to_xml
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.hypervisor.connection import connect, virt_type
 from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.hypervisor.preflight import BRIDGE_VLANS, EMULATED_X2APIC, preflight
+from hyper2kvmd.image.qemu_img import create_throw_away
+from hyper2kvmd.run import Tools
 from tests.libvirtd import remove, session
 from tests.unit.domain.test_domain import DEBIAN, PLAIN, RHEL5, VARIANTS, WINDOWS_2022, decided, disks
 
@@ -110,12 +113,20 @@ def test_secure_boot_and_a_tpm_start(connection: Any, tmp_path: Path) -> None:
         assert ["yes"] == [element.get("secure") for element in loader]
 
 
-def test_the_variables_are_kept_where_it_is_asked(connection: Any, tmp_path: Path) -> None:
-    nics = (DomainNic("00:50:56:aa:bb:01", "user", link=False),)
-    domain = replace(SMALL, firmware="uefi", nics=nics, nvram=tmp_path / "nvram.fd", disks=images(tmp_path, 1))
-    with defined(connection, domain, start=True):
-        assert (tmp_path / "nvram.fd").exists()
-    assert not (tmp_path / "nvram.fd").exists()
+@pytest.mark.parametrize("firmware", ["bios", "uefi"])
+def test_a_domain_that_libvirt_has_can_be_tried_on_other_disks(
+    connection: Any, tmp_path: Path, firmware: Literal["bios", "uefi"]
+) -> None:
+    (disk,) = images(tmp_path, 1)
+    nvram, overlay = tmp_path / "nvram.fd", tmp_path / "overlay.qcow2"
+    create_throw_away(Tools(), overlay, disk.path, disk.format)
+    with defined(connection, replace(SMALL, firmware=firmware, disks=(disk,))) as shut_off:
+        xml = shut_off.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        xml = thrown_away(xml, [overlay], [(disk.path, "qcow2")], nvram, 64)
+        tried = connection.createXML(xml, libvirt.VIR_DOMAIN_START_VALIDATE | libvirt.VIR_DOMAIN_START_PAUSED)
+        assert (firmware == "uefi") == nvram.exists()
+        tried.destroy()
+        assert not shut_off.isActive()
 
 
 def codes(errors: list[MigrationError]) -> list[Code]:

@@ -107,22 +107,6 @@ VARIANTS = {
     ),
     "tags": replace(PLAIN, tags={"Kosten<stelle>": 'Vertrieb & "IT"', "owner": "müller\x00"}),
     "raw": replace(PLAIN, disks=disks(2, "raw", direct_io=False)),
-    "boot-test": replace(
-        PLAIN,
-        firmware="uefi",
-        nvram=Path("/work/web-01/nvram.fd"),
-        nics=(DomainNic("00:50:56:aa:bb:01", "user", link=False),),
-        disks=(
-            DomainDisk(
-                Path("/images/.web-01.boot.partial"),
-                "qcow2",
-                "disk-0",
-                False,
-                (Path("/images/.web-01.partial"), "raw"),
-                given_away=False,
-            ),
-        ),
-    ),
 }
 
 

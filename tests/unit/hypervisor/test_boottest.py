@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from hyper2kvmd.domain.model import DomainNic
 from hyper2kvmd.hypervisor import boottest
-from hyper2kvmd.hypervisor.boottest import judge, readable, thrown_away
+from hyper2kvmd.hypervisor.boottest import judge, readable
 from hyper2kvmd.hypervisor.png import png
-from tests.unit.domain.test_domain import PLAIN
 
 BOOTED = b"\x1b[0;1;32m  OK  \x1b[0m] Reached target \x1b[0;1;39mmulti-user.target\x1b[0m - Multi-User System.\r\r\n"
 
@@ -70,17 +66,6 @@ def test_of_an_endless_console_the_end_is_kept() -> None:
     shown = readable(b"a" * (3 << 20) + b"the end")
     assert boottest.KEPT_BYTES == len(shown)
     assert shown.endswith("the end")
-
-
-def test_the_tested_domain_is_cut_off_small_and_another_one() -> None:
-    domain = replace(
-        PLAIN, cpus=64, memory_mib=262144, tpm=True, nics=(DomainNic("00:50:56:aa:bb:01", "bridge:br0@20"),)
-    )
-    tested = thrown_away(domain, [Path("/images/x")], [(Path("/images/y"), "raw")], Path("/images/nvram"), 2048)
-    assert (domain.name, domain.uuid) != (tested.name, tested.uuid)
-    assert (4, 2048, False) == (tested.cpus, tested.memory_mib, tested.tpm)
-    assert (DomainNic("00:50:56:aa:bb:01", "user", link=False),) == tested.nics
-    assert [(Path("/images/x"), "qcow2", "disk-0")] == [(d.path, d.format, d.serial) for d in tested.disks]
 
 
 def test_a_screen_becomes_a_png_with_the_same_pixels() -> None:
