@@ -12,6 +12,7 @@ from hyper2kvmd.ctl import (
     batch,
     bundle,
     control,
+    cutover,
     doctor,
     hosts,
     listing,
@@ -34,7 +35,7 @@ from hyper2kvmd.options import DEFAULT_PATH, add_settings_options
 from hyper2kvmd.settings.load import load_settings
 
 # Their commands claim exports, or write where the service does: root does that as the service's user.
-CLAIMING = (migrate, batch, control, prune, notify)
+CLAIMING = (migrate, batch, control, cutover, prune, notify)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         listing,
         report,
         control,
+        cutover,
         hosts,
         logs,
         bundle,
@@ -81,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hyper2kvmctl: {error}", file=sys.stderr)
         return EXIT_CONFIG
     journal.configure("warning")
+    if "prepare" in options:
+        options.prepare(options)
     if options.claims:
         _become_service(options)
     try:

@@ -86,11 +86,13 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
         return EXIT_NOT_FOUND
     row = _described(export, facts.look(export, config), config, working_hosts(config))
     document = facts.read_report(export)
+    done = facts.read_cutover(export, document) if document else None
     runner = holder(export)
     asked = _asked(export, config)
     if options.json:
         shape = {**row.as_json(time.monotonic()), "asked": asked.options()}
-        print_json({**shape, "holder": runner, "report": document})
+        cutover = None if done is None else done.model_dump(mode="json")
+        print_json({**shape, "holder": runner, "report": document, "cutover": cutover})
         return EXIT_DONE
     console = Console()
     console.print(f"{'export':<10} {export}", markup=False, highlight=False, soft_wrap=True)
@@ -107,6 +109,9 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
         console.print(f"{'runner':<10} {text} since {runner.get('since')}", markup=False, highlight=False)
     if document:
         print_report(console, document)
+        if done is not None:
+            text = f"{done.status} at {done.finished_at or done.started_at}, on {done.host.name}"
+            console.print(f"{'cutover':<10} {text}", markup=False, highlight=False, soft_wrap=True)
     elif row.finding is not None:
         console.print(f"{'reason':<10} {row.finding}", markup=False, highlight=False, soft_wrap=True)
     return EXIT_DONE

@@ -123,7 +123,7 @@ def _value(key: str, cell: str) -> Any:
     if key == "network_map":
         pairs = (part.rpartition("=") for part in cell.split(";") if part.strip())
         return {name.strip(): value.strip() for name, _, value in pairs}
-    if key in ("networks", "features", "licenses"):
+    if key in ("networks", "features", "licenses", "addresses"):
         parts = [part.strip() for part in cell.split(";")]
         cards = [None if part in ("", "-") else part for part in parts]
         return cards if key == "networks" else [part for part in parts if part]

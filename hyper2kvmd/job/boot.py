@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import structlog
@@ -15,7 +16,8 @@ from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import write_durably
 from hyper2kvmd.guest.inspect import inspect
 from hyper2kvmd.guest.linux.fix import add_serial_console
-from hyper2kvmd.guest.session import open_guest
+from hyper2kvmd.guest.session import Session, open_guest
+from hyper2kvmd.guest.storage import KeyFor
 from hyper2kvmd.hypervisor import boottest
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.image import qemu_img
@@ -66,14 +68,19 @@ def boot_copy(job: Job, plan: Plan, disks: Sequence[PlannedDisk], domain: Domain
 
 
 def _add_console(job: Job, plan: Plan, overlays: dict[str, Path]) -> None:
-    """Have a Linux guest write to its serial port, in the test alone; most write to nothing but their screen."""
     found = job.record.results.inspect
     if found is None or found.os_type != "linux" or found.serial_console:
         return
     disks = [(overlays[disk.id], "qcow2") for disk in plan.disks]
+    session = open_guest(disks, accel=plan.accel, memory_mb=appliance_mb(job), tools=job.tools)
+    add_console(session, key_for(job, plan), found.firmware)
+
+
+def add_console(guest: AbstractContextManager[Session], key_for: KeyFor, firmware: str) -> None:
+    """Have a Linux guest write to its serial port, in the test alone; most write to nothing but their screen."""
     try:
-        with open_guest(disks, accel=plan.accel, memory_mb=appliance_mb(job), tools=job.tools) as session:
-            add_serial_console(session, inspect(session, key_for(job, plan), found.firmware))
+        with guest as session:
+            add_serial_console(session, inspect(session, key_for, firmware))
     except MigrationError as error:
         log.warning("the boot test cannot have the guest write to its serial port", reason=error.message)
 

@@ -301,7 +301,7 @@ def _conclude(
         plan=look.plan.model_dump(mode="json", exclude_unset=True),
         estimate=None if look.estimate is None else EstimateRecord(**look.estimate.as_json()),
         tools=job.record.tools,
-        host=_host(request),
+        host=this_host("daemon" if request.if_ready else "command", request.submitted_by),
         overrides={
             **settings.pipeline.model_dump(by_alias=True, exclude_none=True),
             **({} if request.vm_name is None else {"vm_name": request.vm_name}),
@@ -354,7 +354,7 @@ def _learn(work_dir: Path, look: Facts, document: Report) -> None:
     estimate.add(work_dir, Sample(*kind_and_bytes(look.sizes), written, document.seconds, took))
 
 
-def _host(request: Request) -> HostRecord:
+def this_host(started_by: Literal["daemon", "command"], submitted_by: str | None = None) -> HostRecord:
     """Where this process runs, and for whom."""
     # The kernel keeps this number through sudo and su; it is all ones where nobody logged in.
     login = _NOBODY
@@ -365,8 +365,8 @@ def _host(request: Request) -> HostRecord:
         pid=os.getpid(),
         user=user_name(os.geteuid()),
         login_user=None if login == _NOBODY else user_name(login),
-        started_by="daemon" if request.if_ready else "command",
-        submitted_by=request.submitted_by,
+        started_by=started_by,
+        submitted_by=submitted_by,
     )
 
 

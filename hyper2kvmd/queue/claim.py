@@ -19,7 +19,7 @@ from hyper2kvmd.errors import MEANING, Code, MigrationError
 from hyper2kvmd.files import open_directory, open_file, remove_leftovers, timestamp, user_name, write_durably
 from hyper2kvmd.queue.access import let_in, open_shared, pinned
 from hyper2kvmd.queue.export import Export
-from hyper2kvmd.queue.names import ASKED, CANCEL, LOCK, PROGRESS, REPORT
+from hyper2kvmd.queue.names import ASKED, CANCEL, CUTOVER, LOCK, PROGRESS, REPORT
 
 if TYPE_CHECKING:
     from hyper2kvmd.report.model import Report
@@ -79,14 +79,19 @@ class Claim:
 
         Raise OSError.
         """
-        self.check()
-        taken = set(os.listdir(self.export.fd))
-        if REPORT in taken:
-            name = next(name for n in itertools.count(1) if (name := f"migration-report.{n}.json") not in taken)
-            os.rename(REPORT, name, src_dir_fd=self.export.fd, dst_dir_fd=self.export.fd)
+        self.set_aside(REPORT)
         self.fulfil(CANCEL)
         os.fsync(self.export.fd)
         self._end("retried", 0)
+
+    def set_aside(self, report: str) -> None:
+        """Get a report out of the way, if there is one: x.json becomes x.N.json. Raise OSError."""
+        self.check()
+        taken = set(os.listdir(self.export.fd))
+        if report in taken:
+            stem = report.removesuffix(".json")
+            name = next(name for n in itertools.count(1) if (name := f"{stem}.{n}.json") not in taken)
+            os.rename(report, name, src_dir_fd=self.export.fd, dst_dir_fd=self.export.fd)
 
     def fulfil(self, name: str) -> None:
         """Take a wish away that is fulfilled."""
@@ -162,7 +167,7 @@ def claim_export(directory: Path) -> Claim:
         )
         os.fsync(fd)
         _let_in_files(fd)
-        for name in (REPORT, ASKED, PROGRESS):
+        for name in (REPORT, CUTOVER, ASKED, PROGRESS):
             remove_leftovers(fd, name)  # of attempts that died; the claim makes them ours
         return Claim(Export(directory, fd), lock_fd, attempt, crashes, retries)
     except BaseException:

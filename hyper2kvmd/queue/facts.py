@@ -18,6 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import (
     OURS,
@@ -35,10 +37,11 @@ from hyper2kvmd.queue.claim import probe
 from hyper2kvmd.queue.estimate import estimate
 from hyper2kvmd.queue.export import is_export_name
 from hyper2kvmd.queue.handover import tickets
-from hyper2kvmd.queue.names import REPORT
+from hyper2kvmd.queue.names import CUTOVER, REPORT
 from hyper2kvmd.queue.plans import planned
 from hyper2kvmd.queue.requests import pending
 from hyper2kvmd.queue.state import FINAL, Facts, State
+from hyper2kvmd.report.cutover import CutoverReport
 from hyper2kvmd.settings.model import Settings
 
 REPORT_LIMIT = 8 << 20  # ours are far smaller; what an exporter puts there may be anything
@@ -148,6 +151,15 @@ def read_report(directory: Path, name: str = REPORT) -> dict[str, Any] | None:
         return _read_report(fd, name)
     finally:
         os.close(fd)
+
+
+def read_cutover(directory: Path, report: dict[str, Any]) -> CutoverReport | None:
+    """How the VM that this report is of was cut over, None if it was not. Raise OSError."""
+    try:
+        found = CutoverReport.model_validate(read_report(directory, CUTOVER))
+    except ValidationError:
+        return None
+    return found if (found.job, found.migrated_at) == (report.get("job"), report.get("finished_at")) else None
 
 
 def _read_manifest(

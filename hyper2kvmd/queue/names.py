@@ -15,6 +15,10 @@ PROGRESS = ".hyper2kvmd.progress"
 # What was seen of the guest in the boot test.
 BOOT_LOG = "boot-test.log"
 BOOT_SCREEN = "boot-test.png"
+# How the VM took the place of its source, and what was seen of it then.
+CUTOVER = "cutover-report.json"
+CUTOVER_LOG = "cutover.log"
+CUTOVER_SCREEN = "cutover.png"
 # In the queue of exporters: what manifests are called that were taken, and those whose exporters have the answer.
 TAKEN = ".hyper2kvmd.taken."
 ANSWERED = ".hyper2kvmd.answered."

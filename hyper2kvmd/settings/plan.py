@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, IPvAnyAddress
 
 from hyper2kvmd.settings.load import writing_to
 from hyper2kvmd.settings.model import Network, Settings, Vm, Wave, Word
@@ -46,6 +46,9 @@ class VmPlan(Vm, Wave):
     features: tuple[Word, ...] = Field(default=(), description="What its host must have (`dispatch.slurm.features`).")
     licenses: tuple[Word, ...] = Field(
         default=(), description="Licences that its job takes (`dispatch.slurm.licenses`)."
+    )
+    addresses: tuple[IPvAnyAddress, ...] = Field(
+        default=(), description="IP addresses that the VM has, and is to have again after `hyper2kvmctl cutover`."
     )
     notes: str = Field(default="", max_length=1000, description="For people; the report has them, too.")
 

@@ -157,3 +157,55 @@ def test_a_guest_that_is_not_fixed_fails_the_boot_test_in_its_initramfs_and_noth
     assert "initramfs" in boot["reason"] and boot["reason"] in document["error"]["message"]
     assert "(initramfs)" in (host.root / of_export("web01", boot["serial_log"]).lstrip("/")).read_text()
     assert before == (images(host), virsh(host, "list", "--all", "--name"))
+
+
+NETWORK = """
+ip netns add source
+ip link add lan0 type bridge
+ip link add lan0p type veth peer name eth0 netns source
+ip link set lan0p master lan0 up
+ip link set lan0 up
+ip addr add 10.0.2.2/24 dev lan0
+ip addr add 10.0.3.2/24 dev lan0
+ip -n source link set eth0 up
+ip -n source addr add 10.0.2.15/24 dev eth0
+"""
+
+
+def test_the_vm_takes_the_place_of_its_source_on_the_network_and_gives_it_back(
+    imported: Imported, host: Container
+) -> None:
+    host.run("sh", "-ec", NETWORK)
+    try:
+        card = "<interface type='bridge'><source bridge='lan0'/>"
+        xml = virsh(host, "dumpxml", "--inactive", "db01").replace("<interface type='user'>", card)
+        host.write("/run/db01.xml", xml)
+        virsh(host, "define", "/run/db01.xml")
+        addresses = ("--address", "10.0.2.15", "--address", "10.0.3.15")
+
+        def cutover(*arguments: str, status: int = 0) -> str:
+            return host.run("hyper2kvmctl", "cutover", "db01", "-y", *arguments, accept=(status,))
+
+        said = cutover(*addresses, status=1)
+        assert "10.0.2.15 is in use on lan0" in said
+        assert "shut off" == virsh(host, "domstate", "db01").strip()
+
+        host.run("ip", "-n", "source", "link", "set", "eth0", "down")
+        said = cutover(*addresses)
+        assert "10.0.2.15: it answers on lan0" in said
+        assert "10.0.3.15: it answers on lan0" in said
+        document = json.loads((imported.export / "cutover-report.json").read_text())
+        assert ("verified", "hyper2kvm") == (document["status"], document["host"]["user"]), said
+        assert "running" == virsh(host, "domstate", "db01").strip()
+
+        said = cutover("--undo", "--wait", "240")
+        assert "it shut down" in said
+        assert "shut off" == virsh(host, "domstate", "db01").strip()
+    finally:
+        host.run(
+            "sh",
+            "-c",
+            "virsh -q -c qemu:///system destroy db01; ip link del lan0p; ip link del lan0",
+            accept=range(256),
+        )
+        host.run("ip", "netns", "del", "source", accept=range(256))
