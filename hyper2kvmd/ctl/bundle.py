@@ -29,7 +29,16 @@ from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND, EXIT_USAGE
 from hyper2kvmd.files import create_file, explained, open_directory
 from hyper2kvmd.hypervisor.connection import connect
 from hyper2kvmd.queue import facts
-from hyper2kvmd.queue.names import ASKED, BOOT_LOG, BOOT_SCREEN, LOCK, LOG, PROGRESS, REPORT
+from hyper2kvmd.queue.names import (
+    ASKED,
+    BOOT_LOG,
+    BOOT_SCREEN,
+    CUTOVER_LOG,
+    CUTOVER_SCREEN,
+    LOCK,
+    LOG,
+    PROGRESS,
+)
 from hyper2kvmd.queue.placement import placement
 from hyper2kvmd.queue.plans import plan_file
 from hyper2kvmd.run import Tools
@@ -134,9 +143,9 @@ def _parts(export: Path, config: Settings, config_file: Path | None) -> dict[str
 
 def _names(export: Path, config: Settings) -> Iterator[str]:
     """The files of the export that say something: those of ours, the manifests, and descriptors."""
-    ours = (LOCK, LOG, ASKED, PROGRESS, BOOT_LOG, BOOT_SCREEN, *config.manifest_names)
+    ours = (LOCK, LOG, ASKED, PROGRESS, BOOT_LOG, BOOT_SCREEN, CUTOVER_LOG, CUTOVER_SCREEN, *config.manifest_names)
     for name in sorted(os.listdir(export)):
-        report = name == REPORT or (name.startswith("migration-report.") and name.endswith(".json"))
+        report = name.startswith(("migration-report.", "cutover-report.")) and name.endswith(".json")
         if name in ours or report or name.endswith(".ovf"):
             yield name
 
