@@ -1,4 +1,4 @@
-"""What a question to the network looks like, and which answers count; that machines answer it is tested with cutover."""
+"""What a question to the network looks like, and which answers count; machines answer in the tests of cutover."""
 
 from __future__ import annotations
 
