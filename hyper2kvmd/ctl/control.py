@@ -96,6 +96,12 @@ def retry(export: Path, config: Settings) -> str:
     claim = claim_export(export)
     try:
         before = state_now(export, config, held=False)
+        done = facts.read_cutover(export, facts.read_report(export) or {})
+        if done is not None and done.status != "undone":
+            raise _Refused(
+                f"was cut over at {done.started_at}, and its disks are in use;"
+                f" `hyper2kvmctl cutover --undo {export.name}` comes first"
+            )
         claim.forget()
     finally:
         claim.close()

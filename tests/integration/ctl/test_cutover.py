@@ -147,7 +147,7 @@ def steps(document: dict[str, Any]) -> dict[str, str]:
 
 
 def test_a_vm_takes_the_place_of_its_source_and_that_is_undone_and_done_again(
-    cutover: Ctl, migrated: Callable[..., Path], uri: str
+    cutover: Ctl, migrated: Callable[..., Path], uri: str, ctl: Ctl
 ) -> None:
     export = migrated(autostart=True)
     before = sorted(path.name for path in export.iterdir())
@@ -178,6 +178,8 @@ def test_a_vm_takes_the_place_of_its_source_and_that_is_undone_and_done_again(
         again = cutover("-y")
     assert (0, True) == (again.returncode, "it was verified at" in again.stdout)
     assert (True, True) == domain(uri)
+
+    assert "was cut over at" in ctl("retry", "web01").stderr
 
     # It hears no button. Nothing is lost without --force.
     done = cutover("--undo", "-y", "--wait", "1")
