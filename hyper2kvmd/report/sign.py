@@ -128,7 +128,7 @@ def _put(directory: str, name: str, data: bytes) -> str:
 def _check_key(key: Path) -> None:
     """Raise MigrationError (sign_key_unusable) for a file that is no private key, or not for the service alone."""
     user = user_name(os.geteuid())
-    give = f"Run `chown USER {key}` with the user of the service (hyper2kvm), and `chmod 600 {key}`."
+    give = f"Give it to the service's user alone: `chown hyper2kvm {key}` and `chmod 600 {key}`."
     try:
         # Not to be held up by a pipe that was put in its place.
         with open(key, "rb", opener=lambda file, flags: os.open(file, flags | os.O_NONBLOCK)) as file:
