@@ -154,9 +154,8 @@ def _unsigned(path: Path, data: bytes) -> Finding:
 def _written_at(data: bytes) -> datetime:
     """When a report says that it was written; now, if it says nothing of the kind."""
     try:
-        at = datetime.fromisoformat(json.loads(data)["finished_at"])
-        return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return datetime.fromisoformat(json.loads(data)["finished_at"]).astimezone(UTC)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return datetime.now(UTC)
 
 

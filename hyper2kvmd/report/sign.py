@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
-import tempfile
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
@@ -46,8 +47,8 @@ def sign(tools: Tools, key: Path, data: bytes) -> bytes:
     if done.returncode:
         raise _refused(key, done.stderr)
     signature = done.stdout.encode()
-    with tempfile.TemporaryDirectory(prefix="hyper2kvmd-sign-") as directory:
-        proof = _intact(tools, data, _put(directory, "signature", signature))
+    with _file(signature) as file:
+        proof = _intact(tools, data, file)
     if proof.returncode:
         raise _unusable(key, f"makes signatures that are not good: {_last(proof.stderr)}", _ANOTHER)
     return signature
@@ -62,25 +63,25 @@ def verify(tools: Tools, data: bytes, signature: bytes, signers: bytes, at: date
     """Who signed `data` with which key, in the words of ssh-keygen; or why that is not known to be so.
 
     signers: whose signatures count, as ssh-keygen(1) has it under ALLOWED SIGNERS. at: when a key must be valid that
-    has dates there. Raise MigrationError (tool_missing, tool_failed) or OSError.
+    has dates there, in UTC. Raise MigrationError (tool_missing, tool_failed) or OSError.
     """
-    moment = f"-Overify-time={at.astimezone(UTC):%Y%m%d%H%M%SZ}"
-    with tempfile.TemporaryDirectory(prefix="hyper2kvmd-verify-") as directory:
-        file, allowed = _put(directory, "signature", signature), _put(directory, "signers", signers)
+    moment = f"-Overify-time={at:%Y%m%d%H%M%SZ}"
+    with _file(signature) as file, _file(signers) as allowed:
         intact = _intact(tools, data, file)
         if intact.returncode:
             reason = _last(intact.stderr)
             return Finding("signature_wrong", f"the signature is not one of this report: {reason}", _CHANGED)
-        found = _ssh_keygen(tools, "find-principals", "-f", allowed, "-s", file, moment)
+        who = ("-f", allowed, "-s", file, moment)
+        found = _ssh_keygen(tools, "find-principals", *who)
         for name in found.stdout.splitlines() if not found.returncode else ():
             if name.startswith("!"):  # who is shut out
                 continue
-            done = _ssh_keygen(tools, "verify", "-f", allowed, "-I", name, "-s", file, moment, stdin=data)
+            done = _ssh_keygen(tools, "verify", "-I", name, *who, stdin=data)
             if not done.returncode:
                 return plain(done.stdout.strip(), 400)
     key = intact.stdout.strip().partition(" with ")[2]
-    # It says of other lines, too, what is wrong with them.
-    said = [line.partition(": ")[2] for line in found.stderr.splitlines() if "key " in line and ": key " in line]
+    # Such as that it has expired. Of other lines it says, too, what is wrong with them.
+    said = [line.partition(": ")[2] for line in found.stderr.splitlines() if ": key " in line]
     return Finding(
         "signer_unknown",
         f"the signature is good, but by none of those who may sign: it is by the {plain(key, 400)}"
@@ -97,11 +98,26 @@ def signers_of(public_key: bytes) -> bytes:
     return b'hyper2kvmd namespaces="' + NAMESPACE.encode() + b'" ' + public_key
 
 
-def _ssh_keygen(tools: Tools, action: str, *arguments: str, stdin: bytes = b"") -> Done:
-    """Run it so that it can ask nobody for anything. Raise MigrationError."""
+@contextlib.contextmanager
+def _file(data: bytes) -> Iterator[int]:
+    """A file in memory: nothing of it is left, whoever is killed, and no disk has to have room for it."""
+    with open(os.memfd_create("file", os.MFD_CLOEXEC), "r+b") as file:
+        file.write(data)
+        file.flush()
+        yield file.fileno()
+
+
+def _ssh_keygen(tools: Tools, action: str, *arguments: str | int, stdin: bytes = b"") -> Done:
+    """Run it so that it can ask nobody for anything; a number among the arguments is one of _file().
+
+    Raise MigrationError.
+    """
+    files = [word for word in arguments if isinstance(word, int)]
+    words = [f"/dev/fd/{word}" if isinstance(word, int) else word for word in arguments]
     try:
         return tools.run(
-            *("ssh-keygen", "-Y", action, "-n", NAMESPACE, *arguments),
+            *("ssh-keygen", "-Y", action, "-n", NAMESPACE, *words),
+            pass_fds=files,
             accept=(0, 1, 255),
             timeout=SECONDS,
             stdin=stdin,
@@ -114,15 +130,9 @@ def _ssh_keygen(tools: Tools, action: str, *arguments: str, stdin: bytes = b"") 
         raise MigrationError(Code.TOOL_MISSING, error.message, hint, field=SETTING) from None
 
 
-def _intact(tools: Tools, data: bytes, signature: str) -> Done:
+def _intact(tools: Tools, data: bytes, signature: int) -> Done:
     """Whether somebody has signed just these bytes, whoever it was."""
     return _ssh_keygen(tools, "check-novalidate", "-s", signature, stdin=data)
-
-
-def _put(directory: str, name: str, data: bytes) -> str:
-    path = Path(directory, name)
-    path.write_bytes(data)
-    return str(path)
 
 
 def _check_key(key: Path) -> None:

@@ -144,6 +144,29 @@ def test_a_disk_of_which_the_report_has_no_digest_does_not_pass(
     assert ["ok", "ok", "ok", "disk_unrecorded"] == migrated.results("--disks", what="web02")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[1]",
+        b"null",
+        b'{"finished_at": "0001-01-01T00:00:00+23:59"}',
+        b'{"finished_at": 7}',
+        b"[" * 100000,
+        b"\xff",
+    ],
+)
+def test_a_planted_report_is_refused_and_one_that_somebody_signed_is_none_of_ours(
+    migrated: Migrated, content: bytes
+) -> None:
+    migrated.report.write_bytes(content)
+    assert ["signature_wrong"] == migrated.results()
+    migrated.report.with_name(f"{REPORT}.sig").unlink()
+    assert ["unsigned"] == migrated.results()
+    keygen("-Y", "sign", "-n", "hyper2kvmd-report", "-f", migrated.key, migrated.report)
+    assert ["ok", "report_unknown"] == migrated.results("--disks")
+
+
 def test_whose_signature_counts(migrated: Migrated, tmp_path: Path) -> None:
     other = make_key(tmp_path / "other")
     public, foreign = (path.with_name(f"{path.name}.pub") for path in (migrated.key, other))
