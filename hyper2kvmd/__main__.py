@@ -14,7 +14,7 @@ from socket import gethostname
 from typing import TYPE_CHECKING
 
 from hyper2kvmd import __version__
-from hyper2kvmd.errors import Code, MigrationError, SettingsError
+from hyper2kvmd.errors import Code, Collected, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
 from hyper2kvmd.files import existing_parent
 from hyper2kvmd.job.events import CHOICES, Emitter
@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config is None:
         return EXIT_CONFIG
     if options.command == "check-config":
+        if unusable := _unusable_key(config):
+            print(f"hyper2kvmd: {unusable}", file=sys.stderr)
+            return EXIT_CONFIG
         print(config.model_dump_json(by_alias=True, indent=2))
         return 0
     if options.command == "check-host":
@@ -185,6 +188,18 @@ def _cancel_on(signals: Iterable[signal.Signals], cancel: threading.Event) -> No
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
+def _unusable_key(config: Settings) -> MigrationError | None:
+    """Why the key that is to sign reports cannot do so, if there is one, and it cannot."""
+    from hyper2kvmd.report.sign import check_key
+    from hyper2kvmd.run import Tools
+
+    noted = Collected()
+    with noted:
+        if config.report.sign_key is not None:
+            check_key(Tools(), config.report.sign_key)
+    return next(iter(noted.errors), None)
+
+
 def _check_host(mark: Path, config: Settings) -> int:
     """Say what this host is, and what keeps it from doing jobs. `hyper2kvmctl doctor dispatch` reads it."""
     problems = []
@@ -192,6 +207,8 @@ def _check_host(mark: Path, config: Settings) -> int:
         if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
             hint = f"Make it, give the service's user access, or set {name} in the settings of that host."
             problems.append({"message": f"cannot write to {directory} ({name})", "hint": hint})
+    if unusable := _unusable_key(config):
+        problems.append({"message": unusable.message, "hint": unusable.hint})
     shared = mark.exists() and config.exports_dir in mark.parents
     said = {"host": gethostname(), "version": __version__, "uid": os.geteuid(), "shared": shared, "problems": problems}
     print(json.dumps(said))

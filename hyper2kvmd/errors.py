@@ -58,6 +58,7 @@ class Code(StrEnum):
     POOL_MISSING = "pool_missing"
     FIRMWARE_MISSING = "firmware_missing"
     HOOK_FAILED = "hook_failed"
+    SIGN_KEY_UNUSABLE = "sign_key_unusable"
     QEMU_DENIED = "qemu_denied"
     DEFINE_FAILED = "define_failed"
     LIBVIRT_UNAVAILABLE = "libvirt_unavailable"
@@ -147,6 +148,7 @@ MEANING: dict[Code, Meaning] = {
     ),
     Code.FIRMWARE_MISSING: Meaning(Outcome.BLOCKED, "the host has no UEFI firmware that the VM needs"),
     Code.HOOK_FAILED: Meaning(Outcome.BLOCKED, "a hook said no before the import, or cannot be run"),
+    Code.SIGN_KEY_UNUSABLE: Meaning(Outcome.BLOCKED, "the key that is to sign the report cannot be used"),
     Code.QEMU_DENIED: Meaning(Outcome.BLOCKED, "libvirt's QEMU cannot open disks in the output directory"),
     Code.DEFINE_FAILED: Meaning(Outcome.FAILED, "libvirt refused the domain"),
     Code.LIBVIRT_UNAVAILABLE: Meaning(Outcome.RETRY, "libvirt does not answer"),

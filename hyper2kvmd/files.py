@@ -91,7 +91,7 @@ def create_file(path: str | os.PathLike[str], mode: int, *, dir_fd: int | None =
 
 # What we write into an export, finished or not.
 OURS = re.compile(
-    r"\.{1,2}hyper2kvmd\..*|\.?(migration|cutover)-report(\.\d+)?\.json(\.\d+\.tmp)?"
+    r"\.{1,2}hyper2kvmd\..*|\.?(migration|cutover)-report(\.\d+)?\.json(\.sig)?(\.\d+\.tmp)?"
     r"|\.?(boot-test|cutover)\.(log|png)(\.\d+\.tmp)?"
 )
 

@@ -63,6 +63,7 @@ class Tools:
         stdin: bytes = b"",
         variables: Mapping[str, str] | None = None,
         cwd: str | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> Done:
         """Run a tool to its end and return what it wrote.
 
@@ -70,12 +71,14 @@ class Tools:
         on_output: gets standard output as it comes, instead of it being collected.
         limits: options for prlimit(1), in plain bytes and seconds. stdin: what it finds on its standard input.
         variables: what its environment has besides ours. cwd: its working directory, if not this process's.
+        pass_fds: descriptors that it gets under their numbers.
         Raise MigrationError (tool_missing, tool_failed) or Cancelled.
         """
         command = [os.fspath(word) for word in argv]
         limited = [*(["prlimit", *limits] if limits else []), *command]
         with _holding(stdin) as input_fd:
-            process = spawn(limited, claim_fd=self.claim_fd, stdin=input_fd, variables=variables, cwd=cwd)
+            fds = (*pass_fds, *(() if self.claim_fd is None else (self.claim_fd,)))
+            process = spawn(limited, pass_fds=fds, stdin=input_fd, variables=variables, cwd=cwd)
         log.debug("tool started", command=shlex.join(command), pid=process.pid)
         started = time.monotonic()
         try:

@@ -108,12 +108,17 @@ def _operations() -> None:
         export(name)
 
 
+def _evidence() -> None:
+    export("web01")
+
+
 SETUP: dict[str, Callable[[], None]] = {
     "migrate.md": _migrate,
     "batch.md": _batch,
     "plan.md": _plan,
     "trouble.md": _trouble,
     "operations.md": _operations,
+    "evidence.md": _evidence,
 }
 
 

@@ -332,7 +332,8 @@ export is left alone, unless its status is `retrying`. `hyper2kvmctl show` print
 moves it away and starts the job again.
 
 It is one JSON object in UTF-8, and it is written whole or not at all. All fields are always there. Its schema is
-[migration-report.schema.json](migration-report.schema.json).
+[migration-report.schema.json](migration-report.schema.json). Where the settings name a key, `{REPORT}.sig`
+is its [signature](evidence.md).
 
 ## Status
 

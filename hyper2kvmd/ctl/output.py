@@ -71,6 +71,14 @@ def bars() -> Iterator[Callable[[str, float], None]]:
         yield tell
 
 
+def print_check(console: Console, check: str, result: str, detail: str, finding: dict[str, str] | None) -> None:
+    """Print what one check found, with the remedy."""
+    style = {"ok": "green", "warning": "yellow", "failed": "red"}[result]
+    console.print(f"{result:<7} {check}: {detail}", style=style, markup=False, highlight=False, soft_wrap=True)
+    if finding is not None:
+        console.print(f"        {finding['hint']}", markup=False, highlight=False, soft_wrap=True)
+
+
 def print_warnings(warnings: Iterable[Finding]) -> None:
     """Print warnings on standard error."""
     console = Console(stderr=True)

@@ -16,7 +16,7 @@ from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.files import open_directory, open_file
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.queue import facts
-from hyper2kvmd.queue.names import BOOT_SCREEN, LOG
+from hyper2kvmd.queue.names import BOOT_SCREEN, LOG, REPORT, SIGNED
 from hyper2kvmd.report.html import render
 from hyper2kvmd.report.model import ManifestRecord, Report
 from hyper2kvmd.report.results import Results
@@ -33,7 +33,8 @@ def page_of(export: Path, document: dict[str, Any], shown: Report, results: Resu
         # One that the report does not name is an earlier attempt's.
         named = results.boot is not None and results.boot.screenshot is not None
         screen = beside(fd, BOOT_SCREEN, SCREEN_BYTES) if named else None
-        return render(document, log, screen, _source(fd, export, shown.manifest))
+        signed = beside(fd, REPORT + SIGNED, 1) != b""
+        return render(document, log, screen, _source(fd, export, shown.manifest), signed=signed)
     finally:
         os.close(fd)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 import time
@@ -19,7 +20,7 @@ from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import job_id
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.claim import Busy, claim_export
-from hyper2kvmd.queue.names import LOG
+from hyper2kvmd.queue.names import LOG, SIGNED
 from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
 from hyper2kvmd.settings.model import Settings
 
@@ -107,7 +108,13 @@ def _old_files(
         key=lambda path: path.stat().st_mtime,
         reverse=True,
     )
-    found = list(reports[config.retention.old_reports :])
+    # A signature first: one without a report would be taken for that of the next report of its number.
+    found = [
+        path
+        for report in reports[config.retention.old_reports :]
+        for path in (report.with_name(report.name + SIGNED), report)
+        if os.path.lexists(path)
+    ]
     log = export / LOG
     if finished and log.is_file() and now - log.stat().st_mtime > config.retention.log_days * 86400:
         found.append(log)

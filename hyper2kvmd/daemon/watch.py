@@ -21,7 +21,7 @@ from hyper2kvmd.daemon.pulse import Pulse
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.queue import facts, requests
 from hyper2kvmd.queue.hosts import Seen, all_hosts, drained_hosts
-from hyper2kvmd.queue.names import LOCK, REPORT
+from hyper2kvmd.queue.names import LOCK, REPORT, SIGNED
 from hyper2kvmd.queue.state import Facts
 from hyper2kvmd.settings.model import Settings
 
@@ -64,7 +64,7 @@ class Watch:
         """Called by watchdog, in its thread: a hint, unless the event is about our own files."""
         name = os.path.basename(os.fsdecode(event.dest_path or event.src_path))
         # A lock that is closed is an export that somebody let go of, perhaps after a look had found it held.
-        if name == LOCK or (not name.startswith(".") and name != REPORT):
+        if name == LOCK or (not name.startswith(".") and name not in (REPORT, REPORT + SIGNED)):
             self._count("event")
             self._wake()
 

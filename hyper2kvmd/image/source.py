@@ -334,11 +334,15 @@ def check_checksum(source: Source, digest: str) -> None:
 
 
 def sha256(source: Source, cancel: threading.Event, on_progress: Callable[[float], None]) -> str:
-    """The SHA-256 of the file that the manifest names, in hexadecimal. Raise Cancelled or OSError.
+    """The SHA-256 of the file that the manifest names. Raise Cancelled or OSError."""
+    return digest_of(source.file.fd, source.file.size, cancel, on_progress)
+
+
+def digest_of(fd: int, size: int, cancel: threading.Event, on_progress: Callable[[float], None]) -> str:
+    """The SHA-256 of an open file of `size` bytes, in hexadecimal. Raise Cancelled or OSError.
 
     `on_progress` gets the ratio done, from 0 to 1.
     """
-    fd, size = source.file.fd, source.file.size
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     digest = hashlib.sha256()
     block = memoryview(bytearray(BLOCK))

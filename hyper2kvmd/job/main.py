@@ -17,9 +17,9 @@ from typing import Any, Literal
 import structlog
 
 from hyper2kvmd import journal
-from hyper2kvmd.errors import MEANING, Cancelled, Code, MigrationError, Outcome, SettingsError
+from hyper2kvmd.errors import MEANING, Cancelled, Code, Finding, MigrationError, Outcome, SettingsError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
-from hyper2kvmd.files import explained, timestamp, trouble, user_name, write_durably
+from hyper2kvmd.files import OURS, explained, timestamp, trouble, user_name, write_durably
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.beacon import Beacon
 from hyper2kvmd.job.context import Job, finding_records, job_id
@@ -40,6 +40,7 @@ from hyper2kvmd.queue.placement import placement
 from hyper2kvmd.queue.plans import plan_file
 from hyper2kvmd.queue.state import FINAL, JITTER, Facts, State, request_error, state_of
 from hyper2kvmd.report.model import ErrorRecord, EstimateRecord, HostRecord, ManifestRecord, Report
+from hyper2kvmd.report.sign import NAMESPACE, SETTING, sign
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.load import overridden
 from hyper2kvmd.settings.model import Settings
@@ -310,8 +311,9 @@ def _conclude(
     if not request.writes:
         claim.interrupted()  # asked for on the command line: the export stays as it was, to be migrated
     elif error is None or error.code != Code.CLAIM_LOST:
+        document, signature = _signed(job, claim, document)
         try:
-            _write_report(claim, manifest, document)
+            _write_report(claim, manifest, document, signature)
         except (OSError, MigrationError) as problem:
             # No report, so the job is not over: the next attempt finds in the work directory what is done. The claim
             # can be lost here, too; then it is somebody else's job by now.
@@ -390,16 +392,37 @@ def _outcome(error: MigrationError | None, tries: int, settings: Settings) -> st
     return str(error.outcome)
 
 
-def _write_report(claim: Claim, manifest: Manifest | None, document: Report) -> None:
+def _signed(job: Job, claim: Claim, document: Report) -> tuple[Report, bytes | None]:
+    """The report with its signature. One that cannot be signed says why: the migration is not undone for that."""
+    key = job.settings.report.sign_key
+    if key is None:
+        return document, None
+    try:
+        # With tools of its own: those of the job end when that is stopped.
+        return document, sign(Tools(claim.lock_fd), key, document.to_bytes())
+    except (MigrationError, OSError) as problem:
+        error = problem if isinstance(problem, MigrationError) else _from_os(problem)
+        finding = Finding(
+            "report_unsigned",
+            f"the report is not signed: {error.message}",
+            f"{error.hint} Then sign it by hand: `ssh-keygen -Y sign -n {NAMESPACE} -f {key} {REPORT}`.",
+            SETTING,
+        )
+        job.warn(finding)
+        return document.model_copy(update={"warnings": (*document.warnings, *finding_records([finding]))}), None
+
+
+def _write_report(claim: Claim, manifest: Manifest | None, document: Report, signature: bytes | None) -> None:
     """Write the report, and the copy that the manifest asks for."""
     if manifest is not None and manifest.options.report_path:
         name = manifest.options.report_path
         there = facts.read_report(claim.export.directory, name)
-        if name.startswith(".") or (there is not None and "schema_version" not in there):
+        ours = name.startswith(".") or (name != REPORT and OURS.fullmatch(name))
+        if ours or (there is not None and "schema_version" not in there):
             log.warning("no extra copy of the report: the manifest gives it the name of another file", name=name)
         elif name != REPORT:
             write_durably(claim.export.fd, name, document.to_bytes(), document.attempts)
-    claim.finish(document)
+    claim.finish(document, signature)
 
 
 def _from_os(error: OSError) -> MigrationError:

@@ -27,12 +27,13 @@ from hyper2kvmd.domain.machine import check_cpus, machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Cancelled, Collected, MigrationError, Outcome
+from hyper2kvmd.files import open_file
 from hyper2kvmd.hypervisor.connection import connect, libvirt_version
 from hyper2kvmd.hypervisor.define import define, refresh_pools
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.image.convert import THREADS_LIMIT, copy, stream, streams
 from hyper2kvmd.image.publish import publish
-from hyper2kvmd.image.source import check_checksum, check_unchanged, sha256
+from hyper2kvmd.image.source import check_checksum, check_unchanged, digest_of, sha256
 from hyper2kvmd.job import reserve
 from hyper2kvmd.job.boot import boot_copy
 from hyper2kvmd.job.context import AT_ONCE, Job, Record
@@ -84,9 +85,9 @@ def migrate(job: Job, claim: Claim, manifest: Manifest) -> tuple[str, ...]:
                     check_cpus(domain)
                 if plan.convert:
                     _commit(job, plan, steps)
-                    _validate(job, plan)
+                    digests = _validate(job, plan)
                     boot_copy(job, plan, disks, domain)
-                    items = steps.note_finished(plan, deepcopy(job.record))
+                    items = steps.note_finished(plan, deepcopy(job.record), digests)
             except (Cancelled, OSError, MigrationError) as error:
                 # The next attempt can use what is done, if the job was stopped or failed for a passing cause.
                 goes_on = not isinstance(error, MigrationError) or error.outcome == Outcome.RETRY
@@ -102,7 +103,7 @@ def migrate(job: Job, claim: Claim, manifest: Manifest) -> tuple[str, ...]:
         return plan.sources
     with job.stage("publish"):
         _publish(claim, items)
-        _describe_targets(job, plan, {item.disk: Path(item.final) for item in items})
+        _describe_targets(job, plan, {item.disk: item for item in items})
     if plan.import_:
         if not plan.imported:
             _hook(job, claim, plan)
@@ -258,9 +259,16 @@ def _commit(job: Job, plan: Plan, steps: Steps) -> None:
                 qemu_img.commit(job.tools, disk.overlay, disk.partial, plan.format, on_progress=tell)
 
 
-def _validate(job: Job, plan: Plan) -> None:
-    """Check what is about to be published, and that the source is still what was read."""
-    with job.stage("validate", sum(disk.source.virtual_size for disk in plan.disks) if plan.compare else 0):
+def _validate(job: Job, plan: Plan) -> dict[str, str]:
+    """Check what is about to be published, and that the source is still what was read.
+
+    Return the digests of what is to be published, if a signed report is to have them.
+    """
+    signs = job.settings.report.sign_key is not None
+    sizes = {disk.id: disk.partial.stat().st_size if signs else 0 for disk in plan.disks}
+    compared = sum(disk.source.virtual_size for disk in plan.disks) if plan.compare else 0
+    digests: dict[str, str] = {}
+    with job.stage("validate", compared + sum(sizes.values())):
         checked: dict[str, Checked] = {}
         for disk in plan.disks:
             if plan.check:
@@ -271,8 +279,13 @@ def _validate(job: Job, plan: Plan) -> None:
                     qemu_img.compare(job.tools, disk.source, against, disk.partial, plan.format, on_progress=tell)
             check_unchanged(disk.source)
             checked[disk.id] = Checked(checked=plan.check, compared=plan.compare)
+            if signs:
+                size = sizes[disk.id]
+                with job.progress("validate", disk.id, size) as tell, open(open_file(disk.partial), "rb") as file:
+                    digests[disk.id] = digest_of(file.fileno(), size, job.tools.cancel, tell)
         looked = plan.check or plan.compare
         job.record.results.validate_ = Validated(all_valid=True if looked else None, disks=checked)
+    return digests
 
 
 def _publish(claim: Claim, items: Sequence[Item]) -> None:
@@ -283,17 +296,18 @@ def _publish(claim: Claim, items: Sequence[Item]) -> None:
             publish(Path(item.file.path), Path(item.final))
 
 
-def _describe_targets(job: Job, plan: Plan, finals: dict[str, Path]) -> None:
+def _describe_targets(job: Job, plan: Plan, items: dict[str, Item]) -> None:
     """Put the published files on the record."""
     job.record.results.convert = Converted(
-        disks={disk: str(path) for disk, path in finals.items()}, format=plan.format, compressed=plan.compress
+        disks={disk: item.final for disk, item in items.items()}, format=plan.format, compressed=plan.compress
     )
     job.record.disks = [
         disk.model_copy(
             update={
-                "target": str(finals[disk.id]),
+                "target": items[disk.id].final,
                 "target_format": plan.format,
-                "target_bytes": finals[disk.id].stat().st_blocks * 512,
+                "target_bytes": os.stat(items[disk.id].final).st_blocks * 512,
+                "target_sha256": items[disk.id].sha256,
             }
         )
         for disk in job.record.disks

@@ -26,6 +26,7 @@ from hyper2kvmd.image.source import Source, open_sources
 from hyper2kvmd.job import reserve
 from hyper2kvmd.job.context import Job
 from hyper2kvmd.manifest import Manifest
+from hyper2kvmd.report.sign import check_key
 
 # What an overlay grows by while a guest is fixed: new initramfs images, replayed journals.
 FIX_SPACE = 512 << 20
@@ -123,6 +124,9 @@ def make_plan(
     if inspect or fix:
         with problems:
             check_host()
+    if settings.report.sign_key is not None:
+        with problems:
+            check_key(job.tools, settings.report.sign_key)
     uuid = domain_uuid(
         *(part or "" for part in (manifest.provider, manifest.datacenter, manifest.vm_id)), manifest.vm_name
     )

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,15 @@ class File:
 
 @dataclass(frozen=True)
 class Item:
-    """A finished disk: the file, which is under its temporary name or has its final one already."""
+    """A finished disk: the file, which is under its temporary name or has its final one already.
+
+    sha256: of the file as it is published; None if nobody asked for it.
+    """
 
     disk: str
     file: File
     final: str
+    sha256: str | None = None
 
     @property
     def is_there(self) -> bool:
@@ -205,9 +209,11 @@ class Steps:
             self._journal.boot = _boot_id()
             self._write()
 
-    def note_finished(self, plan: Plan, record: Record) -> tuple[Item, ...]:
-        """The disks are finished and only have to get their names."""
-        items = tuple(Item(disk.id, File.of(disk.partial), str(disk.final)) for disk in plan.disks)
+    def note_finished(self, plan: Plan, record: Record, digests: Mapping[str, str]) -> tuple[Item, ...]:
+        """The disks are finished and only have to get their names. digests: of the files, as far as they are wanted."""
+        items = tuple(
+            Item(disk.id, File.of(disk.partial), str(disk.final), digests.get(disk.id)) for disk in plan.disks
+        )
         with self._mutex:
             self._journal.items, self._journal.record = items, record
             self._write()
@@ -320,7 +326,9 @@ def _read(work_dir: Path) -> _Journal:
             content[name] = {disk: File(**file) for disk, file in (content[name] or {}).items()}
         for name in ("guest", "record"):
             content[name] = None if content[name] is None else Record.load(content[name])
-        content["items"] = tuple(Item(i["disk"], File(**i["file"]), i["final"]) for i in content["items"])
+        content["items"] = tuple(
+            Item(i["disk"], File(**i["file"]), i["final"], i.get("sha256")) for i in content["items"]
+        )
         return _Journal(**content)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return _Journal()

@@ -19,7 +19,7 @@ from hyper2kvmd.errors import MEANING, Code, MigrationError
 from hyper2kvmd.files import open_directory, open_file, remove_leftovers, timestamp, user_name, write_durably
 from hyper2kvmd.queue.access import let_in, open_shared, pinned
 from hyper2kvmd.queue.export import Export
-from hyper2kvmd.queue.names import ASKED, CANCEL, CUTOVER, LOCK, PROGRESS, REPORT
+from hyper2kvmd.queue.names import ASKED, CANCEL, CUTOVER, LOCK, PROGRESS, REPORT, SIGNED
 
 if TYPE_CHECKING:
     from hyper2kvmd.report.model import Report
@@ -67,9 +67,17 @@ class Claim:
             f"Nothing was published. Never remove or edit {LOCK}; check the shared file system's lock service.",
         )
 
-    def finish(self, report: Report) -> None:
-        """Write the report durably: it is complete under its name, or it is not there. Then the job is over."""
+    def finish(self, report: Report, signature: bytes | None = None) -> None:
+        """Write the report durably: it is complete under its name, or it is not there. Then the job is over.
+
+        The signature of its bytes comes first: a report that can be seen has the one that it is to have. One without a
+        report, after a crash, is overwritten by the next attempt.
+        """
         self.check()
+        if signature is None:
+            self.fulfil(REPORT + SIGNED)  # which is that of an earlier attempt's report
+        else:
+            write_durably(self.export.fd, REPORT + SIGNED, signature, self.attempt)
         write_durably(self.export.fd, REPORT, report.to_bytes(), self.attempt)
         waits = report.error is not None and MEANING[Code(report.error.code)].patient
         self._end("reported", self.retries + (not waits) if report.status == "retrying" else 0)
@@ -85,16 +93,19 @@ class Claim:
         self._end("retried", 0)
 
     def set_aside(self, report: str) -> None:
-        """Get a report out of the way, if there is one: x.json becomes x.N.json. Raise OSError."""
+        """Get a report out of the way, if there is one, with its signature: x.json becomes x.N.json. Raise OSError."""
         self.check()
         taken = set(os.listdir(self.export.fd))
         if report in taken:
             stem = report.removesuffix(".json")
             name = next(name for n in itertools.count(1) if (name := f"{stem}.{n}.json") not in taken)
-            os.rename(report, name, src_dir_fd=self.export.fd, dst_dir_fd=self.export.fd)
+            # The signature first: after a crash between the two, the report gets the same name the next time.
+            for suffix in (SIGNED, ""):
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(report + suffix, name + suffix, src_dir_fd=self.export.fd, dst_dir_fd=self.export.fd)
 
     def fulfil(self, name: str) -> None:
-        """Take a wish away that is fulfilled."""
+        """Take a file of ours away that has had its time, such as a wish that is fulfilled."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.export.fd)
 
@@ -167,7 +178,7 @@ def claim_export(directory: Path) -> Claim:
         )
         os.fsync(fd)
         _let_in_files(fd)
-        for name in (REPORT, CUTOVER, ASKED, PROGRESS):
+        for name in (REPORT, REPORT + SIGNED, CUTOVER, ASKED, PROGRESS):
             remove_leftovers(fd, name)  # of attempts that died; the claim makes them ours
         return Claim(Export(directory, fd), lock_fd, attempt, crashes, retries)
     except BaseException:

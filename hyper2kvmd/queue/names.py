@@ -4,6 +4,8 @@ from __future__ import annotations
 
 LOCK = ".hyper2kvmd.lock"
 REPORT = "migration-report.json"
+# Of a file, its signature is called after it; ssh-keygen has the same name for it.
+SIGNED = ".sig"
 # What people ask for, as files beside the manifest, so that it reaches a runner on any host that shares the directory.
 HOLD = ".hyper2kvmd.hold"
 CANCEL = ".hyper2kvmd.cancel"

@@ -70,13 +70,19 @@ def checked(document: Any) -> tuple[Report, Results]:
 
 
 def render(
-    document: dict[str, Any], log: str, screen: bytes | None, source: tuple[Manifest, Hardware] | None = None
+    document: dict[str, Any],
+    log: str,
+    screen: bytes | None,
+    source: tuple[Manifest, Hardware] | None = None,
+    *,
+    signed: bool = False,
 ) -> str:
     """The page. Pure: the same arguments give the same page.
 
     document: the report as plain data. log: the end of what its attempts logged. screen: the boot test's PNG; what is
     no PNG is left out. source: the manifest that the report belongs to, and what the VM was, where that is still
-    known. Raise pydantic.ValidationError if the document is not a report.
+    known. signed: whether there is a signature, which the page cannot show to be good.
+    Raise pydantic.ValidationError if the document is not a report.
     """
     report, results = checked(document)
     bars, ticks = timeline(report)
@@ -96,6 +102,7 @@ def render(
         overrides=list(_flat(report.overrides)),
         log=[escaped(line[:LOG_LINE_LENGTH], "\n\t") for line in log.rstrip("\n").split("\n")[-LOG_LINES:] if line],
         screen=_picture(screen),
+        signed=signed,
     )
 
 

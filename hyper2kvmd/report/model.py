@@ -65,6 +65,9 @@ class DiskRecord(Part):
     target: str | None = Field(default=None, description="absolute path of the published disk")
     target_format: str | None = Field(default=None, description="qcow2 or raw")
     target_bytes: int | None = Field(default=None, description="bytes allocated by the published disk")
+    target_sha256: str | None = Field(
+        default=None, description="digest of the published disk, if the settings name a key that signs reports"
+    )
     engine: str | None = Field(
         default=None, description="what converted it: stream (hyper2kvmd's own reader), reflink or qemu-img"
     )

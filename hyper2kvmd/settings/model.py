@@ -261,6 +261,22 @@ class Limits(Section):
     )
 
 
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"{path} is not an absolute path; write one such as /etc/hyper2kvmd/report-key")
+    return path
+
+
+class Reports(Section):
+    """The reports; docs/evidence.md has how they are signed and verified."""
+
+    sign_key: Annotated[Path, AfterValidator(_absolute)] | None = Field(
+        default=None,
+        description="An SSH private key without a passphrase, for the service's user alone: it signs every report. null"
+        " for none. The reports then have the digests of the published disks, for which each is read once more.",
+    )
+
+
 class Retention(Section):
     """What is kept of jobs that are over. `hyper2kvmctl prune` removes the rest, and so does the daemon, every hour."""
 
@@ -760,6 +776,7 @@ class Settings(Section):
     validate_: Validate = Field(default=Validate(), alias="validate")
     retry: Retry = Retry()
     limits: Limits = Limits()
+    report: Reports = Reports()
     retention: Retention = Retention()
     cleanup_source: bool = Field(
         default=False,

@@ -35,7 +35,9 @@ READY = f"{HOST}-ready"
 SUITES = (READY, *(pytest.param(suite, marks=pytest.mark.rest) for suite in ("bookworm", "trixie")))
 
 # What a KVM host has, and a fresh system has not. Of what is recommended, no more than the tests need.
-RECOMMENDED = "acl, libdeflate0, libguestfs-xfs, libvirt-clients, libvirt-daemon-system, linux-image-amd64"
+RECOMMENDED = (
+    "acl, libdeflate0, libguestfs-xfs, libvirt-clients, libvirt-daemon-system, linux-image-amd64, openssh-client"
+)
 HOST_WITH = ("bindfs", "ovmf", "rsync", "swtpm-tools")  # what the host of a test installs besides
 OTHERS = ", ".join([*HOST_WITH, "build-essential", "rpm", "tini"])  # that a test installs
 INCLUDED = "bash-completion,dbus,man-db,procps,systemd,systemd-sysv"

@@ -185,6 +185,30 @@ def test_an_export_is_migrated_by_the_services_user(machine: Container, drop: Dr
     assert {"hyper2kvm"} == set(machine.run("stat", "-c", "%U", *files).split())
 
 
+def test_reports_are_signed_as_the_page_on_evidence_says(machine: Container, drop: Drop) -> None:
+    page = (ROOT / "docs/evidence.md").read_text()
+    commands = re.findall(r"(?m)^    ((?:ssh-keygen|chown|chmod) .*)$", page)
+    assert 3 == len(commands)
+    for command in commands:
+        machine.run("sh", "-c", command)
+    key = "/etc/hyper2kvmd/report-key"
+    machine.write(CONFIG, yaml.safe_dump({**SETTINGS, "report": {"sign_key": key}}))
+    machine.run("systemctl", "reload", "hyper2kvmd")
+    assert f"{key} signs reports" in machine.run("hyper2kvmctl", "doctor", "signing")
+    name = drop("signed")
+    assert "succeeded" == report(machine, name)["status"]
+    assert 4 == machine.run("hyper2kvmctl", "report", "verify", name, "--disks").count("ok      ")
+    # Without us, as any other host can.
+    path, line = of_export(name, "migration-report.json"), 'printf "kvm1 "; cat'
+    verify = f"ssh-keygen -Y verify -f /root/signers -I kvm1 -n hyper2kvmd-report -s {path}.sig <{path}"
+    assert "Good" in machine.run("sh", "-c", f"({line} {key}.pub) >/root/signers; {verify}")
+    # The group of those who may look may verify, too; the key itself is for the service alone.
+    other = ("setpriv", "--reuid=hypersdk", "--regid=hypersdk", "--clear-groups")
+    machine.run(*other, "hyper2kvmctl", "report", "verify", name)
+    machine.run(*other, "cat", key, accept=(1,))
+    configure(machine)
+
+
 def test_the_service_keeps_to_the_plan_that_root_imports(machine: Container, drop: Drop) -> None:
     configure(machine)
     machine.write("/root/plan.csv", "vm,name,hold\nplanned,shop,\nplanned-later,,yes\n")

@@ -398,6 +398,35 @@ def test_exports_are_migrated_by_the_service_user(service: Container, drop: Drop
     assert [f"{name}-disk-0.qcow2" for name in names] == images(service)
 
 
+def test_reports_are_signed_inside_the_sandbox(service: Container, drop: Drop) -> None:
+    key = "/etc/hyper2kvmd/report-key"
+    service.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
+    configure(service, report={"sign_key": key})
+    service.run("systemctl", "reload", "hyper2kvmd", accept=(1,))
+    assert any(f"{key} cannot be read by hyper2kvm" in entry["MESSAGE"] for entry in journal(service))
+    early = drop("early")
+    error = report(service, early)["error"]
+    assert ("sign_key_unusable", "report.sign_key") == (error["code"], error["field"])
+    # As the remedy says, and the page on evidence.
+    service.run("chown", "hyper2kvm", key)
+    service.run("systemctl", "reload", "hyper2kvmd")
+    name = drop("signed")
+    assert "succeeded" == report(service, name)["status"]
+    for path in (f"{name}", of_export(name, "migration-report.json")):
+        said = service.run("hyper2kvmctl", "report", "verify", path, "--disks").splitlines()
+        assert ["ok"] * 4 == [line.split()[0] for line in said], said
+    service.run("hyper2kvmctl", "retry", early)
+    assert "succeeded" == report(service, early)["status"]
+    service.run("hyper2kvmctl", "report", "verify", early)
+    # Where the sandbox hides it, root sees it, and the service does not.
+    service.run("cp", key, f"{key}.pub", "/root")
+    configure(service, report={"sign_key": "/root/report-key"})
+    rows = json.loads(service.run("hyper2kvmctl", "doctor", "signing", "--json", accept=(1,)))
+    assert "the sandbox of hyper2kvmd.service hides the key /root/report-key" == rows[0]["detail"]
+    service.run("systemctl", "reload", "hyper2kvmd", accept=(1,))
+    service.run("rm", key, f"{key}.pub")
+
+
 def test_an_export_that_hypersdk_keeps_for_itself_is_migrated_all_the_same(service: Container, drop: Drop) -> None:
     """hypersdk makes its directories with mode 0755, and neither group nor default ACL lets the service write there."""
     name = drop("web01", mode="0755")

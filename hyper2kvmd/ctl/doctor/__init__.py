@@ -30,8 +30,8 @@ from hyper2kvmd.ctl.doctor.host import (
     check_windows,
 )
 from hyper2kvmd.ctl.doctor.libvirt import check_libvirt
-from hyper2kvmd.ctl.doctor.service import check_metrics, check_service
-from hyper2kvmd.ctl.output import print_json
+from hyper2kvmd.ctl.doctor.service import check_metrics, check_service, check_signing
+from hyper2kvmd.ctl.output import print_check, print_json
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
 from hyper2kvmd.files import explained, remedy
@@ -63,7 +63,7 @@ def doctor(options: argparse.Namespace, config: Settings) -> int:
         for row in _examine(name, host):
             rows.append(row)
             if not options.json:
-                _print(console, **row)
+                print_check(console, **row)
     if options.json:
         print_json(rows)
     return EXIT_FAILED if any(row["result"] == "failed" for row in rows) else EXIT_DONE
@@ -90,13 +90,6 @@ def _examine(name: str, host: Host) -> list[dict[str, Any]]:
     return rows
 
 
-def _print(console: Console, check: str, result: str, detail: str, finding: dict[str, str] | None) -> None:
-    style = {"ok": "green", "warning": "yellow", "failed": "red"}[result]
-    console.print(f"{result:<7} {check}: {detail}", style=style, markup=False, highlight=False, soft_wrap=True)
-    if finding is not None:
-        console.print(f"        {finding['hint']}", markup=False, highlight=False, soft_wrap=True)
-
-
 CHECKS: dict[str, Callable[[Host, Diagnosis], str]] = {
     "user": check_user,
     "settings": check_settings,
@@ -113,6 +106,7 @@ CHECKS: dict[str, Callable[[Host, Diagnosis], str]] = {
     "libvirt": check_libvirt,
     "windows": check_windows,
     "service": check_service,
+    "signing": check_signing,
     "metrics": check_metrics,
     "dispatch": check_dispatch,
 }

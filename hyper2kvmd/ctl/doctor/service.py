@@ -16,6 +16,8 @@ from pathlib import Path
 from hyper2kvmd.ctl.as_service import service_of
 from hyper2kvmd.ctl.doctor.diagnosis import Diagnosis, Host, handover_dirs, output_dirs
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.report.sign import SETTING, check_key
+from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
 
 
@@ -58,6 +60,23 @@ def check_service(host: Host, diagnosis: Diagnosis) -> str:
     if active != "active":
         diagnosis.warn("service_inactive", f"{service} does not run ({active})", f"Run `systemctl start {service}`.")
     return f"{service} is {enabled or 'loaded'} and {active}"
+
+
+def check_signing(host: Host, diagnosis: Diagnosis) -> str:
+    """Sign something, with the key that signs reports."""
+    key, unit = host.settings.report.sign_key, host.unit
+    if key is None:
+        return "reports are not signed (report.sign_key is null)"
+    home = unit.get("ProtectHome") in ("yes", "tmpfs") and is_below(key, "/home", "/root", "/run/user")
+    if home or (unit.get("PrivateTmp") == "yes" and is_below(key, "/tmp", "/var/tmp")):
+        raise MigrationError(
+            Code.SIGN_KEY_UNUSABLE,
+            f"the sandbox of {unit['Id']} hides the key {key}",
+            "Move it to /etc/hyper2kvmd, and correct report.sign_key.",
+            field=SETTING,
+        )
+    check_key(Tools(), key)
+    return f"{key} signs reports"
 
 
 def _unknown_accounts(unit: dict[str, str]) -> Iterator[MigrationError]:

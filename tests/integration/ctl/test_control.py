@@ -260,15 +260,18 @@ def test_prune_removes_what_is_over_and_nothing_that_is_needed(
         os.utime(path, (1, 1))
     for number in range(1, 13):
         (finished / f"migration-report.{number}.json").write_bytes((finished / REPORT).read_bytes())
+        (finished / f"migration-report.{number}.json.sig").write_text("a signature")
         os.utime(finished / f"migration-report.{number}.json", (number, number))
     os.utime(finished / LOG, (1, 1))
     would = json.loads(ctl("prune", "--dry-run", "--json").stdout)["removed"]
     removed = json.loads(ctl("prune", "--json").stdout)["removed"]
     assert would == removed
-    expected = {gone, left, old, beside, finished / LOG, *(finished / f"migration-report.{n}.json" for n in (1, 2))}
+    reports = {finished / f"migration-report.{n}.json{suffix}" for n in (1, 2) for suffix in ("", ".sig")}
+    expected = {gone, left, old, beside, finished / LOG, *reports}
     assert {str(path) for path in expected} == set(removed)
     assert not any(path.exists() for path in expected)
     assert all(path.exists() for path in (needed, elsewhere, *others, *named_alike))
+    assert 10 == len(list(finished.glob("migration-report.*.json.sig")))
     assert "succeeded" == report_of(finished)["status"]
     elsewhere.rmdir()
     for path in others:

@@ -681,7 +681,7 @@ def test_path_that_leads_out_is_refused(path: str, export: Path) -> None:
     assert refusal(export, disk(path, "raw", bytes=1)).code == Code.EXPORT_UNSAFE
 
 
-@pytest.mark.parametrize("name", [".hyper2kvmd.lock", "migration-report.json", "migration-report.3.json"])
+@pytest.mark.parametrize("name", [".hyper2kvmd.lock", "migration-report.json", "migration-report.3.json.sig"])
 def test_our_own_files_are_no_disks(name: str, export: Path) -> None:
     (export / name).write_bytes(bytes(512))
     assert refusal(export, disk(export / name, "raw")).code == Code.EXPORT_UNSAFE

@@ -276,7 +276,8 @@ def test_what_we_write_ourselves_is_no_sign_of_life(make_export: MakeExport, scr
     export = make_export()
     before = facts.look(export, scratch).settled_since
     time.sleep(0.05)
-    for name in (".hyper2kvmd.lock", ".hyper2kvmd.log", "boot-test.png", ".migration-report.json.1.tmp"):
+    signatures = ("migration-report.json.sig", "migration-report.2.json.sig", ".migration-report.json.sig.1.tmp")
+    for name in (".hyper2kvmd.lock", ".hyper2kvmd.log", "boot-test.png", ".migration-report.json.1.tmp", *signatures):
         (export / name).write_bytes(b"")
     assert before == facts.look(export, scratch).settled_since
 
@@ -418,6 +419,56 @@ def test_a_report_is_written_whole_or_not_at_all(make_export: MakeExport) -> Non
     claim.close()
     assert "succeeded" == json.loads((export / REPORT).read_text())["status"]
     assert not list(export.glob(".*.tmp"))
+
+
+def finished(export: Path, signature: bytes | None) -> None:
+    claim = claim_export(export)
+    claim.finish(report(), signature)
+    claim.close()
+
+
+def test_the_signature_is_there_before_the_report_and_that_of_an_earlier_one_is_not(
+    make_export: MakeExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = make_export()
+    (export / f".{REPORT}.sig.1.tmp").write_text("left by a dead attempt")
+    written = []
+    monkeypatch.setattr("hyper2kvmd.queue.claim.write_durably", lambda fd, name, *rest: written.append(name))
+    finished(export, b"signature")
+    assert [f"{REPORT}.sig", REPORT] == written
+    monkeypatch.undo()
+    finished(export, b"signature")
+    assert b"signature" == (export / f"{REPORT}.sig").read_bytes()
+    assert not list(export.glob(".*.tmp"))
+    finished(export, None)
+    assert not (export / f"{REPORT}.sig").exists(), "it would be taken for that of a report that has none"
+
+
+def test_a_retry_moves_the_signature_with_its_report_also_after_a_crash_between_the_two(
+    make_export: MakeExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = make_export()
+    (export / "migration-report.1.json").write_text("{}")
+    finished(export, b"second")
+    rename = os.rename
+
+    def crash(old: str, new: str, **where: int) -> None:
+        if old == REPORT:
+            raise KeyboardInterrupt
+        rename(old, new, **where)
+
+    claim = claim_export(export)
+    monkeypatch.setattr(os, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        claim.forget()
+    monkeypatch.undo()
+    assert (export / REPORT).exists()
+    claim.forget()
+    claim.close()
+    assert [] == list(export.glob(f"{REPORT}*"))
+    assert b"second" == (export / "migration-report.2.json.sig").read_bytes()
+    assert json.loads((export / "migration-report.2.json").read_text())["status"] == "succeeded"
+    assert not (export / "migration-report.1.json.sig").exists()
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
