@@ -38,6 +38,7 @@ from hyper2kvmd.queue.names import (
     LOCK,
     LOG,
     PROGRESS,
+    SIGNED,
 )
 from hyper2kvmd.queue.placement import placement
 from hyper2kvmd.queue.plans import plan_file
