@@ -18,15 +18,15 @@ import structlog
 
 from hyper2kvmd import journal
 from hyper2kvmd.daemon.handover import Handover
-from hyper2kvmd.daemon.health import MEND, Health
+from hyper2kvmd.daemon.health import MEND
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.daemon.periodic import PeriodicTask
 from hyper2kvmd.daemon.placer import Placer, Row
+from hyper2kvmd.daemon.public import Public
 from hyper2kvmd.daemon.pulse import Pulse
 from hyper2kvmd.daemon.runner import Runner, stop_all
 from hyper2kvmd.daemon.systemd import Notifier, status_line
 from hyper2kvmd.daemon.watch import POLL_SECONDS, Scan, Scanner, Watch
-from hyper2kvmd.daemon.web import Web
 from hyper2kvmd.dispatch.engines import engine_of
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
@@ -91,9 +91,8 @@ class Daemon:
         )  # a receiver that fails has metrics of its own
         # systemd is told twice as often as it asks for.
         interval = self._notifier.watchdog_interval()
-        self.health = Health(lambda: self.settings, None if interval is None else 2 * interval)
-        self._web = Web({"/metrics": metrics.page, "/healthz": self.health.healthz, "/readyz": self.health.readyz})
-        metrics.follow(self.health)
+        self._public = Public(lambda: self.settings, metrics, None if interval is None else 2 * interval)
+        self.health = self._public.health
         metrics.show({}, settings.workers)
         metrics.reload(accepted=True)
 
@@ -461,15 +460,13 @@ class Daemon:
             self._last_status = status
 
     def _serve(self, settings: Settings) -> None:
-        """Serve metrics and health as the settings say from now on. Raise SettingsError; then all is as it was."""
-        self._web.apply(settings.metrics)
+        """Show the daemon as the settings say from now on. Raise SettingsError; then all is as it was."""
+        self._public.apply(settings)
         self.settings = settings
         try:
             outbox.begin(settings)
         except OSError as error:
             log.warning("what ends may not be told", directory=str(settings.work_dir), reason=error.strerror)
-        if settings.metrics.listen:
-            self.health.try_now()
 
     def _reload(self) -> None:
         try:

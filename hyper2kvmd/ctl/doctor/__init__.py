@@ -30,6 +30,7 @@ from hyper2kvmd.ctl.doctor.host import (
     check_windows,
 )
 from hyper2kvmd.ctl.doctor.libvirt import check_libvirt
+from hyper2kvmd.ctl.doctor.notify import check_notify
 from hyper2kvmd.ctl.doctor.service import check_metrics, check_service
 from hyper2kvmd.ctl.output import print_json
 from hyper2kvmd.errors import Code, MigrationError
@@ -114,5 +115,6 @@ CHECKS: dict[str, Callable[[Host, Diagnosis], str]] = {
     "windows": check_windows,
     "service": check_service,
     "metrics": check_metrics,
+    "notify": check_notify,
     "dispatch": check_dispatch,
 }
