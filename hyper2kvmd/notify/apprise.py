@@ -1,24 +1,25 @@
-"""Mail and chats: the library apprise brings a message to one service; it is there only where somebody wants it."""
+"""Mail and chats, by the library apprise, which is there only where somebody wants it: the services, and their URLs."""
 
 from __future__ import annotations
 
 import hashlib
-import http
 import importlib.util
-import logging
+import json
 import re
+import sys
 from dataclasses import dataclass, field
-from typing import Any
 
-from hyper2kvmd.errors import Code, Finding
-from hyper2kvmd.notify.delivery import Undelivered, credential, ends_within
+from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.notify.carrier import UNKNOWN
+from hyper2kvmd.notify.delivery import Undelivered, credential
 from hyper2kvmd.notify.message import Ended
+from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Apprise
 
 SETTING = "notify.apprise.urls_credential"
 _ROUNDS = 100_000
 _KIND = {"succeeded": "success", "cancelled": "info", "blocked": "warning"}  # as apprise calls them
-_BY_HAND = "`apprise -vv --body test --config FILE`, with the file that it is in, shows why."
+_BY_HAND = "`apprise -vv --body test --config FILE`, with the file of that setting, shows why."
 
 
 @dataclass(frozen=True)
@@ -68,81 +69,32 @@ def services(settings: Apprise) -> list[Service]:
 def check(settings: Apprise) -> None:
     """Raise Undelivered if the credential cannot be used, or holds a URL that apprise does not understand."""
     for service in services(settings):
-        if missing(settings) is None:
-            _loaded(service)
+        _carry(settings, Tools(), service, title=None, body="", kind="info")
 
 
-def deliver(settings: Apprise, service: Service, message: Ended) -> None:
-    """Bring a message to one service. Raise Undelivered, at most `timeout_seconds` later."""
-    outcome: list[Undelivered | None] = []
+def deliver(settings: Apprise, tools: Tools, service: Service, message: Ended) -> None:
+    """Give a message to one service. Raise Undelivered, at most `timeout_seconds` and a moment later, or Cancelled."""
+    kind = _KIND.get(message.status, "failure")
+    _carry(settings, tools, service, title=message.title, body=message.text, kind=kind)
 
-    def work() -> None:
-        try:
-            _send(service, message)
-            outcome.append(None)
-        except Undelivered as error:
-            outcome.append(error)
-        except Exception as error:  # noqa: BLE001  # of a library with a hundred services; its text can hold the URL
-            outcome.append(Undelivered(f"{service}: apprise failed with {type(error).__name__}", _BY_HAND))
 
+def _carry(settings: Apprise, tools: Tools, service: Service, **message: str | None) -> None:
     if (problem := missing(settings)) is not None:
         raise Undelivered(problem.message, problem.hint)
-    ends_within(settings.timeout_seconds, work, "apprise")
-    if not outcome:
+    stdin = json.dumps({"url": service.url, **message}).encode()
+    argv = (sys.executable, "-P", "-m", "hyper2kvmd.notify.carrier")
+    try:
+        done = tools.run(*argv, accept=range(-64, 256), timeout=settings.timeout_seconds, stdin=stdin, cwd="/")
+    except MigrationError as error:
+        if error.code != Code.TOOL_FAILED:
+            raise
         raise Undelivered(
             f"{service}: it did not take the message within {settings.timeout_seconds:g} s",
             "See whether the service works; if it is slow, raise notify.apprise.timeout_seconds.",
-        )
-    if outcome[0] is not None:
-        raise outcome[0]
-
-
-class _Heard(logging.Handler):
-    """Keeps what the library says from everybody: it can hold secrets. Of it, we take what is known to hold none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reason = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Look for the status of an HTTP answer, and for a connection that failed."""
-        text = record.getMessage()
-        if found := re.search(r"\berror=([1-5]\d\d)\b", text):
-            status = int(found[1])
-            phrase = http.HTTPStatus(status).phrase if status in {*http.HTTPStatus} else ""
-            self.reason = f"it answered {status} {phrase}".strip()
-        elif "onnection error" in text and not self.reason:
-            self.reason = "it cannot be reached, or the connection broke"
-
-
-def _hearing() -> _Heard:
-    """Listen to the library from here on, instead of anybody else."""
-    heard = _Heard()
-    for name in ("apprise", "requests", "urllib3"):
-        logger = logging.getLogger(name)
-        logger.propagate, logger.handlers = False, [heard if name == "apprise" else logging.NullHandler()]
-    return heard
-
-
-def _loaded(service: Service) -> Any:
-    """Apprise with this service alone. Raise Undelivered."""
-    import apprise  # only here: it takes a while, and hardly anybody needs it
-
-    _hearing()
-    asset = apprise.AppriseAsset(app_id="hyper2kvmd", app_desc="Migration to KVM", async_mode=False)
-    one = apprise.Apprise.instantiate(service.url, asset=asset)
-    if one is None:
-        raise Undelivered(f"{service}: apprise does not understand the URL", f"Correct it. {_BY_HAND}")
-    loaded = apprise.Apprise(asset=asset)
-    loaded.add(one)
-    return loaded
-
-
-def _send(service: Service, message: Ended) -> None:
-    loaded = _loaded(service)
-    heard = _hearing()
-    kind = _KIND.get(message.status, "failure")
-    # As text: what a service wants as HTML is escaped then.
-    if not loaded.notify(body=message.text, title=message.title, notify_type=kind, body_format="text"):
-        reason = heard.reason or "it did not take the message"
-        raise Undelivered(f"{service}: {reason}", f"See whether the service works, and correct the URL. {_BY_HAND}")
+        ) from None
+    said = done.stdout.strip()
+    if done.returncode != 0:  # its trace can hold the URL
+        raise Undelivered(f"{service}: apprise ended with status {done.returncode}", _BY_HAND)
+    if said:
+        hint = "Correct the URL." if said == UNKNOWN else "See whether the service works, and correct the URL."
+        raise Undelivered(f"{service}: {said}", f"{hint} {_BY_HAND}")

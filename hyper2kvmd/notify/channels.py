@@ -71,7 +71,7 @@ def channels(settings: Settings, tools: Tools) -> dict[str, Channel]:
         ways: dict[str, Callable[[Ended], None]]
         try:
             services = apprise.services(chats)
-            ways = {SERVICE + service.mark: partial(apprise.deliver, chats, service) for service in services}
+            ways = {SERVICE + service.mark: partial(apprise.deliver, chats, tools, service) for service in services}
         except Undelivered as error:
             ways = {APPRISE: partial(_fail, error)}
         found += [Channel(name, way, chats.max_attempts, frozenset(chats.events)) for name, way in ways.items()]

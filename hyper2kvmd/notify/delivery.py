@@ -1,12 +1,10 @@
-"""What all ways to reach a receiver have in common: how one fails, a limit of time, and secrets that are in files."""
+"""What all ways to reach a receiver have in common: how one fails, and secrets that are in files."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import stat
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 CREDENTIAL_LIMIT = 8192
@@ -21,18 +19,6 @@ class Undelivered(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
-
-
-def ends_within(seconds: float, work: Callable[[], None], name: str) -> bool:
-    """Do some work in a thread called `name`, which is left behind when the time is over; whether it ended in time.
-
-    The time limit of a socket is one for each byte, so a receiver could go on for ever; and nothing limits the time
-    that finding its address takes.
-    """
-    thread = threading.Thread(target=work, name=name, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return not thread.is_alive()
 
 
 def credential(setting: str, name: str) -> str:

@@ -8,11 +8,12 @@ import http.client
 import re
 import socket
 import ssl
+import threading
 from typing import Literal
 from urllib.parse import urlsplit
 
 from hyper2kvmd import __version__
-from hyper2kvmd.notify.delivery import Undelivered, credential, ends_within
+from hyper2kvmd.notify.delivery import Undelivered, credential
 from hyper2kvmd.settings.model import Receiver, url_problem
 from hyper2kvmd.text import plain
 
@@ -60,9 +61,13 @@ def send(receiver: Receiver, section: str, method: Literal["GET", "POST"], body:
         except (OSError, http.client.HTTPException, ValueError) as error:
             answers.append(error)
 
-    ended = ends_within(receiver.timeout_seconds, exchange, "request")
+    # In a thread that can be left behind. The time limit of a socket is one for each byte, so a receiver could go on
+    # for ever; and nothing limits the time that finding its address takes.
+    thread = threading.Thread(target=exchange, name="request", daemon=True)
+    thread.start()
+    thread.join(receiver.timeout_seconds)
     answer = next(iter(answers), None)  # in time: headers that the next line cuts off look like an answer
-    if not ended and (waiting := connection.sock) is not None:
+    if thread.is_alive() and (waiting := connection.sock) is not None:
         with contextlib.suppress(OSError):
             waiting.shutdown(socket.SHUT_RDWR)
     if answer is None or isinstance(answer, TimeoutError):  # the socket's limit is the same, and can be over first
