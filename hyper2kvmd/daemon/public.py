@@ -1,4 +1,4 @@
-"""What others see of the daemon: its web pages, and the heartbeat."""
+"""What others see of the daemon: its web pages, the campaign's among them, and the heartbeat."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from hyper2kvmd.daemon.health import Health
 from hyper2kvmd.daemon.heartbeat import Heartbeat
+from hyper2kvmd.daemon.live import LivePage
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.daemon.web import Web
 from hyper2kvmd.settings.model import Settings
@@ -18,7 +19,9 @@ class Public:
     def __init__(self, settings: Callable[[], Settings], metrics: Metrics, watchdog_seconds: float | None) -> None:
         self.health = Health(settings, watchdog_seconds)
         metrics.follow(self.health)
-        self._web = Web({"/metrics": metrics.page, "/healthz": self.health.healthz, "/readyz": self.health.readyz})
+        self.live = LivePage()
+        pages = {"/metrics": metrics.page, "/healthz": self.health.healthz, "/readyz": self.health.readyz}
+        self._web = Web(pages, front=self.live.page)
         self._heartbeat = Heartbeat(
             lambda: self.health.all_well(time.monotonic()), lambda: metrics.task_failed("heartbeat")
         )

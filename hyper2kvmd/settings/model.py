@@ -323,7 +323,9 @@ class TlsServer(Section):
 
 
 class Metrics(Section):
-    """The address of metrics for Prometheus (/metrics), and of whether the daemon works (/healthz, /readyz)."""
+    """The address of metrics for Prometheus (/metrics), of whether the daemon works (/healthz, /readyz), and of a page
+    for people (/).
+    """
 
     listen: str = Field(
         default="127.0.0.1:9878",
@@ -333,6 +335,11 @@ class Metrics(Section):
     allow_insecure: bool = Field(
         default=False,
         description="Whether other hosts may be served without TLS: whoever can connect reads the names of VMs.",
+    )
+    page: bool = Field(
+        default=False,
+        description="Whether / is a page for people with all VMs: their states, why they wait, and the notes of their"
+        " plans. Whoever can read the metrics can read it.",
     )
     tls_server_config: TlsServer = TlsServer()
 
