@@ -69,14 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config is None:
         return EXIT_CONFIG
     if options.command == "check-config":
-        if unusable := _unusable_key(config):
-            print(f"hyper2kvmd: {unusable}", file=sys.stderr)
-            return EXIT_CONFIG
-        print(config.model_dump_json(by_alias=True, indent=2))
-        return 0
+        return _check_config(config)
     if options.command == "check-host":
         return _check_host(options.mark, config)
     return _run(options, config)
+
+
+def _check_config(config: Settings) -> int:
+    """Print the settings, unless they want what is not installed, or a key that cannot be used."""
+    from hyper2kvmd.notify.apprise import missing
+
+    for problem in (missing(config.notify.apprise), _unusable_key(config)):
+        if problem is not None:
+            print(f"hyper2kvmd: {problem.message}. {problem.hint}", file=sys.stderr)
+            return EXIT_CONFIG
+    print(config.model_dump_json(by_alias=True, indent=2))
+    return EXIT_DONE
 
 
 def _release(version: str) -> list[str]:

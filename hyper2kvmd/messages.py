@@ -91,8 +91,9 @@ CATALOG: dict[Kind, CatalogEntry] = {
     Kind.TASK_FAILED: CatalogEntry(
         "067c62030d4e4c218ccca895bd4de38d",
         "A periodic task of the daemon failed",
-        "It prunes every hour, and tells of jobs that are over. The task is run again, but what it left undone piles"
-        " up: run `hyper2kvmctl prune` or `hyper2kvmctl notify` by hand to see why it fails.",
+        "It prunes every hour, notifies of jobs that are over, and calls the heartbeat's URL. The task is run again,"
+        " but what it left undone piles up: run `hyper2kvmctl prune` or `hyper2kvmctl notify` by hand to see why it"
+        " fails. Of the heartbeat, the record itself says why.",
     ),
     Kind.CLAIMED: CatalogEntry(
         "1e58c28676bf4a3899bffcf0be9974e5",

@@ -207,8 +207,8 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _known_secrets(config: Settings) -> list[str]:
-    """The webhook's URL, and the passphrases of guests, as far as whoever runs this may read them."""
-    found = [config.notify.webhook.url or ""]
+    """The URLs that are called, and the passphrases of guests, as far as whoever runs this may read them."""
+    found = [config.notify.webhook.url or "", config.notify.heartbeat.url or ""]
     for path in config.fix.luks_keys.values():
         with contextlib.suppress(OSError):
             found += [line for line in _file(path).decode(errors="replace").splitlines() if len(line) > 3]

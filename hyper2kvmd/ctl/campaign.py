@@ -16,24 +16,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hyper2kvmd.ctl.listing import STYLE, Row, row_of, working_hosts
+from hyper2kvmd.ctl.listing import STYLE, row_of, working_hosts
 from hyper2kvmd.ctl.output import print_json, refuse, say
 from hyper2kvmd.ctl.pages import page_of, write_page
 from hyper2kvmd.ctl.spreadsheet import as_csv
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_USAGE
-from hyper2kvmd.files import timestamp
 from hyper2kvmd.manifest.model import slug
 from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.campaign import campaign_of, vm_of
 from hyper2kvmd.queue.hosts import all_hosts
-from hyper2kvmd.report.campaign import ATTENTION, Campaign, CampaignHost, CampaignVm, render_campaign
+from hyper2kvmd.report.campaign import ATTENTION, Campaign, render_campaign
 from hyper2kvmd.report.html import checked
-from hyper2kvmd.report.model import Report
 from hyper2kvmd.settings.model import Settings
-from hyper2kvmd.text import duration, escaped
 
 MARKER = ".hyper2kvmd-report"  # in a directory of pages, so that no other is ever replaced
-TEXT_LIMIT = 1000
 
 
 def report_all(options: argparse.Namespace, config: Settings) -> int:
@@ -72,61 +69,23 @@ def gather(config: Settings, pages_directory: str = "") -> tuple[Campaign, dict[
         row = row_of(export, config, hosts)
         if row is None:
             continue
-        document = facts.read_report(export) if row.look is not None else None
-        report, page = None, ""
-        if document is not None:
-            try:
-                report, results = checked(document)
-            except ValidationError:
-                report = None  # the state says that it is none
-            else:
-                if pages_directory:
-                    file = f"{slug(export.name)}.html"
-                    pages[file] = page_of(export, document, report, results)
-                    page = f"{pages_directory}/{file}"
-        vms.append(_vm(row, report, page))
-    running = Counter(vm.host for vm in vms if vm.state == "running")
-    seen = [
-        CampaignHost(escaped(one.beat.host), one.state, running[one.beat.host], f"{duration(one.age)} ago")
-        for one in all_hosts(config, now)
-    ]
-    return Campaign(str(config.exports_dir), timestamp(now), tuple(vms), tuple(seen)), pages
+        page = ""
+        if pages_directory and row.look is not None and row.look.report_status is not None:
+            file = f"{slug(export.name)}.html"
+            if text := _page(export):
+                pages[file], page = text, f"{pages_directory}/{file}"
+        vms.append(vm_of(export, row.state, row.finding, row.look, page=page))
+    return campaign_of(config.exports_dir, vms, all_hosts(config, now), now), pages
 
 
-def _vm(row: Row, report: Report | None, page: str) -> CampaignVm:
-    look, finding = row.look, row.finding
-    estimate = row.estimate.seconds if row.estimate is not None else None
-    if estimate is None and report is not None and report.estimate is not None:
-        estimate = report.estimate.seconds
-    ended = row.state not in ("running", "queued", "waiting", "incomplete") and report is not None
-    host = row.progress.host if row.progress is not None else report.host.name if report is not None else ""
-    source = sum(disk.source_bytes for disk in report.disks) if report is not None else None
-    return CampaignVm(
-        name=_short(row.export.name),
-        vm=_short(
-            (report.vm_name if report is not None else None) or (look.vm_name if look is not None else None) or ""
-        ),
-        wave=_short(look.plan.wave or "") if look is not None else "",
-        state=str(row.state),
-        reason=_short(finding.message) if finding is not None else "",
-        remedy=_short(finding.hint) if finding is not None else "",
-        code=_short(str(finding.code)) if finding is not None else "",
-        since=timestamp(look.finished_at) if ended and look is not None and look.finished_at is not None else "",
-        doing=row.progress.doing(time.monotonic()) if row.progress is not None else "",
-        host=_short(host),
-        attempts=report.attempts if report is not None else None,
-        seconds=report.seconds if report is not None else None,
-        estimated=estimate,
-        source_bytes=source or (sum(bytes for _, bytes in look.sizes) if look is not None and look.sizes else None),
-        target_bytes=sum(disk.target_bytes or 0 for disk in report.disks) if report is not None else None,
-        notes=_short(look.plan.notes) if look is not None else "",
-        page=page,
-    )
-
-
-def _short(text: str) -> str:
-    """A text of an export, which may be anything, as harmless as a table needs it."""
-    return escaped(text[:TEXT_LIMIT])
+def _page(export: Path) -> str:
+    """The page of one VM; "" if its report is none, which its state says."""
+    if (document := facts.read_report(export)) is None:
+        return ""
+    try:
+        return page_of(export, document, *checked(document))
+    except ValidationError:
+        return ""
 
 
 def _write_pages(directory: Path, pages: dict[str, str]) -> None:

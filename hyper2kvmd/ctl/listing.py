@@ -18,7 +18,7 @@ from rich.text import Text
 
 from hyper2kvmd.ctl.migrate import print_report
 from hyper2kvmd.ctl.output import print_json
-from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.errors import Finding, MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.files import open_directory
 from hyper2kvmd.queue import facts, setbacks
@@ -26,7 +26,7 @@ from hyper2kvmd.queue.asked import Asked, kept
 from hyper2kvmd.queue.claim import holder
 from hyper2kvmd.queue.estimate import Estimate
 from hyper2kvmd.queue.export import Export
-from hyper2kvmd.queue.hosts import Seen, all_hosts
+from hyper2kvmd.queue.hosts import Seen, all_hosts, untaken
 from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
 from hyper2kvmd.settings.model import Settings
@@ -168,7 +168,7 @@ def _described(export: Path, look: Facts, config: Settings, hosts: Sequence[Seen
     known = replace(look, setback=setbacks.read(config.work_dir).get(export))
     state, finding = state_of(known, config, time.time())
     if state == State.QUEUED and finding is None:
-        finding = _untaken(export, hosts)
+        finding = untaken(export, hosts)
     return Row(export, state, finding, look.progress, None if state in FINAL - {State.BLOCKED} else look.estimate, look)
 
 
@@ -177,18 +177,6 @@ def working_hosts(config: Settings) -> list[Seen]:
     with contextlib.suppress(OSError):
         return [seen for seen in all_hosts(config, time.time()) if seen.state == "running"]
     return []
-
-
-def _untaken(export: Path, hosts: Sequence[Seen]) -> Finding | None:
-    """Why no host starts a queued export, if each has said so."""
-    why = {seen.beat.host: seen.beat.waits.get(export.name) for seen in hosts}
-    if not why or None in why.values():
-        return None
-    said = "; ".join(f"{host}: {text}" for host, text in why.items())
-    if any(seen.beat.engine != "local" for seen in hosts):
-        return Finding("placed_later", said, "The engine decides; `hyper2kvmctl doctor dispatch` tries every host.")
-    hint = "Change `accept` on one of them and reload its daemon; or `hyper2kvmctl migrate` it on the host you want."
-    return Finding(Code.NOT_ACCEPTED, f"no host takes it: {said}", hint)
 
 
 def _asked(export: Path, config: Settings) -> Asked:

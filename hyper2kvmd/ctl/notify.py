@@ -1,4 +1,4 @@
-"""`hyper2kvmctl notify`: tells the webhook and the hooks what is over; the daemon starts it after its jobs."""
+"""`hyper2kvmctl notify`: notifies everybody who wants it of jobs that are over; the daemon starts it by itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hyper2kvmd.settings.model import Settings
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command to the parser."""
     parser = commands.add_parser(
-        "notify", help="notify webhook and hooks of finished jobs; the daemon does this by itself"
+        "notify", help="notify webhook, mail, chats and hooks of finished jobs; the daemon does this by itself"
     )
     parser.add_argument("--dry-run", action="store_true", help="only print the notifications that are pending")
     parser.set_defaults(run=notify)

@@ -231,7 +231,7 @@ def _row(vm: Vm) -> list[str]:
     values = vm.plan.model_dump(mode="json", exclude_unset=True)
     plan = [shown(values.get(key)) for key in VmPlan.model_fields]
     estimate = vm.look.estimate if vm.look else None
-    took = vm.look.seconds if vm.look and vm.state == State.SUCCEEDED else None
+    took = vm.look.record.seconds if vm.look and vm.state == State.SUCCEEDED else None
     reason = vm.problem or vm.reason
     return [
         vm.name,

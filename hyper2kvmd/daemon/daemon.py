@@ -18,15 +18,16 @@ import structlog
 
 from hyper2kvmd import journal
 from hyper2kvmd.daemon.handover import Handover
-from hyper2kvmd.daemon.health import MEND, Health
+from hyper2kvmd.daemon.health import MEND
+from hyper2kvmd.daemon.live import Look
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.daemon.periodic import PeriodicTask
 from hyper2kvmd.daemon.placer import Placer, Row
+from hyper2kvmd.daemon.public import Public
 from hyper2kvmd.daemon.pulse import Pulse
 from hyper2kvmd.daemon.runner import Runner, stop_all
 from hyper2kvmd.daemon.systemd import Notifier, status_line
 from hyper2kvmd.daemon.watch import POLL_SECONDS, Scan, Scanner, Watch
-from hyper2kvmd.daemon.web import Web
 from hyper2kvmd.dispatch.engines import engine_of
 from hyper2kvmd.errors import Code, Finding, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
@@ -70,7 +71,7 @@ class Daemon:
         self.retiring = False  # this daemon: it ends with its last runner, so that another version can take over
         self._trouble = ""
         self._ignored: set[str] = set()
-        self._unreadable: dict[Path, str] = {}
+        self._unreadable: dict[Path, Finding] = {}
         self._load = load
         self._notifier = Notifier()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -91,9 +92,8 @@ class Daemon:
         )  # a receiver that fails has metrics of its own
         # systemd is told twice as often as it asks for.
         interval = self._notifier.watchdog_interval()
-        self.health = Health(lambda: self.settings, None if interval is None else 2 * interval)
-        self._web = Web({"/metrics": metrics.page, "/healthz": self.health.healthz, "/readyz": self.health.readyz})
-        metrics.follow(self.health)
+        self._public = Public(lambda: self.settings, metrics, None if interval is None else 2 * interval)
+        self.health = self._public.health
         metrics.show({}, settings.workers)
         metrics.reload(accepted=True)
 
@@ -150,6 +150,7 @@ class Daemon:
         self.metrics.draining.set(self._starts_nothing)
         due = self._start(now, found)
         self._count(now, found)
+        self._public.live.show(Look(self.settings.exports_dir, self.table, self._unreadable, found.hosts, now))
         self._rested_at = time.monotonic() + min(PAUSE_FACTOR * found.seconds, PAUSE_SECONDS)
         return min(self._next_look(now, found.seconds), self._do_periodic(now), due)
 
@@ -269,10 +270,10 @@ class Daemon:
         for name in sorted(set(found.ignored) - self._ignored):
             log.warning("ignored: the name has control characters", directory=ascii(name), hint="Rename it.")
         self._ignored = set(found.ignored)
-        for export, reason in found.unreadable.items():
+        for export, why in found.unreadable.items():
             self.metrics.scan_errors.labels("export").inc()
-            if reason != self._unreadable.get(export):
-                log.error("cannot read an export", directory=str(export), reason=reason)
+            if why != self._unreadable.get(export):
+                log.error("cannot read an export", directory=str(export), reason=why.message)
         self._unreadable = found.unreadable
         table: dict[Path, Row] = {}
         for export, look in found.looks.items():
@@ -455,21 +456,20 @@ class Daemon:
     def _tell(self) -> None:
         progress = {slot: self.runners[export].progress for export, slot in self._slots.items()}
         self.metrics.show(progress, self.settings.workers)
+        self._public.live.tell({export: runner.progress for export, runner in self.runners.items()}, self._trouble)
         status = self.status()
         if status != self._last_status:
             self._notifier.status(status)
             self._last_status = status
 
     def _serve(self, settings: Settings) -> None:
-        """Serve metrics and health as the settings say from now on. Raise SettingsError; then all is as it was."""
-        self._web.apply(settings.metrics)
+        """Show the daemon as the settings say from now on. Raise SettingsError; then all is as it was."""
+        self._public.apply(settings)
         self.settings = settings
         try:
             outbox.begin(settings)
         except OSError as error:
             log.warning("what ends may not be told", directory=str(settings.work_dir), reason=error.strerror)
-        if settings.metrics.listen:
-            self.health.try_now()
 
     def _reload(self) -> None:
         try:

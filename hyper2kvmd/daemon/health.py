@@ -136,6 +136,10 @@ class Health:
             found["libvirt"] = Verdict()
         return found
 
+    def all_well(self, now: float) -> bool:
+        """Whether /healthz and /readyz have nothing to say against it."""
+        return not self.hangs(now) and not any(state.problem for state in self.checks(now).values())
+
     def needs_libvirt(self) -> bool:
         """Whether jobs need libvirt, as far as the settings say; a manifest can ask for a boot test, too."""
         return _needs_libvirt(self._settings())

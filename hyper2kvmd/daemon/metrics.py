@@ -192,10 +192,12 @@ class Metrics:
             "watcher_warnings", "Warnings of the library that watches, such as that its queue was full."
         )
         self.task_failures = self._counter(
-            "task_failures", "Times that a task which the daemon has done now and then (prune, notify) failed.", "task"
+            "task_failures",
+            "Times that a task which the daemon has done now and then (prune, notify, heartbeat) failed.",
+            "task",
         )
         _initialise(self.scan_errors, ("directory", "export"))
-        _initialise(self.task_failures, ("prune", "notify"))
+        _initialise(self.task_failures, ("prune", "notify", "heartbeat"))
         _initialise(self.watcher_restarts, ("died", "replaced", "settings"))
 
     def _declare_health(self) -> None:

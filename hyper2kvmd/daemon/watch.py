@@ -154,7 +154,7 @@ class Scan:
     """
 
     looks: dict[Path, Facts]
-    unreadable: dict[Path, str]
+    unreadable: dict[Path, Finding]
     ignored: tuple[str, ...]
     trouble: str
     draining: bool
@@ -221,7 +221,7 @@ class Scanner:
             self._handover.receive(settings)
         all_looks: dict[Path, Facts | Finding | None] = {}
         looks: dict[Path, Facts] = {}
-        unreadable: dict[Path, str] = {}
+        unreadable: dict[Path, Finding] = {}
         try:
             exports, ignored = facts.exports(settings)
             draining = requests.draining(settings)
@@ -232,7 +232,7 @@ class Scanner:
             self._step = (export, time.monotonic())
             found = all_looks[export] = facts.look_or_reason(export, settings)
             if isinstance(found, Finding):
-                unreadable[export] = found.message
+                unreadable[export] = found
             elif found is not None:
                 looks[export] = found
         self._handover.answer(settings, all_looks)

@@ -29,17 +29,19 @@ log = structlog.get_logger()
 
 TIMEOUT_SECONDS = 5.0
 CONNECTIONS = 16
+PART = 1 << 16
 HEAD_LIMIT = 8192  # bytes; Prometheus sends a few hundred
 PLAIN = "text/plain; charset=utf-8"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a page answers: the HTTP status, the type of the content, and the content."""
+    """What a page answers: the HTTP status, the type of the content, the content, and headers beside those of all."""
 
     status: int
     kind: str
     body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 # From the query, and the value of the Accept header, to the answer.
@@ -47,11 +49,13 @@ Page = Callable[[str, str], Answer]
 
 
 class Web:
-    """Serves `pages`, by their paths, on the address of the settings."""
+    """Serves `pages`, by their paths, on the address of the settings; `front` at / if they want it."""
 
-    def __init__(self, pages: Mapping[str, Page]) -> None:
+    def __init__(self, pages: Mapping[str, Page], front: Page | None = None) -> None:
         index = "".join(f"{path}\n" for path in pages).encode()
-        self._pages = {"/": lambda query, accept: Answer(200, PLAIN, index), **pages}
+        self._index: Page = lambda query, accept: Answer(200, PLAIN, index)
+        self._front = front or self._index
+        self._pages = {"/": self._index, **pages}
         self._server: _Server | None = None
         self._listen = ""
 
@@ -75,6 +79,7 @@ class Web:
                 ) from None
         elif self._server is not None:
             self._server.context = context
+        self._pages["/"] = self._front if settings.page else self._index
 
     def _open(self, listen: str, context: ssl.SSLContext | None) -> None:
         if listen:
@@ -184,14 +189,19 @@ class _Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         page = self.server.pages.get(path)
         accept = ",".join(self.headers.get_all("Accept", []))
-        answer = page(query, accept) if page else Answer(404, PLAIN, b"no such page; / lists them\n")
+        others = " ".join(self.server.pages)
+        answer = page(query, accept) if page else Answer(404, PLAIN, f"no such page; there are {others}\n".encode())
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.kind)
         self.send_header("Content-Length", str(len(answer.body)))
         self.send_header("Cache-Control", "no-store")
+        for name, value in answer.headers:
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body)
+            # In parts: the time limit is one for each, and a page of thousands of VMs may come over a slow line.
+            for start in range(0, len(answer.body), PART):
+                self.wfile.write(answer.body[start : start + PART])
 
     do_HEAD = do_GET
 

@@ -50,7 +50,7 @@ class Ended:
     """A job that is over. `at` is when, in seconds since the epoch; `report` is the whole report, as it was read.
 
     `teller` is the host that tells of it: where it ran, or the one that had an engine place it, which need not have
-    anybody there who does.
+    anybody there who does. `title` and `text` are for mail and chats.
     """
 
     id: str
@@ -63,6 +63,8 @@ class Ended:
     summary: str
     at: float
     report: dict[str, Any]
+    title: str
+    text: str
 
     def message(self) -> bytes:
         """The message for the webhook, as docs/notify.md has it."""
@@ -101,6 +103,8 @@ def ended(path: Path, report: dict[str, Any]) -> Ended | None:
         summary=_summary(found, vm),
         at=at,
         report=report,
+        title=_for_people(f"{plain(vm)}: {found.status}"),
+        text=_for_people(_text(found, path, _summary(found, vm))),
     )
 
 
@@ -115,6 +119,23 @@ def _summary(report: _Report, vm: str) -> str:
     where = f" in {plain(error.stage)}" if error.stage else ""
     hint = f"; {plain(error.hint, 500)}" if error.hint else ""
     return f"{line}{where}: {plain(error.code)}: {plain(error.message, 500)}{hint}"
+
+
+def _text(report: _Report, path: Path, summary: str) -> str:
+    """The message for mail and chats: what happened, what to do, and where all of it stands."""
+    lines = [summary]
+    if (error := report.error) is not None:
+        where = f" in {plain(error.stage)}" if error.stage else ""
+        lines = [f"{plain(error.message, 500)} ({plain(error.code)}{where})"]
+        lines += [f"What to do: {plain(error.hint, 500)}"] if error.hint else []
+    return "\n".join([*lines, f"Report: {plain(str(path), 500)} on {plain(report.host.name)}"])
+
+
+def _for_people(text: str) -> str:
+    """The same, where a VM called @all, or <!channel>, would call everybody; each service escapes the rest its way."""
+    for character in "@!<":
+        text = text.replace(character, f"{character}\u200b")
+    return text
 
 
 def _for_chat(summary: str) -> str:

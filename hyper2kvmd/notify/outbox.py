@@ -9,37 +9,34 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import re
 import socket
 import sqlite3
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import structlog
 
-from hyper2kvmd import journal
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.files import existing_parent, open_directory
-from hyper2kvmd.notify import hooks, webhook
+from hyper2kvmd.files import existing_parent
+from hyper2kvmd.notify.channels import APPRISE, HOOK, SERVICE, Channel, channels
+from hyper2kvmd.notify.delivery import Undelivered
 from hyper2kvmd.notify.message import Ended, ended
 from hyper2kvmd.queue import facts
-from hyper2kvmd.queue.names import LOG
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
-from hyper2kvmd.text import plain
 
 log = structlog.get_logger()
 
 STATE = "notified.sqlite"
 LOCK = "notified.lock"
-WEBHOOK, HOOK = "webhook", "post-job/"  # what a message is told to: the webhook, or a hook by its name
-HOOK_ATTEMPTS = 2
-# What hangs holds up the rest for so long at most: then the hooks make way for the webhook, and that for the next run.
+HOOKS = f"{HOOK}*"
+# What hangs holds up the rest for so long at most: then the hooks make way for the next receiver, and the last one for
+# the next run.
 PHASE_SECONDS = 300.0
 STRIKES = 3  # a receiver that fails so many times in a row is left alone until later
 SHORTEST_DELAY = 1.0
@@ -68,6 +65,9 @@ _FORGOTTEN = """SELECT id, count(*), group_concat(channel, ', ') FROM todo JOIN 
 _INSERT = "INSERT INTO reports (export, file, id, ended_at) VALUES (?, ?, ?, ?) RETURNING number"
 _KEEP = "UPDATE todo SET attempts = ?, due = ? WHERE report = ? AND channel = ?"
 _POSTPONE = "UPDATE todo SET due = max(due, ?) WHERE report = ?"
+_POSTPONE_ONE = f"{_POSTPONE} AND channel = ?"
+# What waits for all services, now that they are known.
+_EXPAND = "INSERT OR IGNORE INTO todo (report, channel) SELECT report, ? FROM todo WHERE channel = ?"
 _ERRNO = {
     sqlite3.SQLITE_BUSY: errno.EAGAIN,
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
@@ -175,7 +175,7 @@ def _locked(settings: Settings) -> Iterator[sqlite3.Connection]:
 
 @dataclass(frozen=True)
 class Telling:
-    """One message that is due at one receiver. `channel` is WEBHOOK, or HOOK with the name of a hook."""
+    """One message that is due at one receiver, by the name of its channel."""
 
     path: Path
     report: int
@@ -185,14 +185,11 @@ class Telling:
     due: float
 
 
-def _channels(settings: Settings) -> dict[str, Path | None]:
-    """What messages are told to, hooks with their files. Raise MigrationError (hook_failed)."""
-    found: dict[str, Path | None] = {HOOK + hook.name: hook for hook in hooks.found(settings.hooks, "post-job")}
-    return {**found, WEBHOOK: None} if settings.notify.webhook.is_set else found
+def _look(settings: Settings, db: sqlite3.Connection, channels: dict[str, Channel]) -> dict[int, Path]:
+    """Bring the database up to what is in the exports now; the paths of the reports, by their numbers.
 
-
-def _look(settings: Settings, db: sqlite3.Connection, channels: dict[str, Path | None]) -> dict[int, Path]:
-    """Bring the database up to what is in the exports now; the paths of the reports, by their numbers."""
+    While nobody can know the services of apprise, `channels` gets those that something waits for.
+    """
     with _touching(settings):
         (since,) = db.execute("SELECT since FROM history").fetchone()
         seen = db.execute("SELECT number, export, file, gone_at FROM reports").fetchall()
@@ -230,6 +227,11 @@ def _look(settings: Settings, db: sqlite3.Connection, channels: dict[str, Path |
             elif there != (gone_at is None):
                 # Not forgotten at once: an exports directory that is not mounted is empty, and comes back.
                 db.execute("UPDATE reports SET gone_at = ? WHERE number = ?", (None if there else now, number))
+        if unknown := channels.get(APPRISE):
+            waiting = db.execute("SELECT DISTINCT channel FROM todo WHERE channel GLOB ?", (f"{SERVICE}*",)).fetchall()
+            channels.update({name: replace(unknown, name=name) for (name,) in waiting})
+        else:
+            db.executemany(_EXPAND, [(name, APPRISE) for name in channels if name.startswith(SERVICE)])
         # Of what was taken away meanwhile, nothing more is told.
         db.execute(f"DELETE FROM todo WHERE channel NOT IN ({', '.join('?' * len(channels))})", [*channels])
         oldest = now - settings.retention.work_days * 86400
@@ -254,7 +256,7 @@ def _files(export: Path) -> list[tuple[Path, str]]:
 
 
 def _new(
-    settings: Settings, since: float, channels: dict[str, Path | None], path: Path
+    settings: Settings, since: float, channels: dict[str, Channel], path: Path
 ) -> tuple[str | None, float | None, list[str]] | None:
     """The id and time of the message of a report that was never seen, and whom to tell it; None if it is unreadable."""
     try:
@@ -269,14 +271,18 @@ def _new(
     # Each host tells of its own jobs, so that two on one directory do not tell everything twice.
     if message.at < since or message.teller != socket.gethostname():
         return message.id, message.at, []
-    told = message.status in settings.notify.webhook.events
-    return message.id, message.at, [channel for channel in channels if channel != WEBHOOK or told]
+    return message.id, message.at, [name for name, channel in channels.items() if channel.wants(message)]
 
 
-def _due(settings: Settings, db: sqlite3.Connection, paths: dict[int, Path], prefix: str, now: float) -> list[Telling]:
+def _phases(channels: dict[str, Channel]) -> list[str]:
+    """The patterns of those that are served one after the other: all hooks, then everybody else by himself."""
+    return [*dict.fromkeys(HOOKS if channel.is_hook else name for name, channel in channels.items())]
+
+
+def _due(settings: Settings, db: sqlite3.Connection, paths: dict[int, Path], phase: str, now: float) -> list[Telling]:
     """What is due, in the order in which it became so; hooks of one job in the order of their names."""
     with _touching(settings):
-        found = db.execute(_DUE, (f"{prefix}*", now)).fetchall()
+        found = db.execute(_DUE, (phase, now)).fetchall()
     return [Telling(paths[number], number, *values) for number, *values in found if number in paths]
 
 
@@ -289,8 +295,9 @@ def untold(settings: Settings) -> list[tuple[str, str]]:
                 with contextlib.closing(_open(settings, "rw")) as file:
                     file.backup(db)
             _prepare(db)
-        paths = _look(settings, db, _channels(settings))
-        return [(one.id, one.channel) for prefix in (HOOK, WEBHOOK) for one in _due(settings, db, paths, prefix, now)]
+        receivers = channels(settings, Tools())
+        paths = _look(settings, db, receivers)
+        return [(one.id, one.channel) for phase in _phases(receivers) for one in _due(settings, db, paths, phase, now)]
 
 
 # Telling -------------------------------------------------------------------------------------------------------
@@ -313,32 +320,30 @@ def tell(settings: Settings, tools: Tools) -> Result:
     """
     now = time.time()
     with _locked(settings) as db:
-        channels = _channels(settings)
-        paths = _look(settings, db, channels)
+        receivers = channels(settings, tools)
+        paths = _look(settings, db, receivers)
         told = failed = 0
-        for prefix in (HOOK, WEBHOOK):
+        for phase in _phases(receivers):
             deadline, strikes, postponed = time.monotonic() + PHASE_SECONDS, 0, []
-            for one in _due(settings, db, paths, prefix, now):
+            for one in _due(settings, db, paths, phase, now):
                 if time.monotonic() > deadline:
                     break
-                message = None if prefix == WEBHOOK and strikes == STRIKES else _reread(one)
+                message = None if phase != HOOKS and strikes == STRIKES else _reread(one)
                 if message is None:
-                    postponed.append(one.report)  # which is no attempt
+                    postponed.append(one)  # which is no attempt
                     continue
-                good = _attempt(settings, tools, db, one, message, channels[one.channel])
+                good = _attempt(settings, db, one, message, receivers[one.channel])
                 told, failed = told + good, failed + (not good)
                 strikes = 0 if good else strikes + 1
             later = time.time() + _delay(settings, 1)
             with _touching(settings), db:
-                db.executemany(_POSTPONE, [(later, report) for report in postponed])
+                db.executemany(_POSTPONE_ONE, [(later, one.report, one.channel) for one in postponed])
     return Result(told, failed, standing(settings))
 
 
-def _attempt(
-    settings: Settings, tools: Tools, db: sqlite3.Connection, one: Telling, message: Ended, hook: Path | None
-) -> bool:
-    """Tell one message to one receiver, the webhook if `hook` is None; whether it took it."""
-    limit = HOOK_ATTEMPTS if hook else settings.notify.webhook.max_attempts
+def _attempt(settings: Settings, db: sqlite3.Connection, one: Telling, message: Ended, channel: Channel) -> bool:
+    """Tell one message to one receiver; whether it took it."""
+    limit = channel.max_attempts
     attempt, delay = one.attempts + 1, _delay(settings, one.attempts + 1)
 
     def keep(attempts: int, due: float) -> None:
@@ -356,14 +361,11 @@ def _attempt(
             if attempt > limit:
                 raise MigrationError(Code.RUNNER_CRASHED, "every attempt was killed", "See the journal of that time.")
             keep(attempt, time.time() + delay)  # first, so that one that kills us every time is given up, too
-            if hook is None:
-                webhook.post(settings.notify.webhook, message.message())
-            else:
-                _run(settings, tools, hook, message)
+            channel.deliver(message)
         except KeyboardInterrupt:
             keep(one.attempts, one.due)  # stopped on purpose: it does not count
             raise
-        except (webhook.Undelivered, MigrationError, OSError) as error:
+        except (Undelivered, MigrationError, OSError) as error:
             reason, hint = (str(error), "") if isinstance(error, OSError) else (error.message, error.hint)
             if attempt < limit:
                 keep(attempt, time.time() + delay)
@@ -389,23 +391,3 @@ def _reread(one: Telling) -> Ended | None:
 
 def _delay(settings: Settings, attempt: int) -> float:
     return max(settings.retry.delay(attempt), SHORTEST_DELAY)
-
-
-def _run(settings: Settings, tools: Tools, hook: Path, message: Ended) -> None:
-    """Run a hook, and put what it says into the log of its job as well."""
-    export = message.path.parent
-    environment = hooks.variables(export, message.vm, message.status, message.job)
-    before = structlog.get_config()
-    with contextlib.ExitStack() as stack:
-        dir_fd = open_directory(export)
-        stack.callback(os.close, dir_fd)
-        if (log_fd := journal.also_to(dir_fd, LOG)) is not None:
-            stack.callback(os.close, log_fd)
-        stack.callback(lambda: structlog.configure(**before))
-        hooks.run(
-            tools,
-            hook,
-            json.dumps(message.report).encode(),
-            {**environment, "H2K_REPORT": str(message.path), "H2K_ID": plain(message.id, 400)},
-            settings.hooks.timeout_seconds,
-        )

@@ -39,6 +39,7 @@ from hyper2kvmd.queue.export import is_export_name
 from hyper2kvmd.queue.handover import tickets
 from hyper2kvmd.queue.names import CUTOVER, REPORT
 from hyper2kvmd.queue.plans import planned
+from hyper2kvmd.queue.record import record_of
 from hyper2kvmd.queue.requests import pending
 from hyper2kvmd.queue.state import FINAL, Facts, State
 from hyper2kvmd.report.cutover import CutoverReport
@@ -313,7 +314,7 @@ def _look_report(found: Facts, report: dict[str, Any]) -> Facts:
         report_finding=finding,
         next_attempt_at=_seconds(report.get("next_attempt_at")),
         finished_at=_seconds(report.get("finished_at")),
-        seconds=took if isinstance(took := report.get("seconds"), int | float) else None,
+        record=record_of(report),
     )
 
 

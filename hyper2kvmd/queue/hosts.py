@@ -10,12 +10,13 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from hyper2kvmd import __version__
+from hyper2kvmd.errors import Code, Finding
 from hyper2kvmd.files import existing_parent, open_directory, open_file, write_whole
 from hyper2kvmd.memory import available
 from hyper2kvmd.queue.names import HOSTS
@@ -156,6 +157,19 @@ def all_hosts(settings: Settings, now: float) -> list[Seen]:
 def skew(seen: Seen, now: float) -> float:
     """By how many seconds the clock of a host is ahead of the file server's, when it last said something."""
     return seen.beat.clock - (now - seen.age)
+
+
+def untaken(export: Path, hosts: Sequence[Seen]) -> Finding | None:
+    """Why no host starts a queued export, if each of those that work has said so."""
+    working = [seen for seen in hosts if seen.state == "running"]
+    why = {seen.beat.host: seen.beat.waits.get(export.name) for seen in working}
+    if not why or None in why.values():
+        return None
+    said = "; ".join(f"{host}: {text}" for host, text in why.items())
+    if any(seen.beat.engine != "local" for seen in working):
+        return Finding("placed_later", said, "The engine decides; `hyper2kvmctl doctor dispatch` tries every host.")
+    hint = "Change `accept` on one of them and reload its daemon; or `hyper2kvmctl migrate` it on the host you want."
+    return Finding(Code.NOT_ACCEPTED, f"no host takes it: {said}", hint)
 
 
 def forget(settings: Settings, host: str) -> bool:

@@ -12,6 +12,7 @@ from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.queue.estimate import Estimate
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.queue.progress import Progress
+from hyper2kvmd.queue.record import NO_RECORD, Record
 from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.settings.plan import NO_PLAN, VmPlan
 from hyper2kvmd.text import duration
@@ -57,7 +58,8 @@ class Facts:
     `sizes` are those of the disks that are there, by their paths inside the export. `setback` is what a daemon of this
     host knows that could not be written there. `progress` is how far a job is that runs, as it says. `vm_name` and
     `tags` are the manifest's, if that could be read. `plan` is what is planned for the VM, and `plan_problem` what is
-    wrong with that. `estimate` is what its migration will take, if that is still to come.
+    wrong with that. `estimate` is what its migration will take, if that is still to come. `record`
+    is what the report says of a job, as far as a list of many wants it.
     """
 
     manifest: str | None
@@ -75,7 +77,7 @@ class Facts:
     report_finding: Finding | None = None
     next_attempt_at: float | None = None
     finished_at: float | None = None
-    seconds: float | None = None
+    record: Record = NO_RECORD
     sizes: tuple[tuple[str, int], ...] = ()
     setback: Setback | None = None
     progress: Progress | None = None

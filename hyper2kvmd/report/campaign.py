@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from hyper2kvmd.report.pages import template
-
 ATTENTION = ("unreadable", "blocked", "failed", "rejected")
 MOVING = ("running", "retrying")
 OVER = ("succeeded", "cancelled")
@@ -129,11 +127,14 @@ def part(vms: Sequence[CampaignVm], *states: str) -> list[CampaignVm]:
     return [vm for vm in vms if vm.state in states]
 
 
-def render_campaign(campaign: Campaign) -> str:
-    """The page. Pure: the same campaign gives the same page."""
+def render_campaign(campaign: Campaign, live: str = "") -> str:
+    """The page. Pure: the same arguments give the same page. live: the host whose daemon serves it, if one does."""
+    from hyper2kvmd.report.pages import template  # only here: a daemon that serves no page needs no Jinja
+
     made_at = datetime.fromisoformat(campaign.made_at)
     return template("campaign.html.j2").render(
         campaign=campaign,
+        live=live,
         part=part,
         attention=ATTENTION,
         moving=MOVING,

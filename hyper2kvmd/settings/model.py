@@ -339,7 +339,9 @@ class TlsServer(Section):
 
 
 class Metrics(Section):
-    """The address of metrics for Prometheus (/metrics), and of whether the daemon works (/healthz, /readyz)."""
+    """The address of metrics for Prometheus (/metrics), of whether the daemon works (/healthz, /readyz), and of a page
+    for people (/).
+    """
 
     listen: str = Field(
         default="127.0.0.1:9878",
@@ -349,6 +351,11 @@ class Metrics(Section):
     allow_insecure: bool = Field(
         default=False,
         description="Whether other hosts may be served without TLS: whoever can connect reads the names of VMs.",
+    )
+    page: bool = Field(
+        default=False,
+        description="Whether / is a page for people with all VMs: their states, why they wait, and the notes of their"
+        " plans. Whoever can read the metrics can read it.",
     )
     tls_server_config: TlsServer = TlsServer()
 
@@ -371,7 +378,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def url_problem(url: str, *, allow_insecure: bool) -> tuple[str, str] | None:
-    """What is wrong with the URL of a webhook, and the remedy; None if it is good. Its path may be a secret."""
+    """What is wrong with the URL of a receiver, and the remedy; None if it is good. Its path may be a secret."""
     good = "write one such as https://chat.example.com/hooks/TOKEN"
     try:
         parts = urlsplit(url)
@@ -388,8 +395,8 @@ def url_problem(url: str, *, allow_insecure: bool) -> tuple[str, str] | None:
         return "the URL has a # or a name of a host that cannot be one", good
     if parts.scheme == "http" and not allow_insecure and not _is_loopback(host):
         return (
-            f"http://{host} would be sent reports, and the headers, unencrypted",
-            "use https, or set notify.webhook.allow_insecure to true",
+            f"http://{host} would be sent everything unencrypted",
+            "use https, or set allow_insecure beside it to true",
         )
     return None
 
@@ -397,8 +404,11 @@ def url_problem(url: str, *, allow_insecure: bool) -> tuple[str, str] | None:
 Credential = Annotated[str, Field(pattern=r"^(/.*|[A-Za-z0-9][A-Za-z0-9._-]*)$")]
 
 
-class Webhook(Section):
-    """A message for every job that is over, sent as JSON by HTTP POST; docs/notify.md has its form.
+Ends = tuple[Literal["succeeded", "failed", "blocked", "rejected", "cancelled"], ...]
+
+
+class Receiver(Section):
+    """An address that is called by HTTP.
 
     A credential is a file that systemd hands over, by its name (LoadCredential=), or one with an absolute path; others
     must not be able to read it.
@@ -406,14 +416,10 @@ class Webhook(Section):
 
     url: str | None = Field(
         default=None,
-        description="Where messages go; null for nowhere. Plain http only to this host. That of a chat is a secret: use"
-        " url_credential.",
+        description="The URL to call; null for none. Plain http only to this host. One that is a secret, as that of a"
+        " chat is, belongs into url_credential.",
     )
     url_credential: Credential | None = Field(default=None, description="The credential that holds the URL instead.")
-    events: tuple[Literal["succeeded", "failed", "blocked", "rejected", "cancelled"], ...] = Field(
-        default=("succeeded", "failed", "blocked", "rejected", "cancelled"),
-        description="Of which ends there is a message. What is tried again by itself is not at its end.",
-    )
     headers_credential: Credential | None = Field(
         default=None,
         description="The credential that holds headers to be sent, one `Header-Name: value` to a line.",
@@ -423,19 +429,13 @@ class Webhook(Section):
         description="Certificates of the authorities that may sign the receiver's, in PEM; null: those of the system.",
     )
     timeout_seconds: float = Field(default=30, ge=1, le=300, description="How long one attempt may take, in all.")
-    max_attempts: int = Field(
-        default=30,
-        ge=1,
-        description="After so many attempts, a message is given up. They are as far apart as those at jobs (`retry`):"
-        " 30 take about a day.",
-    )
     allow_insecure: bool = Field(
         default=False,
         description="Whether the URL may be one of plain http to another host: everybody in between reads.",
     )
 
     @model_validator(mode="after")
-    def _good(self) -> Webhook:
+    def _good(self) -> Receiver:
         # Of a kind of their own, with which the values, which may be secret, are not shown.
         if self.url is not None and self.url_credential is not None:
             raise PydanticCustomError("secret", "url and url_credential are both set; delete one of them")
@@ -449,10 +449,57 @@ class Webhook(Section):
         return self.url is not None or self.url_credential is not None
 
 
+class Webhook(Receiver):
+    """A message for every job that is over, sent as JSON by HTTP POST; docs/notify.md has its form.
+
+    A credential is a file that systemd hands over, by its name (LoadCredential=), or one with an absolute path; others
+    must not be able to read it.
+    """
+
+    events: Ends = Field(
+        default=("succeeded", "failed", "blocked", "rejected", "cancelled"),
+        description="Of which ends there is a message. What is tried again by itself is not at its end.",
+    )
+    max_attempts: int = Field(
+        default=30,
+        ge=1,
+        description="After so many attempts, a message is given up. They are as far apart as those at jobs (`retry`):"
+        " 30 take about a day.",
+    )
+
+
+class Apprise(Section):
+    """A message for every job that is over, to mail and to chats, by the library apprise (`apt install apprise`)."""
+
+    urls_credential: Credential | None = Field(
+        default=None,
+        description="The credential that holds the services, one URL of apprise to a line, such as"
+        " `mailtos://USER:PASSWORD@example.com`; null for none.",
+    )
+    events: Ends = Field(
+        default=("succeeded", "failed", "blocked", "rejected", "cancelled"),
+        description="Of which ends there is a message.",
+    )
+    timeout_seconds: float = Field(
+        default=60, ge=1, le=300, description="How long one attempt at one service may take."
+    )
+    max_attempts: int = Field(default=30, ge=1, description="After so many attempts, a message is given up.")
+
+
+class Heartbeat(Receiver):
+    """A URL that is called (GET) while all is well: a service such as healthchecks.io raises the alarm when no call
+    comes. All is well while /healthz and /readyz say so.
+    """
+
+    interval_seconds: float = Field(default=300, ge=10, le=86400, description="How often it is called.")
+
+
 class Notify(Section):
-    """Who is told of jobs that are over."""
+    """Who is told of jobs that are over, and that the daemon works."""
 
     webhook: Webhook = Webhook()
+    apprise: Apprise = Apprise()
+    heartbeat: Heartbeat = Heartbeat()
 
 
 class Hooks(Section):

@@ -30,6 +30,7 @@ from hyper2kvmd.ctl.doctor.host import (
     check_windows,
 )
 from hyper2kvmd.ctl.doctor.libvirt import check_libvirt
+from hyper2kvmd.ctl.doctor.notify import check_notify
 from hyper2kvmd.ctl.doctor.service import check_metrics, check_service, check_signing
 from hyper2kvmd.ctl.output import print_check, print_json
 from hyper2kvmd.errors import Code, MigrationError
@@ -108,5 +109,6 @@ CHECKS: dict[str, Callable[[Host, Diagnosis], str]] = {
     "service": check_service,
     "signing": check_signing,
     "metrics": check_metrics,
+    "notify": check_notify,
     "dispatch": check_dispatch,
 }

@@ -19,7 +19,8 @@ import pytest
 
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.files import timestamp
-from hyper2kvmd.notify import hooks, outbox, webhook
+from hyper2kvmd.notify import hooks, outbox, request
+from hyper2kvmd.notify.delivery import Undelivered
 from hyper2kvmd.notify.message import Ended, ended
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.load import load_settings
@@ -614,7 +615,7 @@ def credential(tmp_path: Path, text: str | bytes, mode: int = 0o600) -> str:
 def test_headers_are_read_from_a_credential_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     credential(tmp_path, "Authorization: Bearer sekrit\n\nX-Team:ops  \n")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-    found = webhook._headers(Webhook(headers_credential="credential"))
+    found = request._headers(Webhook(headers_credential="credential"), "notify.webhook")
     assert {"Authorization": "Bearer sekrit", "X-Team": "ops"} == found
 
 
@@ -635,8 +636,8 @@ def test_headers_are_read_from_a_credential_by_its_name(tmp_path: Path, monkeypa
 def test_a_credential_that_cannot_be_used_is_refused_without_its_content(
     tmp_path: Path, text: str, mode: int, said: str
 ) -> None:
-    with pytest.raises(webhook.Undelivered, match=said) as caught:
-        webhook._headers(Webhook(headers_credential=credential(tmp_path, text, mode)))
+    with pytest.raises(Undelivered, match=said) as caught:
+        request._headers(Webhook(headers_credential=credential(tmp_path, text, mode)), "notify.webhook")
     assert "sekrit" not in str(caught.value) + caught.value.hint
     assert caught.value.hint
 
@@ -646,23 +647,23 @@ def test_no_line_end_of_any_kind_gets_into_a_header(tmp_path: Path, separator: s
     """What splits a line makes two headers of it, or none; never one with a line end in it."""
     name = credential(tmp_path, f"A: b{separator}C: d".encode())
     try:
-        found = webhook._headers(Webhook(headers_credential=name))
-    except webhook.Undelivered:
+        found = request._headers(Webhook(headers_credential=name), "notify.webhook")
+    except Undelivered:
         return
     assert {"A": "b", "C": "d"} == found
 
 
 def test_a_credential_without_systemd_says_how_to_hand_it_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
-    with pytest.raises(webhook.Undelivered, match="systemd has handed over none") as caught:
-        webhook._headers(Webhook(headers_credential="webhook-headers"))
+    with pytest.raises(Undelivered, match="systemd has handed over none") as caught:
+        request._headers(Webhook(headers_credential="webhook-headers"), "notify.webhook")
     assert "LoadCredential=webhook-headers:FILE" in caught.value.hint
 
 
 def test_a_pipe_in_place_of_a_credential_holds_nobody_up(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
-    with pytest.raises(webhook.Undelivered, match="not a plain file"):
-        webhook._headers(Webhook(headers_credential=str(tmp_path / "pipe")))
+    with pytest.raises(Undelivered, match="not a plain file"):
+        request._headers(Webhook(headers_credential=str(tmp_path / "pipe")), "notify.webhook")
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a\nb"])
@@ -673,8 +674,8 @@ def test_a_credential_has_a_plain_name_or_an_absolute_path(name: str) -> None:
 
 def test_a_url_from_a_credential_is_checked_as_one_of_the_settings_is(tmp_path: Path) -> None:
     name = credential(tmp_path, "https://chat.example.com/hooks/sekrit\n")
-    assert "https://chat.example.com/hooks/sekrit" == webhook._url(Webhook(url_credential=name))
+    assert "https://chat.example.com/hooks/sekrit" == request._url(Webhook(url_credential=name), "notify.webhook")
     credential(tmp_path, "http://chat.example.com/hooks/sekrit\n")
-    with pytest.raises(webhook.Undelivered, match="unencrypted") as caught:
-        webhook._url(Webhook(url_credential=name))
+    with pytest.raises(Undelivered, match="unencrypted") as caught:
+        request._url(Webhook(url_credential=name), "notify.webhook")
     assert "sekrit" not in str(caught.value)
