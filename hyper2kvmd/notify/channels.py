@@ -16,7 +16,7 @@ from hyper2kvmd import journal
 from hyper2kvmd.files import open_directory
 from hyper2kvmd.notify import apprise, hooks, request
 from hyper2kvmd.notify.delivery import Undelivered
-from hyper2kvmd.notify.message import Ended
+from hyper2kvmd.notify.message import CUTOVER, Ended
 from hyper2kvmd.queue.names import LOG
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
@@ -39,7 +39,7 @@ class Channel:
     name: str
     deliver: Callable[[Ended], None]
     max_attempts: int
-    events: frozenset[str] | None = None  # None for all
+    events: frozenset[str] | None = None  # None for all that are ends of jobs
 
     @property
     def is_hook(self) -> bool:
@@ -48,7 +48,7 @@ class Channel:
 
     def wants(self, message: Ended) -> bool:
         """Whether it gets this message."""
-        return self.events is None or message.status in self.events
+        return message.event != CUTOVER if self.events is None else message.event in self.events
 
 
 def channels(settings: Settings, tools: Tools) -> dict[str, Channel]:

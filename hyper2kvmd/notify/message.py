@@ -1,4 +1,4 @@
-"""What a report has to tell: the message that the webhook and the hooks get when a job is over."""
+"""The message that a report stands for, which receivers get when a job or a cutover is over."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from hyper2kvmd.text import duration, plain
 
+CUTOVER = "cutover"  # the event
+_CUTOVERS = "cutover-report."
 Text = Annotated[str, Field(max_length=1 << 16)]
 
 
@@ -45,12 +47,30 @@ class _Report(_Part):
     host: _Host
 
 
+class _Step(_Part):
+    name: Text
+    status: Text
+    evidence: Text
+    hint: Text = ""
+
+
+class _Cutover(_Part):
+    status: Literal["verified", "unverified", "failed", "undone"]
+    job: Text
+    vm_name: Text
+    finished_at: AwareDatetime
+    seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
+    steps: tuple[_Step, ...] = ()
+    host: _Host
+
+
 @dataclass(frozen=True)
 class Ended:
-    """A job that is over. `at` is when, in seconds since the epoch; `report` is the whole report, as it was read.
+    """A job or a cutover that is over. `at` is when, in seconds since the epoch; `report` is all of it, as it was read.
 
-    `teller` is the host that tells of it: where it ran, or the one that had an engine place it, which need not have
-    anybody there who does. `title` and `text` are for mail and chats.
+    `event` is how a job ended, or CUTOVER, whose end `status` says. `teller` is the host that tells of it: where it
+    ran, or the one that had an engine place it, which need not have anybody there who does. `title` and `text` are for
+    mail and chats.
     """
 
     id: str
@@ -59,6 +79,7 @@ class Ended:
     job: str
     host: str
     teller: str
+    event: str
     status: str
     summary: str
     at: float
@@ -70,7 +91,7 @@ class Ended:
         """The message for the webhook, as docs/notify.md has it."""
         shape = {
             "id": self.id,
-            "event": self.status,
+            "event": self.event,
             "vm": self.vm,
             "job": self.job,
             "host": self.host,
@@ -86,12 +107,14 @@ class Ended:
 def ended(path: Path, report: dict[str, Any]) -> Ended | None:
     """What the report at `path` has to tell; None for one that is not at its end, a dry run, or no report of ours."""
     try:
-        found = _Report.model_validate(report)
+        found = (_Cutover if path.name.startswith(_CUTOVERS) else _Report).model_validate(report)
         at = found.finished_at.timestamp()
         json.dumps(report, allow_nan=False)
     except (ValidationError, ValueError, OverflowError, RecursionError):
         return None
     vm = found.vm_name or path.parent.name
+    if isinstance(found, _Cutover):
+        return _cut_over(path, found, report, at)
     return Ended(
         id=f"{found.job}/{found.attempts}/{report['finished_at']}",
         path=path,
@@ -99,12 +122,34 @@ def ended(path: Path, report: dict[str, Any]) -> Ended | None:
         job=found.job,
         host=found.host.name,
         teller=found.host.submitted_by or found.host.name,
+        event=found.status,
         status=found.status,
         summary=_summary(found, vm),
         at=at,
         report=report,
         title=_for_people(f"{plain(vm)}: {found.status}"),
         text=_for_people(_text(found, path, _summary(found, vm))),
+    )
+
+
+def _cut_over(path: Path, found: _Cutover, report: dict[str, Any], at: float) -> Ended:
+    line = f"{plain(found.vm_name)}: cutover {found.status} after {duration(found.seconds)}"
+    wrong = [step for step in found.steps if step.status == "failed"]
+    lines = [f"{plain(step.evidence, 500)}; {plain(step.hint, 500)}" for step in wrong]
+    return Ended(
+        id=f"{found.job}/{CUTOVER}/{report['finished_at']}",
+        path=path,
+        vm=found.vm_name,
+        job=found.job,
+        host=found.host.name,
+        teller=found.host.name,
+        event=CUTOVER,
+        status=found.status,
+        summary="; ".join([line, *lines[:1]]),
+        at=at,
+        report=report,
+        title=_for_people(f"{plain(found.vm_name)}: cutover {found.status}"),
+        text=_for_people("\n".join([line, *lines, f"Report: {plain(str(path), 500)} on {plain(found.host.name)}"])),
     )
 
 

@@ -40,7 +40,7 @@ HOOKS = f"{HOOK}*"
 PHASE_SECONDS = 300.0
 STRIKES = 3  # a receiver that fails so many times in a row is left alone until later
 SHORTEST_DELAY = 1.0
-_REPORTS = re.compile(r"migration-report(\.\d+)?\.json")  # those that `retry` moved away included
+_REPORTS = re.compile(r"(migration|cutover)-report(\.\d+)?\.json")  # those that `retry` moved away included
 
 
 # What was told -------------------------------------------------------------------------------------------------

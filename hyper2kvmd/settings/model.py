@@ -404,7 +404,7 @@ def url_problem(url: str, *, allow_insecure: bool) -> tuple[str, str] | None:
 Credential = Annotated[str, Field(pattern=r"^(/.*|[A-Za-z0-9][A-Za-z0-9._-]*)$")]
 
 
-Ends = tuple[Literal["succeeded", "failed", "blocked", "rejected", "cancelled"], ...]
+Ends = tuple[Literal["succeeded", "failed", "blocked", "rejected", "cancelled", "cutover"], ...]
 
 
 class Receiver(Section):
@@ -457,8 +457,9 @@ class Webhook(Receiver):
     """
 
     events: Ends = Field(
-        default=("succeeded", "failed", "blocked", "rejected", "cancelled"),
-        description="Of which ends there is a message. What is tried again by itself is not at its end.",
+        default=("succeeded", "failed", "blocked", "rejected", "cancelled", "cutover"),
+        description="Of which ends of jobs there is a message, and whether of cutovers. A job that is retried is not"
+        " at its end.",
     )
     max_attempts: int = Field(
         default=30,
@@ -477,8 +478,8 @@ class Apprise(Section):
         " `mailtos://USER:PASSWORD@example.com`; null for none.",
     )
     events: Ends = Field(
-        default=("succeeded", "failed", "blocked", "rejected", "cancelled"),
-        description="Of which ends there is a message.",
+        default=("succeeded", "failed", "blocked", "rejected", "cancelled", "cutover"),
+        description="Of which ends of jobs there is a message, and whether of cutovers.",
     )
     timeout_seconds: float = Field(
         default=60, ge=1, le=300, description="How long one attempt at one service may take."

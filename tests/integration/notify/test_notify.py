@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 
+from hyper2kvmd.files import timestamp
 from hyper2kvmd.notify import outbox
-from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
+from hyper2kvmd.queue.names import CANCEL, CUTOVER, LOG, REPORT
+from hyper2kvmd.report.cutover import CutoverReport
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport, report_of, run_job, write_manifest
 from tests.integration.daemon.test_daemon import free_port, wait_until
@@ -235,6 +237,29 @@ def test_a_message_that_nobody_takes_is_given_up(scratch: Settings, make_export:
         assert "given up" in second.stderr
         assert (1, 1, 0) == (first.returncode, second.returncode, third.returncode)
         assert (2, outbox.Standing(None, 0, 1)) == (len(server.bodies), outbox.standing(config))
+
+
+def test_a_cutover_is_told_to_the_webhook_when_it_is_over_and_runs_no_hook(
+    scratch: Settings, make_export: MakeExport, tmp_path: Path
+) -> None:
+    with receiver() as server:
+        config = with_webhook(scratch, server.url, events=["cutover"])
+        put_hook(config, "post-job", "10-list", f"echo $H2K_VM >> {tmp_path}/hooked")
+        outbox.begin(config)
+        export = make_export("web01")
+        assert 0 == run_job(export, config).returncode
+        job = report_of(export)
+        now = timestamp(time.time())
+        made = {"uuid": "1", "name": "web01", "uri": "qemu:///system"}
+        common = {"job": job["job"], "migrated_at": job["finished_at"], "vm_name": "web01", "domain": made}
+        for status, finished in (("running", None), ("verified", now)):
+            cutover = {**common, "status": status, "started_at": now, "finished_at": finished, "host": job["host"]}
+            (export / CUTOVER).write_bytes(CutoverReport.model_validate(cutover).to_bytes())
+            assert 0 == notify(config).returncode
+            assert (status == "verified") == bool(server.bodies)
+        assert 0 == notify(config).returncode
+        assert [("cutover", "verified")] == [(body["event"], body["status"]) for body in server.bodies]
+        assert "web01\n" == (tmp_path / "hooked").read_text()
 
 
 @pytest.mark.parametrize("answer", [hang, drip])

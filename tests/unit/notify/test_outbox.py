@@ -20,6 +20,7 @@ import pytest
 from hyper2kvmd.errors import Code, MigrationError, SettingsError
 from hyper2kvmd.files import timestamp
 from hyper2kvmd.notify import hooks, outbox, request
+from hyper2kvmd.notify.channels import Channel
 from hyper2kvmd.notify.delivery import Undelivered
 from hyper2kvmd.notify.message import Ended, ended
 from hyper2kvmd.run import Tools
@@ -149,6 +150,41 @@ def test_no_vm_can_call_everybody_in_a_chat() -> None:
 def test_what_is_not_at_its_end_or_no_report_of_ours_has_no_message(changes: dict[str, Any]) -> None:
     assert ended(PATH, report()) is not None
     assert ended(PATH, report(**changes)) is None
+
+
+def cutover(**changes: Any) -> dict[str, Any]:
+    failed = {"name": "addresses", "status": "failed", "evidence": "192.0.2.10 was not seen", "hint": "Try again."}
+    return {
+        "status": "unverified",
+        "job": "web01-0a1b2c3d",
+        "vm_name": "web01",
+        "finished_at": AT,
+        "seconds": 66.0,
+        "steps": [{"name": "up", "status": "passed", "evidence": "a login prompt"}, failed],
+        "host": {"name": socket.gethostname(), "pid": 1},
+        **changes,
+    }
+
+
+CUT_OVER = PATH.with_name("cutover-report.1.json")
+
+
+def test_a_cutover_is_an_event_of_its_own_and_says_what_was_not_seen() -> None:
+    found = ended(CUT_OVER, cutover())
+    assert found is not None
+    assert ("cutover", "unverified") == (found.event, found.status)
+    assert "web01: cutover unverified after 66 s; 192.0.2.10 was not seen; Try again." == found.summary
+    sent = json.loads(found.message())
+    assert ("cutover", f"web01-0a1b2c3d/cutover/{AT}", "unverified") == (sent["event"], sent["id"], sent["status"])
+    wanted = {"a": frozenset({"failed"}), "b": frozenset({"cutover"}), "hook": None}
+    assert ["b"] == [n for n, events in wanted.items() if Channel(n, print, 1, events).wants(found)]
+    assert ["a", "hook"] == [n for n, events in wanted.items() if Channel(n, print, 1, events).wants(message())]
+
+
+@pytest.mark.parametrize("changes", [{"status": "running", "finished_at": None}, {"status": "ready"}, {"job": None}])
+def test_a_cutover_that_is_not_at_its_end_has_no_message(changes: dict[str, Any]) -> None:
+    assert ended(CUT_OVER, cutover(**changes)) is None
+    assert ended(PATH, cutover()) is None
 
 
 def test_a_report_of_a_later_version_is_told_with_all_that_it_has() -> None:
