@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -103,6 +104,13 @@ def _plan() -> None:
         export(name)
 
 
+def _deliver() -> None:
+    source = Path("/srv/source")
+    source.mkdir()
+    for name in ("web01", "web02", "web03", "web04"):
+        shutil.move(export(name), source / name)
+
+
 def _operations() -> None:
     for name in ("web01", "web02"):
         export(name)
@@ -114,6 +122,7 @@ SETUP: dict[str, Callable[[], None]] = {
     "plan.md": _plan,
     "trouble.md": _trouble,
     "operations.md": _operations,
+    "deliver.md": _deliver,
 }
 
 
