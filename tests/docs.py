@@ -123,6 +123,7 @@ SETUP: dict[str, Callable[[], None]] = {
     "trouble.md": _trouble,
     "operations.md": _operations,
     "deliver.md": _deliver,
+    "sizing.md": _plan,
 }
 
 
