@@ -124,6 +124,7 @@ SETUP: dict[str, Callable[[], None]] = {
     "operations.md": _operations,
     "deliver.md": _deliver,
     "sizing.md": _plan,
+    "firewall.md": _plan,
 }
 
 
