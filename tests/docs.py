@@ -125,6 +125,7 @@ SETUP: dict[str, Callable[[], None]] = {
     "deliver.md": _deliver,
     "sizing.md": _plan,
     "firewall.md": _plan,
+    "backup.md": _operations,
 }
 
 
