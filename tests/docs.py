@@ -126,6 +126,7 @@ SETUP: dict[str, Callable[[], None]] = {
     "sizing.md": _plan,
     "firewall.md": _plan,
     "backup.md": _operations,
+    "pools.md": _operations,
 }
 
 
