@@ -127,6 +127,7 @@ SETUP: dict[str, Callable[[], None]] = {
     "firewall.md": _plan,
     "backup.md": _operations,
     "pools.md": _operations,
+    "remote-libvirt.md": _operations,
 }
 
 
