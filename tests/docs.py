@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -103,6 +104,13 @@ def _plan() -> None:
         export(name)
 
 
+def _deliver() -> None:
+    source = Path("/srv/source")
+    source.mkdir()
+    for name in ("web01", "web02", "web03", "web04"):
+        shutil.move(export(name), source / name)
+
+
 def _operations() -> None:
     for name in ("web01", "web02"):
         export(name)
@@ -119,6 +127,12 @@ SETUP: dict[str, Callable[[], None]] = {
     "trouble.md": _trouble,
     "operations.md": _operations,
     "evidence.md": _evidence,
+    "deliver.md": _deliver,
+    "sizing.md": _plan,
+    "firewall.md": _plan,
+    "backup.md": _operations,
+    "pools.md": _operations,
+    "remote-libvirt.md": _operations,
 }
 
 
