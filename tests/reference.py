@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from hyper2kvmd.report.model import report_schema
 from hyper2kvmd.settings.model import Section, Settings
 from hyper2kvmd.settings.plan import VmPlan
 from tests import ROOT, completions, dashboards
+from tests.pages import WIDTH, below, split, wrapped
 
-WIDTH = 118  # of a line of the shipped settings
 DATE = "2026-11-28"  # of this version, for the manual pages: that of the build would make each one different
 
 OUTCOMES = {
@@ -53,11 +54,9 @@ LIBRARY = {
         *("Report", "ErrorRecord", "FindingRecord", "StageRecord", "DiskRecord", "ChangeRecord", "DomainRecord"),
         *("ManifestRecord", "HostRecord"),
     ),
-    "Manifests": (
-        *("ManifestBuilder", "ArtifactManifest", "parse", "ManifestError", "Manifest", "VMSpec", "Disk", "Nic"),
-        *("Stages", "Output", "Options", "Configuration"),
-        *("Inspect", "Fix", "Convert", "Validate", "User", "Services", "Interface"),
-    ),
+    "Reading and writing manifests": ("ManifestBuilder", "ArtifactManifest", "parse", "ManifestError"),
+    "What a manifest holds": ("Manifest", "VMSpec", "Disk", "Nic", "Configuration", "User", "Services", "Interface"),
+    "What a manifest asks for": ("Stages", "Inspect", "Fix", "Convert", "Validate", "Output", "Options"),
     "Errors": ("MigrationError", "Finding", "Code"),
 }
 
@@ -97,6 +96,96 @@ succeeded /var/lib/libvirt/images/web01-disk-0.raw
 """
 
 
+@dataclass(frozen=True)
+class Part:
+    """A page that has some sections of a long one: its title, a sentence about it, the headings of its sections."""
+
+    title: str
+    about: str
+    headings: tuple[str, ...]
+
+
+# What stands in no part stays on the page itself.
+SETTINGS_PARTS = {
+    "migration": Part(
+        "Settings: guests, disks and domains",
+        "What a migration does to the guest and its disks, and how libvirt gets the VM.",
+        ("## output", "## convert", "## libvirt", "## guest", "## fix", "## validate", "## vm"),
+    ),
+    "queue": Part(
+        "Settings: the queue",
+        "When exports start, how often jobs are retried, what they may take, and what is kept.",
+        ("## watch", "## retry", "## limits", "## limits.stage_seconds", "## retention", "## hypersdk"),
+    ),
+    "monitoring": Part(
+        "Settings: metrics, notifications and logs",
+        "What the daemon shows, and what it sends to other programs.",
+        ("## metrics", "## metrics.tls_server_config", "## notify", "## notify.webhook", "## hooks", "## log"),
+    ),
+    "hosts": Part(
+        "Settings: several hosts",
+        "Which host takes which job.",
+        ("## accept", "## dispatch", "## dispatch.slurm", "## dispatch.command"),
+    ),
+}
+
+
+def _of_ctl(*names: str) -> tuple[str, ...]:
+    return tuple(f"### hyper2kvmctl {name}" for name in names)
+
+
+CTL_PARTS = {
+    "migrate": Part(
+        "hyper2kvmctl: migrate by hand",
+        "These commands migrate exports at once, or change a migrated VM.",
+        _of_ctl("migrate", "batch", "switch-bus"),
+    ),
+    "plan": Part(
+        "hyper2kvmctl: plans",
+        "These commands check, import, export and estimate plans.",
+        (*_of_ctl("plan check", "plan import", "plan export", "plan estimate"), "## The plan of a batch"),
+    ),
+    "manifest": Part(
+        "hyper2kvmctl: manifests",
+        "These commands check, make and change manifests.",
+        _of_ctl("validate", *(f"manifest {name}" for name in ("create", "rehash", "relocate", "schema", "upgrade"))),
+    ),
+    "queue": Part(
+        "hyper2kvmctl: the queue",
+        "These commands show the exports and control their jobs.",
+        _of_ctl("list", "show", "report", "logs", "retry", "cancel", "hold", "release", "drain", "resume"),
+    ),
+    "host": Part(
+        "hyper2kvmctl: the host",
+        "These commands check the host, clean it up, and collect what explains an error.",
+        _of_ctl("doctor", "hosts", "notify", "bundle", "prune"),
+    ),
+}
+LIBRARY_PARTS = {
+    "running": Part(
+        "The library: settings and events",
+        "What a program can set, and what it sees while a migration runs.",
+        ("## Settings", "## While it runs"),
+    ),
+    "report": Part("The library: the report", "What a migration returns.", ("## The report",)),
+    "builder": Part(
+        "The library: reading and writing manifests",
+        "How a program reads and writes manifests.",
+        ("## Reading and writing manifests",),
+    ),
+    "manifest": Part(
+        "The library: what a manifest holds",
+        "The parts of a manifest that was read.",
+        ("## What a manifest holds",),
+    ),
+    "pipeline": Part(
+        "The library: what a manifest asks for",
+        "The stages and options of a manifest that was read.",
+        ("## What a manifest asks for",),
+    ),
+}
+
+
 # What pages are made of ---------------------------------------------------------------------------------------
 
 
@@ -123,6 +212,26 @@ def files() -> str:
             *(f"- **{name}**: {text}\n" for name, text in rows),
         ]
     )
+
+
+def divided(name: str, text: str, parts: Mapping[str, Part], depth: int, marker: str) -> dict[str, str]:
+    """A long page as several: docs/NAME.md, with a list of the others at the marker, and docs/NAME/PART.md for each."""
+    index, taken = split(text, {part: of.headings for part, of in parts.items()}, depth)
+    pages, listing = {}, "\n"
+    for part, of in parts.items():
+        sections = re.sub(rf"(?m)^#{{{depth}}} ", "## ", "\n".join(f"{section.strip()}\n" for section in taken[part]))
+        about = f"{of.about} This page is a part of [{name}](../{name}.md).\n"
+        pages[f"docs/{name}/{part}.md"] = wrapped(f"# {of.title}\n\n{about}\n{below(sections)}")
+        names = ", ".join(_name(heading) for heading in of.headings)
+        listing += f"- [{of.title.split(': ')[1].capitalize()}]({name}/{part}.md): {names}\n"
+    assert index.count(marker) == 1, f"{name}: {marker}"
+    return {f"docs/{name}.md": wrapped(index.replace(marker, f"{marker}{listing}")), **pages}
+
+
+def _name(heading: str) -> str:
+    """What a heading is about: a section of the settings or a command, as literal text, or something in words."""
+    name = heading.lstrip("# ").removeprefix("hyper2kvmctl ")
+    return name if name[0].isupper() else f"`{name}`"
 
 
 def see_also(*pages: str) -> str:
@@ -207,7 +316,7 @@ def _about(thing: object) -> str:
 
 
 def settings_page() -> str:
-    """docs/settings.md."""
+    """hyper2kvmd.yaml(5), and docs/settings.md with the pages below it."""
     schema = Settings.model_json_schema()
     values = Settings().model_dump(mode="json", by_alias=True)
     text = f"""\
@@ -258,6 +367,11 @@ Below, a dot stands between a section and its key: `libvirt.pool` is the key `po
         if not path:
             text += "\nThe keys of `pipeline` are those of the manifest: `hyper2kvmctl manifest schema` prints them.\n"
     return text + "\n" + see_also("hyper2kvmd(8)", "hyper2kvmctl(1)")
+
+
+def settings_pages() -> dict[str, str]:
+    """docs/settings.md and the pages below it."""
+    return divided("settings", settings_page(), SETTINGS_PARTS, 2, "in the section `libvirt`.\n")
 
 
 def _resolve(schema: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
@@ -411,15 +525,24 @@ and no line of it can pass for another record. What a tool said when it failed i
 
 ## Kinds
 
-| kind | `MESSAGE_ID` | what `journalctl -x` says |
-|---|---|---|
+Each kind has a `MESSAGE_ID`, and a text that `journalctl -x` shows.
+
 """
 
 
 def journal_page() -> str:
     """docs/journal.md."""
-    rows = (f"| `{kind}` | `{e.id}` | {e.subject}. {e.text} |\n" for kind, e in messages.CATALOG.items())
+    rows = (item(kind, f"{e.subject}. {e.text}", f"`{e.id}`") for kind, e in messages.CATALOG.items())
     return JOURNAL.format(failed=messages.CATALOG[messages.Kind.FAILED].id) + "".join(rows)
+
+
+METRICS = """\
+# Metrics
+
+The daemon shows these metrics on 127.0.0.1:9878 (`metrics.listen` in the [settings](settings/monitoring.md)).
+[Monitoring](monitoring.md) says how to collect them.
+
+"""
 
 
 def metrics_page() -> str:
@@ -427,8 +550,8 @@ def metrics_page() -> str:
     rows = []
     for family in sorted(Metrics().registry.collect(), key=lambda family: family.name):
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
-        rows.append(f"| `{family.name}{suffix}` | {family.type} | {family.documentation} |\n")
-    return "# Metrics\n\n| name | type | what |\n|---|---|---|\n" + "".join(rows)
+        rows.append(item(f"{family.name}{suffix}", family.documentation, family.type))
+    return METRICS + "".join(rows)
 
 
 # The programs -------------------------------------------------------------------------------------------------
@@ -503,7 +626,7 @@ def _option_item(action: argparse.Action) -> str:
 
 
 def ctl_page() -> str:
-    """docs/hyper2kvmctl.md."""
+    """hyper2kvmctl(1), and docs/hyper2kvmctl.md with the pages below it."""
     text = _program(
         ctl.build_parser(),
         """\
@@ -537,6 +660,11 @@ A migration by hand, without a domain:
 {see_also("hyper2kvmd(8)", "hyper2kvmd.yaml(5)", "migration-report(5)")}"""
 
 
+def ctl_pages() -> dict[str, str]:
+    """docs/hyper2kvmctl.md and the pages below it."""
+    return divided("hyper2kvmctl", ctl_page(), CTL_PARTS, 3, "## Commands\n")
+
+
 def plan_file() -> str:
     """The section on the file that --plan names."""
     wishes = VmPlan.model_json_schema()
@@ -555,7 +683,7 @@ directory, what is planned for it, in the keys of a plan. An export that it does
 
 
 def daemon_page() -> str:
-    """docs/hyper2kvmd.md."""
+    """hyper2kvmd(8), and docs/hyper2kvmd.md."""
     text = _program(
         daemon.build_parser(),
         """\
@@ -647,7 +775,7 @@ def _stub(thing: Any) -> str:
 
 
 def library_page() -> str:
-    """docs/library.md."""
+    """docs/library.md with the pages below it."""
     text = f"""\
 # The library
 
@@ -676,6 +804,11 @@ What can go wrong is raised as `MigrationError`: a code of [a closed list](error
     return text
 
 
+def library_pages() -> dict[str, str]:
+    """docs/library.md and the pages below it."""
+    return divided("library", library_page(), LIBRARY_PARTS, 2, "and the remedy.\n")
+
+
 # Units --------------------------------------------------------------------------------------------------------
 
 
@@ -701,28 +834,38 @@ def template_unit() -> str:
 # Writing it all -----------------------------------------------------------------------------------------------
 
 
-def completion_scripts() -> dict[str, Callable[[], str]]:
+def several(make: Callable[[], dict[str, str]]) -> dict[str, Callable[[], str]]:
+    """Files that are made together, by path."""
+    return {name: partial(lambda name: make()[name], name) for name in make()}
+
+
+def broken(make: Callable[[], str]) -> Callable[[], str]:
+    """A page whose long lines are broken."""
+    return lambda: wrapped(make())
+
+
+def completion_scripts() -> dict[str, str]:
     """packaging/completions/, by path."""
     made = {**completions.scripts(daemon.build_parser()), **completions.scripts(ctl.build_parser())}
-    return {f"packaging/completions/{name}": partial(made.__getitem__, name) for name in made}
+    return {f"packaging/completions/{name}": text for name, text in made.items()}
 
 
 PAGES = {
     "etc/hyper2kvmd.yaml": shipped_settings,
-    "docs/settings.md": settings_page,
-    "docs/hyper2kvmctl.md": ctl_page,
-    "docs/hyper2kvmd.md": daemon_page,
-    "docs/report-format.md": report_page,
-    "docs/errors.md": errors_page,
-    "docs/metrics.md": metrics_page,
-    "docs/journal.md": journal_page,
+    **several(settings_pages),
+    **several(ctl_pages),
+    "docs/hyper2kvmd.md": broken(daemon_page),
+    "docs/report-format.md": broken(report_page),
+    "docs/errors.md": broken(errors_page),
+    "docs/metrics.md": broken(metrics_page),
+    "docs/journal.md": broken(journal_page),
     "packaging/hyper2kvmd.catalog": messages.catalog,
     "systemd/hyper2kvmd@.service": template_unit,
-    "docs/library.md": library_page,
+    **several(library_pages),
     "docs/migration-report.schema.json": report_schema_file,
     "packaging/grafana/dashboards/hyper2kvmd-fleet.json": dashboards.fleet_page,
     "packaging/grafana/dashboards/hyper2kvmd-host.json": dashboards.host_page,
-    **completion_scripts(),
+    **several(completion_scripts),
 }
 
 
@@ -785,6 +928,7 @@ def main() -> None:
     directory = parser.parse_args().man
     if directory is None:
         for name, page in PAGES.items():
+            (ROOT / name).parent.mkdir(exist_ok=True)
             (ROOT / name).write_text(page())
         return
     try:

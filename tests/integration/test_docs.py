@@ -18,7 +18,7 @@ from tests import ROOT, docs
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "hyper2kvmd/guest/linux/fixers/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 CONSOLE = [page for page in PAGES if docs.commands(page)]
 
