@@ -20,6 +20,11 @@ def every() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
+def joined(text: str) -> str:
+    """The same page with each paragraph, and each item of a list, on one line."""
+    return re.sub(r"\n(?=[^\s#|-])|\n +(?=[^\s*-])", " ", text)
+
+
 def wrapped(text: str) -> str:
     """The same page with no long line in its paragraphs and lists; tables and literal blocks stay as they are."""
     made, block = "", list[str]()
@@ -52,7 +57,7 @@ def _filled(block: list[str]) -> str:
         return "".join(f"{line}\n" for line in block)
     text = " ".join([block[0], *(line.strip() for line in block[1:])])
     # Commands stay on one line. So does, with the one before it, a word that Markdown takes for a list or a heading.
-    text = re.sub(r"`[^`]{1,60}`", lambda code: code[0].replace(" ", "\0"), text)
+    text = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0" if len(code[0]) < 60 else " "), text)
     text = re.sub(r"(?<=\S) (?=(?:[-+*#>=]+|[0-9]+[.)])(?: |$))", "\0", text)
     mark = _MARK.match(text)
     indent = " " * (mark.end() if mark else 0)
