@@ -147,7 +147,7 @@ class MigrationPipeline:
     def run(self) -> Report:
         """Migrate, and return the report; that of an earlier run if the export is migrated already.
 
-        Raise MigrationFailed for everything else that can become of it; OSError if no process can be started.
+        Raise MigrationFailed for every other end; OSError if no process can be started.
         """
         if not self.export.is_dir():
             hint = "Name the manifest of an existing export."

@@ -38,11 +38,11 @@ from tests.pages import WIDTH, below, split, wrapped
 DATE = "2026-11-28"  # of this version, for the manual pages: that of the build would make each one different
 
 OUTCOMES = {
-    Outcome.RETRY: "The cause passes by itself: tried again with growing delays.",
-    Outcome.BLOCKED: "A person must change something, then say `hyper2kvmctl retry`.",
-    Outcome.REJECTED: "The export is not an Artifact Manifest, or it is hostile.",
-    Outcome.FAILED: "Trying again would end the same way.",
-    Outcome.CANCELLED: "A person does not want it any more.",
+    Outcome.RETRY: "The cause passes by itself. The daemon retries the job with growing delays.",
+    Outcome.BLOCKED: "You must change something, then run `hyper2kvmctl retry`.",
+    Outcome.REJECTED: "The export has no valid Artifact Manifest, or it is hostile.",
+    Outcome.FAILED: "A retry would end the same way.",
+    Outcome.CANCELLED: "Somebody cancelled the job.",
 }
 
 # What hyper2kvmd/api.py offers to other programs, in the order of the page.
@@ -208,22 +208,32 @@ def files() -> str:
     return "".join(
         [
             "## Files\n\n",
-            item(str(DEFAULT_PATH), "the settings; without the file, the defaults hold"),
+            item(str(DEFAULT_PATH), "the settings; without the file, the defaults apply"),
             *(f"- **{name}**: {text}\n" for name, text in rows),
         ]
     )
 
 
-def divided(name: str, text: str, parts: Mapping[str, Part], depth: int, marker: str) -> dict[str, str]:
-    """A long page as several: docs/NAME.md, with a list of the others at the marker, and docs/NAME/PART.md for each."""
+def divided(
+    name: str, text: str, parts: Mapping[str, Part], depth: int, marker: str, sentences: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """A long page as several: docs/NAME.md, with a list of the others at the marker, and docs/NAME/PART.md for each.
+
+    sentences: about each section, by its heading; without them, the list has only the names.
+    """
     index, taken = split(text, {part: of.headings for part, of in parts.items()}, depth)
     pages, listing = {}, "\n"
     for part, of in parts.items():
+        assert len(taken[part]) == len(of.headings), f"{name}/{part}: a heading that is not there"
         sections = re.sub(rf"(?m)^#{{{depth}}} ", "## ", "\n".join(f"{section.strip()}\n" for section in taken[part]))
         about = f"{of.about} This page is a part of [{name}](../{name}.md).\n"
         pages[f"docs/{name}/{part}.md"] = wrapped(f"# {of.title}\n\n{about}\n{below(sections)}")
-        names = ", ".join(_name(heading) for heading in of.headings)
-        listing += f"- [{of.title.split(': ')[1].capitalize()}]({name}/{part}.md): {names}\n"
+        link = f"[{of.title.split(': ')[1].capitalize()}]({name}/{part}.md)"
+        if sentences is None:
+            listing += f"- {link}: {', '.join(_name(heading) for heading in of.headings)}\n"
+        else:
+            listing += f"- {link}\n"
+            listing += "".join(f"  - {_name(heading)}: {sentences[heading]}\n" for heading in of.headings)
     assert index.count(marker) == 1, f"{name}: {marker}"
     return {f"docs/{name}.md": wrapped(index.replace(marker, f"{marker}{listing}")), **pages}
 
@@ -274,11 +284,11 @@ def shipped_settings() -> str:
     """etc/hyper2kvmd.yaml: every key at its default, with what it does above it."""
     header = (
         f"{DEFAULT_PATH}: the settings of hyper2kvmd, each at its default; the manual page is hyper2kvmd.yaml(5)."
-        " A key that is left out has its default, so this file may hold as little as is changed.",
-        "Files named *.yaml in conf.d beside it go before it, key by key.",
-        "Check an edited file with `hyper2kvmd check-config`; `systemctl reload hyper2kvmd` takes it into use, for new"
-        " jobs.",
-        "Any setting can also be given to a command: --set workers=4, --set libvirt.import=false",
+        " A missing key has its default, so this file needs only what you change.",
+        "Files named *.yaml in conf.d beside it override it, key by key.",
+        "After an edit, check the file with `hyper2kvmd check-config`, then load it with `systemctl reload hyper2kvmd`."
+        " It applies to new jobs.",
+        "A command takes any setting as an option: --set workers=4, --set libvirt.import=false",
     )
     text = "".join(_comment(line, "") for line in header)
     return text + _yaml(Settings, Settings().model_dump(mode="json", by_alias=True), "")
@@ -324,20 +334,20 @@ def settings_page() -> str:
 
 ## Description
 
-The settings are a YAML file, `{DEFAULT_PATH}`, or the one that `--config FILE` names. A key that is not in the
-file has its default, and without a file all of them have. A key that is not known is an error.
+The settings are in a YAML file, `{DEFAULT_PATH}`, or in the one that `--config FILE` names. A missing key has its
+default, and you can do without the file. An unknown key is an error.
 
-Files named `*.yaml` in `conf.d` beside it (drop-ins) are read after it, in the order of their names. What a later one
-says goes before what an earlier one says, key by key: one file for each thing that is special on a host, and no need to
-edit the shipped one. A file that others could have written, or that belongs to another user than root or the
-service's, is refused.
+Files named `*.yaml` in `conf.d` beside it (drop-ins) are read after it, in the order of their names. A later file
+overrides an earlier one, key by key. So you can keep the shipped file unchanged, and use one drop-in for each thing
+that is special on a host. A file is refused if other users can write to it, or if it belongs to another user than root
+or the service's.
 
-`hyper2kvmd check-config` checks the file and prints all settings, those of the file and the defaults; what is wrong is
-told with its line. `systemctl reload hyper2kvmd` takes the file into use: jobs that start from then on have the new
-settings, those that run keep theirs. If the new file is wrong, the old settings stay in force, and the reload fails.
+`hyper2kvmd check-config` checks the file and prints all settings, with the defaults. It reports each error with its
+line. `systemctl reload hyper2kvmd` loads the file: new jobs use the new settings, running jobs keep theirs. If the new
+file is wrong, the reload fails, and the daemon keeps the old settings.
 
-`--set KEY=VALUE` gives one setting to one command, and goes before the file: `--set libvirt.import=false`. The value is
-YAML, so a list is `--set 'output.allowed_dirs=[/srv/fast]'`. It can be given several times.
+`--set KEY=VALUE` changes one setting for one command, and overrides the file: `--set libvirt.import=false`. The value
+is YAML, so a list is `--set 'output.allowed_dirs=[/srv/fast]'`. You can use it several times.
 
 Below, a dot stands between a section and its key: `libvirt.pool` is the key `pool` in the section `libvirt`.
 
@@ -441,11 +451,11 @@ def report_page() -> str:
 
 ## Description
 
-A job that is over leaves its report beside the manifest, as `{REPORT}`. As long as it is there, the
-export is left alone, unless its status is `retrying`. `hyper2kvmctl show` prints it for people, `hyper2kvmctl retry`
-moves it away and starts the job again.
+A finished job leaves its report beside the manifest, as `{REPORT}`. While the report exists, the daemon
+does not start the job again, unless the status is `retrying`. `hyper2kvmctl show` prints the report for people.
+`hyper2kvmctl retry` renames it, and starts the job again.
 
-It is one JSON object in UTF-8, and it is written whole or not at all. All fields are always there. Its schema is
+The report is one JSON object in UTF-8. It is written completely or not at all, and always has all fields. Its schema is
 [migration-report.schema.json](migration-report.schema.json).
 
 ## Status
@@ -484,7 +494,7 @@ def _fields(table: dict[str, Any]) -> str:
 
 def errors_page() -> str:
     """docs/errors.md, and a section of migration-report(5)."""
-    text = "# Error codes\n\nWhat becomes of a job is decided by the code of its error.\n"
+    text = "# Error codes\n\nThe code of an error decides how its job ends.\n"
     for outcome, meaning in OUTCOMES.items():
         text += f"\n## {outcome}\n\n{meaning}\n\n"
         text += "".join(item(code, of.summary) for code, of in MEANING.items() if of.outcome == outcome)
@@ -499,16 +509,16 @@ def report_schema_file() -> str:
 JOURNAL = """\
 # The journal
 
-The daemon and its jobs log to systemd's journal, with fields to search for. Text from outside is in fields of its own,
-and no line of it can pass for another record. What a tool said when it failed is below the message, and in `H2K_TAIL`.
+The daemon and its jobs log to systemd's journal, with fields that you can search. Text from outside is in fields of its
+own, so that it cannot pass for another record. The output of a failed tool is below the message, and in `H2K_TAIL`.
 
-    journalctl -u hyper2kvmd -f                     what goes on
+    journalctl -u hyper2kvmd -f                     follow the daemon
     journalctl H2K_VM=web01                         one VM
-    journalctl -u hyper2kvmd -p err -x              what went wrong, with what to do about it
+    journalctl -u hyper2kvmd -p err -x              errors, with the remedies
     journalctl H2K_ERROR=no_space                   one error code
     journalctl MESSAGE_ID={failed}
-    hyper2kvmctl logs --journal web01               all of one export, with the daemon's messages
-    hyper2kvmctl logs web01                         the log beside the export, which is there without systemd too
+    hyper2kvmctl logs --journal web01               one export, with the daemon's messages
+    hyper2kvmctl logs web01                         the log beside the export; works without systemd too
 
 ## Fields
 
@@ -630,30 +640,30 @@ def ctl_page() -> str:
     text = _program(
         ctl.build_parser(),
         """\
-hyper2kvmctl works on the directory of the exports, and needs no daemon. It works beside one too: who migrates an export
-holds its lock, so nothing is done twice.
+hyper2kvmctl works on the directory of the exports. It needs no daemon, but works beside one too: each job locks its
+export, so no VM is migrated twice.
 
-An *EXPORT* is the directory of an export, or its name in `exports_dir` (a setting), or the name of its VM.
+An *EXPORT* is the directory of an export, its name in `exports_dir` (a setting), or the name of its VM.
 """,
     )
     return f"""\
 {text}
-A command that was stopped with Ctrl-C ends with 130; one whose migration was killed by signal *N*, with 128 + *N*.
+After Ctrl-C, the exit status is 130. If signal *N* killed the migration, it is 128 + *N*.
 
 {plan_file()}
 {files()}
 ## Examples
 
-What is there, and what became of one of them:
+List the exports, and show one of them:
 
     hyper2kvmctl list
     hyper2kvmctl show web01
 
-What would be done to a guest, with every change:
+Show every change that a migration would make in a guest:
 
     hyper2kvmctl migrate --dry-run /var/lib/hypersdk/exports/web01
 
-A migration by hand, without a domain:
+Migrate by hand, without a domain:
 
     hyper2kvmctl migrate --no-import --output-dir /srv/images /mnt/usb/web01/manifest.json
 
@@ -662,7 +672,9 @@ A migration by hand, without a domain:
 
 def ctl_pages() -> dict[str, str]:
     """docs/hyper2kvmctl.md and the pages below it."""
-    return divided("hyper2kvmctl", ctl_page(), CTL_PARTS, 3, "## Commands\n")
+    sentences = {f"### {command.prog}": help for command, help in commands(ctl.build_parser())}
+    sentences["## The plan of a batch"] = "the keys of a plan"
+    return divided("hyper2kvmctl", ctl_page(), CTL_PARTS, 3, "## Commands\n", sentences)
 
 
 def plan_file() -> str:
@@ -672,8 +684,8 @@ def plan_file() -> str:
     return f"""\
 ## The plan of a batch
 
-The file that `hyper2kvmctl batch --plan` takes is YAML. It has one key, `vms`: for each export, by the *NAME* of its
-directory, what is planned for it, in the keys of a plan. An export that it does not name has the plan in `plan_dir`.
+The file of `hyper2kvmctl batch --plan` is YAML. It has one key, `vms`. Below it stands each export, by the *NAME* of
+its directory, with the keys of a plan. An export that is missing there has its plan in `plan_dir`.
 
     vms:
       db01: {{priority: 10, network_map: {{"VM Network": bridge:br1}}}}
@@ -687,38 +699,37 @@ def daemon_page() -> str:
     text = _program(
         daemon.build_parser(),
         """\
-hyper2kvmd watches the directory of the exports (`exports_dir`, a setting), and migrates each export in a process of its
-own, a few at the same time: it is checked, its guest is fixed on an overlay, its disks are converted and checked, and a
-domain is defined in libvirt. The report beside the manifest says how it ended.
+hyper2kvmd watches the directory of the exports (`exports_dir`, a setting). It migrates each export in a process of its
+own, a few at the same time. The job checks the export, fixes the guest on an overlay, converts and checks the disks,
+and defines a domain in libvirt. The report beside the manifest says how the job ended.
 
-`systemctl start hyper2kvmd` starts `hyper2kvmd run`, and that starts a `hyper2kvmd run-job` for each export. By hand,
-`hyper2kvmctl migrate` is the easier one.
+`systemctl start hyper2kvmd` starts `hyper2kvmd run`, which starts a `hyper2kvmd run-job` for each export. To migrate by
+hand, use `hyper2kvmctl migrate`.
 """,
     )
     return f"""\
 {text}
-With 78, systemd does not start the daemon again: fix the settings first.
+After 78, systemd does not restart the daemon: fix the settings first.
 
 ## Signals
 
-{item("SIGTERM", "Stops the running jobs and ends. The next start resumes after the last finished step of each.")}\
+{item("SIGTERM", "Stops the running jobs, then ends. The next start resumes each job after its last finished step.")}\
 {item("SIGINT", "The same.")}\
-{item("SIGQUIT", "Starts no job any more, and ends with 75 when those that run are over; systemd starts it anew.")}\
-{item("SIGHUP", "Reads the settings again, for jobs that start from then on. Bad ones are logged, and not used.")}\
+{item("SIGQUIT", "Starts no more jobs, and ends with 75 after the running ones; systemd restarts it.")}\
+{item("SIGHUP", "Reads the settings again, for new jobs. Logs wrong settings, and keeps the old ones.")}\
 
 ## Environment
 
-Of the environment, jobs and the programs that they run get what is named here, `PATH`, `HOME`, `TMPDIR`,
-`XDG_RUNTIME_DIR`, `XDG_CONFIG_HOME`, `XDG_CACHE_HOME`, and whatever begins with `LIBGUESTFS_`.
+Jobs, and the programs that they run, get only these variables: those below, `PATH`, `HOME`, `TMPDIR`,
+`XDG_RUNTIME_DIR`, `XDG_CONFIG_HOME`, `XDG_CACHE_HOME`, and all that begin with `LIBGUESTFS_`.
 
-{item("LIBGUESTFS_CACHEDIR", "Where libguestfs keeps its appliance. The unit has /var/cache/hyper2kvmd.")}\
-{item("LIBGUESTFS_BACKEND", "How libguestfs starts its appliance. The unit has `direct`: without libvirt.")}\
-{item("CREDENTIALS_DIRECTORY", "Set by systemd. Where the credentials are that it hands over (LoadCredential=).")}\
+{item("LIBGUESTFS_CACHEDIR", "Where libguestfs keeps its appliance. The unit sets /var/cache/hyper2kvmd.")}\
+{item("LIBGUESTFS_BACKEND", "How libguestfs starts its appliance. The unit sets `direct`: without libvirt.")}\
+{item("CREDENTIALS_DIRECTORY", "Set by systemd. The directory of the credentials (LoadCredential=).")}\
 {item("JOURNAL_STREAM", "Set by systemd. With it, log records have fields in the journal, such as `H2K_VM`.")}\
 
-`NOTIFY_SOCKET` and `WATCHDOG_USEC`, which systemd sets, are for `hyper2kvmd run` alone: it tells systemd of its start,
-of every scan, and how many jobs there are.
-
+systemd also sets `NOTIFY_SOCKET` and `WATCHDOG_USEC`, for `hyper2kvmd run` alone: it reports its start, every scan,
+and the number of jobs to systemd.
 
 {files()}
 {see_also("hyper2kvmctl(1)", "hyper2kvmd.yaml(5)", "migration-report(5)")}"""
@@ -779,9 +790,9 @@ def library_page() -> str:
     text = f"""\
 # The library
 
-A Python program can migrate an export by itself. All that it needs is imported from `hyper2kvmd.api`. Each migration
-runs in a process of its own, with the same lock, checks and report as the jobs of the daemon. This example writes the
-manifest of a disk, and migrates it without looking into its guest:
+A Python program can migrate an export. It imports all that it needs from `hyper2kvmd.api`. Each migration runs in a
+process of its own, with the same lock, checks and report as a job of the daemon. This example writes the manifest of a
+disk, and migrates the disk without looking into its guest:
 
 ```python
 {EXAMPLE}```
@@ -791,7 +802,7 @@ It prints:
 ```
 {EXAMPLE_PRINTS}```
 
-What can go wrong is raised as `MigrationError`: a code of [a closed list](errors.md), what it is about, and the remedy.
+A failure raises `MigrationError`, with a code of [a closed list](errors.md), what it is about, and the remedy.
 """
     for subject, names in LIBRARY.items():
         text += f"\n## {subject}\n"

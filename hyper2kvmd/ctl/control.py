@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         ("retry", retry, "retry a job after you fixed its error; the old report is kept under another name"),
         ("cancel", cancel, "stop a job for good, and remove what it made"),
         ("hold", hold, "stop a job, or do not start it, until it is released"),
-        ("release", release, "let a job on hold go on"),
+        ("release", release, "resume a job that is on hold"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("exports", nargs="+", metavar="EXPORT", help="directory, its name, or the VM's name")

@@ -431,7 +431,7 @@ def test_the_journal_explains_how_a_job_ended(service: Container, drop: Drop) ->
         for name, kind in ((good, "succeeded"), (bad, "blocked"))
     }
     assert "Subject: A VM was migrated" in explained[good]
-    assert "Subject: A migration waits for a person" in explained[bad]
+    assert "Subject: A migration waits for you" in explained[bad]
     assert "error=output_denied" in explained[bad]
     assert "Add /etc to output.allowed_dirs" in explained[bad]
     assert "man:hyper2kvmd(8)" in explained[bad]
