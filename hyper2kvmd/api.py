@@ -183,4 +183,4 @@ def _error(finished: dict[str, str], report: Report | None, status: int) -> Migr
     if "code" in finished:
         return MigrationError(Code(finished["code"]), finished["message"], finished["hint"])
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status} and said nothing"
-    return MigrationError(Code.RUNNER_CRASHED, f"the job {how}", "Start it again; it goes on where it was stopped.")
+    return MigrationError(Code.RUNNER_CRASHED, f"the job {how}", "Start it again: it resumes.")

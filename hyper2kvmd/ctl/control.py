@@ -100,8 +100,8 @@ def retry(export: Path, config: Settings) -> str:
     finally:
         claim.close()
     if requests.pending_in(export) == "hold":
-        return f"was {before}, will be tried again once it is released"
-    return f"was {before}, will be tried again"
+        return f"was {before}, will be retried once it is released"
+    return f"was {before}, will be retried"
 
 
 def cancel(export: Path, config: Settings) -> str:
@@ -174,7 +174,7 @@ def drain(options: argparse.Namespace, config: Settings) -> int:
     elif left:
         print(f"no job is started any more{where}")
     else:
-        print(f"drained{where}; `hyper2kvmctl resume{again}` has jobs started again")
+        print(f"drained{where}; `hyper2kvmctl resume{again}` starts jobs again")
     return EXIT_DONE
 
 

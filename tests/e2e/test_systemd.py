@@ -687,7 +687,7 @@ def test_after_sigquit_the_service_starts_anew_when_its_jobs_are_over(service: C
     pid = main_pid(service)
     service.run("systemctl", "kill", "--kill-whom=main", "--signal=QUIT", "hyper2kvmd")
     second = drop("second")
-    ends = rf"1 running \({first} validate.*\), 1 queued, ends with its last job, to start anew"
+    ends = rf"1 running \({first} validate.*\), 1 queued, ends with its last job, then restarts"
     wait_until(lambda: bool(re.fullmatch(ends, show(service, "StatusText"))), "the status tells")
     assert pid == main_pid(service)
     service.run("rm", "/run/hold")
