@@ -118,7 +118,7 @@ state: venv ## keep what this version leaves on disk, for the tests of later one
 	@$(PYTHON) -m tests.state
 
 .PHONY: matrix
-matrix: deps venv ## migrate every test guest and boot it (two hours without KVM); prints the README's table
+matrix: deps venv ## migrate every test guest and boot it (two hours without KVM); prints what README and docs/guests.md have
 	@$(PYTHON) -m tests.matrix
 
 .PHONY: demo

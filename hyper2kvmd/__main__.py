@@ -34,8 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hyper2kvmd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    run = commands.add_parser("run", help="watch the exports directory and migrate what is dropped there")
-    run.add_argument("--once", action="store_true", help="migrate what is there, print a summary, and exit")
+    run = commands.add_parser("run", help="watch the exports directory, and migrate the exports that arrive there")
+    run.add_argument("--once", action="store_true", help="migrate the exports that exist, print a summary, and exit")
     job = commands.add_parser("run-job", help="migrate one export under its lock")
     job.add_argument("export", type=Path, help="directory of the export")
     job.add_argument("--events-fd", type=int, metavar="N", help="write events as JSON lines to this descriptor")

@@ -147,7 +147,7 @@ class MigrationPipeline:
     def run(self) -> Report:
         """Migrate, and return the report; that of an earlier run if the export is migrated already.
 
-        Raise MigrationFailed for everything else that can become of it; OSError if no process can be started.
+        Raise MigrationFailed for every other end; OSError if no process can be started.
         """
         if not self.export.is_dir():
             hint = "Name the manifest of an existing export."
@@ -183,4 +183,4 @@ def _error(finished: dict[str, str], report: Report | None, status: int) -> Migr
     if "code" in finished:
         return MigrationError(Code(finished["code"]), finished["message"], finished["hint"])
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status} and said nothing"
-    return MigrationError(Code.RUNNER_CRASHED, f"the job {how}", "Start it again; it goes on where it was stopped.")
+    return MigrationError(Code.RUNNER_CRASHED, f"the job {how}", "Start it again: it resumes.")

@@ -101,12 +101,13 @@ MEANING: dict[Code, Meaning] = {
     Code.EXPORT_UNWRITABLE: Meaning(Outcome.RETRY, "the lock and the report cannot be written into the export"),
     Code.EXPORT_INCOMPLETE: Meaning(Outcome.RETRY, "a disk of the export is still being written", patient=True),
     Code.ASKED_UNUSABLE: Meaning(
-        Outcome.BLOCKED, "what a person asked for before cannot be known, or means nothing to this version"
+        Outcome.BLOCKED,
+        "the saved options of `hyper2kvmctl migrate` cannot be read, or are unknown to this version",
     ),
     Code.DISK_MISSING: Meaning(Outcome.FAILED, "a disk that the manifest names is not in the export"),
     Code.DISK_SIZE: Meaning(Outcome.FAILED, "a disk is shorter than the manifest or its own header says"),
     Code.SOURCE_CHANGED: Meaning(Outcome.FAILED, "a disk changed while it was being migrated"),
-    Code.CHECKSUM_MISMATCH: Meaning(Outcome.FAILED, "a disk does not have the checksum of the manifest"),
+    Code.CHECKSUM_MISMATCH: Meaning(Outcome.FAILED, "the checksum of a disk differs from the manifest"),
     Code.CHECKSUM_MISSING: Meaning(Outcome.BLOCKED, "a disk has no checksum, and the settings require one"),
     Code.FORMAT_MISMATCH: Meaning(Outcome.REJECTED, "a disk is not in the format that the manifest says"),
     Code.FORMAT_UNSUPPORTED: Meaning(Outcome.BLOCKED, "a disk is in a variant of its format that is not supported"),
@@ -114,7 +115,7 @@ MEANING: dict[Code, Meaning] = {
     Code.IMAGE_CORRUPT: Meaning(Outcome.FAILED, "a disk image is truncated or damaged"),
     Code.NO_SPACE: Meaning(Outcome.RETRY, "there is not enough free space", patient=True),
     Code.NO_MEMORY: Meaning(Outcome.RETRY, "there is not enough free memory for the appliance", patient=True),
-    Code.OUTPUT_EXISTS: Meaning(Outcome.BLOCKED, "an output file already exists and is not ours"),
+    Code.OUTPUT_EXISTS: Meaning(Outcome.BLOCKED, "an output file already exists and belongs to something else"),
     Code.OUTPUT_DENIED: Meaning(Outcome.BLOCKED, "the output directory is not allowed, or cannot be written"),
     Code.OS_UNKNOWN: Meaning(Outcome.BLOCKED, "no operating system was found on the disks"),
     Code.OS_UNSUPPORTED: Meaning(Outcome.BLOCKED, "the guest's operating system cannot be fixed"),
@@ -124,13 +125,13 @@ MEANING: dict[Code, Meaning] = {
     ),
     Code.GUEST_SPACE: Meaning(Outcome.BLOCKED, "the guest has too little free space for a new initramfs"),
     Code.DEVICE_UNCERTAIN: Meaning(
-        Outcome.BLOCKED, "a device that the guest starts from is missing, or cannot be told from another one"
+        Outcome.BLOCKED, "a device that the guest starts from is missing, or looks the same as another one"
     ),
     Code.DRIVERS_UNUSABLE: Meaning(
-        Outcome.BLOCKED, "what fix.virtio_win names is not a virtio-win, or its drivers are damaged"
+        Outcome.BLOCKED, "fix.virtio_win does not name a virtio-win, or its drivers are damaged"
     ),
     Code.FIX_FAILED: Meaning(Outcome.FAILED, "a change inside the guest failed"),
-    Code.FIX_UNPROVED: Meaning(Outcome.FAILED, "the changed guest does not hold what it needs to boot on virtio"),
+    Code.FIX_UNPROVED: Meaning(Outcome.FAILED, "the fixed guest lacks something that it needs to boot on virtio"),
     Code.APPLIANCE_FAILED: Meaning(Outcome.RETRY, "the libguestfs appliance could not be started"),
     Code.APPLIANCE_TOO_OLD: Meaning(
         Outcome.BLOCKED, "a file system of the guest is newer than the libguestfs appliance of this host"
@@ -140,38 +141,36 @@ MEANING: dict[Code, Meaning] = {
     Code.DOMAIN_EXISTS: Meaning(Outcome.BLOCKED, "libvirt already has a domain of this name or UUID"),
     Code.MAC_EXISTS: Meaning(Outcome.BLOCKED, "another domain has one of the VM's MAC addresses"),
     Code.NETWORK_MISSING: Meaning(
-        Outcome.BLOCKED, "a network that the VM is to be connected to does not exist, is not active, or has no VLANs"
+        Outcome.BLOCKED, "a network for the VM does not exist, is not active, or has no VLANs"
     ),
     Code.POOL_MISSING: Meaning(
         Outcome.BLOCKED,
-        "the storage pool of the settings does not exist, is not active, or is not of the output directory",
+        "the storage pool in the settings does not exist, is not active, or is not for the output directory",
     ),
     Code.FIRMWARE_MISSING: Meaning(Outcome.BLOCKED, "the host has no UEFI firmware that the VM needs"),
-    Code.HOOK_FAILED: Meaning(Outcome.BLOCKED, "a hook said no before the import, or cannot be run"),
+    Code.HOOK_FAILED: Meaning(Outcome.BLOCKED, "a hook refused the import, or cannot run"),
     Code.SIGN_KEY_UNUSABLE: Meaning(Outcome.BLOCKED, "the key that is to sign the report cannot be used"),
     Code.QEMU_DENIED: Meaning(Outcome.BLOCKED, "libvirt's QEMU cannot open disks in the output directory"),
     Code.DEFINE_FAILED: Meaning(Outcome.FAILED, "libvirt refused the domain"),
     Code.LIBVIRT_UNAVAILABLE: Meaning(Outcome.RETRY, "libvirt does not answer"),
-    Code.TOOL_MISSING: Meaning(Outcome.BLOCKED, "a program or library that is needed is not installed"),
-    Code.TOOL_FAILED: Meaning(Outcome.FAILED, "a program that was run ended with an error"),
-    Code.TOOL_KILLED: Meaning(Outcome.RETRY, "a program that was run was killed from outside"),
+    Code.TOOL_MISSING: Meaning(Outcome.BLOCKED, "a required program or library is not installed"),
+    Code.TOOL_FAILED: Meaning(Outcome.FAILED, "a program ended with an error"),
+    Code.TOOL_KILLED: Meaning(Outcome.RETRY, "a program was killed from outside"),
     Code.IO_ERROR: Meaning(Outcome.RETRY, "the operating system reported an input/output error"),
-    Code.TIMED_OUT: Meaning(
-        Outcome.RETRY, "a stage took longer than its limit, or what tells how far it is got no further"
-    ),
+    Code.TIMED_OUT: Meaning(Outcome.RETRY, "a stage took longer than its limit, or made no progress for too long"),
     Code.ENGINE_UNAVAILABLE: Meaning(
-        Outcome.RETRY, "what places jobs on hosts does not answer, or not so that it can be read"
+        Outcome.RETRY, "the engine that places jobs on hosts does not answer, or its answer cannot be read"
     ),
-    Code.ENGINE_REFUSED: Meaning(Outcome.BLOCKED, "what places jobs on hosts does not take the job"),
-    Code.NOT_ACCEPTED: Meaning(Outcome.RETRY, "no host takes the export, by the settings of each"),
-    Code.BUSY: Meaning(Outcome.RETRY, "another runner works on the export"),
-    Code.INTERRUPTED: Meaning(Outcome.RETRY, "the job was stopped from outside; the next attempt goes on"),
+    Code.ENGINE_REFUSED: Meaning(Outcome.BLOCKED, "the engine that places jobs on hosts refused the job"),
+    Code.NOT_ACCEPTED: Meaning(Outcome.RETRY, "no host accepts the export, by its settings (`accept`)"),
+    Code.BUSY: Meaning(Outcome.RETRY, "another process works on the export"),
+    Code.INTERRUPTED: Meaning(Outcome.RETRY, "the job was stopped from outside; the next attempt resumes it"),
     Code.HELD: Meaning(Outcome.BLOCKED, "somebody put the export on hold"),
-    Code.PLAN_INVALID: Meaning(Outcome.BLOCKED, "the plan of the VM holds a mistake, or does not fit the VM"),
+    Code.PLAN_INVALID: Meaning(Outcome.BLOCKED, "the plan of the VM has an error, or does not fit the VM"),
     Code.WINDOW: Meaning(Outcome.BLOCKED, "the window of the VM or of its wave is over, or too short for the job"),
     Code.CANCELLED: Meaning(Outcome.CANCELLED, "somebody cancelled the job"),
-    Code.CLAIM_LOST: Meaning(Outcome.RETRY, "another runner took the export over"),
-    Code.RUNNER_CRASHED: Meaning(Outcome.FAILED, "the job's process died again and again"),
+    Code.CLAIM_LOST: Meaning(Outcome.RETRY, "another process took the export over"),
+    Code.RUNNER_CRASHED: Meaning(Outcome.FAILED, "the process of the job died several times"),
     Code.INTERNAL: Meaning(Outcome.FAILED, "a defect in hyper2kvmd"),
 }
 

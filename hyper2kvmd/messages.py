@@ -48,7 +48,7 @@ CATALOG: dict[Kind, CatalogEntry] = {
     Kind.WATCHING: CatalogEntry(
         "bb38c31122444e5abd9883584a0f0198",
         "The daemon watches its directory",
-        "Every export that is complete there is migrated, at most `workers` at a time.",
+        "It migrates every complete export there, at most `workers` at a time.",
     ),
     Kind.STOPPED: CatalogEntry(
         "34d37092ba6e418eaa44e760c97d0387",
@@ -58,23 +58,23 @@ CATALOG: dict[Kind, CatalogEntry] = {
     Kind.RETIRING: CatalogEntry(
         "9b6fd51baf4c4a4d8bbe623b88be29c0",
         "The daemon ends when its jobs are over",
-        "A package was upgraded, or somebody sent SIGQUIT. No job is started until systemd has started it anew.",
+        "A package was upgraded, or somebody sent SIGQUIT. It starts no more jobs. Then systemd starts it again.",
     ),
     Kind.RELOADED: CatalogEntry(
         "fd6b401a761d4d07959773e289446a77",
         "The settings were read again",
-        "Jobs that start from now on have the new settings; those that run keep theirs.",
+        "New jobs use the new settings; running jobs keep theirs.",
     ),
     Kind.CONFIG_BAD: CatalogEntry(
         "9139fd2946f742acb3a22eb47377f4bb",
         "The new settings are bad",
-        "The old ones stay in force. `hyper2kvmd check-config` checks the file, `systemctl reload hyper2kvmd` takes it"
-        " into use.",
+        "The daemon keeps the old ones. `hyper2kvmd check-config` checks the file, `systemctl reload hyper2kvmd` loads"
+        " it.",
     ),
     Kind.EXPORTS_UNREADABLE: CatalogEntry(
         "b90b6bf115d14d2090ab82b7522ca629",
         "The exports directory cannot be read",
-        "No job is started until it can be: mount or create it, repair its file server, or change `exports_dir`.",
+        "No job starts until then: mount or create it, repair its file server, or change `exports_dir`.",
     ),
     Kind.RUNNER_DIED: CatalogEntry(
         "75eb3b97efe449628bd2c308cf5651c3",
@@ -85,7 +85,7 @@ CATALOG: dict[Kind, CatalogEntry] = {
     Kind.ENGINE_DOWN: CatalogEntry(
         "85fea057267143e699538f6eff5c605e",
         "The engine takes no jobs",
-        "Slurm, or what dispatch.command names, does not answer, or takes no job. What it has already goes on."
+        "Slurm, or what dispatch.command names, does not answer, or takes no job. Jobs that it has continue."
         " The daemon asks again every ten seconds. `hyper2kvmctl doctor dispatch` says what is wrong.",
     ),
     Kind.TASK_FAILED: CatalogEntry(
@@ -101,17 +101,17 @@ CATALOG: dict[Kind, CatalogEntry] = {
         "`journalctl H2K_JOB_ID=` with its job_id has all its records.",
     ),
     Kind.STAGE_STARTED: CatalogEntry(
-        "8a46b0f21c264ecea328241ecbc9a0de", "A stage of a job began", "Nothing is to be done."
+        "8a46b0f21c264ecea328241ecbc9a0de", "A stage of a job began", "You need not do anything."
     ),
     Kind.STAGE_ENDED: CatalogEntry(
         "57d2a990ba76463b9b48ced01f872b70",
         "A stage of a job ended",
-        "Nothing is to be done: what became of the job is said when it ends.",
+        "You need not do anything. Another record says how the job ended.",
     ),
     Kind.WARNING: CatalogEntry(
         "9058696d11e24127a122d396a156adc5",
         "Something to know about a migration",
-        "It goes on. The hint says what can be done; the report has it, too.",
+        "The migration continues. The hint says what you can do; the report has it, too.",
     ),
     Kind.BOOT_TEST: CatalogEntry(
         "3c15a25fedd845e6a09fb7cfb4779e86",
@@ -126,32 +126,32 @@ CATALOG: dict[Kind, CatalogEntry] = {
     Kind.SUCCEEDED: CatalogEntry(
         "cee09f281aee4269a4f37d0b4bbec06c",
         "A VM was migrated",
-        "`hyper2kvmctl show` with its name has all there is to know, `hyper2kvmctl report` has it as a page.",
+        "`hyper2kvmctl show` with its name shows all details, `hyper2kvmctl report` writes them as a page.",
     ),
     Kind.FAILED: CatalogEntry(
         "2b6c304342494060a78504526f33aa1c",
         "A migration failed",
-        "Trying again would end the same way. Do what the hint says, then `hyper2kvmctl retry`.",
+        "A retry would end the same way. Do what the hint says, then `hyper2kvmctl retry`.",
     ),
     Kind.BLOCKED: CatalogEntry(
         "f094bdb02dea440aae207c9da6225f50",
-        "A migration waits for a person",
+        "A migration waits for you",
         "Do what the hint says, then `hyper2kvmctl retry`.",
     ),
     Kind.RETRYING: CatalogEntry(
         "f6d953be97e54910a3fcb4a85344573a",
-        "A migration is tried again later",
+        "A migration is retried later",
         "The cause may pass by itself. If it does not, do what the hint says.",
     ),
     Kind.REJECTED: CatalogEntry(
         "87bf586d78794d298d16bdab48957362",
         "An export was rejected",
-        "It is not an Artifact Manifest, or it names what it must not. The hint says what to do.",
+        "It has no valid Artifact Manifest, or it names what it must not. The hint says what to do.",
     ),
     Kind.CANCELLED: CatalogEntry(
         "1c02881efe0a43d599a552a1ce8a7416",
         "A migration was cancelled",
-        "Nothing of it is left but its report. `hyper2kvmctl retry` starts it again.",
+        "Only its report is left. `hyper2kvmctl retry` starts it again.",
     ),
 }
 

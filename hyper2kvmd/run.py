@@ -249,7 +249,7 @@ def storage_failed(what: str, done: Done) -> MigrationError | None:
     return MigrationError(
         Code.IO_ERROR,
         f"{what}: {tail(done.stderr).splitlines()[-1]}",
-        "Check the storage: `journalctl -k`, and the mount's state and options; the job is tried again by itself.",
+        "Check the storage: `journalctl -k`, and the mount's state and options; the daemon retries the job.",
         tail=tail(done.stderr),
     )
 

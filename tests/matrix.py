@@ -25,6 +25,7 @@ from tests.guests.guest import ONE_NIC, Guest
 from tests.guests.ovf import Identity
 from tests.guests.recipe import GUESTS
 from tests.guests.rootfs import UNRELEASED
+from tests.pages import wrapped
 
 # Of a guest's cards, as far as it has them, and what else an export says of it.
 IDENTITY = Identity(
@@ -212,27 +213,39 @@ def _broken(before: BootResult, cards: Sequence[str]) -> str:
     if before.outcome != "matched" or not said:
         return f"`{before.pattern or before.outcome}`"
     if sorted(cards) != _sorted(said["net"]):
-        return f"comes up with `{said['net']}`"
+        return f"comes up with {_literal(said['net'])}"
     return "comes up with " + ", ".join(f"`{key}={said[key]}`" for key in ("mounts", "swap", "failed"))
 
 
+def _literal(words: str) -> str:
+    return ", ".join(f"`{word}`" for word in words.split(","))
+
+
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """The table of the README."""
     lines = [
-        "| guest | firmware | storage | initramfs | network | before | migration | after |",
-        "|---|---|---|---|---|---|---|---|",
+        "| guest | firmware | storage | initramfs | migration |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
         guest = row.guest
-        problems = row.problems()
         cells = (
-            *(guest.name, guest.firmware.upper(), guest.storage, guest.initramfs, guest.network),
-            _broken(row.before, guest.cards),
+            *(guest.name, guest.firmware.upper(), guest.storage, guest.initramfs),
             f"{row.migration.seconds:.0f} s" if row.migration.ok else row.migration.report["error"]["code"],
-            "; ".join(problems) if problems else f"`{row.after.report['net']}`" if row.after else "",
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def listing(rows: Sequence[Row]) -> str:
+    """The list of docs/guests.md."""
+    text = ""
+    for row in rows:
+        problems = row.problems()
+        after = "; ".join(problems) if problems else _literal(row.after.report["net"]) if row.after else "nothing"
+        text += f"- **{row.guest.name}** ({row.guest.network}). Before: {_broken(row.before, row.guest.cards)}. "
+        text += f"After: {after}\n"
+    return wrapped(text)
 
 
 def as_json(row: Row) -> dict[str, Any]:
@@ -267,7 +280,7 @@ def main() -> int:
     """Run the guests that are named, or all of them; the exit status is 1 if one is not as expected."""
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     parser.add_argument("guests", nargs="*", choices=[[], *GUESTS], metavar="GUEST", help=f"of {', '.join(GUESTS)}")
-    parser.add_argument("--json", action="store_true", help="print a document instead of the table")
+    parser.add_argument("--json", action="store_true", help="print a document instead of the tables")
     parser.add_argument("--jobs", type=int, default=2, help="guests at a time (default: 2, which takes two CPUs)")
     arguments = parser.parse_args()
 
@@ -282,7 +295,7 @@ def main() -> int:
             if row.problems():
                 print(f"{row.guest.name}: once more, alone", file=sys.stderr, flush=True)
                 rows[number] = said(row.guest.name)
-    print(json.dumps([as_json(row) for row in rows], indent=2) if arguments.json else table(rows))
+    print(json.dumps([as_json(row) for row in rows], indent=2) if arguments.json else f"{table(rows)}\n{listing(rows)}")
     return 1 if any(row.problems() for row in rows) else 0
 
 

@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,16 @@ from hyper2kvmd.report.model import report_schema
 from hyper2kvmd.settings.model import Section, Settings
 from hyper2kvmd.settings.plan import VmPlan
 from tests import ROOT, completions, dashboards
+from tests.pages import WIDTH, below, split, wrapped
 
-WIDTH = 118  # of a line of the shipped settings
 DATE = "2026-11-28"  # of this version, for the manual pages: that of the build would make each one different
 
 OUTCOMES = {
-    Outcome.RETRY: "The cause passes by itself: tried again with growing delays.",
-    Outcome.BLOCKED: "A person must change something, then say `hyper2kvmctl retry`.",
-    Outcome.REJECTED: "The export is not an Artifact Manifest, or it is hostile.",
-    Outcome.FAILED: "Trying again would end the same way.",
-    Outcome.CANCELLED: "A person does not want it any more.",
+    Outcome.RETRY: "The cause passes by itself. The daemon retries the job with growing delays.",
+    Outcome.BLOCKED: "You must change something, then run `hyper2kvmctl retry`.",
+    Outcome.REJECTED: "The export has no valid Artifact Manifest, or it is hostile.",
+    Outcome.FAILED: "A retry would end the same way.",
+    Outcome.CANCELLED: "Somebody cancelled the job.",
 }
 
 # What hyper2kvmd/api.py offers to other programs, in the order of the page.
@@ -53,11 +54,9 @@ LIBRARY = {
         *("Report", "ErrorRecord", "FindingRecord", "StageRecord", "DiskRecord", "ChangeRecord", "DomainRecord"),
         *("ManifestRecord", "HostRecord"),
     ),
-    "Manifests": (
-        *("ManifestBuilder", "ArtifactManifest", "parse", "ManifestError", "Manifest", "VMSpec", "Disk", "Nic"),
-        *("Stages", "Output", "Options", "Configuration"),
-        *("Inspect", "Fix", "Convert", "Validate", "User", "Services", "Interface"),
-    ),
+    "Reading and writing manifests": ("ManifestBuilder", "ArtifactManifest", "parse", "ManifestError"),
+    "What a manifest holds": ("Manifest", "VMSpec", "Disk", "Nic", "Configuration", "User", "Services", "Interface"),
+    "What a manifest asks for": ("Stages", "Inspect", "Fix", "Convert", "Validate", "Output", "Options"),
     "Errors": ("MigrationError", "Finding", "Code"),
 }
 
@@ -97,6 +96,99 @@ succeeded /var/lib/libvirt/images/web01-disk-0.raw
 """
 
 
+@dataclass(frozen=True)
+class Part:
+    """A page that has some sections of a long one: its title, a sentence about it, the headings of its sections."""
+
+    title: str
+    about: str
+    headings: tuple[str, ...]
+
+
+# What stands in no part stays on the page itself.
+SETTINGS_PARTS = {
+    "migration": Part(
+        "Settings: guests, disks and domains",
+        "What a migration does to the guest and its disks, and how libvirt gets the VM.",
+        ("## output", "## convert", "## libvirt", "## guest", "## fix", "## validate", "## vm"),
+    ),
+    "queue": Part(
+        "Settings: the queue",
+        "When exports start, how often jobs are retried, what they may take, and what is kept.",
+        ("## watch", "## retry", "## limits", "## limits.stage_seconds", "## retention", "## hypersdk"),
+    ),
+    "monitoring": Part(
+        "Settings: metrics, notifications, reports and logs",
+        "What the daemon shows, and what it sends to other programs.",
+        (
+            *("## metrics", "## metrics.tls_server_config", "## notify", "## notify.webhook", "## notify.apprise"),
+            *("## notify.heartbeat", "## hooks", "## log", "## report"),
+        ),
+    ),
+    "hosts": Part(
+        "Settings: several hosts",
+        "Which host takes which job.",
+        ("## accept", "## dispatch", "## dispatch.slurm", "## dispatch.command"),
+    ),
+}
+
+
+def _of_ctl(*names: str) -> tuple[str, ...]:
+    return tuple(f"### hyper2kvmctl {name}" for name in names)
+
+
+CTL_PARTS = {
+    "migrate": Part(
+        "hyper2kvmctl: migrate by hand",
+        "These commands migrate exports at once, or change a migrated VM.",
+        _of_ctl("migrate", "batch", "cutover", "switch-bus"),
+    ),
+    "plan": Part(
+        "hyper2kvmctl: plans",
+        "These commands check, import, export and estimate plans.",
+        (*_of_ctl("plan check", "plan import", "plan export", "plan estimate"), "## The plan of a batch"),
+    ),
+    "manifest": Part(
+        "hyper2kvmctl: manifests",
+        "These commands check, make and change manifests.",
+        _of_ctl("validate", *(f"manifest {name}" for name in ("create", "rehash", "relocate", "schema", "upgrade"))),
+    ),
+    "queue": Part(
+        "hyper2kvmctl: the queue",
+        "These commands show the exports and control their jobs.",
+        _of_ctl("list", "show", "report", "logs", "retry", "cancel", "hold", "release", "drain", "resume"),
+    ),
+    "host": Part(
+        "hyper2kvmctl: the host",
+        "These commands check the host, clean it up, and collect what explains an error.",
+        _of_ctl("doctor", "hosts", "notify", "bundle", "prune"),
+    ),
+}
+LIBRARY_PARTS = {
+    "running": Part(
+        "The library: settings and events",
+        "What a program can set, and what it sees while a migration runs.",
+        ("## Settings", "## While it runs"),
+    ),
+    "report": Part("The library: the report", "What a migration returns.", ("## The report",)),
+    "builder": Part(
+        "The library: reading and writing manifests",
+        "How a program reads and writes manifests.",
+        ("## Reading and writing manifests",),
+    ),
+    "manifest": Part(
+        "The library: what a manifest holds",
+        "The parts of a manifest that was read.",
+        ("## What a manifest holds",),
+    ),
+    "pipeline": Part(
+        "The library: what a manifest asks for",
+        "The stages and options of a manifest that was read.",
+        ("## What a manifest asks for",),
+    ),
+}
+
+
 # What pages are made of ---------------------------------------------------------------------------------------
 
 
@@ -119,10 +211,40 @@ def files() -> str:
     return "".join(
         [
             "## Files\n\n",
-            item(str(DEFAULT_PATH), "the settings; without the file, the defaults hold"),
+            item(str(DEFAULT_PATH), "the settings; without the file, the defaults apply"),
             *(f"- **{name}**: {text}\n" for name, text in rows),
         ]
     )
+
+
+def divided(
+    name: str, text: str, parts: Mapping[str, Part], depth: int, marker: str, sentences: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """A long page as several: docs/NAME.md, with a list of the others at the marker, and docs/NAME/PART.md for each.
+
+    sentences: about each section, by its heading; without them, the list has only the names.
+    """
+    index, taken = split(text, {part: of.headings for part, of in parts.items()}, depth)
+    pages, listing = {}, "\n"
+    for part, of in parts.items():
+        assert len(taken[part]) == len(of.headings), f"{name}/{part}: a heading that is not there"
+        sections = re.sub(rf"(?m)^#{{{depth}}} ", "## ", "\n".join(f"{section.strip()}\n" for section in taken[part]))
+        about = f"{of.about} This page is a part of [{name}](../{name}.md).\n"
+        pages[f"docs/{name}/{part}.md"] = wrapped(f"# {of.title}\n\n{about}\n{below(sections)}")
+        link = f"[{of.title.split(': ')[1].capitalize()}]({name}/{part}.md)"
+        if sentences is None:
+            listing += f"- {link}: {', '.join(_name(heading) for heading in of.headings)}\n"
+        else:
+            listing += f"- {link}\n"
+            listing += "".join(f"  - {_name(heading)}: {sentences[heading]}\n" for heading in of.headings)
+    assert index.count(marker) == 1, f"{name}: {marker}"
+    return {f"docs/{name}.md": wrapped(index.replace(marker, f"{marker}{listing}")), **pages}
+
+
+def _name(heading: str) -> str:
+    """What a heading is about: a section of the settings or a command, as literal text, or something in words."""
+    name = heading.lstrip("# ").removeprefix("hyper2kvmctl ")
+    return name if name[0].isupper() else f"`{name}`"
 
 
 def see_also(*pages: str) -> str:
@@ -165,11 +287,11 @@ def shipped_settings() -> str:
     """etc/hyper2kvmd.yaml: every key at its default, with what it does above it."""
     header = (
         f"{DEFAULT_PATH}: the settings of hyper2kvmd, each at its default; the manual page is hyper2kvmd.yaml(5)."
-        " A key that is left out has its default, so this file may hold as little as is changed.",
-        "Files named *.yaml in conf.d beside it go before it, key by key.",
-        "Check an edited file with `hyper2kvmd check-config`; `systemctl reload hyper2kvmd` takes it into use, for new"
-        " jobs.",
-        "Any setting can also be given to a command: --set workers=4, --set libvirt.import=false",
+        " A missing key has its default, so this file needs only what you change.",
+        "Files named *.yaml in conf.d beside it override it, key by key.",
+        "After an edit, check the file with `hyper2kvmd check-config`, then load it with `systemctl reload hyper2kvmd`."
+        " It applies to new jobs.",
+        "A command takes any setting as an option: --set workers=4, --set libvirt.import=false",
     )
     text = "".join(_comment(line, "") for line in header)
     return text + _yaml(Settings, Settings().model_dump(mode="json", by_alias=True), "")
@@ -207,7 +329,7 @@ def _about(thing: object) -> str:
 
 
 def settings_page() -> str:
-    """docs/settings.md."""
+    """hyper2kvmd.yaml(5), and docs/settings.md with the pages below it."""
     schema = Settings.model_json_schema()
     values = Settings().model_dump(mode="json", by_alias=True)
     text = f"""\
@@ -215,20 +337,20 @@ def settings_page() -> str:
 
 ## Description
 
-The settings are a YAML file, `{DEFAULT_PATH}`, or the one that `--config FILE` names. A key that is not in the
-file has its default, and without a file all of them have. A key that is not known is an error.
+The settings are in a YAML file, `{DEFAULT_PATH}`, or in the one that `--config FILE` names. A missing key has its
+default, and you can do without the file. An unknown key is an error.
 
-Files named `*.yaml` in `conf.d` beside it (drop-ins) are read after it, in the order of their names. What a later one
-says goes before what an earlier one says, key by key: one file for each thing that is special on a host, and no need to
-edit the shipped one. A file that others could have written, or that belongs to another user than root or the
-service's, is refused.
+Files named `*.yaml` in `conf.d` beside it (drop-ins) are read after it, in the order of their names. A later file
+overrides an earlier one, key by key. So you can keep the shipped file unchanged, and use one drop-in for each thing
+that is special on a host. A file is refused if other users can write to it, or if it belongs to another user than root
+or the service's.
 
-`hyper2kvmd check-config` checks the file and prints all settings, those of the file and the defaults; what is wrong is
-told with its line. `systemctl reload hyper2kvmd` takes the file into use: jobs that start from then on have the new
-settings, those that run keep theirs. If the new file is wrong, the old settings stay in force, and the reload fails.
+`hyper2kvmd check-config` checks the file and prints all settings, with the defaults. It reports each error with its
+line. `systemctl reload hyper2kvmd` loads the file: new jobs use the new settings, running jobs keep theirs. If the new
+file is wrong, the reload fails, and the daemon keeps the old settings.
 
-`--set KEY=VALUE` gives one setting to one command, and goes before the file: `--set libvirt.import=false`. The value is
-YAML, so a list is `--set 'output.allowed_dirs=[/srv/fast]'`. It can be given several times.
+`--set KEY=VALUE` changes one setting for one command, and overrides the file: `--set libvirt.import=false`. The value
+is YAML, so a list is `--set 'output.allowed_dirs=[/srv/fast]'`. You can use it several times.
 
 Below, a dot stands between a section and its key: `libvirt.pool` is the key `pool` in the section `libvirt`.
 
@@ -258,6 +380,11 @@ Below, a dot stands between a section and its key: `libvirt.pool` is the key `po
         if not path:
             text += "\nThe keys of `pipeline` are those of the manifest: `hyper2kvmctl manifest schema` prints them.\n"
     return text + "\n" + see_also("hyper2kvmd(8)", "hyper2kvmctl(1)")
+
+
+def settings_pages() -> dict[str, str]:
+    """docs/settings.md and the pages below it."""
+    return divided("settings", settings_page(), SETTINGS_PARTS, 2, "in the section `libvirt`.\n")
 
 
 def _resolve(schema: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
@@ -327,12 +454,12 @@ def report_page() -> str:
 
 ## Description
 
-A job that is over leaves its report beside the manifest, as `{REPORT}`. As long as it is there, the
-export is left alone, unless its status is `retrying`. `hyper2kvmctl show` prints it for people, `hyper2kvmctl retry`
-moves it away and starts the job again.
+A finished job leaves its report beside the manifest, as `{REPORT}`. While the report exists, the daemon
+does not start the job again, unless the status is `retrying`. `hyper2kvmctl show` prints the report for people.
+`hyper2kvmctl retry` renames it, and starts the job again.
 
-It is one JSON object in UTF-8, and it is written whole or not at all. All fields are always there. Its schema is
-[migration-report.schema.json](migration-report.schema.json). Where the settings name a key, `{REPORT}.sig`
+The report is one JSON object in UTF-8. It is written completely or not at all, and always has all fields. Its schema is
+[migration-report.schema.json](migration-report.schema.json). If the settings name a key, `{REPORT}.sig`
 is its [signature](evidence.md).
 
 ## Status
@@ -371,7 +498,7 @@ def _fields(table: dict[str, Any]) -> str:
 
 def errors_page() -> str:
     """docs/errors.md, and a section of migration-report(5)."""
-    text = "# Error codes\n\nWhat becomes of a job is decided by the code of its error.\n"
+    text = "# Error codes\n\nThe code of an error decides how its job ends.\n"
     for outcome, meaning in OUTCOMES.items():
         text += f"\n## {outcome}\n\n{meaning}\n\n"
         text += "".join(item(code, of.summary) for code, of in MEANING.items() if of.outcome == outcome)
@@ -386,16 +513,16 @@ def report_schema_file() -> str:
 JOURNAL = """\
 # The journal
 
-The daemon and its jobs log to systemd's journal, with fields to search for. Text from outside is in fields of its own,
-and no line of it can pass for another record. What a tool said when it failed is below the message, and in `H2K_TAIL`.
+The daemon and its jobs log to systemd's journal, with fields that you can search. Text from outside is in fields of its
+own, so that it cannot pass for another record. The output of a failed tool is below the message, and in `H2K_TAIL`.
 
-    journalctl -u hyper2kvmd -f                     what goes on
+    journalctl -u hyper2kvmd -f                     follow the daemon
     journalctl H2K_VM=web01                         one VM
-    journalctl -u hyper2kvmd -p err -x              what went wrong, with what to do about it
+    journalctl -u hyper2kvmd -p err -x              errors, with the remedies
     journalctl H2K_ERROR=no_space                   one error code
     journalctl MESSAGE_ID={failed}
-    hyper2kvmctl logs --journal web01               all of one export, with the daemon's messages
-    hyper2kvmctl logs web01                         the log beside the export, which is there without systemd too
+    hyper2kvmctl logs --journal web01               one export, with the daemon's messages
+    hyper2kvmctl logs web01                         the log beside the export; works without systemd too
 
 ## Fields
 
@@ -412,15 +539,24 @@ and no line of it can pass for another record. What a tool said when it failed i
 
 ## Kinds
 
-| kind | `MESSAGE_ID` | what `journalctl -x` says |
-|---|---|---|
+Each kind has a `MESSAGE_ID`, and a text that `journalctl -x` shows.
+
 """
 
 
 def journal_page() -> str:
     """docs/journal.md."""
-    rows = (f"| `{kind}` | `{e.id}` | {e.subject}. {e.text} |\n" for kind, e in messages.CATALOG.items())
+    rows = (item(kind, f"{e.subject}. {e.text}", f"`{e.id}`") for kind, e in messages.CATALOG.items())
     return JOURNAL.format(failed=messages.CATALOG[messages.Kind.FAILED].id) + "".join(rows)
+
+
+METRICS = """\
+# Metrics
+
+The daemon shows these metrics on 127.0.0.1:9878 (`metrics.listen` in the [settings](settings/monitoring.md)).
+[Monitoring](monitoring.md) says how to collect them.
+
+"""
 
 
 def metrics_page() -> str:
@@ -428,8 +564,8 @@ def metrics_page() -> str:
     rows = []
     for family in sorted(Metrics().registry.collect(), key=lambda family: family.name):
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
-        rows.append(f"| `{family.name}{suffix}` | {family.type} | {family.documentation} |\n")
-    return "# Metrics\n\n| name | type | what |\n|---|---|---|\n" + "".join(rows)
+        rows.append(item(f"{family.name}{suffix}", family.documentation, family.type))
+    return METRICS + "".join(rows)
 
 
 # The programs -------------------------------------------------------------------------------------------------
@@ -504,38 +640,45 @@ def _option_item(action: argparse.Action) -> str:
 
 
 def ctl_page() -> str:
-    """docs/hyper2kvmctl.md."""
+    """hyper2kvmctl(1), and docs/hyper2kvmctl.md with the pages below it."""
     text = _program(
         ctl.build_parser(),
         """\
-hyper2kvmctl works on the directory of the exports, and needs no daemon. It works beside one too: who migrates an export
-holds its lock, so nothing is done twice.
+hyper2kvmctl works on the directory of the exports. It needs no daemon, but works beside one too: each job locks its
+export, so no VM is migrated twice.
 
-An *EXPORT* is the directory of an export, or its name in `exports_dir` (a setting), or the name of its VM.
+An *EXPORT* is the directory of an export, its name in `exports_dir` (a setting), or the name of its VM.
 """,
     )
     return f"""\
 {text}
-A command that was stopped with Ctrl-C ends with 130; one whose migration was killed by signal *N*, with 128 + *N*.
+After Ctrl-C, the exit status is 130. If signal *N* killed the migration, it is 128 + *N*.
 
 {plan_file()}
 {files()}
 ## Examples
 
-What is there, and what became of one of them:
+List the exports, and show one of them:
 
     hyper2kvmctl list
     hyper2kvmctl show web01
 
-What would be done to a guest, with every change:
+Show every change that a migration would make in a guest:
 
     hyper2kvmctl migrate --dry-run /var/lib/hypersdk/exports/web01
 
-A migration by hand, without a domain:
+Migrate by hand, without a domain:
 
     hyper2kvmctl migrate --no-import --output-dir /srv/images /mnt/usb/web01/manifest.json
 
 {see_also("hyper2kvmd(8)", "hyper2kvmd.yaml(5)", "migration-report(5)")}"""
+
+
+def ctl_pages() -> dict[str, str]:
+    """docs/hyper2kvmctl.md and the pages below it."""
+    sentences = {f"### {command.prog}": help for command, help in commands(ctl.build_parser())}
+    sentences["## The plan of a batch"] = "the keys of a plan"
+    return divided("hyper2kvmctl", ctl_page(), CTL_PARTS, 3, "## Commands\n", sentences)
 
 
 def plan_file() -> str:
@@ -545,8 +688,8 @@ def plan_file() -> str:
     return f"""\
 ## The plan of a batch
 
-The file that `hyper2kvmctl batch --plan` takes is YAML. It has one key, `vms`: for each export, by the *NAME* of its
-directory, what is planned for it, in the keys of a plan. An export that it does not name has the plan in `plan_dir`.
+The file of `hyper2kvmctl batch --plan` is YAML. It has one key, `vms`. Below it stands each export, by the *NAME* of
+its directory, with the keys of a plan. An export that is missing there has its plan in `plan_dir`.
 
     vms:
       db01: {{priority: 10, network_map: {{"VM Network": bridge:br1}}}}
@@ -556,42 +699,41 @@ directory, what is planned for it, in the keys of a plan. An export that it does
 
 
 def daemon_page() -> str:
-    """docs/hyper2kvmd.md."""
+    """hyper2kvmd(8), and docs/hyper2kvmd.md."""
     text = _program(
         daemon.build_parser(),
         """\
-hyper2kvmd watches the directory of the exports (`exports_dir`, a setting), and migrates each export in a process of its
-own, a few at the same time: it is checked, its guest is fixed on an overlay, its disks are converted and checked, and a
-domain is defined in libvirt. The report beside the manifest says how it ended.
+hyper2kvmd watches the directory of the exports (`exports_dir`, a setting). It migrates each export in a process of its
+own, a few at the same time. The job checks the export, fixes the guest on an overlay, converts and checks the disks,
+and defines a domain in libvirt. The report beside the manifest says how the job ended.
 
-`systemctl start hyper2kvmd` starts `hyper2kvmd run`, and that starts a `hyper2kvmd run-job` for each export. By hand,
-`hyper2kvmctl migrate` is the easier one.
+`systemctl start hyper2kvmd` starts `hyper2kvmd run`, which starts a `hyper2kvmd run-job` for each export. To migrate by
+hand, use `hyper2kvmctl migrate`.
 """,
     )
     return f"""\
 {text}
-With 78, systemd does not start the daemon again: fix the settings first.
+After 78, systemd does not restart the daemon: fix the settings first.
 
 ## Signals
 
-{item("SIGTERM", "Stops the running jobs and ends. The next start resumes after the last finished step of each.")}\
+{item("SIGTERM", "Stops the running jobs, then ends. The next start resumes each job after its last finished step.")}\
 {item("SIGINT", "The same.")}\
-{item("SIGQUIT", "Starts no job any more, and ends with 75 when those that run are over; systemd starts it anew.")}\
-{item("SIGHUP", "Reads the settings again, for jobs that start from then on. Bad ones are logged, and not used.")}\
+{item("SIGQUIT", "Starts no more jobs, and ends with 75 after the running ones; systemd restarts it.")}\
+{item("SIGHUP", "Reads the settings again, for new jobs. Logs wrong settings, and keeps the old ones.")}\
 
 ## Environment
 
-Of the environment, jobs and the programs that they run get what is named here, `PATH`, `HOME`, `TMPDIR`,
-`XDG_RUNTIME_DIR`, `XDG_CONFIG_HOME`, `XDG_CACHE_HOME`, and whatever begins with `LIBGUESTFS_`.
+Jobs, and the programs that they run, get only these variables: those below, `PATH`, `HOME`, `TMPDIR`,
+`XDG_RUNTIME_DIR`, `XDG_CONFIG_HOME`, `XDG_CACHE_HOME`, and all that begin with `LIBGUESTFS_`.
 
-{item("LIBGUESTFS_CACHEDIR", "Where libguestfs keeps its appliance. The unit has /var/cache/hyper2kvmd.")}\
-{item("LIBGUESTFS_BACKEND", "How libguestfs starts its appliance. The unit has `direct`: without libvirt.")}\
-{item("CREDENTIALS_DIRECTORY", "Set by systemd. Where the credentials are that it hands over (LoadCredential=).")}\
+{item("LIBGUESTFS_CACHEDIR", "Where libguestfs keeps its appliance. The unit sets /var/cache/hyper2kvmd.")}\
+{item("LIBGUESTFS_BACKEND", "How libguestfs starts its appliance. The unit sets `direct`: without libvirt.")}\
+{item("CREDENTIALS_DIRECTORY", "Set by systemd. The directory of the credentials (LoadCredential=).")}\
 {item("JOURNAL_STREAM", "Set by systemd. With it, log records have fields in the journal, such as `H2K_VM`.")}\
 
-`NOTIFY_SOCKET` and `WATCHDOG_USEC`, which systemd sets, are for `hyper2kvmd run` alone: it tells systemd of its start,
-of every scan, and how many jobs there are.
-
+systemd also sets `NOTIFY_SOCKET` and `WATCHDOG_USEC`, for `hyper2kvmd run` alone: it reports its start, every scan,
+and the number of jobs to systemd.
 
 {files()}
 {see_also("hyper2kvmctl(1)", "hyper2kvmd.yaml(5)", "migration-report(5)")}"""
@@ -648,13 +790,13 @@ def _stub(thing: Any) -> str:
 
 
 def library_page() -> str:
-    """docs/library.md."""
+    """docs/library.md with the pages below it."""
     text = f"""\
 # The library
 
-A Python program can migrate an export by itself. All that it needs is imported from `hyper2kvmd.api`. Each migration
-runs in a process of its own, with the same lock, checks and report as the jobs of the daemon. This example writes the
-manifest of a disk, and migrates it without looking into its guest:
+A Python program can migrate an export. It imports all that it needs from `hyper2kvmd.api`. Each migration runs in a
+process of its own, with the same lock, checks and report as a job of the daemon. This example writes the manifest of a
+disk, and migrates the disk without looking into its guest:
 
 ```python
 {EXAMPLE}```
@@ -664,7 +806,7 @@ It prints:
 ```
 {EXAMPLE_PRINTS}```
 
-What can go wrong is raised as `MigrationError`: a code of [a closed list](errors.md), what it is about, and the remedy.
+A failure raises `MigrationError`, with a code of [a closed list](errors.md), what it is about, and the remedy.
 """
     for subject, names in LIBRARY.items():
         text += f"\n## {subject}\n"
@@ -675,6 +817,11 @@ What can go wrong is raised as `MigrationError`: a code of [a closed list](error
                 rows = [(method, _about(inspect.getattr_static(thing, method))) for method in methods]
                 text += "\n" + "".join(item(method, about) for method, about in rows)
     return text
+
+
+def library_pages() -> dict[str, str]:
+    """docs/library.md and the pages below it."""
+    return divided("library", library_page(), LIBRARY_PARTS, 2, "and the remedy.\n")
 
 
 # Units --------------------------------------------------------------------------------------------------------
@@ -702,28 +849,38 @@ def template_unit() -> str:
 # Writing it all -----------------------------------------------------------------------------------------------
 
 
-def completion_scripts() -> dict[str, Callable[[], str]]:
+def several(make: Callable[[], dict[str, str]]) -> dict[str, Callable[[], str]]:
+    """Files that are made together, by path."""
+    return {name: partial(lambda name: make()[name], name) for name in make()}
+
+
+def broken(make: Callable[[], str]) -> Callable[[], str]:
+    """A page whose long lines are broken."""
+    return lambda: wrapped(make())
+
+
+def completion_scripts() -> dict[str, str]:
     """packaging/completions/, by path."""
     made = {**completions.scripts(daemon.build_parser()), **completions.scripts(ctl.build_parser())}
-    return {f"packaging/completions/{name}": partial(made.__getitem__, name) for name in made}
+    return {f"packaging/completions/{name}": text for name, text in made.items()}
 
 
 PAGES = {
     "etc/hyper2kvmd.yaml": shipped_settings,
-    "docs/settings.md": settings_page,
-    "docs/hyper2kvmctl.md": ctl_page,
-    "docs/hyper2kvmd.md": daemon_page,
-    "docs/report-format.md": report_page,
-    "docs/errors.md": errors_page,
-    "docs/metrics.md": metrics_page,
-    "docs/journal.md": journal_page,
+    **several(settings_pages),
+    **several(ctl_pages),
+    "docs/hyper2kvmd.md": broken(daemon_page),
+    "docs/report-format.md": broken(report_page),
+    "docs/errors.md": broken(errors_page),
+    "docs/metrics.md": broken(metrics_page),
+    "docs/journal.md": broken(journal_page),
     "packaging/hyper2kvmd.catalog": messages.catalog,
     "systemd/hyper2kvmd@.service": template_unit,
-    "docs/library.md": library_page,
+    **several(library_pages),
     "docs/migration-report.schema.json": report_schema_file,
     "packaging/grafana/dashboards/hyper2kvmd-fleet.json": dashboards.fleet_page,
     "packaging/grafana/dashboards/hyper2kvmd-host.json": dashboards.host_page,
-    **completion_scripts(),
+    **several(completion_scripts),
 }
 
 
@@ -786,6 +943,7 @@ def main() -> None:
     directory = parser.parse_args().man
     if directory is None:
         for name, page in PAGES.items():
+            (ROOT / name).parent.mkdir(exist_ok=True)
             (ROOT / name).write_text(page())
         return
     try:

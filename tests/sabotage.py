@@ -1,4 +1,4 @@
-"""Ways to break a Windows guest that was just mended: each must be found by a proof. Printed in docs/windows.md."""
+"""Ways to break a Windows guest that was just fixed: a proof must find each. docs/windows-proofs.md lists them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import hivex
 from hyper2kvmd.guest.change import Proof
 from hyper2kvmd.guest.windows.bcd import BOOTMGR
 from hyper2kvmd.guest.windows.registry import Value, binary, dword, expand_sz, multi_sz, sz
+from tests.pages import wrapped
 from tests.windows import DEFAULT, HDC, SCSI, SYSTEM, Directory, program
 
 Break = Callable[[Directory], None]
@@ -35,9 +36,9 @@ class Sabotage:
     claim: str
 
     def row(self, proof: Proof) -> str:
-        """What docs/windows.md has of it: what was done, to which guest, and the proof that finds it."""
+        """What docs/windows-proofs.md has of it: what was done, to which guest, and the proof that finds it."""
         why = re.split("; |: VEN_", proof.evidence)[0]
-        return f"| {self.what} | {', '.join(self.guest)} | {proof.claim} | `{why}` |"
+        return wrapped(f"- **{self.what}** ({', '.join(self.guest)}): {proof.claim}. `{why}`\n")
 
 
 class Registry:
@@ -229,7 +230,7 @@ SABOTAGE = (
     Sabotage(VIRTIO, "the device is disabled",
              value(f"{PACKAGE}\\Configurations\\viostor_hyper2kvm", "ConfigFlags", dword(1)), DISK),
     Sabotage(VIRTIO, "the whole database of drivers is not there", gone("DriverDatabase"), DISK),
-    Sabotage(("2022 two sets", "virtio"), "only one control set was mended",
+    Sabotage(("2022 two sets", "virtio"), "only one control set was fixed",
              value(f"{OTHER_SET}\\Services\\viostor", "Start", dword(3)), DISK),
     Sabotage(BIOS, "no critical device is registered", system(_no_critical_ids), DISK),
     Sabotage(BIOS, "the critical device has no class",

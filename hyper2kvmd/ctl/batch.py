@@ -88,7 +88,7 @@ def run(options: argparse.Namespace, config: Settings) -> int:
             )
     except KeyboardInterrupt:
         _summary(console, entries)
-        print("hyper2kvmctl: stopped; the same command goes on where it was", file=sys.stderr)
+        print("hyper2kvmctl: stopped; the same command resumes the jobs", file=sys.stderr)
         raise
     if options.json:
         print_json([_as_json(entry) for entry in entries])

@@ -38,7 +38,6 @@ from hyper2kvmd.queue.names import (
     LOCK,
     LOG,
     PROGRESS,
-    SIGNED,
 )
 from hyper2kvmd.queue.placement import placement
 from hyper2kvmd.queue.plans import plan_file
@@ -146,7 +145,7 @@ def _names(export: Path, config: Settings) -> Iterator[str]:
     """The files of the export that say something: those of ours, the manifests, and descriptors."""
     ours = (LOCK, LOG, ASKED, PROGRESS, BOOT_LOG, BOOT_SCREEN, CUTOVER_LOG, CUTOVER_SCREEN, *config.manifest_names)
     for name in sorted(os.listdir(export)):
-        report = name.startswith(("migration-report.", "cutover-report.")) and name.endswith((".json", SIGNED))
+        report = name.startswith(("migration-report.", "cutover-report.")) and name.endswith(".json")
         if name in ours or report or name.endswith(".ovf"):
             yield name
 

@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         ("retry", retry, "retry a job after you fixed its error; the old report is kept under another name"),
         ("cancel", cancel, "stop a job for good, and remove what it made"),
         ("hold", hold, "stop a job, or do not start it, until it is released"),
-        ("release", release, "let a job on hold go on"),
+        ("release", release, "resume a job that is on hold"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("exports", nargs="+", metavar="EXPORT", help="directory, its name, or the VM's name")
@@ -106,8 +106,8 @@ def retry(export: Path, config: Settings) -> str:
     finally:
         claim.close()
     if requests.pending_in(export) == "hold":
-        return f"was {before}, will be tried again once it is released"
-    return f"was {before}, will be tried again"
+        return f"was {before}, will be retried once it is released"
+    return f"was {before}, will be retried"
 
 
 def cancel(export: Path, config: Settings) -> str:
@@ -180,7 +180,7 @@ def drain(options: argparse.Namespace, config: Settings) -> int:
     elif left:
         print(f"no job is started any more{where}")
     else:
-        print(f"drained{where}; `hyper2kvmctl resume{again}` has jobs started again")
+        print(f"drained{where}; `hyper2kvmctl resume{again}` starts jobs again")
     return EXIT_DONE
 
 

@@ -138,5 +138,5 @@ def _strange(seen: Sequence[Seen], now: float) -> list[Finding]:
         if abs(ahead) > SKEW_SECONDS and not one.gone:
             way = "ahead of" if ahead > 0 else "behind"
             message = f"the clock of {host} is {duration(abs(ahead))} {way} that of the file server"
-            found.append(Finding("host_clock", message, "Have NTP set it: jobs are tried again by the clock."))
+            found.append(Finding("host_clock", message, "Let NTP set it: the clock decides when jobs are retried."))
     return found

@@ -168,7 +168,7 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
         if error["tail"]:
             console.print(error["tail"], markup=False, highlight=False)
     if document["next_attempt_at"]:
-        line("next", f"tried again at {document['next_attempt_at']}")
+        line("next", f"retried at {document['next_attempt_at']}")
     results = Results.model_validate(document["results"])
     if (inspect := results.inspect) is not None:
         kernel = f", kernel {inspect.kernel_version}" if inspect.kernel_version else ""

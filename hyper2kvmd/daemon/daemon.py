@@ -182,7 +182,7 @@ class Daemon:
         if self.draining:
             rest[:0] = ["draining: no job is started (hyper2kvmctl resume)"]
         if self.retiring:
-            rest[:0] = ["ends with its last job, to start anew"]
+            rest[:0] = ["ends with its last job, then restarts"]
         now = time.monotonic()
         here = [runner.progress.phrase(now) for runner in self.runners.values()]
         there = [progress.phrase(now) for progress in self._elsewhere()]
@@ -469,7 +469,7 @@ class Daemon:
         try:
             outbox.begin(settings)
         except OSError as error:
-            log.warning("what ends may not be told", directory=str(settings.work_dir), reason=error.strerror)
+            log.warning("notifications may be missing", directory=str(settings.work_dir), reason=error.strerror)
 
     def _reload(self) -> None:
         try:

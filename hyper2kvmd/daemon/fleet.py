@@ -41,8 +41,8 @@ class Fleet(Collector):
         jobs, hosts, own = self._seen
         yield from _jobs(jobs)
         yield from _hosts(jobs, hosts, own)
-        waits = _family("engine_jobs", "Jobs of ours that the engine has, waiting and running.", "state")
-        up = _family("engine_up", "Whether the engine answered and took jobs when it was last asked.")
+        waits = _family("engine_jobs", "Jobs of this daemon that the engine has, waiting and running.", "state")
+        up = _family("engine_up", "Whether the engine answered and took jobs at the last check.")
         if self._engine is not None:
             states, answers = self._engine
             for state in ("waiting", "running"):
@@ -57,9 +57,9 @@ def _family(name: str, help: str, *labels: str) -> GaugeMetricFamily:
 
 def _jobs(jobs: Iterable[Progress]) -> Iterator[Metric]:
     labels = ("vm", "host", "stage")
-    ratio = _family("elsewhere_progress_ratio", "How far a job is that this daemon did not start, 0 to 1.", *labels)
-    rate = _family("elsewhere_bytes_per_second", "How fast the slowest stage of such a job is.", *labels)
-    left = _family("elsewhere_stage_remaining_seconds", "How long that stage will take at this rate.", *labels)
+    ratio = _family("elsewhere_progress_ratio", "Progress of a job that this daemon did not start, 0 to 1.", *labels)
+    rate = _family("elsewhere_bytes_per_second", "Speed of the slowest stage of such a job.", *labels)
+    left = _family("elsewhere_stage_remaining_seconds", "Time left for that stage at this speed.", *labels)
     now = time.monotonic()
     # Of two VMs of one name on one host, one: a series must not be there twice.
     for progress in {(progress.vm, progress.host): progress for progress in jobs}.values():
@@ -73,9 +73,9 @@ def _jobs(jobs: Iterable[Progress]) -> Iterator[Metric]:
 
 
 def _hosts(jobs: Iterable[Progress], hosts: Iterable[Seen], own: int) -> Iterator[Metric]:
-    up = _family("host_up", "Whether a host of the exports directory has said lately that it is there.", "host")
-    said = _family("host_last_seen_timestamp_seconds", "When it said so last.", "host")
-    running = _family("host_jobs", "Jobs that run on a host, as they say themselves.", "host")
+    up = _family("host_up", "Whether a host of the exports directory has reported lately.", "host")
+    said = _family("host_last_seen_timestamp_seconds", "Time of its last report.", "host")
+    running = _family("host_jobs", "Running jobs on a host, by their own reports.", "host")
     counts = Counter(progress.host for progress in jobs)
     counts[this_host()] += own
     for seen in hosts:

@@ -100,9 +100,9 @@ def _say(settings: Settings, due: answer.Due) -> None:
     if due.waiting or (isinstance(said, Path) and answer.failed_before(settings, due.name)):
         answer.say(settings, ticket, said)
         if isinstance(said, Path):
-            log.info("an exporter was told where the disk is", vm=due.name, disk=str(said))
+            log.info("an exporter has its answer: the disk", vm=due.name, disk=str(said))
         else:
-            log.warning("an exporter was told what went wrong", vm=due.name, reason=said.message, hint=said.hint)
+            log.warning("an exporter has its answer: the error", vm=due.name, reason=said.message, hint=said.hint)
     for ticket in due.waiting:
         os.rename(ticket.path, answered(ticket))
 

@@ -68,58 +68,54 @@ class Metrics:
         self.registry.register(self.fleet)
 
     def _declare_jobs(self) -> None:
-        self.jobs = self._gauge("jobs", "Number of exports in each state, as of the last look at them.", "state")
+        self.jobs = self._gauge("jobs", "Number of exports in each state, at the last scan.", "state")
         self.oldest_waiting = self._gauge(
             "oldest_waiting_job_timestamp_seconds",
-            "Since when the export that has waited longest for a worker could be started, NaN if none waits.",
+            "Time from which the export that has waited longest for a worker could start, NaN if none waits.",
         )
         self.estimated = self._gauge(
             "estimated_seconds",
-            "What all jobs that have not begun are estimated to take, one after the other; see `plan estimate`.",
+            "Estimated time of all jobs that have not begun, one after the other; see `plan estimate`.",
         )
         self.workers = self._gauge("workers", "Number of jobs that may run at the same time.")
         self.workers_busy = self._gauge("workers_busy", "Number of jobs that run.")
-        self.started = self._counter("jobs_started", "Jobs that were started; one that is tried again counts again.")
+        self.started = self._counter("jobs_started", "Jobs that were started; a retry counts again.")
         self.completed = self._counter("jobs_completed", "Jobs that ended, by how they ended.", "result")
         self.failures = self._counter(
             "job_failures",
-            "Jobs that ended with an error, by its code, as the manual and the reports have it.",
+            "Jobs that ended with an error, by the code of the error.",
             "reason",
         )
         self.job_seconds = self._histogram(
             "job_duration_seconds",
-            "Time that jobs took which left a report, those that succeeded and all other ones.",
+            "Duration of jobs that left a report: those that succeeded, and all others.",
             BUCKETS,
             "result",
         )
         self.stage_seconds = self._histogram(
-            "stage_duration_seconds", "Time that stages took, whether they were done or failed.", STAGE_BUCKETS, "stage"
+            "stage_duration_seconds", "Duration of stages that were done or failed.", STAGE_BUCKETS, "stage"
         )
         self.queue_seconds = self._histogram(
-            "queue_wait_seconds", "Time from when an export could be started until it was.", FEW_BUCKETS
+            "queue_wait_seconds", "Time that exports waited until they were started.", FEW_BUCKETS
         )
-        self.bytes_read = self._counter(
-            "bytes_read", "Bytes of the sources' disks that a stage has worked through.", "stage"
-        )
+        self.bytes_read = self._counter("bytes_read", "Bytes of the source disks that a stage has read.", "stage")
         self.bytes_converted = self._counter(
             "convert_bytes",
-            "Bytes of converted disks: of their files (read), that came out of their grains (inflated), and that the"
-            " results take (written); by what converted them: hyper2kvmd's own reader (stream), or qemu-img.",
+            "Bytes of converted disks: of the source files (read), after decompression (inflated), and of the results"
+            " (written); by the engine: hyper2kvmd's own reader (stream), or qemu-img.",
             "engine",
             "kind",
         )
-        self.bytes_written = self._counter(
-            "bytes_written", "Bytes that the published disks take up, by their format.", "format"
-        )
+        self.bytes_written = self._counter("bytes_written", "Bytes of the published disks, by format.", "format")
         self.last_completion = self._gauge(
             "last_job_completion_timestamp_seconds",
-            "When a job last ended with a report, by its result; 0 if none of those in exports_dir has it.",
+            "Time when a job last ended with this result; 0 if no report in exports_dir has it.",
             "result",
         )
         self.claims = self._counter(
             "claims",
-            "Claims that were made (won), were held by another runner (busy), could not be made (failed), or were taken"
-            " away while the job ran (lost).",
+            "Attempts to lock an export: locked (won), locked by another process (busy), impossible (failed), or lost"
+            " while the job ran (lost).",
             "outcome",
         )
         self.report_write_errors = self._counter("report_write_errors", "Jobs whose report could not be written.")
@@ -140,57 +136,55 @@ class Metrics:
     def _declare_slots(self) -> None:
         self.ratio = self._gauge(
             "slot_progress_ratio",
-            "How much of the slowest stage that counts in bytes is done, 0 to 1, NaN if none does or no job runs.",
+            "Progress of the slowest stage that counts in bytes, 0 to 1, NaN if there is none or no job runs.",
             "slot",
         )
         self.rate = self._gauge(
-            "slot_bytes_per_second", "How fast that stage has been, 0 if there is none or no job runs.", "slot"
+            "slot_bytes_per_second", "Speed of that stage, 0 if there is none or no job runs.", "slot"
         )
         self.left = self._gauge(
             "slot_stage_remaining_seconds",
-            "How long that stage will take at this rate, NaN if it is not known.",
+            "Time left for that stage at this speed, NaN if it is unknown.",
             "slot",
         )
         self.stage_start = self._gauge(
             "slot_stage_start_timestamp_seconds",
-            "When that stage began, or another one if none counts in bytes, NaN if no stage runs.",
+            "Time when that stage began, or another one if none counts in bytes, NaN if no stage runs.",
             "slot",
         )
         self.stage = self._gauge(
             "slot_stage",
-            "Which stage that is, by its place in the order of the stages, NaN if none runs: "
+            "Number of that stage, NaN if none runs: "
             + ", ".join(f"{number} {name}" for number, name in enumerate(STAGES, 1))
             + ".",
             "slot",
         )
         self.last_progress = self._gauge(
             "slot_last_progress_timestamp_seconds",
-            "When the job last got further, NaN if no job runs. Of stages that count in bytes, the one that has stood"
-            " still for longest.",
+            "Time of the last progress of the job, NaN if no job runs. Of several stages that count in bytes, the one"
+            " with the oldest progress.",
             "slot",
         )
         self.show({}, 1)  # there is always one worker
 
     def _declare_watching(self) -> None:
-        self.scan_seconds = self._histogram(
-            "scan_duration_seconds", "Time that a look at all exports took.", SCAN_BUCKETS
-        )
-        self.last_scan = self._gauge("last_scan_timestamp_seconds", "When the last look at the exports ended.")
+        self.scan_seconds = self._histogram("scan_duration_seconds", "Duration of a scan of all exports.", SCAN_BUCKETS)
+        self.last_scan = self._gauge("last_scan_timestamp_seconds", "Time when the last scan of the exports ended.")
         self.scan_errors = self._counter(
-            "scan_errors", "Times that exports_dir (directory) or an export in it (export) could not be read.", "reason"
+            "scan_errors",
+            "Scans in which exports_dir (directory) or an export in it (export) could not be read.",
+            "reason",
         )
         self.watcher_up = self._gauge(
-            "watcher_up", "Whether changes are seen at once (1), or only by the next look (0)."
+            "watcher_up", "Whether the daemon sees changes at once (1), or only by the next scan (0)."
         )
         self.watcher_restarts = self._counter(
             "watcher_restarts",
-            "Times that the watch was begun anew: it died, its directory was replaced, or the settings changed.",
+            "Restarts of the watch: it died, its directory was replaced, or the settings changed.",
             "reason",
         )
-        self.events = self._counter("events", "Changes in exports_dir that were seen at once.")
-        self.watcher_warnings = self._counter(
-            "watcher_warnings", "Warnings of the library that watches, such as that its queue was full."
-        )
+        self.events = self._counter("events", "Changes in exports_dir that the watch saw.")
+        self.watcher_warnings = self._counter("watcher_warnings", "Warnings of the watch, such as a full queue.")
         self.task_failures = self._counter(
             "task_failures",
             "Times that a task which the daemon has done now and then (prune, notify, heartbeat) failed.",
@@ -207,24 +201,24 @@ class Metrics:
             "ready", "Whether a check of /readyz passed, or is not needed by the settings.", "check"
         )
         self.libvirt_up = self._gauge(
-            "libvirt_up", "Whether libvirt answered when it was last asked, NaN if the settings do not need it."
+            "libvirt_up", "Whether libvirt answered at the last check, NaN if the settings do not need it."
         )
         self.free = self._gauge(
             "destination_free_bytes",
-            "Bytes that are free in output_dir and work_dir, NaN if that is not known.",
+            "Free bytes in output_dir and work_dir, NaN if unknown.",
             "pool",
         )
         self.reload_ok = self._gauge("config_last_reload_successful", "Whether the last reload was accepted.")
         self.reloaded = self._gauge(
-            "config_last_reload_success_timestamp_seconds", "When settings were last read and accepted."
+            "config_last_reload_success_timestamp_seconds", "Time of the last reload that was accepted."
         )
         self.log_messages = self._counter("log_messages", "Messages that the daemon itself logged, by level.", "level")
         self.draining = self._gauge(
-            "draining", "Whether no job is started: after `hyper2kvmctl drain`, or before an upgrade."
+            "draining", "Whether the daemon starts no jobs: after `hyper2kvmctl drain`, or before an upgrade."
         )
-        self.pending = self._gauge("notifications_pending", "Messages of ended jobs that wait to be told.")
+        self.pending = self._gauge("notifications_pending", "Notifications of finished jobs that are still to be sent.")
         self.given_up = self._counter(
-            "notifications_given_up", "Messages of ended jobs that nobody took, and that are not sent any more."
+            "notifications_given_up", "Notifications of finished jobs that nobody accepted, and that are given up."
         )
         _initialise(self.ready, CHECKS)
         _initialise(self.free, POOLS)
@@ -420,7 +414,7 @@ class _Running(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One series for each job, from when its manifest was read until it ends: its labels do not change."""
-        help = "The job in a slot, only while it runs: its VM, the number of the attempt, and the tags of its manifest."
+        help = "The running job in a slot: its VM, the number of the attempt, and the tags of its manifest."
         family = InfoMetricFamily(f"{NAMESPACE}_job", help, labels=("slot", "job", "vm", "attempt", "tags"))
         for labels in self._metrics._running:
             family.add_metric(labels, {})

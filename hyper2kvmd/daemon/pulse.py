@@ -57,7 +57,7 @@ class Pulse:
         except OSError as error:
             if not self._failed:
                 hint = "`hyper2kvmctl hosts` does not list this host. Give the service's user write access."
-                log.warning("the other hosts cannot be told of this one", reason=explained(error), hint=hint)
+                log.warning("this host cannot report to the other hosts", reason=explained(error), hint=hint)
             self._failed = True
 
     def stop(self, settings: Settings) -> None:

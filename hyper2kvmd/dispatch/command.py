@@ -127,7 +127,7 @@ def _unavailable(which: str, what: str, output: str = "") -> MigrationError:
     return MigrationError(
         Code.ENGINE_UNAVAILABLE,
         what,
-        f"Run the words of dispatch.command.{which} by hand as the service's user; it is tried again by itself.",
+        f"Run the words of dispatch.command.{which} by hand as the service's user; the daemon retries it.",
         field=f"dispatch.command.{which}",
         tail=output,
     )

@@ -40,7 +40,7 @@ _OVER = frozenset(
 # What a person should know of the words for why a job waits, where the word alone does not say it.
 _REASONS = {
     "BeginTime": "it was requeued, and may start again soon: 2 minutes, unless slurm.conf has cred_expire",
-    "JobHeldUser": "it is held; `scontrol release` it, or `scancel` it to have it submitted anew",
+    "JobHeldUser": "it is held; `scontrol release` it, or `scancel` it and it is submitted again",
     "JobHeldAdmin": "an administrator holds it",
     "Dependency": "another job of the same export is not over",
     "Licenses": "all of dispatch.slurm.licenses are taken",

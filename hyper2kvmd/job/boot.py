@@ -31,7 +31,7 @@ from hyper2kvmd.run import tail
 
 log = structlog.get_logger()
 
-BOOT_HINT = "See boot-test.log and boot-test.png beside the report; with validate.boot_failure: warn the job goes on."
+BOOT_HINT = "See boot-test.log and boot-test.png beside the report; with validate.boot_failure: warn the job continues."
 
 
 def boot_copy(job: Job, plan: Plan, disks: Sequence[PlannedDisk], domain: Domain) -> None:

@@ -163,9 +163,9 @@ def _run(
         if job.verdict is not None and job.verdict.code != Code.HELD:
             return _conclude(job, claim, manifest, look, began, job.verdict, sources)
         claim.interrupted()
-        stopped = job.verdict or MigrationError(Code.INTERRUPTED, "the job was stopped", "Start it again; it goes on.")
+        stopped = job.verdict or MigrationError(Code.INTERRUPTED, "the job was stopped", "Start it again; it resumes.")
         events.emit("finished", status="interrupted", **stopped.finding().as_json())
-        log.info("interrupted; the next attempt goes on", kind=Kind.INTERRUPTED)
+        log.info("interrupted; the next attempt resumes it", kind=Kind.INTERRUPTED)
         return EXIT_TEMPORARY
     except MigrationError as problem:
         error = _arriving(job, look, problem) or problem
@@ -238,8 +238,8 @@ def _arriving(job: Job, before: Facts, error: MigrationError) -> MigrationError 
                 Code.EXPORT_INCOMPLETE,
                 f"{job.export.directory / path} is still being written: it had {sizes.get(path, 0)} bytes when the job"
                 f" began, and has {size} now",
-                "Nothing is to be done: it is tried again by itself. Copy an export beside exports_dir and move it in"
-                " (`mv`) to have it seen when it is whole.",
+                "You need not do anything: the daemon retries it. Next time, copy the export beside exports_dir, and"
+                " `mv` it in when it is complete.",
             )
     return None
 
@@ -428,9 +428,7 @@ def _write_report(claim: Claim, manifest: Manifest | None, document: Report, sig
 def _from_os(error: OSError) -> MigrationError:
     """An error of the operating system as one of ours."""
     if trouble(error) == "full":
-        return MigrationError(
-            Code.NO_SPACE, explained(error), "Free some space there; the job is tried again by itself."
-        )
+        return MigrationError(Code.NO_SPACE, explained(error), "Free some space there; the daemon retries the job.")
     return MigrationError(
         Code.IO_ERROR, explained(error), "Check that the path exists, its permissions and its storage."
     )

@@ -15,7 +15,7 @@ class ManifestError(MigrationError):
     """A manifest that cannot be used. `problems` holds all that was found; the error itself is the first.
 
     The code is MANIFEST_UNREADABLE for what is not complete JSON or YAML, which may be still being
-    written, and MANIFEST_INVALID for what was read and is wrong, which waiting does not mend.
+    written, and MANIFEST_INVALID for what was read and is wrong, which waiting does not fix.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ def parse(data: bytes, name: str, pipeline: wire.Pipeline | None = None, vm_name
 
 
 def _foreign(content: Any) -> Finding | None:
-    """What else a file is that is not a manifest at all, so that nobody mends it field by field."""
+    """What else a file is that is not a manifest at all, so that nobody fixes it field by field."""
     if not isinstance(content, dict):
         found = show(content)
         return invalid(f"not an Artifact Manifest: the file holds {found}, not a table", _EXPORT_AGAIN)

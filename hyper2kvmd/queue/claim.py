@@ -218,7 +218,7 @@ def unwritable(export: Path, error: OSError) -> MigrationError:
         Code.EXPORT_UNWRITABLE,
         f"{export}: the lock and the report cannot be written there: {error.strerror}",
         "Give the user of the service write access (run it as the exporter's user with User= in a drop-in,"
-        " or set an ACL), or free some space; it is tried again by itself.",
+        " or set an ACL), or free some space; the daemon retries it.",
     )
 
 

@@ -120,7 +120,7 @@ def _read(path: Path, settings: Settings) -> Ticket:
         if error.errno == errno.ELOOP:
             problem = Finding(Code.EXPORT_UNSAFE, f"{original} is a symbolic link", _COPY)
         else:
-            hint = "Run the service by its unit, which lets itself in, or give its user access; it is tried again."
+            hint = "Run the service by its unit, or give its user access; the daemon retries it."
             problem = Finding(Code.IO_ERROR, f"{explained(error, path)}: the manifest cannot be read", hint)
     name, directory = _stem(original), None
     if problem is None:

@@ -29,9 +29,9 @@ _STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 60
 LineKind = Literal["file", "place", "added", "removed", "same"]
 
 _UNFINISHED: dict[Status, str] = {
-    "retrying": "The migration has not succeeded yet. It is tried again by itself.",
+    "retrying": "The migration has not succeeded yet. It is retried.",
     "blocked": "The migration cannot go on until a person changes something.",
-    "failed": "The migration is not tried again by itself.",
+    "failed": "The migration is not retried.",
     "rejected": "The export was not accepted. Nothing of it was migrated.",
     "cancelled": "The migration was cancelled.",
 }

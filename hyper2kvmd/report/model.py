@@ -140,14 +140,14 @@ class EstimateRecord(Part):
 
 
 class Report(Part):
-    """What became of one export. Its presence means: nothing more to do, unless the status is `retrying`.
+    """How the job of one export ended. While the report exists, no job starts, unless the status is `retrying`.
 
     The times, and the `seconds` it took, are those of the last attempt. `warnings`, `stages`, `disks` and `changes` are
     in the order in which they came about.
     """
 
     schema_version: Literal["1.0"] = "1.0"
-    status: Status = Field(description="what became of the export")
+    status: Status = Field(description="how the job ended")
     dry_run: bool = Field(default=False, description="whether everything was done on throw-away overlays only")
     job: str = Field(description="identifier of the job: the same for every attempt at this manifest")
     vm_name: str | None = Field(default=None, description="the VM's name; null if the manifest could not be read")

@@ -64,25 +64,25 @@ class Section(BaseModel):
 
 
 class Watch(Section):
-    """How new exports are noticed before the next scan, which finds everything in any case."""
+    """How the daemon sees new exports before the next scan, which finds all of them."""
 
     mode: Literal["auto", "inotify", "poll", "off"] = Field(
         default="auto",
         description="auto: inotify, but poll on network file systems, where other hosts write too. inotify: the kernel"
-        " tells at once. poll: a look every ten seconds. off: only the scans.",
+        " reports changes at once. poll: a scan every ten seconds. off: only the regular scans.",
     )
 
 
 class Output(Section):
-    """The disks that are written. A manifest may ask for something else; `pipeline` goes before both."""
+    """The disks that a job writes. A manifest can ask for something else; `pipeline` overrides both."""
 
     format: Literal["qcow2", "raw"] = Field(default="qcow2", description="Image format of the disks: qcow2 or raw.")
     compress: bool = Field(
-        default=False, description="Whether qcow2 disks are compressed: smaller, but slower to write and to read."
+        default=False, description="Whether to compress qcow2 disks: they are smaller, but slower to write and to read."
     )
     allowed_dirs: tuple[Path, ...] = Field(
         default=(),
-        description="Directories, besides output_dir, that a manifest may ask for. The unit has to allow them too"
+        description="Directories, besides output_dir, that a manifest may ask for. The unit must allow them too"
         " (ReadWritePaths=).",
         examples=[["/srv/fast", "/srv/big"]],
     )
@@ -94,122 +94,120 @@ class Convert(Section):
     engine: Literal["auto", "qemu-img"] = Field(
         default="auto",
         description="auto: hyper2kvmd reads sparse VMDKs itself, such as the streamOptimized ones of vSphere, once for"
-        " the disk and its checksum; a raw disk that becomes raw on the same file system shares its blocks,"
-        " where that can do so (reflink); qemu-img reads all other disks. qemu-img: it reads every disk.",
+        " the disk and its checksum. A raw disk that becomes raw on the same file system shares its blocks (reflink),"
+        " if the file system supports that. qemu-img converts all other disks. qemu-img: it converts every disk.",
     )
 
 
 class Libvirt(Section):
-    """Where and how the domain is defined."""
+    """Where and how the job defines the domain."""
 
-    uri: str = Field(default="qemu:///system", description="The libvirt that domains are defined and booted in.")
+    uri: str = Field(default="qemu:///system", description="The libvirt in which domains are defined and booted.")
     import_: bool = Field(
         default=True,
         alias="import",
-        description="Whether the VM is defined in libvirt at all. If not, there are only its disks.",
+        description="Whether to define the VM in libvirt. If not, you get only its disks.",
     )
     network_map: dict[str, Network] = Field(
         default_factory=dict,
-        description="What a network of the source becomes: the name of a libvirt network, bridge:NAME, or ovs:NAME"
-        " (Open vSwitch), each with @VLAN if it is to be tagged; or user (QEMU's own NAT, which needs no network of the"
-        " host).",
+        description="From each network of the source to the new one: the name of a libvirt network, bridge:NAME, or"
+        " ovs:NAME (Open vSwitch), each with @VLAN for a tagged one; or user (QEMU's own NAT, which needs no network of"
+        " the host).",
         examples=[{"VM Network": "bridge:br0", "DMZ": "ovs:br1@20"}],
     )
-    default_network: Network = Field(
-        default="default", description="What all the other networks become, in the same form."
-    )
+    default_network: Network = Field(default="default", description="The new network for all others, in the same form.")
     pool: str | None = Field(
         default=None,
-        description="The storage pool that output_dir belongs to; it must exist and be active, and is refreshed when a"
-        " disk is there. null: any pool of that directory is refreshed.",
+        description="The storage pool of output_dir. It must exist and be active, and is refreshed for each new disk."
+        " null: any pool of that directory is refreshed.",
     )
     autostart: bool = Field(
         default=False,
         description="Whether the domain starts with the host. Off, because the source VM has the same addresses.",
     )
     start: bool = Field(
-        default=False, description="Whether the domain is started once it is defined. Off for the same reason."
+        default=False, description="Whether to start the domain after it is defined. Off for the same reason."
     )
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class Guest(Section):
-    """The libguestfs appliance: a small VM in which guests are inspected and fixed."""
+    """The libguestfs appliance: a small VM that inspects and fixes guests."""
 
     accel: Literal["auto", "kvm", "tcg"] = Field(
         default="auto",
-        description="auto: KVM if it works, else emulation. kvm: only KVM; a job that finds none is tried again later."
-        " tcg: always emulation, several times slower.",
+        description="auto: KVM if it works, else emulation. kvm: only KVM; without it, the daemon retries the job"
+        " later. tcg: always emulation, several times slower.",
     )
     memory_mb: int = Field(
-        default=1280, ge=512, description="Memory of the appliance, in MiB. More of it, if luks_keys are given."
+        default=1280, ge=512, description="Memory of the appliance, in MiB. With luks_keys it gets more."
     )
 
 
 class Fix(Section):
-    """How guests are fixed, and what happens to those that cannot be."""
+    """How guests are fixed, and what happens to guests that cannot be fixed."""
 
     allow_unsupported: bool = Field(
         default=False,
-        description="Whether a guest that cannot be fixed is converted all the same, with SATA and e1000e instead of"
-        " virtio. If not, its job ends blocked.",
+        description="Whether to convert a guest that cannot be fixed, with SATA and e1000e instead of virtio. If not,"
+        " its job is blocked.",
     )
     luks_keys: dict[str, Path] = Field(
         default_factory=dict,
         description="Passphrases of encrypted guests: from the VM's name, or the UUID of a LUKS container, to a file"
-        " that the service's user can read and others cannot.",
+        " that only the service's user can read.",
         examples=[{"web01": "/etc/hyper2kvmd/keys/web01"}],
     )
     serial_console: bool = Field(
         default=False,
-        description="Whether the guest's kernel is to write to the first serial port as well, for `virsh console`.",
+        description="Whether the guest's kernel also writes to the first serial port, for `virsh console`.",
     )
     virtio_win: Path | None = Field(
         default=VIRTIO_WIN,
         description="The drivers for Windows: a directory or an ISO in the layout of virtio-win. The default may be"
-        " missing; null for none.",
+        " missing. null: none.",
     )
 
 
 class Validate(Section):
-    """How the result is checked, beyond `qemu-img check`."""
+    """How the job checks its result, besides `qemu-img check`."""
 
     require_checksums: bool = Field(
         default=False,
-        description="Whether every disk must have a checksum in the manifest. One without it ends its job blocked.",
+        description="Whether every disk must have a checksum in the manifest. Without it, the job is blocked.",
     )
     compare: bool = Field(
         default=False,
-        description="Whether every byte of the result is compared with the source and the fix; reads both once more.",
+        description="Whether to compare every byte of the result with the source and the fix. Reads both once more.",
     )
     test_boot: bool = Field(
         default=False,
-        description="Whether the result is booted before success is reported: on a throw-away copy, without a network."
-        " A manifest can ask for it too.",
+        description="Whether to boot the result before the job succeeds: on a throw-away copy, without a network. A"
+        " manifest can ask for it too.",
     )
     boot_seconds: float = Field(
         default=300,
         ge=1,
         le=7200,
-        description="How long a guest may take to boot on KVM, in seconds; four times that under emulation.",
+        description="Time that a guest may take to boot on KVM, in seconds; under emulation four times that.",
     )
     boot_memory_mb: int = Field(
         default=2048, ge=128, description="The most memory that a guest gets in the boot test, in MiB."
     )
     boot_failure: Literal["fail", "warn"] = Field(
         default="fail",
-        description="fail: a guest that is seen not to boot fails its job. warn: it is published with a warning.",
+        description="fail: if the guest does not boot, its job fails. warn: the job publishes it with a warning.",
     )
 
 
 class Retry(Section):
-    """How jobs are tried again that failed for a passing reason, such as a libvirt that does not answer."""
+    """How the daemon retries jobs whose cause passes by itself, such as a libvirt that does not answer."""
 
     max_attempts: int = Field(
         default=5,
         ge=1,
-        description="How many attempts there are in all. Missing space or memory is waited for without counting.",
+        description="The number of attempts in all. Attempts that wait for space or memory do not count.",
     )
     delay_seconds: Seconds = Field(
         default=60, description="Wait before the second attempt, in seconds; doubles with each one after it."
@@ -222,34 +220,34 @@ class Retry(Section):
 
 
 class StageSeconds(Section):
-    """How long each stage may take, in seconds, before its job is stopped and tried again. Nothing that is alive comes
-    near these; what hangs must not hang for ever.
+    """How long each stage may take, in seconds, before the daemon stops the job and retries it. These limits are far
+    above what a stage needs: they end one that hangs.
     """
 
-    plan: Seconds = Field(default=1800, description="Looking at all that can be known before the copy.")
-    verify: Seconds = Field(default=172800, description="Computing the checksums of the exported disks.")
-    inspect: Seconds = Field(default=3600, description="Finding out what the guest is.")
-    fix: Seconds = Field(default=14400, description="Changing the guest, on an overlay.")
-    convert: Seconds = Field(default=172800, description="Converting the disks.")
-    commit: Seconds = Field(default=14400, description="Laying the changes onto the converted disks.")
-    validate_: Seconds = Field(default=172800, alias="validate", description="Checking the converted disks.")
+    plan: Seconds = Field(default=1800, description="Check all that can be known before the copy.")
+    verify: Seconds = Field(default=172800, description="Compute the checksums of the exported disks.")
+    inspect: Seconds = Field(default=3600, description="Find out what the guest is.")
+    fix: Seconds = Field(default=14400, description="Change the guest, on an overlay.")
+    convert: Seconds = Field(default=172800, description="Convert the disks.")
+    commit: Seconds = Field(default=14400, description="Write the changes to the converted disks.")
+    validate_: Seconds = Field(default=172800, alias="validate", description="Check the converted disks.")
     boot: Seconds = Field(default=36000, description="The boot test.")
-    publish: Seconds = Field(default=3600, description="Flushing the disks, and giving them their names.")
-    hook: Seconds = Field(default=3600, description="All the hooks before the import.")
-    import_: Seconds = Field(default=1800, alias="import", description="Defining the domain.")
+    publish: Seconds = Field(default=3600, description="Flush the disks, and give them their names.")
+    hook: Seconds = Field(default=3600, description="Run all hooks before the import.")
+    import_: Seconds = Field(default=1800, alias="import", description="Define the domain.")
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class Limits(Section):
-    """What one job may take of time and of the host."""
+    """How much time and which share of the host one job may use."""
 
     stage_seconds: StageSeconds = StageSeconds()
     no_progress_seconds: Seconds = Field(
         default=7200,
-        description="A checksum, conversion, commit or comparison that gets no further for so many seconds is stopped,"
-        " and its job tried again. The tools tell of each hundredth of a disk, so this must be longer than that takes."
-        " What cannot say how far it is has only its limit in stage_seconds.",
+        description="If a checksum, conversion, commit or comparison makes no progress for so many seconds, the daemon"
+        " stops the job and retries it. The tools report each hundredth of a disk, so this must be longer than that"
+        " takes. Other work has only its limit in stage_seconds.",
     )
     nice: int = Field(
         default=10, ge=0, le=19, description="CPU priority of jobs on the host: 0 (normal) to 19 (lowest)."
@@ -257,7 +255,7 @@ class Limits(Section):
     io_class: Literal["none", "best-effort", "idle"] = Field(
         default="best-effort",
         description="Priority of their disk accesses. none: normal. best-effort: the lowest of the normal ones. idle:"
-        " only when nobody else wants the disk.",
+        " only when nothing else uses the disk.",
     )
 
 
@@ -278,16 +276,16 @@ class Reports(Section):
 
 
 class Retention(Section):
-    """What is kept of jobs that are over. `hyper2kvmctl prune` removes the rest, and so does the daemon, every hour."""
+    """What is kept of finished jobs. `hyper2kvmctl prune` removes the rest, and so does the daemon, every hour."""
 
     work_days: int = Field(
         default=7,
         ge=0,
-        description="Days for which unfinished disks in output_dir, and the files in work_dir, are kept whose export is"
-        " not in exports_dir.",
+        description="Days to keep unfinished disks in output_dir, and files in work_dir, whose export is not in"
+        " exports_dir.",
     )
-    log_days: int = Field(default=30, ge=0, description="Days for which the log of a finished job is kept.")
-    old_reports: int = Field(default=10, ge=0, description="How many reports of earlier runs are kept for each export.")
+    log_days: int = Field(default=30, ge=0, description="Days to keep the log of a finished job.")
+    old_reports: int = Field(default=10, ge=0, description="Number of reports of earlier runs to keep for each export.")
 
 
 def _possible(choice: object) -> object:
@@ -300,24 +298,25 @@ def _possible(choice: object) -> object:
 
 
 class TlsServer(Section):
-    """TLS for the address, in keys and values of the Prometheus exporter toolkit. A path that is not absolute names a
-    credential, which systemd hands over (LoadCredential=). `systemctl reload` takes renewed files into use.
+    """TLS for the address, with the keys and values of the Prometheus exporter toolkit. A path that is not absolute
+    names a credential of systemd (LoadCredential=). `systemctl reload` loads renewed files.
     """
 
     cert_file: Path | None = Field(
         default=None,
-        description="The server's certificate, in PEM, with those between it and its authority. Without it, there is no"
-        " TLS.",
+        description="The server's certificate, in PEM, with the intermediate ones. Without it, there is no TLS.",
     )
     key_file: Path | None = Field(
-        default=None, description="Its private key, in PEM and without a passphrase, for the service's user to read."
+        default=None,
+        description="Its private key, in PEM, without a passphrase. The service's user must be able to read it.",
     )
     client_auth_type: Annotated[
         Literal["NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert"], BeforeValidator(_possible)
     ] = Field(
         default="NoClientCert",
-        description="NoClientCert: everybody may read. VerifyClientCertIfGiven: likewise, but a certificate that is"
-        " given must be good. RequireAndVerifyClientCert: only who has one that client_ca_file signed.",
+        description="NoClientCert: everybody may read. VerifyClientCertIfGiven: the same, but if a client has a"
+        " certificate, it must be valid. RequireAndVerifyClientCert: only clients with a certificate that"
+        " client_ca_file signed.",
     )
     client_ca_file: Path | None = Field(
         default=None, description="Certificates of the authorities that sign those of clients, in PEM."
@@ -346,11 +345,11 @@ class Metrics(Section):
     listen: str = Field(
         default="127.0.0.1:9878",
         pattern=rf"^(|[^:]+:{_PORT}|\[[0-9a-fA-F:]+\]:{_PORT})$",
-        description='ADDRESS:PORT, or [IPV6-ADDRESS]:PORT; "" for none. One that other hosts can reach needs TLS.',
+        description='ADDRESS:PORT, or [IPV6-ADDRESS]:PORT; "" for none. If other hosts can reach it, it needs TLS.',
     )
     allow_insecure: bool = Field(
         default=False,
-        description="Whether other hosts may be served without TLS: whoever can connect reads the names of VMs.",
+        description="Whether other hosts may connect without TLS: they can read the names of VMs.",
     )
     page: bool = Field(
         default=False,
@@ -496,7 +495,7 @@ class Heartbeat(Receiver):
 
 
 class Notify(Section):
-    """Who is told of jobs that are over, and that the daemon works."""
+    """Who gets a message of finished jobs, and of a daemon that works."""
 
     webhook: Webhook = Webhook()
     apprise: Apprise = Apprise()
@@ -504,38 +503,38 @@ class Notify(Section):
 
 
 class Hooks(Section):
-    """Programs that are run before a domain is defined and after a job is over, with the report on standard input;
-    docs/notify.md says how.
+    """Programs to run before a domain is defined and after a job is over, with the report on standard input;
+    docs/notify.md has the details.
     """
 
     directory: Path = Field(
         default=Path("/etc/hyper2kvmd/hooks.d"),
-        description="Where they are: in pre-import/ and post-job/, run in the order of their names.",
+        description="Their directory, with pre-import/ and post-job/. They run in the order of their names.",
     )
     timeout_seconds: float = Field(
-        default=300, ge=1, le=86400, description="How long one may take before it is killed, in seconds."
+        default=300, ge=1, le=86400, description="Seconds that one may take before it is killed."
     )
 
 
 class Hypersdk(Section):
-    """For exporters that hand over by themselves: the queue that they copy manifests to, and where they wait for the
-    answer; docs/hypersdk.md says how both sides are set up.
+    """The queue of hypersdk's exporters, and the directory where they wait for the answer; docs/hypersdk.md says how to
+    set up both sides.
     """
 
     queue_dir: Path | None = Field(
         default=None,
-        description="Where exporters put copies of their manifests, such as /var/lib/hyper2kvm/queue; null for nowhere."
-        " Each is taken out at once.",
+        description="The directory into which exporters copy manifests, such as /var/lib/hyper2kvm/queue; null: none."
+        " The daemon takes each manifest out at once.",
     )
     output_dir: Path | None = Field(
         default=None,
-        description="Where the answers appear, such as /var/lib/hyper2kvm/output: VM.qcow2, a link to the disk that the"
-        " VM boots from, or VM.error. Set both, or neither.",
+        description="The directory for the answers, such as /var/lib/hyper2kvm/output: VM.qcow2, a link to the boot"
+        " disk, or VM.error. Set both, or neither.",
     )
     allowed_dirs: tuple[Path, ...] = Field(
         default=(),
-        description="Directories, besides exports_dir, whose directories are exports too once a manifest in the queue"
-        " names their disks. The unit has to allow them too (ReadWritePaths=).",
+        description="Directories, besides exports_dir, whose directories become exports when a manifest in the queue"
+        " names their disks. The unit must allow them too (ReadWritePaths=).",
         examples=[["/srv/exports"]],
     )
 
@@ -547,21 +546,20 @@ class Hypersdk(Section):
 
 
 class Slurm(Section):
-    """What is asked of Slurm for each job; docs/hosts.md has a cluster that suits."""
+    """What each job requests from Slurm; docs/hosts.md has a matching cluster."""
 
     partition: Word | None = Field(default=None, description="The partition; null for the cluster's default.")
-    account: Word | None = Field(default=None, description="The account that is charged; null for the user's default.")
+    account: Word | None = Field(default=None, description="The account to charge; null for the user's default.")
     qos: Word | None = Field(default=None, description="The quality of service; null for the default.")
     features: tuple[Word, ...] = Field(
         default=(),
-        description="Features (--constraint) that every host must have. With guest.accel kvm, the feature kvm is asked"
-        " for as well.",
+        description="Features (--constraint) that every host must have. With guest.accel kvm, jobs also request the"
+        " feature kvm.",
         examples=[["site-a"]],
     )
     licenses: tuple[Word, ...] = Field(
         default=(),
-        description="Licences that every job takes, as NAME:COUNT: by them, so many jobs at most read from one file"
-        " server.",
+        description="Licences that every job takes, as NAME:COUNT. They limit how many jobs read from one file server.",
         examples=[["filer1:1"]],
     )
 
@@ -570,8 +568,8 @@ PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 
 
 class DispatchCommand(Section):
-    """Programs that stand in for an engine, each as a list of words, without a shell. In the words, a name in braces
-    becomes what it says; a word that is {words} becomes all the words of the program that is to be run.
+    """Programs that act as an engine, each as a list of words, without a shell. A name in braces is replaced by its
+    value; the word {words} is replaced by all words of the program to run.
     """
 
     submit: tuple[str, ...] = Field(
@@ -579,18 +577,18 @@ class DispatchCommand(Section):
         description="Takes one job, prints its identifier as its last line, and ends at once. Of {name}, {log}, {cpus},"
         " {memory_mb}, {scratch_mb}, {priority}, {features}, {licenses} and {exclude}, the last three are joined by"
         " commas, and may be empty. It must run {words} somewhere, with its output at the end of the file {log}. Status"
-        " 2: it does not take this job, which then waits for a person. Any other but 0: not now.",
+        " 2: it refuses this job, which is then blocked. Any other status but 0: not now.",
         examples=[["/usr/local/bin/h2k-submit", "{name}", "{log}", "{exclude}", "{words}"]],
     )
     list: tuple[str, ...] = Field(
         default=(),
-        description="Prints a line for each job that is not over: identifier, name, and `running` and its host or"
-        " `waiting` and why, if that is known.",
+        description="Prints a line for each unfinished job: identifier, name, and `running` with its host or"
+        " `waiting` with the reason, if known.",
         examples=[["/usr/local/bin/h2k-list"]],
     )
     cancel: tuple[str, ...] = Field(
         default=(),
-        description="Drops the job {id} if it waits; it is no error if it does not any more.",
+        description="Cancels the job {id} if it waits. If it waits no longer, that is no error.",
         examples=[["/usr/local/bin/h2k-cancel", "{id}"]],
     )
 
@@ -629,38 +627,38 @@ DISPATCH_PLACEHOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 class Dispatch(Section):
-    """Who decides on which host a job runs; docs/hosts.md compares the ways."""
+    """What decides on which host a job runs; docs/hosts.md compares the choices."""
 
     engine: Literal["local", "slurm", "command"] = Field(
         default="local",
-        description="local: this daemon runs jobs on its own host, `workers` at a time. slurm: it hands every job to"
-        " Slurm, which runs it on one of its nodes. command: the same, with programs of yours.",
+        description="local: this daemon runs jobs on its own host, `workers` at a time. slurm: it submits every job"
+        " to Slurm, which runs it on one of its nodes. command: the same, with your own programs.",
     )
     max_submitted: int = Field(
         default=100,
         ge=1,
         le=10000,
-        description="So many jobs are with the engine at most, waiting and running; the others wait in exports_dir.",
+        description="The most jobs in the engine, waiting and running. The others wait in exports_dir.",
     )
     program: tuple[str, ...] = Field(
         default=("hyper2kvmd",),
         min_length=1,
-        description="The program as the nodes have it. It reads their own settings files.",
+        description="The program on the nodes. It reads their own settings files.",
     )
-    cpus: int = Field(default=2, ge=1, le=1024, description="CPUs that a job asks for.")
+    cpus: int = Field(default=2, ge=1, le=1024, description="CPUs that a job requests.")
     memory_mb: int = Field(
         default=1024,
         ge=0,
-        description="Memory that a job asks for besides that of its appliance (guest.memory_mb), in MiB.",
+        description="Memory that a job requests besides that of its appliance (guest.memory_mb), in MiB.",
     )
     scratch_mb: int = Field(
         default=0,
         ge=0,
-        description="Space in work_dir that a job asks for, in MiB; 0 for none. Slurm takes it as --tmp, which its"
-        " nodes must have (TmpDisk).",
+        description="Space in work_dir that a job requests, in MiB; 0 for none. Slurm gets it as --tmp, and its nodes"
+        " must have it (TmpDisk).",
     )
     timeout_seconds: float = Field(
-        default=30, ge=1, le=600, description="How long a command of the engine may take before it is given up."
+        default=30, ge=1, le=600, description="Seconds that a command of the engine may take."
     )
     slurm: Slurm = Slurm()
     command: DispatchCommand = DispatchCommand()
@@ -673,28 +671,29 @@ class Dispatch(Section):
 
 
 class Accept(Section):
-    """Which exports this host takes, where several hosts share exports_dir and each takes by itself
-    (`dispatch.engine: local`). `hyper2kvmctl list` says of an export that no host takes why that is so.
+    """Which exports this host accepts, if several hosts share exports_dir and each takes exports itself
+    (`dispatch.engine: local`). `hyper2kvmctl list` shows why no host accepts an export.
     """
 
     largest_disk_gib: float | None = Field(
-        default=None, gt=0, description="No export with a larger file than this, in GiB as exported; null for any."
+        default=None, gt=0, description="The largest file of an export, in GiB; null for no limit."
     )
     free_gib: float = Field(
         default=0,
         ge=0,
-        description="So much is to stay free in output_dir, in GiB, once disks as large as the exported are there.",
+        description="GiB that must stay free in output_dir after the disks are written, if they are as large as the"
+        " exported ones.",
     )
-    kvm: bool = Field(default=False, description="Whether this host takes nothing while KVM does not work on it.")
+    kvm: bool = Field(default=False, description="Whether this host accepts nothing while KVM does not work on it.")
     tags: dict[str, str] = Field(
         default_factory=dict,
-        description="Only exports whose manifests have all these tags; in the values, * stands for anything.",
+        description="Only exports whose manifests have all these tags. In a value, * stands for anything.",
         examples=[{"site": "berlin"}],
     )
 
 
 class Rule(Section):
-    """What holds for some VMs. One that a rule names neither by `vm` nor by `tags` is meant as well: it is for all."""
+    """Settings for some VMs. A rule without `vm` and without `tags` is for all VMs."""
 
     vm: tuple[str, ...] = Field(
         default=(), description="Names of VMs, or of directories of exports; * stands for anything."
@@ -703,15 +702,13 @@ class Rule(Section):
         default_factory=dict, description="Tags that the manifest must have, all of them; * as above."
     )
     features: tuple[Word, ...] = Field(
-        default=(), description="What a host must have, besides dispatch.slurm.features."
+        default=(), description="Features that a host must have, besides dispatch.slurm.features."
     )
     licenses: tuple[Word, ...] = Field(default=(), description="Licences, besides dispatch.slurm.licenses.")
     priority: int | None = Field(
-        default=None, ge=-1000, le=1000, description="Jobs with a higher number are started first; the others have 0."
+        default=None, ge=-1000, le=1000, description="Jobs with a higher number start first; the others have 0."
     )
-    libvirt_uri: str | None = Field(
-        default=None, description="The libvirt that the domain is defined in, instead of libvirt.uri."
-    )
+    libvirt_uri: str | None = Field(default=None, description="The libvirt for the domain, instead of libvirt.uri.")
 
 
 def _time(value: object) -> object:
@@ -734,7 +731,7 @@ class Wave(Section):
     )
     not_after: Time | None = Field(
         default=None,
-        description="No job starts that would end later than this, by its estimate. A job that runs is not stopped.",
+        description="No job starts that would end later than this, by its estimate. A running job continues.",
     )
 
     @model_validator(mode="after")
@@ -746,21 +743,21 @@ class Wave(Section):
 
 class Vm(Section):
     """The virtual hardware of a VM, instead of what it had. For the plan of one VM, and for `hyper2kvmctl migrate
-    --set`; in the settings file it holds for every VM.
+    --set`. In the settings file it is for every VM.
     """
 
     cpus: int | None = Field(default=None, ge=1, le=4096, description="Virtual CPUs; null: as many as it had.")
     memory_mb: int | None = Field(default=None, ge=16, description="Memory, in MiB; null: as much as it had.")
     networks: tuple[Network | None, ...] = Field(
         default=(),
-        description="Where its network cards lead to, in their order, each in the form of `libvirt.default_network`;"
-        " null leaves a card to `libvirt.network_map`.",
+        description="The networks of its cards, in their order, each in the form of `libvirt.default_network`. For"
+        " null, `libvirt.network_map` decides.",
         examples=[["bridge:br0", None]],
     )
     mac: Literal["keep", "new"] = Field(
         default="keep",
-        description="keep: the cards keep their MAC addresses. new: they get new ones. A guest that knows a card by its"
-        " old address blocks its job then.",
+        description="keep: the cards keep their MAC addresses. new: they get new ones. If the guest knows a card by its"
+        " old address, its job is blocked.",
     )
 
 
@@ -768,7 +765,7 @@ class Log(Section):
     """What is logged."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="The least important messages that are logged: debug, info, warning or error."
+        default="info", description="The least important messages to log: debug, info, warning or error."
     )
 
 
@@ -777,17 +774,20 @@ class Settings(Section):
 
     exports_dir: Path = Field(
         default=Path("/var/lib/hypersdk/exports"),
-        description="Where hypersdk drops its exports, one directory per VM. Nothing in them is changed: a lock file, a"
-        " log and the report are added.",
+        description="The directory for exports, with one directory for each VM. Jobs change nothing in them: they add a"
+        " lock file, a log and the report.",
     )
-    output_dir: Path = Field(default=Path("/var/lib/libvirt/images"), description="Where the converted disks go.")
+    output_dir: Path = Field(
+        default=Path("/var/lib/libvirt/images"), description="The directory for the converted disks."
+    )
     work_dir: Path = Field(
         default=Path("/var/lib/hyper2kvmd/work"),
-        description="Where a job keeps its overlays, and the record of its finished steps, until it is over.",
+        description="The directory in which a job keeps its overlays and the record of its finished steps, until it is"
+        " over.",
     )
     manifest_names: tuple[FileName, ...] = Field(
         default=("manifest.json", "artifact-manifest.json", "manifest.yaml", "manifest.yml"),
-        description="File names of manifests. The first that is there is used.",
+        description="File names of manifests. The first one that exists counts.",
     )
     workers: int = Field(
         default=2,
@@ -796,25 +796,23 @@ class Settings(Section):
         description="Jobs at the same time. Each needs guest.memory_mb for its appliance, and about two cores.",
     )
     settle_seconds: Seconds = Field(
-        default=5, description="An export is taken when its manifest and disks have not changed for so many seconds."
+        default=5, description="A job starts when manifest and disks have not changed for so many seconds."
     )
     incomplete_grace_seconds: Seconds = Field(
         default=600,
-        description="A manifest that stays half-written, or a disk that stays missing, is an error after so many"
-        " seconds.",
+        description="After so many seconds, an incomplete manifest or a missing disk is an error.",
     )
     scan_interval_seconds: float = Field(
         default=30,
         ge=0.1,
         le=3600,
-        description="Seconds between two looks at all exports, whatever `watch` says.",
+        description="Seconds between two scans of all exports, with any `watch`.",
     )
     watch: Watch = Watch()
     output: Output = Output()
     pipeline: wire.Pipeline = Field(
         default=wire.Pipeline(),
-        description="What goes before the manifests' own wishes, in the keys of their `pipeline`; null leaves it to"
-        " them.",
+        description="Overrides the `pipeline` of all manifests, with the same keys; null leaves it to the manifests.",
         examples=[{"convert": {"compression": True}, "validate": {"test_boot": True}}],
     )
     convert: Convert = Convert()
@@ -828,8 +826,7 @@ class Settings(Section):
     retention: Retention = Retention()
     cleanup_source: bool = Field(
         default=False,
-        description="Whether the exported disks are deleted after their VM was migrated. The manifest and the report"
-        " stay.",
+        description="Whether to delete the exported disks after the migration. The manifest and the report stay.",
     )
     metrics: Metrics = Metrics()
     notify: Notify = Notify()
@@ -838,10 +835,10 @@ class Settings(Section):
     accept: Accept = Accept()
     rules: tuple[Rule, ...] = Field(
         default=(),
-        description="What holds for some VMs; where several rules do, the last one that says something of a key counts,"
-        " and features and licences add up. The keys of a rule: vm and tags say for which VMs it is (patterns, such as"
-        " web*; all must match), features, licenses and priority how an engine places their jobs (see dispatch), and"
-        " libvirt_uri where their domains are defined.",
+        description="Settings for some VMs. If several rules match, the last one with a key counts, and features and"
+        " licences add up. vm and tags say for which VMs a rule is (patterns, such as web*; all must match). features,"
+        " licenses and priority say how an engine places their jobs (see dispatch). libvirt_uri says where their"
+        " domains are defined.",
         examples=[[{"tags": {"site": "berlin"}, "features": ["berlin"], "licenses": ["filer1:1"], "priority": 10}]],
     )
     dispatch: Dispatch = Dispatch()

@@ -28,29 +28,31 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
 class VmPlan(Vm, Wave):
     """What is planned for one VM. For what it leaves out, the settings and the manifest count."""
 
-    name: str | None = Field(default=None, description="What the VM is to be called.")
+    name: str | None = Field(default=None, description="The new name of the VM.")
     wave: str | None = Field(default=None, description="Its wave. `waves` in the settings says when that may run.")
-    hold: bool = Field(default=False, description="Whether the VM is left out until you remove this.")
+    hold: bool = Field(default=False, description="Whether to leave the VM out until you remove this.")
     priority: int | None = Field(
         default=None, ge=-1000, le=1000, description="VMs with a higher number go first; without one, it is 0."
     )
     network_map: dict[str, Network] = Field(
-        default_factory=dict, description="What networks of the source become, before `libvirt.network_map`."
+        default_factory=dict, description="From networks of the source to new ones; overrides `libvirt.network_map`."
     )
-    output_dir: Path | None = Field(default=None, description="Where its disks go.")
+    output_dir: Path | None = Field(default=None, description="The directory for its disks.")
     format: Literal["qcow2", "raw"] | None = Field(default=None, description="Image format of its disks.")
-    compress: bool | None = Field(default=None, description="Whether its qcow2 disks are compressed.")
-    start: bool | None = Field(default=None, description="Whether the domain is started once it is defined.")
-    test_boot: bool | None = Field(default=None, description="Whether the result is booted before it counts as done.")
-    libvirt_uri: str | None = Field(default=None, description="The libvirt that its domain is defined in.")
-    features: tuple[Word, ...] = Field(default=(), description="What its host must have (`dispatch.slurm.features`).")
+    compress: bool | None = Field(default=None, description="Whether to compress its qcow2 disks.")
+    start: bool | None = Field(default=None, description="Whether to start the domain after it is defined.")
+    test_boot: bool | None = Field(default=None, description="Whether to boot the result before the job succeeds.")
+    libvirt_uri: str | None = Field(default=None, description="The libvirt for its domain.")
+    features: tuple[Word, ...] = Field(
+        default=(), description="Features that its host must have (`dispatch.slurm.features`)."
+    )
     licenses: tuple[Word, ...] = Field(
         default=(), description="Licences that its job takes (`dispatch.slurm.licenses`)."
     )
     addresses: tuple[IPvAnyAddress, ...] = Field(
         default=(), description="IP addresses that the VM has, and is to have again after `hyper2kvmctl cutover`."
     )
-    notes: str = Field(default="", max_length=1000, description="For people; the report has them, too.")
+    notes: str = Field(default="", max_length=1000, description="Notes for people; the report has them, too.")
 
     def overrides(self, settings: Settings) -> list[str]:
         """What this VM gets instead of what the settings say, as `key.path=value`."""

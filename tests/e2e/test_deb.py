@@ -233,7 +233,7 @@ def test_an_upgrade_waits_for_the_jobs_that_run(machine: Container, drop: Drop, 
     assert "hyper2kvmd.service: starts no job any more, and itself anew when those that run are over\n" in said
     assert f"hyper2kvmd {NEXT}" == machine.run("hyper2kvmd", "--version").strip()
     second = drop("second")
-    told = r"1 running \(first .*\), 1 queued, .*, ends with its last job, to start anew"
+    told = r"1 running \(first .*\), 1 queued, .*, ends with its last job, then restarts"
     wait_until(lambda: bool(re.fullmatch(told, show(machine, "StatusText"))), "the second waits")
     assert before == ours(machine), "the old daemon and its job are alive"
     assert __version__ == version(machine)

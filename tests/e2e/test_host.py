@@ -103,7 +103,7 @@ def test_what_root_migrates_the_service_can_do_again(host: Container, drop: Drop
     host.run(*VIRSH, "destroy", name)
     host.run(*VIRSH, "undefine", name)
     host.run("sh", "-c", f"rm {IMAGES}/{name}-*")
-    assert "will be tried again" in ctl(host, "retry", name)
+    assert "will be retried" in ctl(host, "retry", name)
     host.run("systemctl", "start", "hyper2kvmd")
     document = report(host, name)
     assert ("succeeded", "daemon") == (document["status"], document["host"]["started_by"]), document["error"]

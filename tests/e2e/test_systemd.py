@@ -460,7 +460,7 @@ def test_the_journal_explains_how_a_job_ended(service: Container, drop: Drop) ->
         for name, kind in ((good, "succeeded"), (bad, "blocked"))
     }
     assert "Subject: A VM was migrated" in explained[good]
-    assert "Subject: A migration waits for a person" in explained[bad]
+    assert "Subject: A migration waits for you" in explained[bad]
     assert "error=output_denied" in explained[bad]
     assert "Add /etc to output.allowed_dirs" in explained[bad]
     assert "man:hyper2kvmd(8)" in explained[bad]
@@ -716,7 +716,7 @@ def test_after_sigquit_the_service_starts_anew_when_its_jobs_are_over(service: C
     pid = main_pid(service)
     service.run("systemctl", "kill", "--kill-whom=main", "--signal=QUIT", "hyper2kvmd")
     second = drop("second")
-    ends = rf"1 running \({first} validate.*\), 1 queued, ends with its last job, to start anew"
+    ends = rf"1 running \({first} validate.*\), 1 queued, ends with its last job, then restarts"
     wait_until(lambda: bool(re.fullmatch(ends, show(service, "StatusText"))), "the status tells")
     assert pid == main_pid(service)
     service.run("rm", "/run/hold")

@@ -275,7 +275,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(
     terminal.wait_for(r"web02\s+running\s+convert")
     terminal.process.send_signal(signal.SIGINT)
     assert 130 == terminal.end()
-    assert "the same command goes on where it was" in terminal.text
+    assert "the same command resumes the jobs" in terminal.text
     assert [] == [path for path in scratch.output_dir.iterdir() if not path.name.endswith(".partial")]
     assert [] == list(scratch.exports_dir.glob(f"*/{REPORT}"))
     left = subprocess.run(["pgrep", "-f", str(scratch.exports_dir)], capture_output=True, text=True, check=False)

@@ -15,7 +15,6 @@ from hyper2kvmd import __main__ as daemon
 from hyper2kvmd import api, ctl
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.errors import MEANING, Code
-from hyper2kvmd.exits import EXIT_MEANING
 from hyper2kvmd.queue.names import DRAIN, HOLD, LOCK, LOG, REPORT
 from tests import ROOT, reference
 from tests.guests.recipe import GUESTS
@@ -80,11 +79,6 @@ def test_every_public_name_has_a_docstring() -> None:
     assert [] == [n for n, thing in names.items() if inspect.isclass(thing) and "__doc__" not in vars(thing)]
 
 
-def test_readme_lists_the_exit_statuses_as_they_are() -> None:
-    listed = ", ".join(f"{status} {meaning}" for status, meaning in EXIT_MEANING.items())
-    assert f"Exit statuses: {listed}." in " ".join((ROOT / "README.md").read_text().split())
-
-
 def test_the_table_of_files_names_each_that_is_put_into_an_export() -> None:
     section = reference.files()
     names = (LOCK, REPORT, LOG, HOLD, DRAIN)
@@ -119,11 +113,12 @@ def test_only_what_breaks_libguestfs_is_left_out_of_the_sandbox() -> None:
     assert "KillMode=mixed" in settings
 
 
-def test_readme_shows_every_guest_of_the_matrix_as_it_is() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_documentation_shows_every_guest_of_the_matrix_as_it_is() -> None:
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/guests.md"))
     for guest in GUESTS.values():
-        cells = (guest.name, guest.firmware.upper(), guest.storage, guest.initramfs, guest.network)
-        assert f"| {' | '.join(cells)} |" in readme
+        cells = (guest.name, guest.firmware.upper(), guest.storage, guest.initramfs)
+        assert f"\n| {' | '.join(cells)} |" in readme
+        assert f"\n- **{guest.name}** ({guest.network})." in page
 
 
 def test_the_page_of_the_library_has_all_that_is_offered() -> None:

@@ -63,7 +63,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     )
     make.set_defaults(run=_told(create))
 
-    hash_ = actions.add_parser("rehash", help="compute the checksums of a manifest's disks, and put them in")
+    hash_ = actions.add_parser("rehash", help="compute the checksums of a manifest's disks, and update the manifest")
     move = actions.add_parser("relocate", help="replace the leading directory of the disks' paths")
     move.add_argument("old", metavar="OLD", help="the leading directory that the paths have")
     move.add_argument("new", metavar="NEW", help="the new leading directory")

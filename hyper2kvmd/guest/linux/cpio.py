@@ -234,5 +234,5 @@ def _unreadable(image: Path, at: int, why: str) -> MigrationError:
     return MigrationError(
         Code.FIX_UNPROVED,
         f"the initramfs {image.name} cannot be read at byte {at}: {why}",
-        "Build it anew in the guest on VMware (update-initramfs, dracut or mkinitrd), and export it again.",
+        "Build it again in the guest on VMware (update-initramfs, dracut or mkinitrd), and export it again.",
     )

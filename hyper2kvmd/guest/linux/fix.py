@@ -207,7 +207,7 @@ def _unable(image: Image, bus: Bus, menu: Menu | None) -> Finding:
     if kernel.rescue:
         hint = (
             f"Do not choose it. To have one that starts, remove {file} and its kernel once the guest runs on KVM, "
-            "and reinstall the newest kernel, which makes it anew."
+            "and reinstall the newest kernel, which builds it again."
         )
     message = f"{title} on the boot menu ({file}) does not find its root on {bus.name} disks: it lacks "
     return Finding("kernel_unable", message + _lacking(image, bus), hint)

@@ -71,7 +71,7 @@ def disk_order(spec: str, root: str) -> Finding:
     return Finding(
         "disk_order",
         f"the guest calls its root {printable(spec)}, but its root is {root} here: the disks are not in the guest's "
-        "order, and device names of disks that cannot be told apart are not translated",
+        "order, and device names of disks that look the same are not translated",
         "List the disks in the manifest in the order of their controller slots.",
         "disks",
     )

@@ -147,7 +147,7 @@ def test_retry_keeps_the_old_report_and_starts_anew(scratch: Settings, make_expo
     assert 1 == run_job(export, scratch).returncode
     obstacle.unlink()
     done = ctl("retry", "web01")
-    assert "web01: was blocked, will be tried again\n" == done.stdout
+    assert "web01: was blocked, will be retried\n" == done.stdout
     assert "blocked" == json.loads((export / "migration-report.1.json").read_text())["status"]
     assert "queued" == state_in(export, scratch)
     check_finished_once(export, scratch)

@@ -168,7 +168,7 @@ def rich() -> dict[str, Any]:
             {
                 "fixer": "initramfs",
                 "path": "/boot/initrd.img-6.1.0-56-amd64",
-                "summary": "built anew with the virtio drivers",
+                "summary": "rebuilt with the virtio drivers",
                 "command": "update-initramfs -u -k 6.1.0-56-amd64",
                 "evidence": "update-initramfs: Generating\nand a second line",
             },

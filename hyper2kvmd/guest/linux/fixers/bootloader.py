@@ -168,7 +168,7 @@ def _check(view: View, menu: Menu, default: int, edits: list[Edit]) -> list[Find
     return [
         Finding(
             "default_unchanged",
-            f"the boot menu of {menu.files[0].path} could not be told to start {printable(entry.title)} by default",
+            f"the boot menu of {menu.files[0].path} could not be set to start {printable(entry.title)} by default",
             "Choose it on the menu when the guest starts, and set it as the default in the guest.",
         )
     ]

@@ -127,9 +127,9 @@ def rebuild(view: View, images: Sequence[Image], bus: Bus) -> tuple[Change, ...]
         Change(
             "initramfs",
             image.kernel.initrd or "",
-            f"built anew with the {bus.name} drivers"
+            f"rebuilt with the {bus.name} drivers"
             if image.lacks(bus)
-            else "built anew with the settings that were changed, of which it has copies",
+            else "rebuilt with the changed settings, of which it has copies",
             command=commands[image.kernel.version],
             evidence=tail(output),
         )
