@@ -366,6 +366,8 @@ class Metrics(Section):
                 f"metrics.listen is {self.listen}, which other hosts can reach, and there is no TLS: set"
                 " metrics.tls_server_config, or listen on 127.0.0.1, or set metrics.allow_insecure to true"
             )
+        if self.page and not host:
+            raise ValueError("metrics.page is true, and metrics.listen is empty: set an address, or no page")
         return self
 
 

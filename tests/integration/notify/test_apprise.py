@@ -182,6 +182,24 @@ def test_a_service_that_nobody_reaches_or_that_hangs_holds_up_no_other(
         no_secrets(config, done.stdout, done.stderr)
 
 
+def test_a_receiver_that_is_left_alone_after_three_failures_leaves_the_others_alone(
+    scratch: Settings, make_export: MakeExport
+) -> None:
+    names = [f"vm{number}" for number in range(5)]
+    with receiver() as broken, receiver() as server:
+        broken.answers = [status(500)] * 3
+        config = with_urls(scratch, chat(broken), chat(server))
+        outbox.begin(config)
+        for name in names:
+            assert 0 == run_job(make_export(name), config).returncode
+        assert "5 told, 3 not; 5 to be told" in notify(config).stdout
+        assert (3, 5) == (len(broken.bodies), len(server.bodies))
+        assert 0 == notify(config).returncode
+        assert 0 == notify(config).returncode
+        assert {f"{name}: succeeded" for name in names} == {body["title"] for body in broken.bodies[3:]}
+        assert (8, 5) == (len(broken.bodies), len(server.bodies))
+
+
 def test_a_file_that_cannot_be_read_loses_nothing(scratch: Settings, make_export: MakeExport) -> None:
     """Neither of what waited before, nor of what ended meanwhile; and the hooks are run all the same."""
     with receiver() as server:

@@ -61,6 +61,19 @@ def test_a_host_on_which_all_works_is_ready(scratch: Settings) -> None:
     assert [f"{name}: ok" for name in names] == found.readyz("", "").body.decode().splitlines()
 
 
+def test_all_is_well_only_while_both_pages_say_so(scratch: Settings) -> None:
+    found = healthy(scratch)
+    now = time.monotonic()
+    assert found.all_well(now)
+    found.turned = now - 61
+    assert not found.all_well(now)
+    found.turned, found.trouble = now, "cannot read /exports"
+    assert not found.all_well(now)
+    found.trouble = ""
+    assert found.all_well(now)
+    assert not Health(lambda: scratch, None).all_well(now), "before the first look"
+
+
 def test_each_thing_that_is_wrong_has_its_line_with_the_remedy(scratch: Settings) -> None:
     found = healthy(scratch)
     found.refused, found.trouble = "c.yaml:1: worker: unknown\nsetting", "cannot read /exports: No such file"

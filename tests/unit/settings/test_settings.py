@@ -157,3 +157,10 @@ def test_delays_double_up_to_the_maximum() -> None:
     retry = Settings().retry
     assert [60, 120, 240, 480] == [retry.delay(n) for n in range(1, 5)]
     assert 3600 == retry.delay(1000)
+
+
+def test_a_page_that_is_served_nowhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "hyper2kvmd.yaml"
+    path.write_text("metrics: {page: true, listen: ''}")
+    with pytest.raises(SettingsError, match=r"metrics\.page is true, and metrics\.listen is empty"):
+        load_settings(path)
