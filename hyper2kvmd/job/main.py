@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import socket
 import sys
 import time
@@ -402,10 +403,12 @@ def _signed(job: Job, claim: Claim, document: Report) -> tuple[Report, bytes | N
         return document, sign(Tools(claim.lock_fd), key, document.to_bytes())
     except (MigrationError, OSError) as problem:
         error = problem if isinstance(problem, MigrationError) else _from_os(problem)
+        path = claim.export.directory / REPORT
+        by_hand = ["ssh-keygen", "-Y", "sign", *("-n", NAMESPACE), *("-f", str(key)), str(path)]
         finding = Finding(
             "report_unsigned",
             f"the report is not signed: {error.message}",
-            f"{error.hint} Then sign it by hand: `ssh-keygen -Y sign -n {NAMESPACE} -f {key} {REPORT}`.",
+            f"{error.hint} Then sign it by hand: `{shlex.join(by_hand)}`.",
             SETTING,
         )
         job.warn(finding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import signal
 import subprocess
 from collections.abc import Callable
@@ -115,8 +116,8 @@ def test_a_key_that_is_lost_in_between_does_not_lose_the_migration(
     assert "has no signature beside it" in refused.stdout and warning["message"] in refused.stdout
     # The remedy of the warning, as it stands there.
     Path(f"{key}.gone").rename(key)
-    command = warning["hint"].rpartition("`ssh-keygen ")[2].partition("`")[0].split()
-    subprocess.run(["ssh-keygen", *command], cwd=export, check=True, capture_output=True)
+    command = shlex.split(warning["hint"].split("`")[-2])
+    subprocess.run(command, check=True, capture_output=True)
     assert 0 == ctl("report", "verify", "web01", "--public-key", key.with_name("key.pub")).returncode
 
 
