@@ -67,6 +67,7 @@ def vm_of(
         source_bytes=record.source_bytes or sum(size for _, size in look.sizes) or None,
         target_bytes=record.target_bytes,
         notes=_short(look.plan.notes),
+        cutover=_short(record.cutover),
         page=page,
     )
 

@@ -66,13 +66,13 @@ def look(directory: Path, settings: Settings) -> Facts:
         if name is None:
             # A report can outlive its manifest; without either there is nothing to do yet.
             bare = Facts(None, held=held, request=request, **planning)
-            return _look_report(bare, report) if report else bare
+            return _look_report(bare, report, fd) if report else bare
         digest = hashlib.sha256(data).hexdigest() if data is not None else None
         found = Facts(name, digest, problem, False, (), newest, held, request, crashes, began_at, **planning)
         if held:
             found = replace(found, progress=progress.read(fd, time.monotonic()))
         if report is not None:
-            found = _look_report(found, report)
+            found = _look_report(found, report, fd)
         # What is over needs no more: of thousands of manifests, only those are read that somebody waits for.
         if data is None or found.report_status == State.SUCCEEDED:
             return found
@@ -292,7 +292,7 @@ def _read_report(dir_fd: int, name: str = REPORT) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else {}
 
 
-def _look_report(found: Facts, report: dict[str, Any]) -> Facts:
+def _look_report(found: Facts, report: dict[str, Any], dir_fd: int) -> Facts:
     """Add to a look what the report says. The file may be anything: nothing in it is trusted to have a type."""
     status = str(report.get("status"))
     finding = None
@@ -314,7 +314,7 @@ def _look_report(found: Facts, report: dict[str, Any]) -> Facts:
         report_finding=finding,
         next_attempt_at=_seconds(report.get("next_attempt_at")),
         finished_at=_seconds(report.get("finished_at")),
-        record=record_of(report),
+        record=record_of(report, _read_report(dir_fd, CUTOVER) or {} if status == State.SUCCEEDED else {}),
     )
 
 

@@ -15,6 +15,7 @@ from hyper2kvmd.queue.names import PROGRESS
 from hyper2kvmd.text import duration, plain
 
 LIMIT = 1 << 14  # of the file; a planted one may be anything
+_LONGEST = 1e9  # seconds that a stage can have taken: 30 years
 
 
 @dataclass
@@ -176,6 +177,6 @@ def read(dir_fd: int, now: float) -> Progress | None:
 
 def _seconds(value: Any) -> float:
     seconds = float(value)
-    if not math.isfinite(seconds):
+    if not math.isfinite(seconds) or seconds > _LONGEST:
         raise ValueError(value)
     return max(seconds, 0.0)

@@ -14,7 +14,7 @@ class Record:
     """What a report says of its job; None, or "" for the host, where it does not.
 
     seconds: what the last attempt took. source_bytes, target_bytes: of all disks, the latter of those that were
-    published. estimated: the seconds that it was to take.
+    published. estimated: the seconds that it was to take. cutover: how the VM's cutover ended, "" without one.
     """
 
     vm_name: str | None = None
@@ -24,15 +24,17 @@ class Record:
     source_bytes: int | None = None
     target_bytes: int | None = None
     estimated: float | None = None
+    cutover: str = ""
 
 
 NO_RECORD = Record()
 
 
-def record_of(report: Mapping[str, Any]) -> Record:
-    """What is to be known from a report."""
+def record_of(report: Mapping[str, Any], cutover: Mapping[str, Any]) -> Record:
+    """What is to be known from a report, and from that of a cutover, if it is of this migration."""
     disks = report.get("disks")
     parts = [disk for disk in disks if isinstance(disk, dict)] if isinstance(disks, list) else None
+    same = [cutover.get(key) for key in ("job", "migrated_at")] == [report.get(key) for key in ("job", "finished_at")]
     name, attempts = report.get("vm_name"), _number(report.get("attempts"))
     return Record(
         vm_name=name if isinstance(name, str) else None,
@@ -42,6 +44,7 @@ def record_of(report: Mapping[str, Any]) -> Record:
         source_bytes=_sum(parts, "source_bytes"),
         target_bytes=_sum(parts, "target_bytes"),
         estimated=_number(_part(report, "estimate").get("seconds")),
+        cutover=status if same and isinstance(status := cutover.get("status"), str) else "",
     )
 
 

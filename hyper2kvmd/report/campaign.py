@@ -22,7 +22,8 @@ class CampaignVm:
 
     name: of its export's directory. since: when it came into its state, in RFC 3339. doing: how far its job is.
     seconds: what its last attempt took. estimated: seconds that it will take, or was to take. source_bytes and
-    target_bytes: of the files that were exported, and of its disks. page: its own page, relative to the campaign's.
+    target_bytes: of the files that were exported, and of its disks. cutover: how that ended, "" without one. page: its
+    own page, relative to the campaign's.
     """
 
     name: str
@@ -41,6 +42,7 @@ class CampaignVm:
     source_bytes: int | None
     target_bytes: int | None
     notes: str
+    cutover: str = ""
     page: str = ""
 
     @property
@@ -97,6 +99,7 @@ class Campaign:
         return {
             "vms": len(self.vms),
             "done": len(done),
+            "cut_over": sum(vm.cutover == "verified" for vm in done),
             "source_bytes": sum(vm.source_bytes or 0 for vm in done),
             "target_bytes": sum(vm.target_bytes or 0 for vm in done),
             "seconds": sum(vm.seconds or 0 for vm in done),

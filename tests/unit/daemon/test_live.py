@@ -119,20 +119,28 @@ def test_a_page_is_made_once_for_all_who_ask_at_the_same_time(monkeypatch: pytes
     ],
 )
 def test_a_report_that_may_be_anything_has_nothing_that_is_none_of_ours(report: dict[str, object]) -> None:
-    assert NO_RECORD == record_of(report)
+    assert NO_RECORD == record_of(report, report)
 
 
 def test_what_a_report_says_is_taken_from_it() -> None:
     disks = [{"source_bytes": 5, "target_bytes": 7}, {"source_bytes": 5, "target_bytes": None}, None]
-    found = record_of({"vm_name": "a", "host": {"name": "h"}, "attempts": 2, "seconds": 1.5, "disks": disks})
+    found = record_of({"vm_name": "a", "host": {"name": "h"}, "attempts": 2, "seconds": 1.5, "disks": disks}, {})
     assert ("a", "h", 2, 1.5, 10, 7, None) == (
         *(found.vm_name, found.host, found.attempts, found.seconds),
         *(found.source_bytes, found.target_bytes, found.estimated),
     )
 
 
+def test_a_cutover_counts_for_the_migration_that_it_is_of() -> None:
+    report = {"job": "a-1", "finished_at": "2026-11-24T10:00:00.000Z"}
+    cutover = {"job": "a-1", "migrated_at": "2026-11-24T10:00:00.000Z", "status": "verified"}
+    assert "verified" == record_of(report, cutover).cutover
+    for other in ({"job": "a-2"}, {"migrated_at": "2026-11-25T10:00:00.000Z"}, {"status": 1}):
+        assert "" == record_of(report, {**cutover, **other}).cutover
+
+
 def test_a_time_that_no_clock_shows_is_left_out() -> None:
     page = LivePage()
-    page.show(look({"web01": row(State.FAILED, finished_at=-1e11, record=record_of({}))}))
+    page.show(look({"web01": row(State.FAILED, finished_at=-1e11, record=record_of({}, {}))}))
     page.tell({}, "")
     assert "0 of 1 VMs are done" in text(page)
