@@ -80,7 +80,7 @@ def check_plans(options: argparse.Namespace, config: Settings) -> int:
         for finding in (*problems, *notes):
             print(f"hyper2kvmctl: {finding}", file=sys.stderr)
         good = sum(vm.problem is None and vm.plan.model_fields_set != set() for vm in vms)
-        say(f"{good} plans are good, {len(problems)} problems, {len(notes)} warnings")
+        say(f"{good} plan{' is' if good == 1 else 's are'} good, {len(problems)} problems, {len(notes)} warnings")
     return EXIT_CONFIG if problems else EXIT_DONE
 
 

@@ -61,11 +61,11 @@ def is_remote(uri: str) -> bool:
     return bool(urlsplit(uri).hostname)
 
 
-def unanswered(uri: str) -> MigrationError:
-    """The error of a libvirt that hangs."""
+def unanswered(uri: str, seconds: float | None = None) -> MigrationError:
+    """The error of a libvirt that hangs, or did not get through a check within `seconds`."""
     return MigrationError(
         Code.LIBVIRT_UNAVAILABLE,
-        f"{uri}: no answer within {ANSWER_SECONDS:g} s",
+        f"{uri}: no answer within {seconds or ANSWER_SECONDS:g} s",
         f"Restart it: `systemctl restart {unit()}`; running guests stay as they are.",
     )
 

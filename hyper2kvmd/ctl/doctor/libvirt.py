@@ -14,11 +14,13 @@ from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, generated_mac
 from hyper2kvmd.domain.xml import to_xml
 from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.hypervisor.connection import ANSWER_SECONDS, connect, libvirt_version, see_log, unanswered, virt_type
+from hyper2kvmd.hypervisor.connection import connect, libvirt_version, see_log, unanswered, virt_type
 from hyper2kvmd.hypervisor.define import define
 from hyper2kvmd.hypervisor.disks import check_access
 from hyper2kvmd.hypervisor.preflight import preflight
 from hyper2kvmd.settings.model import Settings
+
+CHECK_SECONDS = 120.0  # many questions, and QEMU is started for some; on a busy host 30 seconds were too few
 
 
 def check_libvirt(host: Host, diagnosis: Diagnosis) -> str:
@@ -35,11 +37,11 @@ def check_libvirt(host: Host, diagnosis: Diagnosis) -> str:
 
     thread = threading.Thread(target=ask, name="libvirt", daemon=True)
     thread.start()
-    thread.join(ANSWER_SECONDS)
+    thread.join(CHECK_SECONDS)
     diagnosis.errors += theirs.errors
     diagnosis.warnings += theirs.warnings
     if thread.is_alive():
-        raise unanswered(uri)
+        raise unanswered(uri, CHECK_SECONDS)
     if not found and not theirs.errors:  # a defect must not look like silence
         raise RuntimeError("the check of libvirt failed; the trace is before this one")
     return "".join(found)
