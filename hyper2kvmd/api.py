@@ -134,8 +134,7 @@ class MigrationPipeline:
         asked = [*overrides]
         self.settings = overridden(load_settings() if settings is None else settings, asked)
         if path != self.export:
-            names = (name for name in self.settings.manifest_names if (self.export / name).exists())
-            if path.name != next(names, None):
+            if path.name != facts.manifest_name(self.export, self.settings):
                 asked.append(f"manifest_names={json.dumps([path.name])}")
             self.settings = self.settings.model_copy(update={"manifest_names": (path.name,)})
         chosen = None if stages is None else frozenset(stages)

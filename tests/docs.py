@@ -20,6 +20,7 @@ from pathlib import Path
 from tests import ROOT
 from tests.conftest import disk_entry, write_manifest
 from tests.libvirtd import session
+from tests.ovf import export_ovf
 
 DOCS = ROOT / "docs"
 EXPORTS = Path("/var/lib/hypersdk/exports")
@@ -108,12 +109,22 @@ def _operations() -> None:
         export(name)
 
 
+def _ovf() -> None:
+    off = {"enabled": False}  # the disks hold no system
+    pipeline = {"inspect": off, "fix": off}
+    settings = {"settle_seconds": 0, "ovf": {"accept": True}, "pipeline": pipeline, "libvirt": {"import": False}}
+    Path("/etc/hyper2kvmd/hyper2kvmd.yaml").write_text(json.dumps(settings))
+    EXPORTS.mkdir()
+    export_ovf(EXPORTS / "db01")
+
+
 SETUP: dict[str, Callable[[], None]] = {
     "migrate.md": _migrate,
     "batch.md": _batch,
     "plan.md": _plan,
     "trouble.md": _trouble,
     "operations.md": _operations,
+    "ovf.md": _ovf,
 }
 
 

@@ -265,7 +265,7 @@ class ManifestBuilder:
 
         Raise ManifestError, with all that is wrong, and all that the dialect has no words for, as its problems.
         """
-        return parse(dump(self._render(dialect), _NAME), _NAME)
+        return parse(dump(self.document(dialect), _NAME), _NAME)
 
     def write(self, path: str | os.PathLike[str] = "manifest.json", dialect: Dialect = "seed") -> Manifest:
         """Write the manifest, whole or not at all, over an older one; return it as it is read from there.
@@ -281,7 +281,7 @@ class ManifestBuilder:
                 f"{show(str(file))} is not in {self.directory}, where the disks are",
                 "Write it there, beside the disks.",
             )
-        data = dump(self._render(dialect), file.name)
+        data = dump(self.document(dialect), file.name)
         manifest = parse(data, file.name)
         fd = open_directory(file.parent.resolve())
         try:
@@ -290,7 +290,8 @@ class ManifestBuilder:
             os.close(fd)
         return manifest
 
-    def _render(self, dialect: Dialect) -> dict[str, Any]:
+    def document(self, dialect: Dialect = "seed") -> dict[str, Any]:
+        """What the manifest says, as plain data. Raise ManifestError as build() does."""
         problems = list(self._problems)
         document: dict[str, Any] = {}
         try:

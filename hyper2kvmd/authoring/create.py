@@ -26,6 +26,7 @@ from hyper2kvmd.image import qemu_img
 from hyper2kvmd.image.extents import look_beside
 from hyper2kvmd.image.source import Source, open_disk
 from hyper2kvmd.manifest import ovf
+from hyper2kvmd.queue.descriptor import mf_of
 from hyper2kvmd.run import Tools
 from hyper2kvmd.text import plain, show
 
@@ -121,6 +122,11 @@ def of_descriptor(path: Path, vm_name: str | None) -> Found:
         finding = error.finding
         hint = "Export the VM again, or name the disk files instead of the descriptor."
         raise MigrationError(Code.MANIFEST_INVALID, finding.message, hint) from None
+    return of_parsed(path, descriptor, vm_name)
+
+
+def of_parsed(path: Path, descriptor: ovf.Ovf, vm_name: str | None) -> Found:
+    """Likewise for the descriptor at a path that was read already."""
     names = os.listdir(path.parent)
     packed, more = find_packed(path.parent, names, descriptor)
     disks = _files(descriptor, names, packed)
@@ -143,7 +149,7 @@ def unpack(found: Found, target: Path, *, check: bool, on_progress: Progress) ->
     check: whether to hold what is read against the digests. Raise MigrationError or OSError.
     """
     digests = found.digests if check else NONE
-    files = dict.fromkeys((*([found.descriptor.name] if found.descriptor else []), *_whole(found)))
+    files = dict.fromkeys((*([found.descriptor.name] if found.descriptor else []), *whole(found)))
     for name in files:
         copy(found.directory, name, target, on_progress)
     for disk in found.packed:
@@ -170,15 +176,18 @@ def describe(
 ) -> Described:
     """Look at the disks, and put the manifest together; what is wrong comes out when it is written.
 
-    digests: what is known already of the files' SHA-256, by their names. on_progress: gets a name and the ratio done.
+    digests: what is known already of the files' SHA-256, by their names; checksum: whether to compute the others.
+    on_progress: gets a name and the ratio done.
     Raise MigrationError (checksum_mismatch) for a file that is not what the .mf says, if checksums are computed.
     """
     warnings, sizes, boots = list(found.warnings), dict[str, int](), list[frozenset[Firmware]]()
-    if checksum and not digests and found.digests is not NONE:
-        digests = verified(found.directory, _whole(found), found.digests, on_progress)
+    if checksum and not digests and found.descriptor and found.digests is not NONE:
+        digests = verified(found.directory, whole(found), found.digests, on_progress)
         warnings += (
             *found.digests.warnings,
-            *found.digests.unproved(dict.fromkeys(found.disks), _mf(found.descriptor)),
+            *found.digests.unproved(
+                dict.fromkeys(found.disks), mf_of(found.descriptor.name) if found.descriptor else ""
+            ),
         )
     for index, file in enumerate(found.disks):
         boots.append(frozenset())
@@ -210,7 +219,7 @@ def describe(
             file,
             kind="boot" if index == boot else "data",
             boot_order=order.index(index),
-            checksum=digests.get(file, True) if checksum else False,
+            checksum=digests.get(file, checksum),
             on_progress=functools.partial(on_progress, file),
         )
     for nic in was.nics:
@@ -261,14 +270,9 @@ def _files(descriptor: ovf.Ovf, names: Sequence[str], packed: Container[str] = (
     )
 
 
-def _mf(descriptor: ovf.Ovf | None) -> str:
-    """The name of the .mf that belongs to a descriptor."""
-    return f"{descriptor.name[: -len('.ovf')]}.mf" if descriptor else ""
-
-
 def _digests(directory: Path, names: Sequence[str], descriptor: ovf.Ovf) -> Digests:
     """What the .mf of a descriptor says; NONE if there is none. Raise MigrationError."""
-    name = _mf(descriptor)
+    name = mf_of(descriptor.name)
     if name not in names:
         return NONE
     fd = open_directory(directory.resolve())
@@ -291,8 +295,8 @@ def _extents(directory: Path) -> frozenset[str]:
         os.close(fd)
 
 
-def _whole(found: Found) -> tuple[str, ...]:
-    """The files of the disks that are not packed, with their extents."""
+def whole(found: Found) -> tuple[str, ...]:
+    """The files of the disks that are not packed, and then their extents."""
     fd = open_directory(found.directory.resolve())
     try:
         vmdks = look_beside(fd, "any").vmdks

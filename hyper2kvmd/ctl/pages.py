@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from hyper2kvmd.authoring.accepted import remade
 from hyper2kvmd.domain import hardware
 from hyper2kvmd.domain.hardware import Hardware
 from hyper2kvmd.errors import MigrationError
@@ -59,8 +61,11 @@ def _source(dir_fd: int, export: Path, record: ManifestRecord) -> tuple[Manifest
         return None  # somewhere else, which nobody but a planted report says
     try:
         name, data = facts.read_manifest(dir_fd, export, (record.name,))
-        manifest = parse(data, name)
-        return (manifest, hardware.read(dir_fd, manifest)[0]) if manifest.sha256 == record.sha256 else None
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != record.sha256:
+            return None
+        manifest = parse(data, name) if record.made is None else remade(record.made, name, sha256)
+        return manifest, hardware.read(dir_fd, manifest)[0]
     except (MigrationError, OSError):
         return None
 

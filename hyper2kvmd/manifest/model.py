@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, SecretStr
 
@@ -172,8 +172,18 @@ class Options(Part):
     report_path: str | None
 
 
+class Made(Part):
+    """What a manifest was made of where none came with the disks: the OVF `descriptor`. `document` is what it says."""
+
+    descriptor: str
+    document: dict[str, Any]
+
+
 class Manifest(Part):
-    """An Artifact Manifest. `sha256` is that of its bytes; `warnings` is what was noticed while reading."""
+    """An Artifact Manifest. `sha256` is that of its bytes; `warnings` is what was noticed while reading.
+
+    `made`: set if no file holds it, as it was made of an OVF descriptor; then `sha256` is that of the descriptor.
+    """
 
     version: str
     dialect: Literal["seed", "go"]
@@ -196,6 +206,7 @@ class Manifest(Part):
     notes: tuple[str, ...]
     exporter_warnings: tuple[str, ...]
     warnings: tuple[Finding, ...]
+    made: Made | None = None
 
     @cached_property
     def slug(self) -> str:

@@ -102,11 +102,19 @@ class DomainRecord(Part):
 
 
 class ManifestRecord(Part):
-    """The manifest that this report belongs to. `dialect` says whose keys it has: seed or go."""
+    """The manifest that this report belongs to. `dialect` says whose keys it has: seed or go.
+
+    `made` is set where no file holds it: it was made of the OVF descriptor `name`, whose digest `sha256` is then.
+    """
 
     name: str = Field(description="file name")
     sha256: str | None = Field(description="digest of its bytes; null if it could not be read")
     dialect: str | None = Field(default=None, description="seed (the guide's) or go (the exporter's)")
+    made: dict[str, Any] | None = Field(
+        default=None,
+        description="what the manifest says that was made of an .ovf, which is what `name` and `sha256` are of then;"
+        " null if the export has a manifest",
+    )
 
 
 class HostRecord(Part):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.manifest import ovf
-from hyper2kvmd.manifest.ovf import Ovf, OvfDisk, OvfError, OvfNic
+from hyper2kvmd.manifest.ovf import Ovf, OvfDisk, OvfError, OvfFile, OvfNic
 from tests import DATA
 from tests.pace import work_of_at_most
 
@@ -81,6 +81,12 @@ def test_descriptor_of_ovftool_is_read_in_full() -> None:
         annotation="Orders & stock\nOwner: Jürgen",
         os="debian12_64Guest",
         vm_name="db01",
+        files=(
+            OvfFile("db01-disk1.vmdk", 1421344256, None),
+            OvfFile("db01-disk2.vmdk", 70144, None),
+            OvfFile("db01-disk3.vmdk", 70144, None),
+            OvfFile("db01-file1.nvram", 270840, None),
+        ),
     ) == ovf.parse(OVFTOOL, "db01.ovf")
 
 
