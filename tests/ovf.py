@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import subprocess
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def vmdk(raw: Path, target: Path, subformat: str = "streamOptimized") -> None:
     """Make a VMDK of a raw disk."""
     argv = ("qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", f"subformat={subformat}", raw, target)
     subprocess.run(argv, check=True)
+
+
+def pack(descriptor: Path, archive: Path, names: Iterable[str] = (*DISKS, NVRAM)) -> Path:
+    """Put an export into an OVA, in the order of the standard: the descriptor, the digests, the files."""
+    archive.parent.mkdir(exist_ok=True)
+    with tarfile.open(archive, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for path in (descriptor, descriptor.with_suffix(".mf"), *(descriptor.with_name(name) for name in names)):
+            if path.exists():
+                tar.add(path, path.name)
+    return archive
 
 
 def describe(descriptor: Path) -> None:

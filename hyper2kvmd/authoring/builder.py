@@ -46,7 +46,7 @@ class ManifestBuilder:
         self.directory = Path(directory)
         self._document: dict[str, Any] = {"manifest_version": wire.VERSION, "source": {}, "disks": []}
         self._problems: list[Finding] = []
-        self._files: dict[tuple[int, int], str] = {}
+        self._files: dict[tuple[int, int, int], str] = {}
 
     def with_source(
         self,
@@ -116,7 +116,7 @@ class ManifestBuilder:
             with opened(self.directory, os.fspath(path), id, format) as source:
                 format, size = source.disk.format, source.size
                 for file in source.files:
-                    other = self._files.setdefault((file.device, file.inode), id)
+                    other = self._files.setdefault((file.device, file.inode, file.start), id)
                     if other != id:
                         what = f"{source.name} is the file of the disk {other} already"
                         self._problems.append(invalid(what, "Give each disk its own file.", f"{field}.local_path"))
@@ -362,7 +362,7 @@ def _find_format(file: OpenDisk, path: Path) -> Format:
     mismatch = None
     for format in _FORMATS:
         try:
-            examine(file.fd, file.size, format, str(path))
+            examine(file.fd, file.size, format, str(path), file.start)
         except MigrationError as error:
             if error.code == Code.FORMAT_MISMATCH:
                 # That of raw says best what else the file is.

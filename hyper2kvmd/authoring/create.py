@@ -94,10 +94,10 @@ def in_directory(directory: Path, vm_name: str | None, default: str | None = Non
     ]
     if not disks and not packed:
         raise _no_disks(directory, names)
-    places = {name: place for place, name in enumerate(_files(descriptor, names))} if descriptor else {}
+    places = {name: place for place, name in enumerate(files_of(descriptor, names))} if descriptor else {}
     disks.sort(key=lambda name: places.get(name, len(places)))
     name = vm_name or (descriptor and descriptor.vm_name) or name
-    digests = _digests(directory, names, descriptor) if descriptor else NONE
+    digests = digests_beside(directory, names, descriptor) if descriptor else NONE
     return Found(directory, name, tuple(disks), descriptor, warnings, tuple(packed.values()), digests)
 
 
@@ -122,14 +122,26 @@ def of_descriptor(path: Path, vm_name: str | None) -> Found:
         finding = error.finding
         hint = "Export the VM again, or name the disk files instead of the descriptor."
         raise MigrationError(Code.MANIFEST_INVALID, finding.message, hint) from None
-    return of_parsed(path, descriptor, vm_name)
-
-
-def of_parsed(path: Path, descriptor: ovf.Ovf, vm_name: str | None) -> Found:
-    """Likewise for the descriptor at a path that was read already."""
     names = os.listdir(path.parent)
+    return of_parsed(path, descriptor, vm_name, names, digests_beside(path.parent, names, descriptor))
+
+
+def of_parsed(path: Path, descriptor: ovf.Ovf, vm_name: str | None, names: Sequence[str], digests: Digests) -> Found:
+    """Likewise for the descriptor at a path that was read already; `names` are the files beside it."""
     packed, more = find_packed(path.parent, names, descriptor)
-    disks = _files(descriptor, names, packed)
+    return found_by(path, descriptor, vm_name, files_of(descriptor, names, packed), digests, (*packed.values(),), more)
+
+
+def found_by(
+    path: Path,
+    descriptor: ovf.Ovf,
+    vm_name: str | None,
+    disks: tuple[str, ...],
+    digests: Digests,
+    packed: tuple[Packed, ...] = (),
+    more: tuple[Finding, ...] = (),
+) -> Found:
+    """What a manifest is to be made of, by the descriptor at a path. Raise MigrationError if it has no disks."""
     if not disks and not packed:
         message = f"{path} names no disks with content"
         raise MigrationError(Code.DISK_MISSING, message, "Export the VM again, or name the disk files themselves.")
@@ -139,8 +151,7 @@ def of_parsed(path: Path, descriptor: ovf.Ovf, vm_name: str | None) -> Found:
         message = f"{show(path.name)} describes {empty} disk{'s' * (empty > 1)} without a file: left out"
         warnings += (Finding("disk_empty", message, "Add an empty disk to the VM once it runs, if it needs one."),)
     name = vm_name or descriptor.vm_name or path.stem
-    digests = _digests(path.parent, names, descriptor)
-    return Found(path.parent, name, disks, descriptor, warnings, tuple(packed.values()), digests)
+    return Found(path.parent, name, disks, descriptor, warnings, packed, digests)
 
 
 def unpack(found: Found, target: Path, *, check: bool, on_progress: Progress) -> None:
@@ -237,7 +248,7 @@ def _gib(mib: int | None) -> float | None:
 def _start(tools: Tools, source: Source) -> bytes:
     """The first MiB that the guest sees. Raise MigrationError or OSError."""
     if source.header.format == "raw":
-        return os.pread(source.image, bootsector.READ_BYTES, 0)
+        return os.pread(source.image, min(bootsector.READ_BYTES, source.header.virtual_size), source.file.start)
     with tempfile.TemporaryDirectory() as directory:  # qemu-img writes into no pipe
         start = Path(directory) / "start"
         tools.run(
@@ -262,7 +273,7 @@ def _descriptor(path: Path) -> ovf.Ovf:
         os.close(file.fd)
 
 
-def _files(descriptor: ovf.Ovf, names: Sequence[str], packed: Container[str] = ()) -> tuple[str, ...]:
+def files_of(descriptor: ovf.Ovf, names: Sequence[str], packed: Container[str] = ()) -> tuple[str, ...]:
     """The files of the descriptor's disks, but for those that are packed."""
     disks = (disk for disk in descriptor.disks if disk.file is not None and disk.file not in packed)
     return tuple(
@@ -270,7 +281,7 @@ def _files(descriptor: ovf.Ovf, names: Sequence[str], packed: Container[str] = (
     )
 
 
-def _digests(directory: Path, names: Sequence[str], descriptor: ovf.Ovf) -> Digests:
+def digests_beside(directory: Path, names: Sequence[str], descriptor: ovf.Ovf) -> Digests:
     """What the .mf of a descriptor says; NONE if there is none. Raise MigrationError."""
     name = mf_of(descriptor.name)
     if name not in names:

@@ -18,6 +18,7 @@ from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.files import open_directory, open_file
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.export import Export
 from hyper2kvmd.queue.names import BOOT_SCREEN, LOG
 from hyper2kvmd.report.html import render
 from hyper2kvmd.report.model import ManifestRecord, Report
@@ -64,7 +65,7 @@ def _source(dir_fd: int, export: Path, record: ManifestRecord) -> tuple[Manifest
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256 != record.sha256:
             return None
-        manifest = parse(data, name) if record.made is None else remade(record.made, name, sha256)
+        manifest = parse(data, name) if record.made is None else remade(record.made, Export(export, dir_fd), name, data)
         return manifest, hardware.read(dir_fd, manifest)[0]
     except (MigrationError, OSError):
         return None

@@ -69,7 +69,7 @@ class Daemon:
         self.draining = False  # everywhere, as a person has said
         self.retiring = False  # this daemon: it ends with its last runner, so that another version can take over
         self._trouble = ""
-        self._ignored: set[str] = set()
+        self._ignored: set[Finding] = set()
         self._unreadable: dict[Path, str] = {}
         self._load = load
         self._notifier = Notifier()
@@ -266,8 +266,9 @@ class Daemon:
     def _scan(self, now: float, found: Scan) -> None:
         """Work out the state of every export from what a look at them found."""
         self._note_trouble(found.trouble)
-        for name in sorted(set(found.ignored) - self._ignored):
-            log.warning("ignored: the name has control characters", directory=ascii(name), hint="Rename it.")
+        for ignored in found.ignored:
+            if ignored not in self._ignored:
+                log.warning(ignored.message, hint=ignored.hint)
         self._ignored = set(found.ignored)
         for export, reason in found.unreadable.items():
             self.metrics.scan_errors.labels("export").inc()

@@ -70,17 +70,15 @@ def read(dir_fd: int, manifest: Manifest) -> tuple[Hardware, tuple[Finding, ...]
     An .ovf that cannot be used is one of the warnings. Raise OSError if the directory cannot be listed.
     """
     try:
-        found = _descriptor(dir_fd, manifest)
+        found = manifest.made.descriptor if manifest.made else _descriptor(dir_fd, manifest.vm_name)
     except ovf.OvfError as error:
         hardware, warnings = merge(manifest, None)
         return hardware, (error.finding, *warnings)
     return merge(manifest, found)
 
 
-def _descriptor(dir_fd: int, manifest: Manifest) -> ovf.Ovf | None:
-    """The one that the manifest was made of, or else the one that belongs to it by its name."""
-    made = manifest.made
-    name = made.descriptor if made else ovf.choose(os.listdir(dir_fd), manifest.vm_name)
+def _descriptor(dir_fd: int, vm_name: str) -> ovf.Ovf | None:
+    name = ovf.choose(os.listdir(dir_fd), vm_name)
     if name is None:
         return None
     try:

@@ -81,7 +81,7 @@ class Plan:
     @property
     def sources(self) -> tuple[str, ...]:
         """The files of the export that the disks are read from."""
-        files = (file.name for disk in self.disks for file in disk.source.files)
+        files = (file.file_name for disk in self.disks for file in disk.source.files)
         return tuple(dict.fromkeys(files))
 
     @property

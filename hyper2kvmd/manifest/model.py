@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, SecretStr
 
 from hyper2kvmd.errors import Finding
+from hyper2kvmd.manifest.ovf import Ovf
 from hyper2kvmd.manifest.wire import Format
 
 SLUG_LENGTH = 64
@@ -173,9 +174,13 @@ class Options(Part):
 
 
 class Made(Part):
-    """What a manifest was made of where none came with the disks: the OVF `descriptor`. `document` is what it says."""
+    """How a manifest was made where none came with the disks. `document` is what it says.
 
-    descriptor: str
+    `descriptor` is what `file` says of the VM: the .ovf, or the .ova that has it in it.
+    """
+
+    file: str
+    descriptor: Ovf
     document: dict[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""An OVF descriptor in the place of a manifest: which one it is, and which files its export must have."""
+"""An OVF descriptor in the place of a manifest, as an .ovf or in an .ova: which one, and which files it must have."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.image.members import Place, is_archive_name, places, read
 from hyper2kvmd.manifest import ovf
 from hyper2kvmd.manifest.ovf import Ovf, OvfFile
 from hyper2kvmd.text import plain, show
@@ -17,19 +18,46 @@ _SHOWN = 5
 _COMMAND_LIMIT = 4096  # characters: half of a path is of no use
 
 
-def descriptors(names: Iterable[str]) -> list[str]:
-    """The OVF descriptors among the names of an export, in order."""
-    return sorted(filter(ovf.is_descriptor, names))
+def stands_in(name: str) -> bool:
+    """Whether a file of this name can stand in for a manifest."""
+    return ovf.is_descriptor(name) or is_archive_name(name)
+
+
+def candidates(names: Iterable[str]) -> list[str]:
+    """What can stand in for the manifest of an export that has these names: each .ovf, or else each .ova."""
+    there = sorted(names)
+    return [*filter(ovf.is_descriptor, there)] or [*filter(is_archive_name, there)]
 
 
 def several(directory: Path, found: list[str]) -> Finding:
-    """What is wrong with an export that has more than one descriptor."""
+    """What is wrong with an export that has more than one of them."""
     shown = ", ".join(map(show, found[:_SHOWN])) + (", ..." if len(found) > _SHOWN else "")
+    kind, what = ("OVAs", ".ova") if is_archive_name(found[0]) else ("OVF descriptors", ".ovf with its disks")
     return Finding(
         Code.MANIFEST_INVALID,
-        f"{directory} has {len(found)} OVF descriptors ({shown}), and an export is one VM",
-        "Put each .ovf with its disks into a directory of its own.",
+        f"{directory} has {len(found)} {kind} ({shown}), and an export is one VM",
+        f"Put each {what} into a directory of its own.",
     )
+
+
+def outside(path: Path) -> Finding:
+    """What a person should know of an .ovf or .ova that lies beside the exports, and not in one."""
+    message = f"{plain(str(path), _COMMAND_LIMIT)} is ignored: it is a file, and an export is a directory"
+    if not is_archive_name(path.name):
+        return Finding("ignored", message, "Put it, with its disks and its .mf, into a directory of its own.")
+    directory = path.with_suffix("")
+    commands = (shlex.join(("mkdir", str(directory))), shlex.join(("mv", str(path), f"{directory}/")))
+    return Finding("ignored", message, f"Run `{plain(' && '.join(commands), _COMMAND_LIMIT)}`.")
+
+
+def read_archive(fd: int, path: Path) -> tuple[str, bytes, dict[str, Place]]:
+    """The name and the bytes of the descriptor in an OVA, and all files there. Raise MigrationError or OSError."""
+    files = places(fd, path)
+    found = [*filter(ovf.is_descriptor, files)]
+    if len(found) != 1:
+        message = f"{path} holds {len(found)} OVF descriptors, and an export is one VM"
+        raise MigrationError(Code.MANIFEST_INVALID, message, "Export each VM by itself.")
+    return found[0], read(fd, files[found[0]], ovf.SIZE_LIMIT + 1), files
 
 
 def parse(data: bytes, directory: Path, name: str) -> Ovf:

@@ -28,12 +28,13 @@ from hyper2kvmd.files import (
     open_file,
     remedy,
 )
+from hyper2kvmd.image.members import is_archive_name
 from hyper2kvmd.manifest import SIZE_LIMIT, parse
-from hyper2kvmd.manifest.ovf import Ovf, is_descriptor
+from hyper2kvmd.manifest.ovf import Ovf
 from hyper2kvmd.queue import progress
 from hyper2kvmd.queue.access import open_shared
 from hyper2kvmd.queue.claim import probe
-from hyper2kvmd.queue.descriptor import Needed, descriptors, mf_of, needed, several
+from hyper2kvmd.queue.descriptor import Needed, candidates, mf_of, needed, outside, read_archive, several, stands_in
 from hyper2kvmd.queue.descriptor import parse as parse_descriptor
 from hyper2kvmd.queue.estimate import estimate
 from hyper2kvmd.queue.export import is_export_name
@@ -67,7 +68,9 @@ def look(directory: Path, settings: Settings) -> Facts:
             bare = Facts(None, held=held, request=request, **planning)
             return _look_report(bare, report) if report else bare
         digest = hashlib.sha256(data).hexdigest() if data is not None else None
-        found = Facts(name, digest, problem, False, (), newest, held, request, crashes, began_at, **planning)
+        # Of an archive that is cut short the rest may be still to come.
+        half = problem is not None and problem.code == Code.IMAGE_CORRUPT
+        found = Facts(name, digest, problem, half, (), newest, held, request, crashes, began_at, **planning)
         if held:
             found = replace(found, progress=progress.read(fd, time.monotonic()))
         if report is not None:
@@ -119,21 +122,28 @@ def look_or_reason(directory: Path, settings: Settings) -> Facts | Finding | Non
         return Finding(Code.IO_ERROR, message, f"{remedy(error)}.")
 
 
-def exports(settings: Settings) -> tuple[list[Path], list[str]]:
-    """The export directories in order of name, and the names of directories that cannot be exports.
+def exports(settings: Settings) -> tuple[list[Path], list[Finding]]:
+    """The export directories in order of name, and what is no export and was perhaps meant to be one.
 
     Hidden directories and symbolic links are neither. Those that were handed over from elsewhere come last.
     Raise OSError if the exports directory cannot be read.
     """
     with os.scandir(settings.exports_dir) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        kinds = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+    names = sorted(name for name, is_directory in kinds.items() if is_directory)
     good = [settings.exports_dir / name for name in names if is_export_name(name)]
     handed_over: set[Path] = set()
     with contextlib.suppress(OSError):  # told by the daemon; what lies in exports_dir is there all the same
         handed_over = {
             ticket.directory for ticket in tickets(settings) if ticket.directory and ticket.directory.is_dir()
         }
-    ignored = [name for name in names if not name.startswith(".") and not is_export_name(name)]
+    ignored = [
+        Finding("ignored", f"{name!a} is ignored: the name has control characters", "Rename it.")
+        for name in names
+        if not name.startswith(".") and not is_export_name(name)
+    ]
+    files = (name for name, is_directory in sorted(kinds.items()) if not is_directory and settings.ovf.accept)
+    ignored += [outside(settings.exports_dir / name) for name in files if stands_in(name)]
     return [*good, *sorted(handed_over - {*good})], ignored
 
 
@@ -143,8 +153,8 @@ def manifest_name(directory: Path, settings: Settings) -> str | None:
     found = next((name for name in settings.manifest_names if name in names), None)
     if found is not None or not settings.ovf.accept:
         return found
-    candidates = descriptors(names)
-    return candidates[0] if len(candidates) == 1 else None
+    standing_in = candidates(names)
+    return standing_in[0] if len(standing_in) == 1 else None
 
 
 def find_manifest(dir_fd: int, directory: Path, settings: Settings) -> tuple[str, bytes]:
@@ -187,14 +197,14 @@ def read_report(directory: Path, name: str = REPORT) -> dict[str, Any] | None:
 
 
 def _find_manifest(dir_fd: int, directory: Path, settings: Settings, entries: Iterable[str]) -> _Read:
-    """Likewise of the manifest, or else of the only OVF descriptor among the names, if the settings accept that."""
+    """Likewise of the manifest, or else of the only .ovf or .ova among the names, if the settings accept that."""
     found = _read_manifest(dir_fd, directory, settings.manifest_names)
     if found[0] is not None or not settings.ovf.accept:
         return found
-    candidates = descriptors(entries)
-    if len(candidates) > 1:
-        return candidates[0], None, several(directory, candidates), 0.0
-    return _read_manifest(dir_fd, directory, tuple(candidates))
+    standing_in = candidates(entries)
+    if len(standing_in) > 1:
+        return standing_in[0], None, several(directory, standing_in), 0.0
+    return _read_manifest(dir_fd, directory, tuple(standing_in))
 
 
 def _read_manifest(dir_fd: int, directory: Path, names: tuple[str, ...]) -> _Read:
@@ -217,6 +227,11 @@ def _read_manifest(dir_fd: int, directory: Path, names: tuple[str, ...]) -> _Rea
                 return name, None, _unsafe_manifest(directory / name, "is not a regular file"), _written(status)
             if status.st_nlink != 1:
                 return name, None, _unsafe_manifest(directory / name, "has a second name (hard link)"), _written(status)
+            if is_archive_name(name):
+                try:
+                    return name, read_archive(fd, directory / name)[1], None, _written(status)
+                except MigrationError as error:
+                    return name, None, error.finding(), _written(status)
             if status.st_size > SIZE_LIMIT:
                 finding = Finding(
                     Code.MANIFEST_INVALID,
@@ -259,9 +274,12 @@ class _Said:
 @functools.lru_cache(maxsize=1024)  # a queue of a thousand is looked at again and again
 def _read(data: bytes, directory: Path, name: str) -> _Said:
     try:
-        if is_descriptor(name):
+        if stands_in(name):
             found = parse_descriptor(data, directory, name)
-            return _Said(vm_name=found.vm_name or Path(name).stem, descriptor=found)
+            vm_name = found.vm_name or Path(name).stem
+            if is_archive_name(name):
+                return _Said(vm_name=vm_name, paths=(name,))  # all its files are there once it is
+            return _Said(vm_name=vm_name, descriptor=found)
         manifest = parse(data, name)
     except MigrationError as error:
         return _Said(error.finding())

@@ -104,7 +104,7 @@ class DomainRecord(Part):
 class ManifestRecord(Part):
     """The manifest that this report belongs to. `dialect` says whose keys it has: seed or go.
 
-    `made` is set where no file holds it: it was made of the OVF descriptor `name`, whose digest `sha256` is then.
+    `made` is set where no file holds it: it was made of the .ovf or .ova `name`. Then `sha256` is that of the .ovf.
     """
 
     name: str = Field(description="file name")
@@ -112,8 +112,8 @@ class ManifestRecord(Part):
     dialect: str | None = Field(default=None, description="seed (the guide's) or go (the exporter's)")
     made: dict[str, Any] | None = Field(
         default=None,
-        description="what the manifest says that was made of an .ovf, which is what `name` and `sha256` are of then;"
-        " null if the export has a manifest",
+        description="what the manifest says that was made of an .ovf or .ova, which `name` is of then, and `sha256` of"
+        " the .ovf; null if the export has a manifest",
     )
 
 

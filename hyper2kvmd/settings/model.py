@@ -460,8 +460,8 @@ class Ovf(Section):
 
     accept: bool = Field(
         default=False,
-        description="Whether a directory in exports_dir with one .ovf and no manifest is an export. It is taken when"
-        " every file that the .ovf names is there and settled.",
+        description="Whether a directory in exports_dir with one .ovf, or one .ova, and no manifest is an export. It is"
+        " taken when every file that the .ovf names is there and settled.",
     )
 
 

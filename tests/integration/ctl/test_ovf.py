@@ -33,6 +33,14 @@ def test_list_and_show_know_it(descriptor: Path, ctl: Ctl) -> None:
     assert f"{DISKS[1]} is not there yet" in ctl("show", "db01").stdout
 
 
+def test_list_speaks_of_what_lies_beside_the_exports(descriptor: Path, scratch: Settings, ctl: Ctl) -> None:
+    (scratch.exports_dir / "web01.ova").touch()
+    listed = ctl("list", "--json")
+    assert 1 == len(json.loads(listed.stdout))
+    assert f"{scratch.exports_dir}/web01.ova is ignored" in listed.stderr
+    assert f"&& mv {scratch.exports_dir}/web01.ova" in listed.stderr
+
+
 def test_plan_estimates_it(descriptor: Path, ctl: Ctl) -> None:
     shown = ctl("plan", "estimate", "--json")
     assert 0 == shown.returncode, shown.stderr

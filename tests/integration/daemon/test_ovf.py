@@ -7,7 +7,7 @@ import shutil
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import MakeExport, report_of
 from tests.integration.daemon.test_daemon import change, daemon, done, free_port, look_again, looks, wait_until
-from tests.ovf import DISKS, NVRAM, accepting, export_ovf
+from tests.ovf import DISKS, NVRAM, accepting, export_ovf, pack
 
 
 def test_export_that_is_copied_slowly_is_taken_when_it_is_whole(scratch: Settings) -> None:
@@ -55,3 +55,26 @@ def test_both_kinds_of_exports_are_migrated_side_by_side(scratch: Settings, make
         wait_until(lambda: done(theirs, ours))
     assert ["succeeded"] * 2 == [report_of(export)["status"] for export in (theirs, ours)]
     assert ["manifest.json", "db01.ovf"] == [report_of(export)["manifest"]["name"] for export in (theirs, ours)]
+
+
+def test_archive_is_taken_when_it_is_whole_and_one_beside_the_exports_is_spoken_of(scratch: Settings) -> None:
+    descriptor = export_ovf(scratch.exports_dir.parent / "whole")
+    data = pack(descriptor, scratch.exports_dir.parent / "packed" / "db01.ova").read_bytes()
+    export, port = scratch.exports_dir / "db01", free_port()
+    export.mkdir()
+    (scratch.exports_dir / "web01.ova").write_bytes(data)
+    with daemon(accepting(scratch, metrics={"listen": f"127.0.0.1:{port}"})) as process:
+        wait_until(lambda: looks(port) > 0)
+        for part in range(4):
+            with (export / "db01.ova").open("ab") as file:
+                file.write(data[part * len(data) // 5 : (part + 1) * len(data) // 5])
+            look_again(port, times=2)
+            assert not (export / ".hyper2kvmd.lock").exists()
+        with (export / "db01.ova").open("ab") as file:
+            file.write(data[4 * len(data) // 5 :])
+        wait_until(lambda: done(export))
+        process.terminate()
+        said = process.communicate(timeout=60)[0]
+    assert "succeeded" == report_of(export)["status"]
+    assert 1 == said.count(f"{scratch.exports_dir}/web01.ova is ignored: it is a file, and an export is a directory")
+    assert f"mkdir {scratch.exports_dir}/web01 && mv {scratch.exports_dir}/web01.ova" in said

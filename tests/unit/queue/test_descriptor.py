@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.descriptor import create_command, mf_of
 from hyper2kvmd.queue.state import State, state_of
 from hyper2kvmd.settings.model import Settings
-from tests.ovf import DISKS, NVRAM, OVFTOOL, describe
+from tests.ovf import DISKS, NVRAM, OVFTOOL, describe, pack
 
 
 @pytest.fixture
@@ -121,6 +123,69 @@ def test_link_in_the_place_of_a_descriptor_is_refused(export: Path, settings: Se
     problem = facts.look(export, settings).problem
     assert problem is not None
     assert "export_unsafe" == problem.code
+
+
+@pytest.fixture
+def archive(export: Path, settings: Settings) -> Path:
+    """The same as one .ova in a directory."""
+    return pack(export / "db01.ovf", settings.exports_dir / "packed" / "db01.ova")
+
+
+def test_archive_stands_in_for_a_manifest(export: Path, archive: Path, settings: Settings) -> None:
+    look = facts.look(archive.parent, settings)
+    assert ("db01.ova", "db01", (("db01.ova", archive.stat().st_size),)) == (look.manifest, look.vm_name, look.sizes)
+    assert facts.look(export, settings).manifest_sha256 == look.manifest_sha256
+    assert State.QUEUED == state(archive.parent, settings)[0]
+    assert "db01.ova" == facts.manifest_name(archive.parent, settings)
+
+
+def test_archive_is_waited_for_until_its_end_is_there(archive: Path, settings: Settings) -> None:
+    data = archive.read_bytes()
+    last = data.rindex(NVRAM.encode()) + 512 + 600  # of the last file; zeros follow
+    for length in (0, 100, 512, 3000, len(data) // 2, last - 1, last - last % 512 + 512):
+        archive.write_bytes(data[:length])
+        found, message = state(archive.parent, settings)
+        assert (State.INCOMPLETE, True) == (found, "truncated" in message), length
+    archive.write_bytes(data)
+    assert State.QUEUED == state(archive.parent, settings)[0]
+
+
+def test_descriptor_goes_before_an_archive(export: Path, archive: Path, settings: Settings) -> None:
+    archive.rename(export / "db01.ova")
+    assert "db01.ovf" == facts.look(export, settings).manifest
+
+
+def test_archive_that_is_not_read_says_what_to_do(archive: Path, settings: Settings) -> None:
+    archive.write_bytes(gzip.compress(archive.read_bytes()))
+    problem = facts.look(archive.parent, settings).problem
+    assert problem is not None
+    assert "format_unsupported" == problem.code
+    unpacked = settings.exports_dir / "packed-unpacked"
+    assert f"`hyper2kvmctl manifest create {archive} --directory {unpacked}`" in problem.hint
+
+
+def test_size_that_no_file_can_have_is_no_crash(archive: Path, settings: Settings) -> None:
+    data = bytearray(archive.read_bytes())
+    data[124:136] = b"\x80" + b"\x7f" * 11  # of the first file, in tar's binary way
+    data[148:156] = f"{sum(data[:148]) + 8 * 32 + sum(data[156:512]):06o}\0 ".encode()
+    archive.write_bytes(data)
+    assert facts.look(archive.parent, settings).problem is not None
+
+
+def test_file_beside_the_exports_is_no_export_and_that_is_said(
+    archive: Path, settings: Settings, scratch: Settings
+) -> None:
+    bare = archive.rename(settings.exports_dir / "web 01.ova")
+    (settings.exports_dir / "._web 01.ova").touch()
+    exports, (finding,) = facts.exports(settings)
+    assert bare not in exports
+    assert f"{bare} is ignored: it is a file, and an export is a directory" == finding.message
+    subprocess.run(["sh", "-c", finding.hint.split("`")[1]], check=True)
+    assert (settings.exports_dir / "web 01/web 01.ova").exists()
+    assert [] == facts.exports(settings)[1]
+    (settings.exports_dir / "web.ovf").touch()
+    assert "Put it, with its disks" in facts.exports(settings)[1][0].hint
+    assert [] == facts.exports(scratch)[1]
 
 
 def test_names_that_go_with_a_descriptor() -> None:
