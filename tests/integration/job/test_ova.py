@@ -15,8 +15,10 @@ import pytest
 
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, left_in, report_of, run_job
+from tests.guests.build import export as export_guest
+from tests.guests.ovf import Identity
 from tests.integration.job.test_ovf import compress, cut
-from tests.ovf import DISKS, NVRAM, accepting, describe, export_ovf, pack
+from tests.ovf import DISKS, NVRAM, accepting, describe, export_ovf, pack, write_digests
 
 
 @pytest.fixture
@@ -88,6 +90,20 @@ def test_disk_of_any_format_is_the_same_in_an_archive(settings: Settings, format
     pack(descriptor, archive, (DISKS[1], disk.name, DISKS[2], NVRAM))
     migrated(archive, accepting(settings, output={"format": target}, validate={"compare": True}))
     assert same(raw, "raw", settings.output_dir / f"db01-disk-0.{target}", target)
+
+
+def test_guest_in_an_archive_is_fixed(scratch: Settings) -> None:
+    identity = Identity(("00:50:56:aa:bb:01",), "564da6d2-1706-6343-dc2d-9959b533a7b3")
+    files = export_guest("debian12-bios", scratch.exports_dir.parent / "files", vm_name="web01", identity=identity)
+    names = [path.name for path in files.glob("*.vmdk")]
+    write_digests(files / "web01.ovf", names=names)
+    archive = pack(files / "web01.ovf", scratch.exports_dir / "web01" / "web01.ova", names)
+    changes = {"ovf": {"accept": True}, "validate": {"compare": True}}
+    report = migrated(archive, Settings.model_validate({**scratch.model_dump(by_alias=True), **changes}))
+    assert "debian" == report["results"]["inspect"]["distro"]
+    assert report["results"]["validate"]["all_valid"]
+    assert any("initramfs" in change["fixer"] for change in report["changes"])
+    assert [True] == [disk["source_verified"] for disk in report["disks"]]
 
 
 @pytest.mark.parametrize("name", ["db01.ovf", DISKS[0], DISKS[2]])
