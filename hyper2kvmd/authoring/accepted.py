@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hyper2kvmd.authoring import create
+from hyper2kvmd.authoring.builder import SUFFIXES
 from hyper2kvmd.authoring.contents import verified
 from hyper2kvmd.authoring.create import Found
 from hyper2kvmd.authoring.digests import NONE, SIZE_LIMIT, Digests
@@ -28,7 +29,7 @@ from hyper2kvmd.queue.descriptor import create_command, mf_of
 from hyper2kvmd.queue.export import Export
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
-from hyper2kvmd.text import plain
+from hyper2kvmd.text import plain, show
 
 Progress = Callable[[str, float], None]
 
@@ -61,6 +62,7 @@ def manifest_of(
             message = f"{path} is an archive, not a manifest"
             hint = f"Unpack it into a new export: {unpack_command(path)}. Or set ovf.accept to true."
         raise MigrationError(Code.MANIFEST_INVALID, message, hint)
+    descriptor.check_place(export.directory, name, settings.exports_dir)
     read = descriptor.parse(data, export.directory, name)
     found = (_in_archive if is_archive_name(name) else _in_directory)(export, name, data, read)
     digests = found.digests
@@ -138,6 +140,9 @@ def _in_archive(export: Export, name: str, data: bytes, read: Ovf) -> Found:
 
 def _check_there(read: Ovf, names: Collection[str], where: Path, command: str) -> None:
     """Make sure that each file of a descriptor is there."""
+    if lost := next((disk.lost for disk in read.disks if disk.lost is not None), None):
+        message = f"{where}: {plain(read.name)} has a disk with the file {show(lost)}, which its References lack"
+        raise MigrationError(Code.DISK_MISSING, message, "Export the VM again.")
     for needed in descriptor.needed(read, names):
         if needed.name not in names:
             hint = "Copy it there, or export the VM again."
@@ -195,6 +200,18 @@ def _warnings(manifest: Manifest, described: create.Described, found: Found, exp
     return (
         *(warning for warning in manifest.warnings if warning.code != "no_checksum"),
         *(warning for warning in described.warnings if warning not in own),
+        *_unused(found),
         *digests.warnings,
         *digests.unproved(dict.fromkeys(found.disks), str(export.directory)),
     )
+
+
+def _unused(found: Found) -> Iterator[Finding]:
+    """The disks that came along, and that the VM does not have."""
+    if found.descriptor is None:
+        return
+    used = {disk.file for disk in found.descriptor.disks}
+    for file in found.descriptor.files:
+        if file.name not in used and file.name.lower().endswith(tuple(SUFFIXES)):
+            message = f"{show(file.name)} is no disk of the VM by {show(found.descriptor.name)}: it is not migrated"
+            yield Finding("disk_unused", message, "Compare with the source, whether the VM has it.")

@@ -90,6 +90,7 @@ class OvfDisk:
 
     controller: its model as written (lsilogic, VirtualSCSI, vmware.sata.ahci), or else its kind (ide).
     bus: the controller's number among those of its kind. unit: the disk's number on it. packing: if it has one.
+    lost: the id of its file, of which the descriptor says nothing more.
     """
 
     file: str | None
@@ -98,6 +99,7 @@ class OvfDisk:
     bus: int | None
     unit: int | None
     packing: Packing | None = None
+    lost: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -379,7 +381,7 @@ def _disks(root: Element, items: list[Element], warn: _Warn) -> tuple[OvfDisk, .
     }
     found: list[tuple[tuple[int, int, int], OvfDisk]] = []
     for item in _items(items, _DISK):
-        disk, file, packing = _backing(item, disks, files, warn)
+        disk, file, packing, lost = _backing(item, disks, files, warn)
         bus, kind, model = _controller(controllers.get(text_of(item, "Parent") or ""))
         unit = number_of(text_of(item, "AddressOnParent"))
         if disk is not None:
@@ -391,27 +393,27 @@ def _disks(root: Element, items: list[Element], warn: _Warn) -> tuple[OvfDisk, .
             hint = "Correct it in the descriptor: it must be a number, and units such as 'byte * 2^30'."
             warn("the capacity of a disk", f"{show(quantity)} in {show(units)}", hint, None)
         rank = _KINDS.index(kind) if kind else len(_KINDS)
-        found.append(((rank, _last(bus), _last(unit)), OvfDisk(file, capacity, model, bus, unit, packing)))
+        found.append(((rank, _last(bus), _last(unit)), OvfDisk(file, capacity, model, bus, unit, packing, lost)))
     return tuple(disk for _, disk in sorted(found, key=lambda pair: pair[0]))
 
 
 def _backing(
     item: Element, disks: dict[str, Element], files: dict[str, Element], warn: _Warn
-) -> tuple[Element | None, str | None, Packing | None]:
-    """What a disk is made of: its entry in the DiskSection, and the base name and packing of its file."""
+) -> tuple[Element | None, str | None, Packing | None, str | None]:
+    """What a disk is made of: its entry in the DiskSection, the base name and packing of its file, the id if lost."""
     resource = text_of(item, "HostResource")
     if resource is None:
-        return None, None, None
+        return None, None, None, None
     id = resource.rpartition("/")[2]  # of ovf:/disk/ID or ovf:/file/ID
     disk = disks.get(id)
     reference = id if disk is None else attribute_of(disk, "fileRef")
     if reference is None:
-        return disk, None, None
+        return disk, None, None, None
     href = attribute_of(files[reference], "href") if reference in files else None
     if href is None:
         warn("the content of a disk", show(reference), "Export the VM again: the descriptor has no such file.", None)
-        return disk, None, None
-    return disk, href.rpartition("/")[2], _packing(files[reference], warn)
+        return disk, None, None, reference
+    return disk, href.rpartition("/")[2], _packing(files[reference], warn), None
 
 
 def _referenced(root: Element) -> tuple[OvfFile, ...]:

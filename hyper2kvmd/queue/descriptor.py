@@ -40,6 +40,13 @@ def several(directory: Path, found: list[str]) -> Finding:
     )
 
 
+def check_place(directory: Path, name: str, exports_dir: Path) -> None:
+    """Refuse what lies beside the exports, as its lock and report would. Raise MigrationError."""
+    if stands_in(name) and directory.resolve() == exports_dir.resolve():
+        finding = outside(directory / name)
+        raise MigrationError(Code.MANIFEST_INVALID, finding.message, finding.hint)
+
+
 def outside(path: Path) -> Finding:
     """What a person should know of an .ovf or .ova that lies beside the exports, and not in one."""
     message = f"{plain(str(path), _COMMAND_LIMIT)} is ignored: it is a file, and an export is a directory"

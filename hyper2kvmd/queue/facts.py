@@ -44,6 +44,7 @@ from hyper2kvmd.queue.plans import planned
 from hyper2kvmd.queue.requests import pending
 from hyper2kvmd.queue.state import FINAL, Facts, State
 from hyper2kvmd.settings.model import Settings
+from hyper2kvmd.text import show
 
 REPORT_LIMIT = 8 << 20  # ours are far smaller; what an exporter puts there may be anything
 
@@ -162,7 +163,11 @@ def find_manifest(dir_fd: int, directory: Path, settings: Settings) -> tuple[str
 
     Raise MigrationError if there is none, or if it is not a plain file that can be read.
     """
-    found = _find_manifest(dir_fd, directory, settings, os.listdir(dir_fd))
+    names = os.listdir(dir_fd)
+    found = _find_manifest(dir_fd, directory, settings, names)
+    if found[0] is None and (others := candidates(names)):
+        message = f"{directory} holds no manifest, and {show(others[0])} is not accepted as one"
+        raise MigrationError(Code.MANIFEST_UNREADABLE, message, "Set ovf.accept to true.")
     return _required(directory, settings.manifest_names, found)
 
 

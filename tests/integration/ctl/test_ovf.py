@@ -11,7 +11,7 @@ import pytest
 from hyper2kvmd.api import MigrationPipeline
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, report_of
-from tests.ovf import DISKS, accepting, export_ovf, write_digests
+from tests.ovf import DISKS, accepting, export_ovf, pack, write_digests
 
 
 @pytest.fixture
@@ -95,6 +95,15 @@ def test_migrate_takes_the_directory_or_the_descriptor(descriptor: Path, ctl: Ct
     # The name of the file is no wish: it is what is read in any case.
     (row,) = json.loads(ctl("list", "--json").stdout)
     assert ["--name", "orders"] == row["asked"]
+
+
+@pytest.mark.parametrize("command", ["migrate", "validate"])
+def test_file_beside_the_exports_is_no_export(descriptor: Path, scratch: Settings, ctl: Ctl, command: str) -> None:
+    bare = pack(descriptor, scratch.exports_dir / "web01.ova")
+    done = ctl(command, bare)
+    assert 0 != done.returncode
+    assert f"{bare} is ignored: it is a file, and an export is a directory" in done.stdout + done.stderr
+    assert ["db01", "web01.ova"] == sorted(path.name for path in scratch.exports_dir.iterdir())
 
 
 def test_person_chooses_one_of_several(descriptor: Path, scratch: Settings, ctl: Ctl) -> None:

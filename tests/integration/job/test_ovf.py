@@ -110,6 +110,12 @@ def test_nothing_is_accepted_unless_the_settings_say_so(descriptor: Path, scratc
     assert not descriptor.with_name("migration-report.json").exists()
 
 
+def test_person_learns_how_to_have_it_accepted(descriptor: Path, scratch: Settings, ctl: Ctl) -> None:
+    done = ctl("migrate", descriptor.parent)
+    assert "'db01.ovf' is not accepted as one" in done.stdout + done.stderr
+    assert "Set ovf.accept to true." in done.stdout + done.stderr
+
+
 def test_manifest_goes_before_a_descriptor(descriptor: Path, settings: Settings, ctl: Ctl) -> None:
     assert 0 == ctl("manifest", "create", descriptor).returncode
     record = migrated(descriptor, settings)["manifest"]
@@ -219,6 +225,23 @@ def test_what_is_refused(settings: Settings, breaks: Callable[[Path], object], c
     assert code == error["code"], error
     for text in says:
         assert text in error["message"] + error["hint"]
+
+
+def test_disk_without_its_file_in_the_references_is_not_left_out(settings: Settings) -> None:
+    descriptor = export_ovf(settings.exports_dir / "db01", None)
+    descriptor.write_text(descriptor.read_text().replace('ovf:fileRef="file2"', 'ovf:fileRef="file9"'))
+    error = refused(descriptor, settings)
+    assert ("disk_missing", True) == (error["code"], "a disk with the file 'file9'" in error["message"])
+
+
+def test_disk_that_the_vm_does_not_have_is_spoken_of(settings: Settings) -> None:
+    descriptor = export_ovf(settings.exports_dir / "db01", None)
+    shutil.copyfile(descriptor.with_name(DISKS[1]), descriptor.with_name("spare.vmdk"))
+    line = '<File ovf:href="spare.vmdk" ovf:id="file8" ovf:size="0"/>'
+    descriptor.write_text(descriptor.read_text().replace("</References>", f"{line}</References>"))
+    describe(descriptor)
+    (warning,) = (one for one in migrated(descriptor, settings)["warnings"] if one["code"] == "disk_unused")
+    assert "'spare.vmdk' is no disk of the VM" in warning["message"]
 
 
 def test_remedy_of_a_packed_export_works(settings: Settings, ctl: Ctl) -> None:

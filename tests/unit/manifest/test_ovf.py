@@ -279,7 +279,8 @@ def test_only_the_base_name_of_a_file_is_taken() -> None:
 def test_disk_whose_file_is_not_listed_is_there_without_it(resource: str) -> None:
     root = '<DiskSection><Disk diskId="vmdisk1" fileRef="file9"/></DiskSection>'
     found = system(item(17, HostResource=resource), root=root)
-    assert (OvfDisk(None, None, None, None, None),) == found.disks
+    assert (None, None) == (found.disks[0].file, found.disks[0].capacity_bytes)
+    assert bool(resource) == (found.disks[0].lost is not None)
     assert bool(resource) == ("the content of a disk" in "".join(finding.message for finding in found.warnings))
 
 
