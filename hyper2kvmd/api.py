@@ -35,6 +35,7 @@ from hyper2kvmd.manifest import (
 from hyper2kvmd.manifest.model import Convert, Fix, Inspect, Interface, Services, User, Validate
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.asked import Asked
+from hyper2kvmd.queue.descriptor import check_place
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.queue.progress import Progress, Stage
 from hyper2kvmd.report.model import (
@@ -129,13 +130,12 @@ class MigrationPipeline:
         overrides: Iterable[str] = (),
         on_event: Callable[[Event, Progress], None] = lambda event, progress: None,
     ) -> None:
-        path = Path(manifest)
+        path = self._manifest = Path(manifest)
         self.export = path if path.is_dir() else path.parent
         asked = [*overrides]
         self.settings = overridden(load_settings() if settings is None else settings, asked)
         if path != self.export:
-            names = (name for name in self.settings.manifest_names if (self.export / name).exists())
-            if path.name != next(names, None):
+            if path.name != facts.manifest_name(self.export, self.settings):
                 asked.append(f"manifest_names={json.dumps([path.name])}")
             self.settings = self.settings.model_copy(update={"manifest_names": (path.name,)})
         chosen = None if stages is None else frozenset(stages)
@@ -152,6 +152,7 @@ class MigrationPipeline:
         if not self.export.is_dir():
             hint = "Name the manifest of an existing export."
             raise MigrationError(Code.MANIFEST_UNREADABLE, f"{self.export}: no such directory", hint)
+        check_place(self.export, self._manifest.name, self.settings.exports_dir)
         runner = Runner(self.export, self.settings, self._request)
         try:
             status = runner.follow(lambda event: self._on_event(event, runner.progress))

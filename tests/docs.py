@@ -21,6 +21,7 @@ from pathlib import Path
 from tests import ROOT
 from tests.conftest import disk_entry, write_manifest
 from tests.libvirtd import session
+from tests.ovf import export_ovf
 
 DOCS = ROOT / "docs"
 EXPORTS = Path("/var/lib/hypersdk/exports")
@@ -120,6 +121,15 @@ def _evidence() -> None:
     export("web01")
 
 
+def _ovf() -> None:
+    off = {"enabled": False}  # the disks hold no system
+    pipeline = {"inspect": off, "fix": off}
+    settings = {"settle_seconds": 0, "ovf": {"accept": True}, "pipeline": pipeline, "libvirt": {"import": False}}
+    Path("/etc/hyper2kvmd/hyper2kvmd.yaml").write_text(json.dumps(settings))
+    EXPORTS.mkdir()
+    export_ovf(EXPORTS / "db01")
+
+
 SETUP: dict[str, Callable[[], None]] = {
     "migrate.md": _migrate,
     "batch.md": _batch,
@@ -133,6 +143,7 @@ SETUP: dict[str, Callable[[], None]] = {
     "backup.md": _operations,
     "pools.md": _operations,
     "remote-libvirt.md": _operations,
+    "ovf.md": _ovf,
 }
 
 

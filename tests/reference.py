@@ -115,7 +115,7 @@ SETTINGS_PARTS = {
     "queue": Part(
         "Settings: the queue",
         "When exports start, how often jobs are retried, what they may take, and what is kept.",
-        ("## watch", "## retry", "## limits", "## limits.stage_seconds", "## retention", "## hypersdk"),
+        ("## watch", "## retry", "## limits", "## limits.stage_seconds", "## retention", "## hypersdk", "## ovf"),
     ),
     "monitoring": Part(
         "Settings: metrics, notifications, reports and logs",

@@ -46,7 +46,7 @@ class ManifestBuilder:
         self.directory = Path(directory)
         self._document: dict[str, Any] = {"manifest_version": wire.VERSION, "source": {}, "disks": []}
         self._problems: list[Finding] = []
-        self._files: dict[tuple[int, int], str] = {}
+        self._files: dict[tuple[int, int, int], str] = {}
 
     def with_source(
         self,
@@ -116,7 +116,7 @@ class ManifestBuilder:
             with opened(self.directory, os.fspath(path), id, format) as source:
                 format, size = source.disk.format, source.size
                 for file in source.files:
-                    other = self._files.setdefault((file.device, file.inode), id)
+                    other = self._files.setdefault((file.device, file.inode, file.start), id)
                     if other != id:
                         what = f"{source.name} is the file of the disk {other} already"
                         self._problems.append(invalid(what, "Give each disk its own file.", f"{field}.local_path"))
@@ -265,7 +265,7 @@ class ManifestBuilder:
 
         Raise ManifestError, with all that is wrong, and all that the dialect has no words for, as its problems.
         """
-        return parse(dump(self._render(dialect), _NAME), _NAME)
+        return parse(dump(self.document(dialect), _NAME), _NAME)
 
     def write(self, path: str | os.PathLike[str] = "manifest.json", dialect: Dialect = "seed") -> Manifest:
         """Write the manifest, whole or not at all, over an older one; return it as it is read from there.
@@ -281,7 +281,7 @@ class ManifestBuilder:
                 f"{show(str(file))} is not in {self.directory}, where the disks are",
                 "Write it there, beside the disks.",
             )
-        data = dump(self._render(dialect), file.name)
+        data = dump(self.document(dialect), file.name)
         manifest = parse(data, file.name)
         fd = open_directory(file.parent.resolve())
         try:
@@ -290,7 +290,8 @@ class ManifestBuilder:
             os.close(fd)
         return manifest
 
-    def _render(self, dialect: Dialect) -> dict[str, Any]:
+    def document(self, dialect: Dialect = "seed") -> dict[str, Any]:
+        """What the manifest says, as plain data. Raise ManifestError as build() does."""
         problems = list(self._problems)
         document: dict[str, Any] = {}
         try:
@@ -361,7 +362,7 @@ def _find_format(file: OpenDisk, path: Path) -> Format:
     mismatch = None
     for format in _FORMATS:
         try:
-            examine(file.fd, file.size, format, str(path))
+            examine(file.fd, file.size, format, str(path), file.start)
         except MigrationError as error:
             if error.code == Code.FORMAT_MISMATCH:
                 # That of raw says best what else the file is.

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from hyper2kvmd.authoring.digests import NONE, Digests
 from hyper2kvmd.authoring.ova import free, no_room
-from hyper2kvmd.authoring.tar import BLOCK, GZIP
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import create_file, open_directory
 from hyper2kvmd.image.source import OpenDisk, open_disk
+from hyper2kvmd.image.tar import BLOCK, GZIP
 from hyper2kvmd.manifest.ovf import Ovf, OvfDisk
 from hyper2kvmd.text import plain, show
 
@@ -200,14 +200,14 @@ def verified(directory: Path, names: Sequence[str], digests: Digests, on_progres
     """The SHA-256 of those of the files that have digests, and are what these say. Raise MigrationError or OSError."""
     found = {}
     for name in names:
-        if not digests.algorithms(name) or "/" in name:
+        if not digests.algorithms(name):
             continue
         with contextlib.suppress(FileNotFoundError), _opened(directory, name) as file:
             sums = _Sums(digests, name)
-            done = 0
-            while data := os.pread(file.fd, BLOCK, done):
-                done += len(data)
-                sums.update(data)
+            block, done = memoryview(bytearray(BLOCK)), 0
+            while count := file.read_into(block, done):
+                done += count
+                sums.update(block[:count])
                 on_progress(name, min(done / max(file.size, 1), 1.0))
             found[name] = sums.checked(directory)["sha256"]
     return found

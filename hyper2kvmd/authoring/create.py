@@ -26,6 +26,7 @@ from hyper2kvmd.image import qemu_img
 from hyper2kvmd.image.extents import look_beside
 from hyper2kvmd.image.source import Source, open_disk
 from hyper2kvmd.manifest import ovf
+from hyper2kvmd.queue.descriptor import mf_of
 from hyper2kvmd.run import Tools
 from hyper2kvmd.text import plain, show
 
@@ -93,10 +94,10 @@ def in_directory(directory: Path, vm_name: str | None, default: str | None = Non
     ]
     if not disks and not packed:
         raise _no_disks(directory, names)
-    places = {name: place for place, name in enumerate(_files(descriptor, names))} if descriptor else {}
+    places = {name: place for place, name in enumerate(files_of(descriptor, names))} if descriptor else {}
     disks.sort(key=lambda name: places.get(name, len(places)))
     name = vm_name or (descriptor and descriptor.vm_name) or name
-    digests = _digests(directory, names, descriptor) if descriptor else NONE
+    digests = digests_beside(directory, names, descriptor) if descriptor else NONE
     return Found(directory, name, tuple(disks), descriptor, warnings, tuple(packed.values()), digests)
 
 
@@ -122,8 +123,25 @@ def of_descriptor(path: Path, vm_name: str | None) -> Found:
         hint = "Export the VM again, or name the disk files instead of the descriptor."
         raise MigrationError(Code.MANIFEST_INVALID, finding.message, hint) from None
     names = os.listdir(path.parent)
+    return of_parsed(path, descriptor, vm_name, names, digests_beside(path.parent, names, descriptor))
+
+
+def of_parsed(path: Path, descriptor: ovf.Ovf, vm_name: str | None, names: Sequence[str], digests: Digests) -> Found:
+    """Likewise for the descriptor at a path that was read already; `names` are the files beside it."""
     packed, more = find_packed(path.parent, names, descriptor)
-    disks = _files(descriptor, names, packed)
+    return found_by(path, descriptor, vm_name, files_of(descriptor, names, packed), digests, (*packed.values(),), more)
+
+
+def found_by(
+    path: Path,
+    descriptor: ovf.Ovf,
+    vm_name: str | None,
+    disks: tuple[str, ...],
+    digests: Digests,
+    packed: tuple[Packed, ...] = (),
+    more: tuple[Finding, ...] = (),
+) -> Found:
+    """What a manifest is to be made of, by the descriptor at a path. Raise MigrationError if it has no disks."""
     if not disks and not packed:
         message = f"{path} names no disks with content"
         raise MigrationError(Code.DISK_MISSING, message, "Export the VM again, or name the disk files themselves.")
@@ -133,8 +151,7 @@ def of_descriptor(path: Path, vm_name: str | None) -> Found:
         message = f"{show(path.name)} describes {empty} disk{'s' * (empty > 1)} without a file: left out"
         warnings += (Finding("disk_empty", message, "Add an empty disk to the VM once it runs, if it needs one."),)
     name = vm_name or descriptor.vm_name or path.stem
-    digests = _digests(path.parent, names, descriptor)
-    return Found(path.parent, name, disks, descriptor, warnings, tuple(packed.values()), digests)
+    return Found(path.parent, name, disks, descriptor, warnings, packed, digests)
 
 
 def unpack(found: Found, target: Path, *, check: bool, on_progress: Progress) -> None:
@@ -143,7 +160,7 @@ def unpack(found: Found, target: Path, *, check: bool, on_progress: Progress) ->
     check: whether to hold what is read against the digests. Raise MigrationError or OSError.
     """
     digests = found.digests if check else NONE
-    files = dict.fromkeys((*([found.descriptor.name] if found.descriptor else []), *_whole(found)))
+    files = dict.fromkeys((*([found.descriptor.name] if found.descriptor else []), *whole(found)))
     for name in files:
         copy(found.directory, name, target, on_progress)
     for disk in found.packed:
@@ -170,15 +187,18 @@ def describe(
 ) -> Described:
     """Look at the disks, and put the manifest together; what is wrong comes out when it is written.
 
-    digests: what is known already of the files' SHA-256, by their names. on_progress: gets a name and the ratio done.
+    digests: what is known already of the files' SHA-256, by their names; checksum: whether to compute the others.
+    on_progress: gets a name and the ratio done.
     Raise MigrationError (checksum_mismatch) for a file that is not what the .mf says, if checksums are computed.
     """
     warnings, sizes, boots = list(found.warnings), dict[str, int](), list[frozenset[Firmware]]()
-    if checksum and not digests and found.digests is not NONE:
-        digests = verified(found.directory, _whole(found), found.digests, on_progress)
+    if checksum and not digests and found.descriptor and found.digests is not NONE:
+        digests = verified(found.directory, whole(found), found.digests, on_progress)
         warnings += (
             *found.digests.warnings,
-            *found.digests.unproved(dict.fromkeys(found.disks), _mf(found.descriptor)),
+            *found.digests.unproved(
+                dict.fromkeys(found.disks), mf_of(found.descriptor.name) if found.descriptor else ""
+            ),
         )
     for index, file in enumerate(found.disks):
         boots.append(frozenset())
@@ -210,7 +230,7 @@ def describe(
             file,
             kind="boot" if index == boot else "data",
             boot_order=order.index(index),
-            checksum=digests.get(file, True) if checksum else False,
+            checksum=digests.get(file, checksum),
             on_progress=functools.partial(on_progress, file),
         )
     for nic in was.nics:
@@ -228,7 +248,7 @@ def _gib(mib: int | None) -> float | None:
 def _start(tools: Tools, source: Source) -> bytes:
     """The first MiB that the guest sees. Raise MigrationError or OSError."""
     if source.header.format == "raw":
-        return os.pread(source.image, bootsector.READ_BYTES, 0)
+        return os.pread(source.image, min(bootsector.READ_BYTES, source.header.virtual_size), source.file.start)
     with tempfile.TemporaryDirectory() as directory:  # qemu-img writes into no pipe
         start = Path(directory) / "start"
         tools.run(
@@ -253,7 +273,7 @@ def _descriptor(path: Path) -> ovf.Ovf:
         os.close(file.fd)
 
 
-def _files(descriptor: ovf.Ovf, names: Sequence[str], packed: Container[str] = ()) -> tuple[str, ...]:
+def files_of(descriptor: ovf.Ovf, names: Sequence[str], packed: Container[str] = ()) -> tuple[str, ...]:
     """The files of the descriptor's disks, but for those that are packed."""
     disks = (disk for disk in descriptor.disks if disk.file is not None and disk.file not in packed)
     return tuple(
@@ -261,14 +281,9 @@ def _files(descriptor: ovf.Ovf, names: Sequence[str], packed: Container[str] = (
     )
 
 
-def _mf(descriptor: ovf.Ovf | None) -> str:
-    """The name of the .mf that belongs to a descriptor."""
-    return f"{descriptor.name[: -len('.ovf')]}.mf" if descriptor else ""
-
-
-def _digests(directory: Path, names: Sequence[str], descriptor: ovf.Ovf) -> Digests:
+def digests_beside(directory: Path, names: Sequence[str], descriptor: ovf.Ovf) -> Digests:
     """What the .mf of a descriptor says; NONE if there is none. Raise MigrationError."""
-    name = _mf(descriptor)
+    name = mf_of(descriptor.name)
     if name not in names:
         return NONE
     fd = open_directory(directory.resolve())
@@ -291,8 +306,8 @@ def _extents(directory: Path) -> frozenset[str]:
         os.close(fd)
 
 
-def _whole(found: Found) -> tuple[str, ...]:
-    """The files of the disks that are not packed, with their extents."""
+def whole(found: Found) -> tuple[str, ...]:
+    """The files of the disks that are not packed, and then their extents."""
     fd = open_directory(found.directory.resolve())
     try:
         vmdks = look_beside(fd, "any").vmdks

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hyper2kvmd.authoring import digests
-from hyper2kvmd.authoring.tar import BLOCK, COPY_AGAIN, GZIP, RECORD, UNPACK, Archive, Member, members
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.files import create_file, fsync_directory
+from hyper2kvmd.image.tar import BLOCK, COPY_AGAIN, GZIP, RECORD, UNPACK, Archive, Member, members
 from hyper2kvmd.text import show
 
 MEMBER_LIMIT = 1000

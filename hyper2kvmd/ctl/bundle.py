@@ -146,7 +146,7 @@ def _names(export: Path, config: Settings) -> Iterator[str]:
     ours = (LOCK, LOG, ASKED, PROGRESS, BOOT_LOG, BOOT_SCREEN, CUTOVER_LOG, CUTOVER_SCREEN, *config.manifest_names)
     for name in sorted(os.listdir(export)):
         report = name.startswith(("migration-report.", "cutover-report.")) and name.endswith(".json")
-        if name in ours or report or name.endswith(".ovf"):
+        if name in ours or report or name.endswith((".ovf", ".mf")):
             yield name
 
 

@@ -54,7 +54,10 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 def list_exports(options: argparse.Namespace, config: Settings) -> int:
     """Print a table of all exports."""
     hosts = working_hosts(config)
-    rows = [row for export in facts.exports(config)[0] if (row := row_of(export, config, hosts)) is not None]
+    exports, ignored = facts.exports(config)
+    rows = [row for export in exports if (row := row_of(export, config, hosts)) is not None]
+    for finding in ignored:
+        print(f"hyper2kvmctl: {finding}", file=sys.stderr)
     asked = {row.export: _asked(row.export, config) for row in rows}
     now = time.monotonic()
     if options.json:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from hyper2kvmd.authoring.accepted import remade
 from hyper2kvmd.domain import hardware
 from hyper2kvmd.domain.hardware import Hardware
 from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.files import open_directory, open_file
 from hyper2kvmd.manifest import Manifest, parse
 from hyper2kvmd.queue import facts
+from hyper2kvmd.queue.export import Export
 from hyper2kvmd.queue.names import BOOT_SCREEN, LOG, REPORT, SIGNED
 from hyper2kvmd.report.html import render
 from hyper2kvmd.report.model import ManifestRecord, Report
@@ -60,8 +63,11 @@ def _source(dir_fd: int, export: Path, record: ManifestRecord) -> tuple[Manifest
         return None  # somewhere else, which nobody but a planted report says
     try:
         name, data = facts.read_manifest(dir_fd, export, (record.name,))
-        manifest = parse(data, name)
-        return (manifest, hardware.read(dir_fd, manifest)[0]) if manifest.sha256 == record.sha256 else None
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != record.sha256:
+            return None
+        manifest = parse(data, name) if record.made is None else remade(record.made, Export(export, dir_fd), name, data)
+        return manifest, hardware.read(dir_fd, manifest)[0]
     except (MigrationError, OSError):
         return None
 

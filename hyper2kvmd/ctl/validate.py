@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from hyper2kvmd import journal
+from hyper2kvmd.authoring.accepted import manifest_of
 from hyper2kvmd.ctl.output import bars, print_json
 from hyper2kvmd.errors import Collected, Finding
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED
@@ -20,7 +21,7 @@ from hyper2kvmd.job.context import Job, job_id
 from hyper2kvmd.job.events import Emitter
 from hyper2kvmd.job.plan import make_plan, memory_mb, needs
 from hyper2kvmd.job.request import Request
-from hyper2kvmd.manifest import Manifest, parse
+from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.queue.export import beside
 from hyper2kvmd.queue.facts import read_manifest, read_report
 from hyper2kvmd.run import Tools
@@ -90,10 +91,15 @@ def _check(
 ) -> Manifest:
     """Make the plan of the job, as a runner would, without a claim. Raise MigrationError for a bad manifest."""
     export = stack.enter_context(beside(path))
-    manifest = parse(read_manifest(export.fd, path.parent, (path.name,))[1], path.name, config.pipeline)
+    _, data = read_manifest(export.fd, path.parent, (path.name,))
+    tools = Tools()
+    with bars() as tell:
+        manifest = manifest_of(
+            *(export, path.name, data, config, tools), pipeline=config.pipeline, check=checksums, on_progress=tell
+        )
     warnings += manifest.warnings
     # Nothing is locked, so nothing may be written: whoever may read an export may check it.
-    job = Job(job_id(export.directory, manifest.sha256), export, 0, Request(), config, Tools(), Emitter(None))
+    job = Job(job_id(export.directory, manifest.sha256), export, 0, Request(), config, tools, Emitter(None))
     report = read_report(export.directory) or {}
     disks = report.get("disks", ()) if report.get("job") == job.id else ()
     published = [Path(disk["target"]) for disk in disks if disk["target"]]
@@ -102,6 +108,8 @@ def _check(
         reserve.check(job, needs(job, plan, lambda disk: disk.final in published), memory_mb(job, plan, fixed=False))
     with bars() as tell:
         for disk in plan.disks if checksums else ():
+            if disk.source.disk.sha256 is None:
+                continue
             with problems:
                 verify_checksum(disk.source, job.tools.cancel, partial(tell, disk.id))
     warnings += job.record.warnings

@@ -70,7 +70,7 @@ class Daemon:
         self.draining = False  # everywhere, as a person has said
         self.retiring = False  # this daemon: it ends with its last runner, so that another version can take over
         self._trouble = ""
-        self._ignored: set[str] = set()
+        self._ignored: set[Finding] = set()
         self._unreadable: dict[Path, Finding] = {}
         self._load = load
         self._notifier = Notifier()
@@ -267,8 +267,8 @@ class Daemon:
     def _scan(self, now: float, found: Scan) -> None:
         """Work out the state of every export from what a look at them found."""
         self._note_trouble(found.trouble)
-        for name in sorted(set(found.ignored) - self._ignored):
-            log.warning("ignored: the name has control characters", directory=ascii(name), hint="Rename it.")
+        for ignored in sorted(set(found.ignored) - self._ignored, key=str):
+            log.warning(ignored.message, hint=ignored.hint)
         self._ignored = set(found.ignored)
         for export, why in found.unreadable.items():
             self.metrics.scan_errors.labels("export").inc()

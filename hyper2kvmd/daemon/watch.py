@@ -147,7 +147,7 @@ class _Complaints(logging.Handler):
 class Scan:
     """What one look at all of the exports directory found.
 
-    unreadable: exports, and why they cannot be looked at. ignored: names of directories that cannot be exports.
+    unreadable: exports, and why they cannot be looked at. ignored: what is no export and was perhaps meant to be one.
     trouble: why the directory itself cannot be read, or "". began: when the look began (monotonic). draining: whether
     no job is started here, draining_all: nor anywhere else. drained: hosts that start none, by themselves. hosts: all
     that work on the directory.
@@ -155,7 +155,7 @@ class Scan:
 
     looks: dict[Path, Facts]
     unreadable: dict[Path, Finding]
-    ignored: tuple[str, ...]
+    ignored: tuple[Finding, ...]
     trouble: str
     draining: bool
     settings: Settings

@@ -70,7 +70,7 @@ def read(dir_fd: int, manifest: Manifest) -> tuple[Hardware, tuple[Finding, ...]
     An .ovf that cannot be used is one of the warnings. Raise OSError if the directory cannot be listed.
     """
     try:
-        found = _descriptor(dir_fd, manifest.vm_name)
+        found = manifest.made.descriptor if manifest.made else _descriptor(dir_fd, manifest.vm_name)
     except ovf.OvfError as error:
         hardware, warnings = merge(manifest, None)
         return hardware, (error.finding, *warnings)

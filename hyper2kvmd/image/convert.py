@@ -68,7 +68,7 @@ def stream(
     kind = f"{format}-zstd" if compress else format
     tools.run(
         *(sys.executable, "-P", "-m", "hyper2kvmd.image.stream"),
-        *(source.file.path, str(source.size), source.name, target, kind, str(threads)),
+        *(source.file.path, str(source.file.start), str(source.size), source.name, target, kind, str(threads)),
         on_output=said, limits=qemu_img.WORK_LIMITS,
     )  # fmt: skip
     last = said.last
@@ -97,7 +97,8 @@ def copy(
 
     reflink: whether a raw disk may share its blocks with its source, where the file system can do that.
     """
-    if reflink and "raw" == format == source.header.format and _reflinked(source, target):
+    whole = source.file.archive_bytes is None
+    if reflink and whole and "raw" == format == source.header.format and _reflinked(source, target):
         return Copied("reflink", 0, None, 0)
     qemu_img.convert(tools, source, target, format, compress=compress, on_progress=on_progress)
     read = sum(file.size for file in source.extents or source.files)

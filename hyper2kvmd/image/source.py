@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,10 +22,11 @@ from hyper2kvmd.errors import Cancelled, Code, Collected, Finding, MigrationErro
 from hyper2kvmd.files import OURS, inside, open_directory_of, open_file
 from hyper2kvmd.image.extents import check_whole, delta_of, look_beside
 from hyper2kvmd.image.header import examine, examine_extent
-from hyper2kvmd.image.header.reader import Header
+from hyper2kvmd.image.header.reader import SECTOR, Header
 from hyper2kvmd.image.header.vmdk import descriptor_for
+from hyper2kvmd.image.members import is_archive_name, places, unpack_command
 from hyper2kvmd.manifest import Disk
-from hyper2kvmd.text import plain
+from hyper2kvmd.text import plain, show
 
 DEPTH_LIMIT = 4
 BLOCK = 4 << 20
@@ -38,7 +39,11 @@ def _path(fd: int) -> str:
 
 @dataclass(frozen=True)
 class OpenDisk:
-    """An open file of an export: `name` is its path inside the export, the rest is how it was when opened."""
+    """An open file of an export: `name` is its path inside the export, the rest is how it was when opened.
+
+    One in an archive has the archive's path before its own name (`web01.ova/disk1.vmdk`); it begins at `start` of it,
+    and `archive_bytes` is the size of the whole.
+    """
 
     fd: int
     name: str
@@ -47,6 +52,17 @@ class OpenDisk:
     size: int
     mtime_ns: int
     ctime_ns: int
+    start: int = 0
+    archive_bytes: int | None = None
+
+    @property
+    def file_name(self) -> str:
+        """The path inside the export of the file that is open: the archive's, for one in an archive."""
+        return self.name if self.archive_bytes is None else self.name.rpartition("/")[0]
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill the buffer from there on as far as the file goes, and return how many bytes that were. Raise OSError."""
+        return os.preadv(self.fd, [buffer[: max(0, self.size - offset)]], self.start + offset)
 
     @property
     def path(self) -> str:
@@ -57,7 +73,8 @@ class OpenDisk:
         """Whether the file is as it was when it was opened."""
         now = os.fstat(self.fd)
         # Whoever writes to a file can put its modification time back, but not its change time.
-        return (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (self.size, self.mtime_ns, self.ctime_ns)
+        size = self.size if self.archive_bytes is None else self.archive_bytes
+        return (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (size, self.mtime_ns, self.ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -101,11 +118,14 @@ class Source:
     @property
     def node(self) -> str:
         """The source as a name for qemu: this driver on this file, read-only, and nothing else."""
-        return "json:" + json.dumps(_node(self.header.format, _path(self.image)), separators=(",", ":"))
+        file: dict[str, Any] = {"driver": "file", "filename": _path(self.image), "read-only": True}
+        if self.file.archive_bytes is not None:
+            window = {"offset": self.file.start, "size": self.size}
+            file = {"driver": "raw", "read-only": True, **window, "file": file}
+        return "json:" + json.dumps(_node(self.header.format, file), separators=(",", ":"))
 
 
-def _node(driver: str, path: str) -> dict[str, Any]:
-    file = {"driver": "file", "filename": path, "read-only": True}
+def _node(driver: str, file: dict[str, Any]) -> dict[str, Any]:
     node: dict[str, Any] = {"driver": driver, "read-only": True, "file": file}
     if driver in ("qcow2", "vmdk"):
         node["backing"] = None
@@ -124,13 +144,13 @@ def open_sources(
     the disk's field in the manifest: disk_missing, disk_size, export_unsafe, or those of header.examine().
     """
     sources = []
-    taken: dict[tuple[int, int], str] = {}
+    taken: dict[tuple[int, int, int], str] = {}
     for index, disk in enumerate(disks):
         field = f"disks[{index}]"
         try:
             source = _open_source(export_fd, export_dir, disk, stack, field)
             for file in source.files:
-                other = taken.setdefault((file.device, file.inode), disk.id)
+                other = taken.setdefault((file.device, file.inode, file.start), disk.id)
                 if other != disk.id:
                     raise MigrationError(
                         Code.EXPORT_UNSAFE,
@@ -153,7 +173,11 @@ def _open_source(export_fd: int, export_dir: Path, disk: Disk, stack: contextlib
     name = str(export_dir / file.name)
     beside = look_beside(export_fd, file.name)
     check_whole(beside, file.name, disk.format, name)
-    header = examine(file.fd, file.size, disk.format, name)
+    header = examine(file.fd, file.size, disk.format, name, file.start)
+    if header.extents and file.archive_bytes is not None:
+        what = f"{name} describes a disk in several files, which is not read from an archive"
+        hint = f"Unpack it: {unpack_command(export_dir / file.file_name)}."
+        raise MigrationError(Code.FORMAT_UNSUPPORTED, what, hint)
     extents = []
     for extent in header.extents:
         path = str(PurePosixPath(file.name).with_name(extent.file))
@@ -216,6 +240,13 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
         raise _unsafe(f"{local_path} does not name a file inside {export_dir}", field)
     if OURS.fullmatch(path.name):
         raise _unsafe(f"{local_path} is a file of hyper2kvmd, not a disk", field)
+    if len(path.parts) > 1 and is_archive_name(path.parent.name) and not _is_directory(export_fd, path.parent):
+        archive, _ = open_disk(export_fd, export_dir, str(path.parent), field)
+        try:
+            return _member(archive, export_dir, path, field), warnings
+        except BaseException:
+            os.close(archive.fd)
+            raise
     full = export_dir / path
     fd = -1
     try:
@@ -262,6 +293,34 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
     return opened, warnings
 
 
+def _is_directory(export_fd: int, path: PurePosixPath) -> bool:
+    with contextlib.suppress(OSError):
+        fd = open_directory_of(export_fd, str(path))
+        try:
+            return stat.S_ISDIR(os.stat(path.name, dir_fd=fd, follow_symlinks=False).st_mode)
+        finally:
+            os.close(fd)
+    return False
+
+
+def _member(archive: OpenDisk, export_dir: Path, path: PurePosixPath, field: str) -> OpenDisk:
+    """A file in an archive, which is open already. Raise MigrationError."""
+    try:
+        found = places(archive.fd, export_dir / path.parent)
+    except MigrationError as error:
+        error.field = field
+        raise
+    if path.name not in found:
+        message = f"{export_dir / path.parent} holds no file {show(path.name)}"
+        raise MigrationError(Code.DISK_MISSING, message, "Copy the archive again, or export the VM again.", field=field)
+    place = found[path.name]
+    if place.size % SECTOR:
+        message = f"{export_dir / path} has {place.size} bytes, and only whole sectors can be read from an archive"
+        hint = f"Unpack it: {unpack_command(export_dir / path.parent)}."
+        raise MigrationError(Code.FORMAT_UNSUPPORTED, message, hint, field=field)
+    return replace(archive, name=str(path), start=place.start, size=place.size, archive_bytes=archive.size)
+
+
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a directory",
@@ -302,7 +361,8 @@ def check_unchanged(source: Source) -> None:
 
 def _examined(source: Source) -> Header | None:
     with contextlib.suppress(MigrationError):
-        header = examine(source.file.fd, source.file.size, source.disk.format, source.name)
+        file = source.file
+        header = examine(file.fd, file.size, source.disk.format, source.name, file.start)
         for extent, file in zip(header.extents, source.extents, strict=False):
             examine_extent(file.fd, file.size, extent, file.name)
         return header
@@ -335,20 +395,20 @@ def check_checksum(source: Source, digest: str) -> None:
 
 def sha256(source: Source, cancel: threading.Event, on_progress: Callable[[float], None]) -> str:
     """The SHA-256 of the file that the manifest names. Raise Cancelled or OSError."""
-    return digest_of(source.file.fd, source.file.size, cancel, on_progress)
+    return digest_of(source.file.fd, source.file.size, cancel, on_progress, source.file.start)
 
 
-def digest_of(fd: int, size: int, cancel: threading.Event, on_progress: Callable[[float], None]) -> str:
-    """The SHA-256 of an open file of `size` bytes, in hexadecimal. Raise Cancelled or OSError.
+def digest_of(fd: int, size: int, cancel: threading.Event, on_progress: Callable[[float], None], start: int = 0) -> str:
+    """The SHA-256 of `size` bytes of an open file, from `start` on, in hexadecimal. Raise Cancelled or OSError.
 
     `on_progress` gets the ratio done, from 0 to 1.
     """
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    os.posix_fadvise(fd, start, size, os.POSIX_FADV_SEQUENTIAL)
     digest = hashlib.sha256()
     block = memoryview(bytearray(BLOCK))
     done = 0
     # Positional reads: the offset of the descriptor belongs to nobody.
-    while count := os.preadv(fd, [block], done):
+    while count := os.preadv(fd, [block[: size - done]], start + done):
         if cancel.is_set():
             raise Cancelled
         digest.update(block[:count])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import structlog
 
 from hyper2kvmd import journal
+from hyper2kvmd.authoring.accepted import manifest_of
 from hyper2kvmd.errors import MEANING, Cancelled, Code, Finding, MigrationError, Outcome, SettingsError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_TEMPORARY
 from hyper2kvmd.files import OURS, explained, timestamp, trouble, user_name, write_durably
@@ -29,7 +31,7 @@ from hyper2kvmd.job.pipeline import migrate
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.job.supervise import overseen
 from hyper2kvmd.job.undo import is_imported, undo
-from hyper2kvmd.manifest import Manifest, parse
+from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.messages import Kind
 from hyper2kvmd.queue import estimate, facts, requests
 from hyper2kvmd.queue.asked import Asked, kept, unusable
@@ -152,13 +154,13 @@ def _run(
                 + (f", at last {request.died}" if request.died else ""),
                 "Look for the reason in the journal (out of memory? a crash of a library?); then `hyper2kvmctl retry`.",
             )
-        name, data = facts.read_manifest(export.fd, export.directory, settings.manifest_names)
-        manifest = parse(data, name, request.pipeline(settings.pipeline), request.vm_name)
-        if manifest.sha256 != look.manifest_sha256:  # replaced just now; the next look begins anew
+        name, data = facts.find_manifest(export.fd, export.directory, settings)
+        if hashlib.sha256(data).hexdigest() != look.manifest_sha256:  # replaced just now; the next look begins anew
             raise Cancelled
-        structlog.contextvars.bind_contextvars(vm=manifest.vm_name)
-        events.emit("manifest", vm=manifest.vm_name, tags=manifest.tags)
         with overseen(job, beacon.show):
+            manifest = _manifest(job, name, data)
+            structlog.contextvars.bind_contextvars(vm=manifest.vm_name)
+            events.emit("manifest", vm=manifest.vm_name, tags=manifest.tags)
             sources = migrate(job, claim, manifest)
     except Cancelled:
         if job.verdict is not None and job.verdict.code != Code.HELD:
@@ -180,6 +182,26 @@ def _run(
             "This is a defect in hyper2kvmd; please report it with the trace from the journal.",
         )
     return _conclude(job, claim, manifest, look, began, error, sources)
+
+
+def _manifest(job: Job, name: str, data: bytes) -> Manifest:
+    """The manifest that the file `name` holds, or one made of it. Raise MigrationError, OSError or Cancelled."""
+
+    def tell(file: str, ratio: float) -> None:
+        if job.tools.cancel.is_set():
+            raise Cancelled
+        job.reporting[f"reading {file}"] = time.monotonic()  # storage that hangs is no reason to wait for ever
+
+    pipeline = job.request.pipeline(job.settings.pipeline)
+    try:
+        return manifest_of(
+            *(job.export, name, data, job.settings, job.tools),
+            pipeline=pipeline,
+            vm_name=job.request.vm_name,
+            on_progress=tell,
+        )
+    finally:
+        job.reporting.clear()
 
 
 def _as_asked(export: Export, request: Request, settings: Settings) -> tuple[Request, Settings, MigrationError | None]:
@@ -281,7 +303,10 @@ def _conclude(
         job=job.id,
         vm_name=manifest.vm_name if manifest else None,
         manifest=ManifestRecord(
-            name=look.manifest or "", sha256=look.manifest_sha256, dialect=manifest.dialect if manifest else None
+            name=look.manifest or "",
+            sha256=look.manifest_sha256,
+            dialect=manifest.dialect if manifest else None,
+            made=manifest.made.document if manifest and manifest.made else None,
         ),
         attempts=claim.attempt,
         started_at=timestamp(began),

@@ -82,7 +82,7 @@ class Plan:
     @property
     def sources(self) -> tuple[str, ...]:
         """The files of the export that the disks are read from."""
-        files = (file.name for disk in self.disks for file in disk.source.files)
+        files = (file.file_name for disk in self.disks for file in disk.source.files)
         return tuple(dict.fromkeys(files))
 
     @property
@@ -199,11 +199,14 @@ def _check_checksums(job: Job, manifest: Manifest, problems: Collected) -> None:
     """Check that each disk has a checksum, if the settings want that."""
     if not job.settings.validate_.require_checksums:
         return
+    option, command = "hypersdk's -manifest-checksum option", "`hyper2kvmctl manifest rehash` on the manifest"
+    if manifest.made:
+        option, command = "digests (`ovftool --shaAlgorithm=SHA256`)", "`hyper2kvmctl manifest create` on the .ovf"
     for index, disk in enumerate(manifest.disks):
         if disk.sha256 is None:
             hint = (
-                "Export the VM again with hypersdk's -manifest-checksum option; or, if the disks are known to be good,"
-                " run `hyper2kvmctl manifest rehash` on the manifest, and `hyper2kvmctl retry`."
+                f"Export the VM again with {option}; or, if the disks are known to be good,"
+                f" run {command}, and `hyper2kvmctl retry`."
             )
             message = f"disk {disk.id} has no checksum, which validate.require_checksums demands"
             problems.errors.append(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, SecretStr
 
 from hyper2kvmd.errors import Finding
+from hyper2kvmd.manifest.ovf import Ovf
 from hyper2kvmd.manifest.wire import Format
 
 SLUG_LENGTH = 64
@@ -172,8 +173,22 @@ class Options(Part):
     report_path: str | None
 
 
+class Made(Part):
+    """How a manifest was made where none came with the disks. `document` is what it says.
+
+    `descriptor` is what `file` says of the VM: the .ovf, or the .ova that has it in it.
+    """
+
+    file: str
+    descriptor: Ovf
+    document: dict[str, Any]
+
+
 class Manifest(Part):
-    """An Artifact Manifest. `sha256` is that of its bytes; `warnings` is what was noticed while reading."""
+    """An Artifact Manifest. `sha256` is that of its bytes; `warnings` is what was noticed while reading.
+
+    `made`: set if no file holds it, as it was made of an OVF descriptor; then `sha256` is that of the descriptor.
+    """
 
     version: str
     dialect: Literal["seed", "go"]
@@ -196,6 +211,7 @@ class Manifest(Part):
     notes: tuple[str, ...]
     exporter_warnings: tuple[str, ...]
     warnings: tuple[Finding, ...]
+    made: Made | None = None
 
     @cached_property
     def slug(self) -> str:

@@ -51,11 +51,15 @@ _Warn = Callable[[str, str, str, str | None], None]
 
 
 class OvfError(ValueError):
-    """An OVF descriptor that cannot be used. `finding` is what a person should know."""
+    """An OVF descriptor that cannot be used. `finding` is what a person should know.
 
-    def __init__(self, finding: Finding) -> None:
+    complete: False for what is no complete XML, and may be still being written.
+    """
+
+    def __init__(self, finding: Finding, *, complete: bool = True) -> None:
         super().__init__(finding.message)
         self.finding = finding
+        self.complete = complete
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class OvfDisk:
 
     controller: its model as written (lsilogic, VirtualSCSI, vmware.sata.ahci), or else its kind (ide).
     bus: the controller's number among those of its kind. unit: the disk's number on it. packing: if it has one.
+    lost: the id of its file, of which the descriptor says nothing more.
     """
 
     file: str | None
@@ -94,12 +99,31 @@ class OvfDisk:
     bus: int | None
     unit: int | None
     packing: Packing | None = None
+    lost: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """What its file can be called, the likeliest first: the standard has URIs there, but not all writers do."""
-        written = () if self.file is None else (self.file, unquote(self.file))
-        return tuple(dict.fromkeys((*written, *(name.removesuffix(".gz") for name in written))))
+        return () if self.file is None else _names(self.file)
+
+
+@dataclass(frozen=True)
+class OvfFile:
+    """A file that the descriptor names, of a disk or not; `name` is a base name. What is not given is None."""
+
+    name: str
+    bytes: int | None
+    packing: Packing | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it can be called, the likeliest first."""
+        return _names(self.name)
+
+
+def _names(written: str) -> tuple[str, ...]:
+    names = (written, unquote(written))
+    return tuple(dict.fromkeys((*names, *(name.removesuffix(".gz") for name in names))))
 
 
 @dataclass(frozen=True)
@@ -107,6 +131,7 @@ class Ovf:
     """What the descriptor in the file `name` says. What is not in it, or cannot be used (`warnings`), is None or empty.
 
     nics, disks: in the order in which the guest sees them. vm_name: of a kind that can be that of a file.
+    files: all that belong to it, by its References.
     uuid: the BIOS UUID as libvirt spells it, which is not how VMware does.
     os: VMware's osType such as debian12_64Guest, or else a description.
     """
@@ -124,7 +149,13 @@ class Ovf:
     annotation: str = ""
     os: str | None = None
     vm_name: str | None = None
+    files: tuple[OvfFile, ...] = ()
     warnings: tuple[Finding, ...] = ()
+
+
+def is_descriptor(name: str) -> bool:
+    """Whether a file is an OVF descriptor by its name. A hidden one is none: macOS puts `._vm.ovf` beside `vm.ovf`."""
+    return name.lower().endswith(".ovf") and not name.startswith(".")
 
 
 def choose(names: Iterable[str], vm_name: str) -> str | None:
@@ -132,7 +163,7 @@ def choose(names: Iterable[str], vm_name: str) -> str | None:
 
     Raise OvfError if there are several, and none or more than one of them is named so.
     """
-    found = sorted(name for name in names if name.lower().endswith(".ovf"))
+    found = sorted(filter(is_descriptor, names))
     if len(found) > 1:
         same = [name for name in found if name[: -len(".ovf")] == vm_name]
         if len(same) != 1:
@@ -162,8 +193,9 @@ def parse(data: bytes, name: str) -> Ovf:
         # LookupError is an encoding that Python does not know, ValueError one that cannot be had here.
         position = getattr(error, "position", None)
         where = f" at line {position[0]}, column {position[1] + 1}" if position else ""
-        refused = isinstance(error, defusedxml.DefusedXmlException)
-        raise unreadable(name, "it has a DTD" if refused else f"it is no complete XML{where}") from None
+        if isinstance(error, defusedxml.DefusedXmlException):
+            raise unreadable(name, "it has a DTD") from None
+        raise unreadable(name, f"it is no complete XML{where}", complete=False) from None
     if local_name(root.tag) != "Envelope":
         raise unreadable(name, f"its root element is {show(local_name(root.tag))}, not 'Envelope'")
     systems = [element for element in root.iter() if local_name(element.tag) == "VirtualSystem"]
@@ -198,6 +230,7 @@ def parse(data: bytes, name: str) -> Ovf:
         annotation=_annotation(systems[0]),
         os=_os(systems[0]),
         vm_name=_vm_name(systems[0]),
+        files=_referenced(root),
         warnings=tuple(warnings),
     )
 
@@ -348,7 +381,7 @@ def _disks(root: Element, items: list[Element], warn: _Warn) -> tuple[OvfDisk, .
     }
     found: list[tuple[tuple[int, int, int], OvfDisk]] = []
     for item in _items(items, _DISK):
-        disk, file, packing = _backing(item, disks, files, warn)
+        disk, file, packing, lost = _backing(item, disks, files, warn)
         bus, kind, model = _controller(controllers.get(text_of(item, "Parent") or ""))
         unit = number_of(text_of(item, "AddressOnParent"))
         if disk is not None:
@@ -360,27 +393,39 @@ def _disks(root: Element, items: list[Element], warn: _Warn) -> tuple[OvfDisk, .
             hint = "Correct it in the descriptor: it must be a number, and units such as 'byte * 2^30'."
             warn("the capacity of a disk", f"{show(quantity)} in {show(units)}", hint, None)
         rank = _KINDS.index(kind) if kind else len(_KINDS)
-        found.append(((rank, _last(bus), _last(unit)), OvfDisk(file, capacity, model, bus, unit, packing)))
+        found.append(((rank, _last(bus), _last(unit)), OvfDisk(file, capacity, model, bus, unit, packing, lost)))
     return tuple(disk for _, disk in sorted(found, key=lambda pair: pair[0]))
 
 
 def _backing(
     item: Element, disks: dict[str, Element], files: dict[str, Element], warn: _Warn
-) -> tuple[Element | None, str | None, Packing | None]:
-    """What a disk is made of: its entry in the DiskSection, and the base name and packing of its file."""
+) -> tuple[Element | None, str | None, Packing | None, str | None]:
+    """What a disk is made of: its entry in the DiskSection, the base name and packing of its file, the id if lost."""
     resource = text_of(item, "HostResource")
     if resource is None:
-        return None, None, None
+        return None, None, None, None
     id = resource.rpartition("/")[2]  # of ovf:/disk/ID or ovf:/file/ID
     disk = disks.get(id)
     reference = id if disk is None else attribute_of(disk, "fileRef")
     if reference is None:
-        return disk, None, None
+        return disk, None, None, None
     href = attribute_of(files[reference], "href") if reference in files else None
     if href is None:
         warn("the content of a disk", show(reference), "Export the VM again: the descriptor has no such file.", None)
-        return disk, None, None
-    return disk, href.rpartition("/")[2], _packing(files[reference], warn)
+        return disk, None, None, reference
+    return disk, href.rpartition("/")[2], _packing(files[reference], warn), None
+
+
+def _referenced(root: Element) -> tuple[OvfFile, ...]:
+    """The files by their names, each once."""
+    found: dict[str, OvfFile] = {}
+    for file in by_id(root, "References", "File", "id").values():
+        name = (attribute_of(file, "href") or "").rpartition("/")[2]
+        if name:
+            # What is wrong with how a disk is packed is said where the disks are read.
+            packing = _packing(file, lambda *_: None)
+            found.setdefault(name, OvfFile(name, _bytes(attribute_of(file, "size"), "byte"), packing))
+    return tuple(found.values())
 
 
 def _packing(file: Element, warn: _Warn) -> Packing | None:
@@ -425,7 +470,7 @@ def _bytes(quantity: str | None, units: str | None) -> int | None:
     return size if size < 1 << 63 else None
 
 
-def unreadable(name: str, why: str) -> OvfError:
+def unreadable(name: str, why: str, *, complete: bool = True) -> OvfError:
     """What to raise for the descriptor in the file `name`; `why` is the second half of a sentence."""
     return OvfError(
         Finding(
@@ -433,5 +478,6 @@ def unreadable(name: str, why: str) -> OvfError:
             f"the OVF descriptor {show(name)} was not used: {why}",
             "Export the VM again, or list its network adapters with their MAC addresses in the manifest's nics.",
             "nics",
-        )
+        ),
+        complete=complete,
     )

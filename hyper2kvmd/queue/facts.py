@@ -12,8 +12,8 @@ import os
 import re
 import stat
 import time
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,14 @@ from hyper2kvmd.files import (
     open_file,
     remedy,
 )
-from hyper2kvmd.manifest import SIZE_LIMIT, ManifestError, parse
+from hyper2kvmd.image.members import is_archive_name
+from hyper2kvmd.manifest import SIZE_LIMIT, parse
+from hyper2kvmd.manifest.ovf import Ovf
 from hyper2kvmd.queue import progress
 from hyper2kvmd.queue.access import open_shared
 from hyper2kvmd.queue.claim import probe
+from hyper2kvmd.queue.descriptor import Needed, candidates, mf_of, needed, outside, read_archive, several, stands_in
+from hyper2kvmd.queue.descriptor import parse as parse_descriptor
 from hyper2kvmd.queue.estimate import estimate
 from hyper2kvmd.queue.export import is_export_name
 from hyper2kvmd.queue.handover import tickets
@@ -44,6 +48,7 @@ from hyper2kvmd.queue.requests import pending
 from hyper2kvmd.queue.state import FINAL, Facts, State
 from hyper2kvmd.report.cutover import CutoverReport
 from hyper2kvmd.settings.model import Settings
+from hyper2kvmd.text import show
 
 REPORT_LIMIT = 8 << 20  # ours are far smaller; what an exporter puts there may be anything
 
@@ -57,8 +62,8 @@ def look(directory: Path, settings: Settings) -> Facts:
     try:
         held, crashes, began_at = probe(fd)
         request = pending(fd)
-        name, data, problem, newest = _read_manifest(fd, directory, settings.manifest_names)
         entries, written = _entries(fd)
+        name, data, problem, newest = _find_manifest(fd, directory, settings, entries)
         newest = max(newest, written)
         report = _read_report(fd)
         plan = planned(settings, directory.name)
@@ -68,7 +73,9 @@ def look(directory: Path, settings: Settings) -> Facts:
             bare = Facts(None, held=held, request=request, **planning)
             return _look_report(bare, report, fd) if report else bare
         digest = hashlib.sha256(data).hexdigest() if data is not None else None
-        found = Facts(name, digest, problem, False, (), newest, held, request, crashes, began_at, **planning)
+        # Of an archive that is cut short the rest may be still to come.
+        half = problem is not None and problem.code == Code.IMAGE_CORRUPT
+        found = Facts(name, digest, problem, half, (), newest, held, request, crashes, began_at, **planning)
         if held:
             found = replace(found, progress=progress.read(fd, time.monotonic()))
         if report is not None:
@@ -76,11 +83,14 @@ def look(directory: Path, settings: Settings) -> Facts:
         # What is over needs no more: of thousands of manifests, only those are read that somebody waits for.
         if data is None or found.report_status == State.SUCCEEDED:
             return found
-        paths, problem, vm_name, tags = _read(data, name)
-        found = replace(found, vm_name=vm_name, tags=tags)
+        said = _read(data, directory, name)
+        problem = said.problem
+        found = replace(found, vm_name=said.vm_name, tags=said.tags)
         if report is not None and found.report_status != State.RETRYING:
             return found
-        missing, sizes, newest = _look_disks(fd, [inside(path, directory) for path in paths], newest)
+        files = said.files(directory, entries)
+        missing, there, newest = _look_files(fd, [file.name for file in files], newest)
+        sizes = tuple((file.name, there[file.name]) for file in files if file.disk and file.name in there)
         found = replace(found, sizes=sizes, estimate=estimate(sizes, settings.work_dir))
         if report is not None:
             return found
@@ -88,7 +98,14 @@ def look(directory: Path, settings: Settings) -> Facts:
             problem = Finding(
                 Code.DISK_MISSING, f"{directory / missing[0]} is not there yet", "Waiting for the exporter."
             )
-        elif copying := _copying(entries, {name, *(os.path.basename(path) for path in paths)}):
+        elif short := next((file for file in files if there.get(file.name, 0) < (file.bytes or 0)), None):
+            missing = (short.name,)
+            problem = Finding(
+                Code.DISK_MISSING,
+                f"{directory / short.name} has {there.get(short.name, 0)} of {short.bytes} bytes",
+                "Waiting for the exporter.",
+            )
+        elif copying := _copying(entries, {name, mf_of(name), *(os.path.basename(file.name) for file in files)}):
             missing = (copying,)
             problem = Finding(
                 Code.DISK_MISSING, f"{directory / copying} is still being copied", "Waiting until it has its name."
@@ -110,30 +127,64 @@ def look_or_reason(directory: Path, settings: Settings) -> Facts | Finding | Non
         return Finding(Code.IO_ERROR, message, f"{remedy(error)}.")
 
 
-def exports(settings: Settings) -> tuple[list[Path], list[str]]:
-    """The export directories in order of name, and the names of directories that cannot be exports.
+def exports(settings: Settings) -> tuple[list[Path], list[Finding]]:
+    """The export directories in order of name, and what is no export and was perhaps meant to be one.
 
     Hidden directories and symbolic links are neither. Those that were handed over from elsewhere come last.
     Raise OSError if the exports directory cannot be read.
     """
     with os.scandir(settings.exports_dir) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        kinds = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+    names = sorted(name for name, is_directory in kinds.items() if is_directory)
     good = [settings.exports_dir / name for name in names if is_export_name(name)]
     handed_over: set[Path] = set()
     with contextlib.suppress(OSError):  # told by the daemon; what lies in exports_dir is there all the same
         handed_over = {
             ticket.directory for ticket in tickets(settings) if ticket.directory and ticket.directory.is_dir()
         }
-    ignored = [name for name in names if not name.startswith(".") and not is_export_name(name)]
+    ignored = [
+        Finding("ignored", f"{name!a} is ignored: the name has control characters", "Rename it.")
+        for name in names
+        if not name.startswith(".") and not is_export_name(name)
+    ]
+    files = (name for name, is_directory in sorted(kinds.items()) if not is_directory and settings.ovf.accept)
+    ignored += [outside(settings.exports_dir / name) for name in files if stands_in(name)]
     return [*good, *sorted(handed_over - {*good})], ignored
 
 
-def read_manifest(dir_fd: int, directory: Path, names: tuple[str, ...]) -> tuple[str, bytes]:
-    """The name and the bytes of the first of `names` that is in a directory.
+def manifest_name(directory: Path, settings: Settings) -> str | None:
+    """The name of the file that an export's manifest is read from; None if there is none, or that is not clear."""
+    names = os.listdir(directory) if directory.is_dir() else []
+    found = next((name for name in settings.manifest_names if name in names), None)
+    if found is not None or not settings.ovf.accept:
+        return found
+    standing_in = candidates(names)
+    return standing_in[0] if len(standing_in) == 1 else None
+
+
+def find_manifest(dir_fd: int, directory: Path, settings: Settings) -> tuple[str, bytes]:
+    """The name and the bytes of an export's manifest, or of the OVF descriptor that stands in for one.
 
     Raise MigrationError if there is none, or if it is not a plain file that can be read.
     """
-    name, data, problem, _ = _read_manifest(dir_fd, directory, names)
+    names = os.listdir(dir_fd)
+    found = _find_manifest(dir_fd, directory, settings, names)
+    if found[0] is None and (others := candidates(names)):
+        message = f"{directory} holds no manifest, and {show(others[0])} is not accepted as one"
+        raise MigrationError(Code.MANIFEST_UNREADABLE, message, "Set ovf.accept to true.")
+    return _required(directory, settings.manifest_names, found)
+
+
+def read_manifest(dir_fd: int, directory: Path, names: tuple[str, ...]) -> tuple[str, bytes]:
+    """The name and the bytes of the first of `names` that is there. Raise MigrationError as find_manifest() does."""
+    return _required(directory, names, _read_manifest(dir_fd, directory, names))
+
+
+_Read = tuple[str | None, bytes | None, Finding | None, float]
+
+
+def _required(directory: Path, names: tuple[str, ...], found: _Read) -> tuple[str, bytes]:
+    name, data, problem, _ = found
     if problem is not None:
         raise MigrationError(Code(problem.code), problem.message, problem.hint)
     if name is None or data is None:
@@ -163,9 +214,18 @@ def read_cutover(directory: Path, report: dict[str, Any]) -> CutoverReport | Non
     return found if (found.job, found.migrated_at) == (report.get("job"), report.get("finished_at")) else None
 
 
-def _read_manifest(
-    dir_fd: int, directory: Path, names: tuple[str, ...]
-) -> tuple[str | None, bytes | None, Finding | None, float]:
+def _find_manifest(dir_fd: int, directory: Path, settings: Settings, entries: Iterable[str]) -> _Read:
+    """Likewise of the manifest, or else of the only .ovf or .ova among the names, if the settings accept that."""
+    found = _read_manifest(dir_fd, directory, settings.manifest_names)
+    if found[0] is not None or not settings.ovf.accept:
+        return found
+    standing_in = candidates(entries)
+    if len(standing_in) > 1:
+        return standing_in[0], None, several(directory, standing_in), 0.0
+    return _read_manifest(dir_fd, directory, tuple(standing_in))
+
+
+def _read_manifest(dir_fd: int, directory: Path, names: tuple[str, ...]) -> _Read:
     """Name, bytes and problem of the first manifest that is there, and when it was written."""
     for name in names:
         try:
@@ -185,6 +245,11 @@ def _read_manifest(
                 return name, None, _unsafe_manifest(directory / name, "is not a regular file"), _written(status)
             if status.st_nlink != 1:
                 return name, None, _unsafe_manifest(directory / name, "has a second name (hard link)"), _written(status)
+            if is_archive_name(name):
+                try:
+                    return name, read_archive(fd, directory / name)[1], None, _written(status)
+                except MigrationError as error:
+                    return name, None, error.finding(), _written(status)
             if status.st_size > SIZE_LIMIT:
                 finding = Finding(
                     Code.MANIFEST_INVALID,
@@ -207,14 +272,36 @@ def _unsafe_manifest(path: Path, what: str) -> Finding:
     )
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What a manifest says, or the descriptor in its place, as far as a look needs it; or what is wrong with it."""
+
+    problem: Finding | None = None
+    vm_name: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    paths: tuple[str, ...] = ()
+    descriptor: Ovf | None = None
+
+    def files(self, directory: Path, entries: Collection[str]) -> tuple[Needed, ...]:
+        """The files that the export must have."""
+        if self.descriptor is not None:
+            return needed(self.descriptor, entries)
+        return tuple(Needed(inside(path, directory), disk=True, bytes=None) for path in self.paths)
+
+
 @functools.lru_cache(maxsize=1024)  # a queue of a thousand is looked at again and again
-def _read(data: bytes, name: str) -> tuple[tuple[str, ...], Finding | None, str | None, Mapping[str, str]]:
-    """The disks that a manifest names, the VM's name and the tags; or what is wrong with it."""
+def _read(data: bytes, directory: Path, name: str) -> _Said:
     try:
+        if stands_in(name):
+            found = parse_descriptor(data, directory, name)
+            vm_name = found.vm_name or Path(name).stem
+            if is_archive_name(name):
+                return _Said(vm_name=vm_name, paths=(name,))  # all its files are there once it is
+            return _Said(vm_name=vm_name, descriptor=found)
         manifest = parse(data, name)
-    except ManifestError as error:
-        return (), error.finding(), None, {}
-    return tuple(disk.path for disk in manifest.disks), None, manifest.vm_name, manifest.tags
+    except MigrationError as error:
+        return _Said(error.finding())
+    return _Said(None, manifest.vm_name, manifest.tags, tuple(disk.path for disk in manifest.disks))
 
 
 def _entries(dir_fd: int) -> tuple[list[str], float]:
@@ -250,14 +337,12 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[A-Za-z0-9]{6}|(?P<other>.+)\.(?:filep
 _ENTRY_LIMIT = 1000  # of an export; a hostile one could have millions
 
 
-def _look_disks(
-    dir_fd: int, paths: Iterable[str], newest: float
-) -> tuple[tuple[str, ...], tuple[tuple[str, int], ...], float]:
-    """Which disks are not there; those that are, with their sizes; and when the newest of these was written.
+def _look_files(dir_fd: int, paths: Iterable[str], newest: float) -> tuple[tuple[str, ...], dict[str, int], float]:
+    """Which files are not there; those that are, with their sizes; and when the newest of these was written.
 
     Only whether they can be migrated is decided later, under the claim; here a name that is there is enough.
     """
-    missing, sizes = [], []
+    missing, sizes = [], dict[str, int]()
     for path in paths:
         if ".." in path.split("/"):
             continue  # the runner says what is wrong with it
@@ -270,9 +355,9 @@ def _look_disks(
         except (OSError, ValueError):
             missing.append(os.path.basename(path))
             continue
-        sizes.append((path, status.st_size))
+        sizes[path] = status.st_size
         newest = max(newest, _written(status))
-    return tuple(missing), tuple(sizes), newest
+    return tuple(missing), sizes, newest
 
 
 def _read_report(dir_fd: int, name: str = REPORT) -> dict[str, Any] | None:

@@ -105,11 +105,19 @@ class DomainRecord(Part):
 
 
 class ManifestRecord(Part):
-    """The manifest that this report belongs to. `dialect` says whose keys it has: seed or go."""
+    """The manifest that this report belongs to. `dialect` says whose keys it has: seed or go.
+
+    `made` is set where no file holds it: it was made of the .ovf or .ova `name`. Then `sha256` is that of the .ovf.
+    """
 
     name: str = Field(description="file name")
     sha256: str | None = Field(description="digest of its bytes; null if it could not be read")
     dialect: str | None = Field(default=None, description="seed (the guide's) or go (the exporter's)")
+    made: dict[str, Any] | None = Field(
+        default=None,
+        description="what the manifest says that was made of an .ovf or .ova, which `name` is of then, and `sha256` of"
+        " the .ovf; null if the export has a manifest",
+    )
 
 
 class HostRecord(Part):

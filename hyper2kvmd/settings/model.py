@@ -518,6 +518,18 @@ class Hooks(Section):
     )
 
 
+class Ovf(Section):
+    """Exports that hypersdk did not make: an OVF descriptor and its disks, from ovftool, govc or the vSphere client;
+    docs/ovf.md says what is accepted.
+    """
+
+    accept: bool = Field(
+        default=False,
+        description="Whether a directory in exports_dir with one .ovf, or one .ova, and no manifest is an export. It is"
+        " taken when every file that the .ovf names is there and settled.",
+    )
+
+
 class Hypersdk(Section):
     """The queue of hypersdk's exporters, and the directory where they wait for the answer; docs/hypersdk.md says how to
     set up both sides.
@@ -833,6 +845,7 @@ class Settings(Section):
     metrics: Metrics = Metrics()
     notify: Notify = Notify()
     hooks: Hooks = Hooks()
+    ovf: Ovf = Ovf()
     hypersdk: Hypersdk = Hypersdk()
     accept: Accept = Accept()
     rules: tuple[Rule, ...] = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -45,6 +46,7 @@ from tests.e2e.test_systemd import (
     report,
     show,
 )
+from tests.ovf import DISKS, export_ovf, pack
 
 # The package as a file ------------------------------------------------------------------------------------
 
@@ -206,6 +208,31 @@ def test_reports_are_signed_as_the_page_on_evidence_says(machine: Container, dro
     other = ("setpriv", "--reuid=hypersdk", "--regid=hypersdk", "--clear-groups")
     machine.run(*other, "hyper2kvmctl", "report", "verify", name)
     machine.run(*other, "cat", key, accept=(1,))
+    configure(machine)
+
+
+def test_what_other_tools_export_is_migrated_by_the_services_user(machine: Container, tmp_path: Path) -> None:
+    off = {"enabled": False}  # the disks hold no system
+    settings = {**SETTINGS, "ovf": {"accept": True}, "pipeline": {"inspect": off, "fix": off}}
+    machine.write(CONFIG, json.dumps(settings))
+    machine.run("systemctl", "reload", "hyper2kvmd")
+    export_ovf(tmp_path / "db01")
+    descriptor = export_ovf(tmp_path / "files", None)
+    descriptor.write_text(descriptor.read_text().replace("<Name>db01</Name>", "<Name>db02</Name>"))
+    pack(descriptor, tmp_path / "db02" / "db02.ova")
+    exports = machine.root / EXPORTS.lstrip("/")
+    for name in ("db01", "db02"):  # by root, who thinks of no group
+        shutil.copytree(tmp_path / name, exports / f".{name}")
+        (exports / f".{name}").rename(exports / name)
+    for name, files in (("db01", tmp_path / "db01"), ("db02", descriptor.parent)):
+        document = report(machine, name)
+        assert "succeeded" == document["status"], document["error"]
+        assert "hyper2kvm" == document["host"]["user"]
+        for number, disk in enumerate(DISKS):
+            target = machine.root / IMAGES.lstrip("/") / f"{name}-disk-{number}.qcow2"
+            argv = ("qemu-img", "compare", "-f", "vmdk", "-F", "qcow2", files / disk, target)
+            subprocess.run(argv, check=True, capture_output=True)
+    assert "db02" in machine.run("hyper2kvmctl", "list")
     configure(machine)
 
 

@@ -150,8 +150,9 @@ def _called(directory: Path, source: Path) -> Iterator[None]:
 def _describe(
     options: argparse.Namespace, found: authoring.Found, digests: dict[str, str], tell: Callable[[str, float], None]
 ) -> authoring.Described:
+    known = digests if options.checksum else {}
     return authoring.describe(
-        found, options.dialect, checksum=options.checksum, digests=digests, tools=Tools(), on_progress=tell
+        found, options.dialect, checksum=options.checksum, digests=known, tools=Tools(), on_progress=tell
     )
 
 

@@ -6,8 +6,6 @@ It can also be cut short in ways that those programs turn into zeros without a w
 
 from __future__ import annotations
 
-import os
-
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.image.header.qcow2 import read_qcow2
 from hyper2kvmd.image.header.reader import SECTOR, VIRTUAL_SIZE_LIMIT, Extent, Header, Image
@@ -19,14 +17,14 @@ from hyper2kvmd.image.header.vmdk import check_extent, is_text, read_vmdk
 DRIVERS = {"vmdk": "vmdk", "qcow2": "qcow2", "raw": "raw", "vhd": "vpc", "vhdx": "vhdx", "vdi": "vdi"}
 
 
-def examine(fd: int, size: int, declared: str, name: str) -> Header:
-    """Read the headers of the image of `size` bytes open as `fd`.
+def examine(fd: int, size: int, declared: str, name: str, start: int = 0) -> Header:
+    """Read the headers of the image of `size` bytes open as `fd`, which begins at `start` there.
 
     `declared` is the manifest's source_format, `name` how messages call the file. Raise MigrationError:
     format_mismatch, format_unsupported (a variant that is not read), image_unsafe (refers to other files,
     or claims an absurd size), image_corrupt (cut short or damaged).
     """
-    image = Image(fd, size, name)
+    image = Image(fd, size, name, start)
     if size == 0:
         raise image.corrupt("is empty")
     found = _detect(image)
@@ -66,13 +64,13 @@ _MAGICS = (
 
 def _detect(image: Image) -> str | None:
     """The format that the first bytes, and for fixed VHDs the last ones, tell."""
-    start = os.pread(image.fd, 4096, 0)
+    start = image.peek(4096)
     for offset, magic, name in _MAGICS:
         if start.startswith(magic, offset):
             return name
     if is_text(start):
         return "vmdk"
-    if image.size >= SECTOR and is_vhd_footer(os.pread(image.fd, SECTOR, image.size - SECTOR)):
+    if image.size >= SECTOR and is_vhd_footer(image.peek(SECTOR, image.size - SECTOR)):
         return "vhd"
     return "ova" if start[257:262] == b"ustar" else None
 
@@ -95,7 +93,7 @@ def _mismatch(image: Image, declared: str, found: str | None) -> MigrationError:
     elif found is not None:
         what, hint = f"holds {found} data, but the manifest calls it {declared}", "Unpack or convert it first."
     else:
-        start = os.pread(image.fd, 8, 0)
+        start = image.peek(8)
         what = f"is not a {declared} image: it starts with the bytes {start.hex(' ')}"
         hint = "Set source_format of this disk to what it is (raw, if it has no format); otherwise export the VM again."
     return MigrationError(Code.FORMAT_MISMATCH, f"{image.name} {what}", hint)

@@ -44,19 +44,27 @@ class Header:
 
 @dataclass(frozen=True)
 class Image:
-    """A file with bounds: nothing is read from behind its end, and every complaint names it."""
+    """A file with bounds: nothing is read from behind its end, and every complaint names it.
+
+    start: where it begins in what `fd` is of, which is not 0 for one in an archive.
+    """
 
     fd: int
     size: int
     name: str
+    start: int = 0
+
+    def peek(self, length: int, offset: int = 0) -> bytes:
+        """At most `length` bytes."""
+        return os.pread(self.fd, max(0, min(length, self.size - offset)), self.start + offset)
 
     def read(self, offset: int, length: int, what: str) -> bytes:
         """Exactly `length` bytes, or an error which says that `what` is cut off."""
         self.holds(offset, length, what)
         with self.named():
-            data = os.pread(self.fd, length, offset)
+            data = self.peek(length, offset)
             while len(data) < length:
-                more = os.pread(self.fd, length - len(data), offset + len(data))
+                more = self.peek(length - len(data), offset + len(data))
                 if not more:
                     raise self.truncated(what, offset + length)
                 data += more

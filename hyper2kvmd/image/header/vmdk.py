@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import os
 import re
 import struct
 from array import array
@@ -94,7 +93,7 @@ def is_text(start: bytes) -> bool:
 
 def read_vmdk(image: Image) -> Header:
     """The header of a VMDK, sparse or a description. Raise MigrationError like read_vdi()."""
-    magic = os.pread(image.fd, 4, 0)
+    magic = image.peek(4)
     if magic == b"COWD":
         raise image.unsupported("is an ESX snapshot or thin disk (COWD), which refers to others", _CONSOLIDATE)
     return _vmdk_sparse(image) if magic == b"KDMV" else _vmdk_text(image)
@@ -132,7 +131,7 @@ def _vmdk_text(image: Image) -> Header:
 
 def check_extent(image: Image, bytes: int) -> None:
     """Check one sparse extent of a disk in several files, which must be a part of `bytes`. Raise MigrationError."""
-    magic = os.pread(image.fd, 4, 0)
+    magic = image.peek(4)
     if magic != b"KDMV":
         raise image.corrupt(
             f"is not the sparse extent that its descriptor says: it starts with the bytes {magic.hex(' ')}"

@@ -1,8 +1,8 @@
-"""The process that converts one disk: `python -m hyper2kvmd.image.stream SOURCE SIZE NAME TARGET FORMAT THREADS`.
+"""The process that converts one disk: `python -m hyper2kvmd.image.stream SOURCE START SIZE NAME TARGET FORMAT THREADS`.
 
-FORMAT is qcow2, qcow2-zstd (compressed) or raw. It says lines of JSON: {"read": BYTES} a few times a second, and in the
-end one of {"done": {...}}, {"error": {...}} and {"unsuitable": WHY}. An error of the system is a message on standard
-error, as of any tool.
+START and SIZE say where in the file SOURCE the disk is. FORMAT is qcow2, qcow2-zstd (compressed) or raw. It says lines
+of JSON: {"read": BYTES} a few times a second, and in the end one of {"done": {...}}, {"error": {...}} and
+{"unsuitable": WHY}. An error of the system is a message on standard error, as of any tool.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hyper2kvmd.image.stream.pipeline import convert
 _SAY_SECONDS = 0.2
 
 
-def main(source: str, size: str, name: str, target: str, format: str, threads: str) -> int:
+def main(source: str, start: str, size: str, name: str, target: str, format: str, threads: str) -> int:
     """Convert, and return the exit status: 0 if one of the three last lines was said."""
     last = 0.0
 
@@ -33,7 +33,7 @@ def main(source: str, size: str, name: str, target: str, format: str, threads: s
             _say({"read": count})
 
     try:
-        image = Image(os.open(source, os.O_RDONLY | os.O_CLOEXEC), int(size), name)
+        image = Image(os.open(source, os.O_RDONLY | os.O_CLOEXEC), int(size), name, int(start))
         done = convert(image, _open(target), format, threads=int(threads), on_read=on_read)
     except MigrationError as error:
         _say({"error": error.finding().as_json()})

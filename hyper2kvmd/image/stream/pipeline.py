@@ -111,7 +111,7 @@ def _read_all(grains: Grains, crew: _Crew, on_read: Callable[[int], None]) -> st
         begin = position
         while position < end:
             with image.named():
-                count = os.preadv(image.fd, [buffer.view[position - begin : end - begin]], position)
+                count = os.preadv(image.fd, [buffer.view[position - begin : end - begin]], image.start + position)
             if not count:
                 raise image.corrupt(f"ends at byte {position} of {image.size}: it was cut off while it was read")
             digest.update(buffer.view[position - begin : position - begin + count])

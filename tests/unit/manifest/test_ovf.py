@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.manifest import ovf
-from hyper2kvmd.manifest.ovf import Ovf, OvfDisk, OvfError, OvfNic
+from hyper2kvmd.manifest.ovf import Ovf, OvfDisk, OvfError, OvfFile, OvfNic
 from tests import DATA
 from tests.pace import work_of_at_most
 
@@ -81,6 +81,12 @@ def test_descriptor_of_ovftool_is_read_in_full() -> None:
         annotation="Orders & stock\nOwner: Jürgen",
         os="debian12_64Guest",
         vm_name="db01",
+        files=(
+            OvfFile("db01-disk1.vmdk", 1421344256, None),
+            OvfFile("db01-disk2.vmdk", 70144, None),
+            OvfFile("db01-disk3.vmdk", 70144, None),
+            OvfFile("db01-file1.nvram", 270840, None),
+        ),
     ) == ovf.parse(OVFTOOL, "db01.ovf")
 
 
@@ -273,7 +279,8 @@ def test_only_the_base_name_of_a_file_is_taken() -> None:
 def test_disk_whose_file_is_not_listed_is_there_without_it(resource: str) -> None:
     root = '<DiskSection><Disk diskId="vmdisk1" fileRef="file9"/></DiskSection>'
     found = system(item(17, HostResource=resource), root=root)
-    assert (OvfDisk(None, None, None, None, None),) == found.disks
+    assert (None, None) == (found.disks[0].file, found.disks[0].capacity_bytes)
+    assert bool(resource) == (found.disks[0].lost is not None)
     assert bool(resource) == ("the content of a disk" in "".join(finding.message for finding in found.warnings))
 
 

@@ -289,7 +289,8 @@ def test_names_that_could_forge_lines_are_told_apart_and_the_rest_are_exports(sc
     (scratch.exports_dir / "file").touch()
     exports, ignored = facts.exports(scratch)
     assert ["-n", "Büro 日本", "a b", "ok"] == [path.name for path in exports]
-    assert ["a\nb", "x\x1b[2J"] == ignored
+    said = "is ignored: the name has control characters"
+    assert [f"'a\\nb' {said}", f"'x\\x1b[2J' {said}"] == [finding.message for finding in ignored]
 
 
 def test_one_of_two_claims_wins(make_export: MakeExport) -> None:

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import os
 import re
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -64,13 +65,22 @@ class Archive:
         self.compressed = file.read(len(GZIP)) == GZIP
         file.seek(0)
         self._stream: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=file, mode="rb") if self.compressed else file
-        self._offset = 0
+        self.offset = 0
         self._most = self._size * (_DEFLATE_RATIO if self.compressed else 1)
 
     @property
     def left(self) -> int:
         """The most that can still come."""
-        return self._most - self._offset
+        return self._most - self.offset
+
+    def grows(self) -> None:
+        """Take no size for too large: the archive may be still being copied, and the caller sees where it ends."""
+        self._most = sys.maxsize
+
+    def skip(self, length: int) -> None:
+        """Leave out so many bytes of an archive that is not compressed, without reading them."""
+        self._file.seek(length, os.SEEK_CUR)
+        self.offset += length
 
     def ratio(self) -> float:
         """How much of the file has been read, from 0 to 1."""
@@ -79,9 +89,9 @@ class Archive:
     def read(self, length: int) -> bytes:
         """Exactly `length` bytes, of which there must be that many."""
         data = self._some(length)
-        self._offset += len(data)
+        self.offset += len(data)
         if len(data) < length:
-            raise self.corrupt(f"ends after {self._offset} bytes, in the middle: it is truncated")
+            raise self.corrupt(f"ends after {self.offset} bytes, in the middle: it is truncated")
         return data
 
     def finish(self) -> None:
