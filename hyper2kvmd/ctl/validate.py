@@ -19,11 +19,12 @@ from hyper2kvmd.image.source import verify_checksum
 from hyper2kvmd.job import reserve
 from hyper2kvmd.job.context import Job, job_id
 from hyper2kvmd.job.events import Emitter
+from hyper2kvmd.job.main import as_planned
 from hyper2kvmd.job.plan import make_plan, memory_mb, needs
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.manifest import Manifest
 from hyper2kvmd.queue.export import beside
-from hyper2kvmd.queue.facts import read_manifest, read_report
+from hyper2kvmd.queue.facts import look, read_manifest, read_report
 from hyper2kvmd.run import Tools
 from hyper2kvmd.settings.model import Settings
 
@@ -93,13 +94,17 @@ def _check(
     export = stack.enter_context(beside(path))
     _, data = read_manifest(export.fd, path.parent, (path.name,))
     tools = Tools()
+    request, config, mistake = as_planned(look(path.parent, config), export, Request(), config)
+    with problems:
+        if mistake is not None:
+            raise mistake
     with bars() as tell:
         manifest = manifest_of(
             *(export, path.name, data, config, tools), pipeline=config.pipeline, check=checksums, on_progress=tell
         )
     warnings += manifest.warnings
     # Nothing is locked, so nothing may be written: whoever may read an export may check it.
-    job = Job(job_id(export.directory, manifest.sha256), export, 0, Request(), config, tools, Emitter(None))
+    job = Job(job_id(export.directory, manifest.sha256), export, 0, request, config, tools, Emitter(None))
     report = read_report(export.directory) or {}
     disks = report.get("disks", ()) if report.get("job") == job.id else ()
     published = [Path(disk["target"]) for disk in disks if disk["target"]]

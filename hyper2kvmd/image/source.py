@@ -242,11 +242,11 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
         raise _unsafe(f"{local_path} is a file of hyper2kvmd, not a disk", field)
     if len(path.parts) > 1 and is_archive_name(path.parent.name) and not _is_directory(export_fd, path.parent):
         archive, _ = open_disk(export_fd, export_dir, str(path.parent), field)
-        try:
-            return _member(archive, export_dir, path, field), warnings
-        except BaseException:
-            os.close(archive.fd)
-            raise
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, archive.fd)
+            member = _member(archive, export_dir, path, field)
+            stack.pop_all()
+        return member, warnings
     full = export_dir / path
     fd = -1
     try:

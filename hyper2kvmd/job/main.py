@@ -78,7 +78,7 @@ def run_job(claim: Claim, settings: Settings, tools: Tools, events: Emitter, req
             file=sys.stderr,
         )
         return EXIT_CONFIG
-    request, settings, mistake = _as_planned(look, export, request, settings)
+    request, settings, mistake = as_planned(look, export, request, settings)
     unknown = unknown or mistake
     state, finding = state_of(look, settings, began, any_time=not request.if_ready)
     # Written to since it was seen; or this host is to start no job, and what placed it here did not know.
@@ -222,7 +222,7 @@ def _as_asked(export: Export, request: Request, settings: Settings) -> tuple[Req
     return replace(request, asked=Asked()), settings, problem
 
 
-def _as_planned(
+def as_planned(
     look: Facts, export: Export, request: Request, settings: Settings
 ) -> tuple[Request, Settings, MigrationError | None]:
     """The request and the settings with what rules and the plan say of this VM, and what is wrong with the plan.

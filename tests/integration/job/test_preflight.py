@@ -148,6 +148,27 @@ def test_an_export_without_a_fault_is_valid_before_and_after_its_migration(
     assert (0, 0) == (before.returncode, after.returncode), before.stdout + after.stdout
 
 
+def test_validate_asks_the_libvirt_of_the_vms_plan(scratch: Settings, uri: str, tmp_path: Path) -> None:
+    shape = scratch.model_dump(by_alias=True)
+    shape["libvirt"] |= {"uri": "qemu+unix:///system?socket=/nobody", "import": True, "default_network": "user"}
+    settings = Settings.model_validate(shape)
+    export = scratch.exports_dir / "db01"
+    export.mkdir()
+    disk = export / "disk.raw"
+    disk.write_bytes(os.urandom(1 << 20))
+    manifest = write_manifest(export, [disk_entry(disk)])
+    program = [sys.executable, "-m", "hyper2kvmd.ctl", "validate", str(manifest), *configured(settings, tmp_path)]
+    scratch.plan_dir.mkdir()
+    for plan, status, said in (
+        ("memory_mb: 512\n", 1, "/nobody"),
+        (f"libvirt_uri: {uri}\n", 0, "valid, 1 disk"),
+        ("memory_mb: much\n", 1, "db01.yaml"),
+    ):
+        (scratch.plan_dir / "db01.yaml").write_text(plan)
+        done = subprocess.run(program, capture_output=True, text=True, check=False)
+        assert (status, True) == (done.returncode, said in done.stdout), done.stdout
+
+
 # hyper2kvmd that waits for an answer for seconds only.
 IMPATIENT = """
 import sys
