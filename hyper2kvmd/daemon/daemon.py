@@ -368,7 +368,6 @@ class Daemon:
 
     def _count(self, now: float, found: Scan) -> None:
         """Show what a look found."""
-        took = found.seconds
         states = Counter(State.RUNNING if export in self.runners else seen.state for export, seen in self.table.items())
         waiting = (
             seen.since
@@ -376,9 +375,9 @@ class Daemon:
             if seen.state == State.QUEUED and export not in self.runners
         )
         self.metrics.looked((seen.look for seen in self.table.values()), states, min(waiting, default=None), now)
-        self.metrics.scan_seconds.observe(took)
+        self.metrics.scan_seconds.observe(found.seconds)
         self.metrics.fleet.show(self._elsewhere(), found.hosts, len(self.runners))
-        self.health.interval = self._pulse.interval = self._interval(took) + took
+        self.health.interval = self._pulse.interval = self._interval(found.seconds) + found.seconds
         self.health.looked = time.monotonic()
 
     def _interval(self, took: float) -> float:
@@ -470,6 +469,7 @@ class Daemon:
             outbox.begin(settings)
         except OSError as error:
             log.warning("notifications may be missing", directory=str(settings.work_dir), reason=error.strerror)
+        self._public.try_now(settings)
 
     def _reload(self) -> None:
         try:

@@ -29,6 +29,13 @@ class Public:
     def apply(self, settings: Settings) -> None:
         """Show it as the settings say from now on. Raise SettingsError; then all is as it was."""
         self._web.apply(settings.metrics)
+        self._heartbeat.apply(settings.notify.heartbeat)
+
+    def try_now(self, settings: Settings) -> None:
+        """Have everything tried now that is shown; to be called last.
+
+        A thread that tries storage which hangs holds up whoever changes the user of the process, as an outbox of root's
+        does: the C library waits for every thread.
+        """
         if settings.metrics.listen or settings.notify.heartbeat.is_set:
             self.health.try_now()
-        self._heartbeat.apply(settings.notify.heartbeat)

@@ -76,7 +76,7 @@ def test_a_daemon_calls_while_all_is_well_and_stays_silent_while_it_is_not(
         assert 9 < server.times[1] - server.times[0]
         away = scratch.exports_dir.with_name("away")
         scratch.exports_dir.rename(away)
-        wait_until(lambda: time.monotonic() - server.times[-1] > 25)  # two calls are missing
+        wait_until(lambda: time.monotonic() - server.times[-1] > 15)  # one call is missing
         silent = len(server.calls)
         away.rename(scratch.exports_dir)
         wait_until(lambda: len(server.calls) > silent)
@@ -93,7 +93,7 @@ def test_a_reload_begins_changes_and_ends_it(scratch: Settings, tmp_path: Path) 
                 changed = beating(config, server.url, port, interval_seconds=10)
                 (tmp_path / "daemon.json").write_text(changed.model_dump_json(by_alias=True))
                 process.send_signal(signal.SIGHUP)
-                wait_until(lambda server=server: len(server.calls) >= 2)  # type: ignore[misc]
+                wait_until(lambda server=server: bool(server.calls))  # type: ignore[misc]
             known = len(first.calls)
             (tmp_path / "daemon.json").write_text(config.model_dump_json(by_alias=True))
             before = client.metric("config_last_reload_success_timestamp_seconds")
