@@ -266,9 +266,8 @@ class Daemon:
     def _scan(self, now: float, found: Scan) -> None:
         """Work out the state of every export from what a look at them found."""
         self._note_trouble(found.trouble)
-        for ignored in found.ignored:
-            if ignored not in self._ignored:
-                log.warning(ignored.message, hint=ignored.hint)
+        for ignored in sorted({*found.ignored} - self._ignored, key=str):
+            log.warning(ignored.message, hint=ignored.hint)
         self._ignored = set(found.ignored)
         for export, reason in found.unreadable.items():
             self.metrics.scan_errors.labels("export").inc()
