@@ -244,7 +244,7 @@ def open_disk(export_fd: int, export_dir: Path, local_path: str, field: str) -> 
         archive, _ = open_disk(export_fd, export_dir, str(path.parent), field)
         try:
             return _member(archive, export_dir, path, field), warnings
-        except BaseException:
+        except (MigrationError, OSError):
             os.close(archive.fd)
             raise
     full = export_dir / path
