@@ -201,7 +201,10 @@ def _check_checksums(job: Job, manifest: Manifest, problems: Collected) -> None:
         return
     option, command = "hypersdk's -manifest-checksum option", "`hyper2kvmctl manifest rehash` on the manifest"
     if manifest.made:
-        option, command = "digests (`ovftool --shaAlgorithm=SHA256`)", "`hyper2kvmctl manifest create` on the .ovf"
+        option, command = (
+            "digests (`ovftool --shaAlgorithm=SHA256`)",
+            f"`hyper2kvmctl manifest create` on {manifest.made.file}",
+        )
     for index, disk in enumerate(manifest.disks):
         if disk.sha256 is None:
             hint = (
