@@ -28,7 +28,8 @@ from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.errors import MEANING, Outcome
 from hyper2kvmd.exits import EXIT_MEANING
 from hyper2kvmd.options import DEFAULT_PATH
-from hyper2kvmd.queue.names import REPORT
+from hyper2kvmd.queue.names import CUTOVER, REPORT
+from hyper2kvmd.report.cutover import CutoverReport
 from hyper2kvmd.report.model import report_schema
 from hyper2kvmd.settings.model import Section, Settings
 from hyper2kvmd.settings.plan import VmPlan
@@ -482,14 +483,27 @@ is its [signature](evidence.md).
         table = schema["$defs"][definition]
         text += f"\n### {', '.join(f'`{name}`' for name in names)}\n\n{' '.join(table['description'].split())}\n\n"
         text += _fields(table)
+    cutover = CutoverReport.model_json_schema()
+    text += f"""
+## The cutover report
+
+`hyper2kvmctl cutover` writes `{CUTOVER}` beside the report. It is JSON in UTF-8, too, and written completely or not at
+all. While the VM starts, the status is `running` and there is no end.
+
+{_fields(cutover, "above").replace("`steps[]` above", "`steps[]` below")}
+### `steps[]`
+
+{" ".join(cutover["$defs"]["StepRecord"]["description"].split())}
+
+{_fields(cutover["$defs"]["StepRecord"])}"""
     return text + "\n" + see_also("hyper2kvmctl(1)", "hyper2kvmd(8)")
 
 
-def _fields(table: dict[str, Any]) -> str:
+def _fields(table: dict[str, Any], there: str = "below") -> str:
     text = ""
     for name, field in table["properties"].items():
         definition = _reference(field)
-        where = f"see `{name}{'[]' if 'items' in field else ''}` below" if definition else ""
+        where = f"see `{name}{'[]' if 'items' in field else ''}` {there}" if definition else ""
         kind = value_kind(field)
         about = "; ".join(part for part in (field.get("description", ""), where) if part)
         text += item(name, about, kind) if about else f"- **`{name}`** ({kind})\n"
