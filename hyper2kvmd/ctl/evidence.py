@@ -85,31 +85,47 @@ def _signers(options: argparse.Namespace, config: Settings) -> bytes:
     if options.allowed_signers is not None:
         return _read(options.allowed_signers, SIGNERS_LIMIT)
     key = config.report.sign_key
-    path = options.public_key or (None if key is None else key.with_name(key.name + ".pub"))
+    path = options.public_key or (None if key is None else public_half(key))
     if path is None:
         raise ValueError(
             "verify: say whose signature it must be, with --public-key FILE or --allowed-signers FILE; without"
             " them, it must be by the key of report.sign_key, and that is null here"
         )
+    return signers_in(path)
+
+
+def public_half(key: Path) -> Path:
+    """Where ssh-keygen puts the public half of a key."""
+    return key.with_name(f"{key.name}.pub")
+
+
+def signers_in(path: Path) -> bytes:
+    """A file with a public key as the one signer who counts. Raise ValueError for what is none, or OSError."""
     try:
         return signers_of(_read(path, SIGNERS_LIMIT))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; `ssh-keygen -y -f KEY` prints that of a private key") from None
 
 
+def signed_by(path: Path, signers: bytes) -> tuple[bytes, str | Finding]:
+    """The bytes of a report, and who signed them, or why that is not known. Raise OSError or MigrationError.
+
+    signers: whose signatures count, as ssh-keygen(1) has it under ALLOWED SIGNERS.
+    """
+    data = _read(path, REPORT_LIMIT)
+    try:
+        signed = _read(path.with_name(path.name + SIGNED), SIGNATURE_LIMIT)
+    except FileNotFoundError:
+        return data, _unsigned(path, data)
+    # As git does: by its own word, of a report that is not trusted yet. The dates of a key are for changing keys.
+    return data, verify(Tools(), data, signed, signers, _written_at(data))
+
+
 def _checks(
     path: Path, signers: bytes, tell: Callable[[str, float], None], *, disks: bool
 ) -> Iterator[tuple[str, str, str | Finding]]:
     """What is checked, the result, and what was found. Raise OSError or MigrationError."""
-    data = _read(path, REPORT_LIMIT)
-    signature = path.with_name(path.name + SIGNED)
-    try:
-        signed = _read(signature, SIGNATURE_LIMIT)
-    except FileNotFoundError:
-        yield "signature", "failed", _unsigned(path, data)
-        return
-    # As git does: by its own word, of a report that is not trusted yet. The dates of a key are for changing keys.
-    found = verify(Tools(), data, signed, signers, _written_at(data))
+    data, found = signed_by(path, signers)
     if isinstance(found, Finding):
         # What the report says of manifest and disks is then anybody's word.
         yield "signature", "failed", found

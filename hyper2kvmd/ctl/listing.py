@@ -30,6 +30,7 @@ from hyper2kvmd.queue.hosts import Seen, all_hosts, untaken
 from hyper2kvmd.queue.progress import Progress
 from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
 from hyper2kvmd.settings.model import Settings
+from hyper2kvmd.text import plain
 
 STYLE = {
     State.SUCCEEDED: "green",
@@ -114,7 +115,7 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
         print_report(console, document)
         if done is not None:
             text = f"{done.status} at {done.finished_at or done.started_at}, on {done.host.name}"
-            console.print(f"{'cutover':<10} {text}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{'cutover':<10} {plain(text)}", markup=False, highlight=False, soft_wrap=True)
     elif row.finding is not None:
         console.print(f"{'reason':<10} {row.finding}", markup=False, highlight=False, soft_wrap=True)
     return EXIT_DONE

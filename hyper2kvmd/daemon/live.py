@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +35,9 @@ class Look:
 class LivePage:
     """The main loop says what it sees, and the threads of the web server show it."""
 
-    def __init__(self) -> None:
+    def __init__(self, hangs: Callable[[float], str] = lambda now: "") -> None:
+        """hangs: why the main loop is taken for dead at a time of the monotonic clock, "" if it is alive."""
+        self._hangs = hangs
         self._look: Look | None = None
         self._running: Mapping[Path, str] = {}
         self._trouble = "the exports have not been looked at yet"
@@ -59,7 +61,7 @@ class LivePage:
     def page(self, query: str, accept: str) -> Answer:
         """The page, or why there is none: an old one would say what may not be so any more."""
         refresh = () if "refresh=off" in query.split("&") else (("Refresh", str(REFRESH_SECONDS)),)
-        look, trouble = self._look, self._trouble
+        look, trouble = self._look, self._trouble or self._hangs(time.monotonic())
         if look is None or trouble:
             return Answer(503, PLAIN, f"{trouble}\n".encode(errors="backslashreplace"), refresh)
         with self._lock:

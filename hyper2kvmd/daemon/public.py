@@ -19,7 +19,7 @@ class Public:
     def __init__(self, settings: Callable[[], Settings], metrics: Metrics, watchdog_seconds: float | None) -> None:
         self.health = Health(settings, watchdog_seconds)
         metrics.follow(self.health)
-        self.live = LivePage()
+        self.live = LivePage(self.health.hangs)
         pages = {"/metrics": metrics.page, "/healthz": self.health.healthz, "/readyz": self.health.readyz}
         self._web = Web(pages, front=self.live.page)
         self._heartbeat = Heartbeat(

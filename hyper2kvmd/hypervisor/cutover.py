@@ -6,7 +6,8 @@ import contextlib
 import ipaddress
 import socket
 import time
-from collections.abc import Iterator, Sequence
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,11 +17,8 @@ from hyper2kvmd.errors import Code
 from hyper2kvmd.hypervisor import boottest, reach
 from hyper2kvmd.hypervisor.connection import translated
 
+_ANSWERS = "it answers on"
 ASK_SECONDS = 5.0  # between two questions to the agent and the network
-_SOURCES = (
-    (libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_AGENT, "the guest agent"),
-    (libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE, "a lease of libvirt's network"),
-)
 
 
 @dataclass
@@ -41,8 +39,8 @@ def start(connection: Any, uri: str, domain: Any, console: bytearray) -> None:
     with translated(Code.DEFINE_FAILED, connection):
         if not domain.isActive():
             domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
-            boottest.listen(uri, domain.UUIDString(), console)
         if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+            boottest.listen(uri, domain.UUIDString(), console)
             domain.resume()
 
 
@@ -60,9 +58,9 @@ def watch(
     leads: where its cards lead to. asker: from arp_socket(). Raise MigrationError (libvirt_unavailable).
     """
     deadline, ask_at, heard = time.monotonic() + seconds, 0.0, 0
-    macs = {lead.mac for lead in leads}
     seen = Watched()
     with translated(Code.LIBVIRT_UNAVAILABLE, connection):
+        taps = _taps(domain)
         while True:
             if len(console) != heard:
                 heard = len(console)
@@ -75,12 +73,12 @@ def watch(
             if time.monotonic() >= ask_at:
                 if not seen.up and boottest.agent_answers(domain):
                     seen.up = "the guest agent answers"
-                seen.found |= dict(_told(domain, addresses))
-                if other := _asked(seen, addresses, leads, asker, macs):
+                seen.found |= dict.fromkeys(_told(domain, addresses), "the guest agent")
+                if other := _asked(seen, addresses, leads, asker, taps):
                     return _ended(seen, "failed", other)
                 ask_at = time.monotonic() + ASK_SECONDS
             missing = [address for address in addresses if address not in seen.found]
-            if addresses and not missing:
+            if any(how.startswith(_ANSWERS) for how in seen.found.values()):
                 seen.up = seen.up or "it answers on the network"
             if seen.up and not missing:
                 return _ended(seen, "verified", seen.up)
@@ -95,15 +93,25 @@ def _ended(seen: Watched, outcome: Literal["verified", "unverified", "failed"], 
     return seen
 
 
-def _told(domain: Any, addresses: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The addresses that the guest's agent or libvirt's own DHCP server knows of, and which of the two."""
-    for source, name in _SOURCES:
-        with contextlib.suppress(libvirt.libvirtError):  # no agent, or no such network
-            for card in domain.interfaceAddresses(source).values():
-                for entry in card["addrs"] or ():
+def _taps(domain: Any) -> dict[str, str]:
+    """The MAC addresses of the running VM's cards, by the interfaces of this host that they are plugged into."""
+    found = {}
+    for card in ET.fromstring(domain.XMLDesc(0)).iterfind("devices/interface"):
+        target, mac = card.find("target"), card.find("mac")
+        if target is not None and mac is not None:
+            found[target.get("dev", "")] = mac.get("address", "").lower()
+    return found
+
+
+def _told(domain: Any, addresses: Sequence[str]) -> Iterator[str]:
+    """Those of the addresses that the guest has, by its agent's word."""
+    with contextlib.suppress(libvirt.libvirtError):  # no agent
+        for card in domain.interfaceAddresses(libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_AGENT).values():
+            for entry in card["addrs"] or ():
+                with contextlib.suppress(ValueError):  # a guest can say anything
                     address = str(ipaddress.ip_address(entry["addr"]))
                     if address in addresses:
-                        yield address, name
+                        yield address
 
 
 def _asked(
@@ -111,20 +119,28 @@ def _asked(
     addresses: Sequence[str],
     leads: Sequence[reach.Lead],
     asker: socket.socket | None,
-    macs: set[str],
+    taps: Mapping[str, str],
 ) -> str:
-    """Ask the network for the addresses; why that is the end of it, if another machine answers."""
+    """Ask the network for the addresses; why that is the end of it, if another machine answers.
+
+    The VM has the source's MAC addresses. So an answer counts as the VM's only where it came out of the VM itself.
+    """
     asked = [address for address in addresses if ipaddress.ip_address(address).version == 4]
-    for interface in sorted({lead.interface for lead in leads if lead.interface}) if asker and asked else ():
-        assert asker is not None
+    if asker is None or not asked:
+        return ""
+    outside = {lead.interface: lead.ports for lead in leads if lead.interface}
+    for interface, ports in sorted(outside.items()):
         try:
-            answers = reach.who_has(asker, interface, asked, questions=1)
+            answers = reach.who_has(asker, interface, asked, [*taps, *ports], questions=1)
         except OSError:
             continue  # it went down meanwhile; then nobody is seen there
-        for address, answering in answers.items():
-            if strangers := answering - macs:
-                return f"{address} is answered by {', '.join(sorted(strangers))} on {interface}, which is not this VM"
-            seen.found[address] = f"it answers on {interface}"
+        for address, heard in answers.items():
+            ours = {one.mac for one in heard if one.port in taps}
+            if others := sorted({one.mac for one in heard if one.port in ports or one.mac not in ours}):
+                whose = "; that is the VM's own, so its source is on" if {*others} & {*taps.values()} else ""
+                return f"{address} is answered by {', '.join(others)} on {interface}, and not by this VM{whose}"
+            if ours:
+                seen.found[address] = f"{_ANSWERS} {interface}"
     return ""
 
 

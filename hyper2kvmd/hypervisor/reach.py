@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import json
 import select
@@ -20,7 +21,12 @@ from hyper2kvmd.run import Tools
 
 ASK_SECONDS = 1.0  # between two questions
 QUESTIONS = 3
-_ETH_P_ARP = 0x0806
+NEIGHBOURS = 16
+_ETH_P_ALL, _ETH_P_ARP = 0x0003, 0x0806
+# A program for SO_ATTACH_FILTER (linux/filter.h): load the type of the frame; if it is ARP, take all, else nothing.
+_SO_ATTACH_FILTER = 26
+_FILTER = struct.Struct("HBBI")
+_ONLY_ARP = ((0x28, 0, 0, 12), (0x15, 0, 1, _ETH_P_ARP), (0x06, 0, 0, 0xFFFF), (0x06, 0, 0, 0))
 _ARP = struct.Struct("!6s6sHHHBBH6s4s6s4s")  # RFC 826, in an Ethernet frame
 _REQUEST, _REPLY = 1, 2
 _OUTGOING = 4  # PACKET_OUTGOING of linux/if_packet.h
@@ -30,19 +36,38 @@ _INTERFACES = Path("/sys/class/net")
 
 @dataclass(frozen=True)
 class Lead:
-    """Where a card leads to: an `interface` of this host on the same network, or `why` there is none to ask on."""
+    """Where a card leads to: `interface`, what of this host is on the same network, if anything is.
+
+    why: the reason for which silence there proves nothing about machines elsewhere; "" if there is none. ports: those
+    of a bridge that lead out of this host.
+    """
 
     mac: str
     interface: str | None
     why: str = ""
+    ports: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Who answered for an address: the MAC address, and the port of this host where the answer came in."""
+
+    mac: str
+    port: str
 
 
 def arp_socket() -> socket.socket | None:
-    """What questions are asked with; None for whoever may not open one (it takes CAP_NET_RAW)."""
+    """What questions are asked with; None for whoever may not open one (it takes CAP_NET_RAW).
+
+    It hears the ARP of every interface: whether an answer came from a VM or from outside is a matter of the port.
+    """
     try:
-        return socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ARP))
+        asker = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
     except PermissionError:
         return None
+    program = ctypes.create_string_buffer(b"".join(_FILTER.pack(*step) for step in _ONLY_ARP))
+    asker.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(_ONLY_ARP), ctypes.addressof(program)))
+    return asker
 
 
 def leads(connection: Any, xml: str) -> list[Lead]:
@@ -69,7 +94,7 @@ def _lead(connection: Any, card: ET.Element, mac: str) -> Lead:
     if kind == "bridge":
         return _uplinked(mac, names.get("bridge", ""))
     if kind == "direct":
-        return Lead(mac, names.get("dev"))
+        return _macvtap(mac, names.get("dev"))
     if kind == "network":
         with translated(Code.NETWORK_MISSING, connection):
             shown = ET.fromstring(connection.networkLookupByName(names.get("network", "")).XMLDesc(0))
@@ -79,54 +104,93 @@ def _lead(connection: Any, card: ET.Element, mac: str) -> Lead:
             return _uplinked(mac, bridge.get("name", ""))
         if mode in ("bridge", "vepa", "private", "passthrough"):
             device = shown.find("forward/interface")
-            return Lead(mac, None if device is None else device.get("dev"), "its network names no interface")
-        return Lead(mac, None, f"the network {names.get('network')} is one of this host's own, where no source is")
+            return _macvtap(mac, None if device is None else device.get("dev"))
+        own = None if bridge is None else bridge.get("name")
+        return Lead(mac, own, f"the network {names.get('network')} is one of this host's own, where no source is")
     return Lead(mac, None, f"its card {mac} is of the type {kind}, which leads to no network of this host")
 
 
+def _macvtap(mac: str, device: str | None) -> Lead:
+    """The lead through a device of this host, to which its own guests do not answer."""
+    return Lead(mac, device, "" if device else f"the network of its card {mac} names no interface of this host")
+
+
 def _uplinked(mac: str, bridge: str) -> Lead:
-    """The lead through a bridge. One without a port to the outside is silent whatever happens there."""
-    ports = _INTERFACES / bridge / "brif"
+    """The lead through a bridge. One whose ports to the outside are dead is silent whatever happens there."""
     try:
-        outside = [port for port in ports.iterdir() if not (_INTERFACES / port.name / "tun_flags").exists()]
+        ports = [_INTERFACES / port.name for port in (_INTERFACES / bridge / "brif").iterdir()]
     except OSError:
         return Lead(mac, None, f"{bridge} is no bridge of this host")
+    outside = [port for port in ports if not (port / "tun_flags").exists()]
     if not outside:
-        return Lead(mac, None, f"{bridge} has no port that leads out of this host")
-    return Lead(mac, bridge)
+        return Lead(mac, bridge, f"{bridge} has no port that leads out of this host")
+    if not any(map(_forwards, outside)):
+        return Lead(mac, bridge, f"{', '.join(port.name for port in outside)}, the way out of {bridge}, has no link")
+    return Lead(mac, bridge, ports=tuple(port.name for port in outside))
 
 
-def on_link(tools: Tools, interface: str, address: str) -> bool:
-    """Whether the host has an address in the network of this one on the interface. Raise MigrationError."""
-    shown = tools.run("ip", "-j", "-4", "addr", "show", "dev", interface, timeout=_NETWORK_SECONDS).stdout
+def _forwards(port: Path) -> bool:
     try:
-        found = [entry for link in json.loads(shown or "[]") for entry in link.get("addr_info", [])]
-        networks = [ipaddress.ip_network(f"{one['local']}/{one['prefixlen']}", strict=False) for one in found]
-    except (ValueError, KeyError, AttributeError, TypeError):
+        return (port / "carrier").read_text() == "1\n" and (port / "brport/state").read_text() == "3\n"
+    except OSError:  # it is down
+        return False
+
+
+def neighbours(tools: Tools, interface: str, address: str) -> list[str]:
+    """Machines of the network that an address is in, which this host knows on the interface: routers come first.
+
+    Empty if the host has no address in that network. Raise MigrationError.
+    """
+    networks = [
+        ipaddress.ip_network(f"{one['local']}/{one['prefixlen']}", strict=False)
+        for link in _ip(tools, "addr", "show", "dev", interface)
+        for one in link.get("addr_info", ())
+    ]
+    known = [str(route.get("gateway", "")) for route in _ip(tools, "route", "show", "dev", interface)]
+    known += [str(entry.get("dst", "")) for entry in _ip(tools, "neigh", "show", "dev", interface)]
+    found = []
+    for network in networks:
+        if ipaddress.ip_address(address) in network:
+            found += [one for one in known if one and one != address and ipaddress.ip_address(one) in network]
+    return [*dict.fromkeys(found)][:NEIGHBOURS]
+
+
+def _ip(tools: Tools, *words: str) -> list[dict[str, Any]]:
+    """What ip(8) says, as JSON. Raise MigrationError."""
+    said = tools.run("ip", "-j", "-4", *words, timeout=_NETWORK_SECONDS).stdout
+    try:
+        found = json.loads(said or "[]")
+    except ValueError:
         raise MigrationError(
-            Code.TOOL_FAILED, f"`ip addr show dev {interface}` said what is no JSON", "Install a newer iproute2."
+            Code.TOOL_FAILED, f"`ip -j -4 {' '.join(words)}` said what is no JSON", "Install a newer iproute2."
         ) from None
-    return any(ipaddress.ip_address(address) in network for network in networks)
+    return [entry for entry in found if isinstance(entry, dict)]
 
 
 def who_has(
-    asker: socket.socket, interface: str, addresses: Sequence[str], questions: int = QUESTIONS
-) -> dict[str, set[str]]:
-    """The MAC addresses that answer to each IPv4 address on an interface's network; silent ones are left out.
+    asker: socket.socket,
+    interface: str,
+    addresses: Sequence[str],
+    ports: Sequence[str] = (),
+    questions: int = QUESTIONS,
+) -> dict[str, set[Heard]]:
+    """Who answers to each IPv4 address on an interface's network; silent ones are left out.
 
-    Takes `questions` times ASK_SECONDS, as two can answer. Raise OSError for an interface that is down or not there.
+    ports: other interfaces of this host whose answers count, such as those of a VM. Takes `questions` times
+    ASK_SECONDS, as two can answer. Raise OSError for an interface that is down or not there.
     """
-    asker.bind((interface, _ETH_P_ARP))
     own = bytes.fromhex((_INTERFACES / interface / "address").read_text().strip().replace(":", ""))
-    answers: dict[str, set[str]] = {}
+    answers: dict[str, set[Heard]] = {}
+    while select.select([asker], [], [], 0)[0]:
+        asker.recv(1)  # from before the question
     for _ in range(questions):
         for address in addresses:
-            asker.send(_question(own, address))
+            asker.sendto(_question(own, address), (interface, _ETH_P_ARP))
         deadline = time.monotonic() + ASK_SECONDS
         while (left := deadline - time.monotonic()) > 0:
-            for sender, mac in _heard(asker, left):
-                if sender in addresses:
-                    answers.setdefault(sender, set()).add(mac)
+            for sender, heard in _heard(asker, left):
+                if sender in addresses and heard.port in (interface, *ports):
+                    answers.setdefault(sender, set()).add(heard)
     return answers
 
 
@@ -136,13 +200,13 @@ def _question(own: bytes, address: str) -> bytes:
     return _ARP.pack(b"\xff" * 6, own, *parts, own, bytes(4), bytes(6), socket.inet_aton(address))
 
 
-def _heard(asker: socket.socket, seconds: float) -> Iterator[tuple[str, str]]:
-    """Who says within `seconds` that an address is its own: pairs of IPv4 and MAC address."""
+def _heard(asker: socket.socket, seconds: float) -> Iterator[tuple[str, Heard]]:
+    """Who says within `seconds` that an IPv4 address is its own."""
     if not select.select([asker], [], [], seconds)[0]:
         return
-    frame, (_, _, direction, _, _) = asker.recvfrom(2048)
+    frame, (port, _, direction, _, _) = asker.recvfrom(2048)
     if direction == _OUTGOING or len(frame) < _ARP.size:
         return
     _, _, ethertype, hardware, protocol, _, _, operation, mac, sender, _, _ = _ARP.unpack_from(frame)
     if (ethertype, hardware, protocol) == (_ETH_P_ARP, 1, 0x0800) and operation in (_REQUEST, _REPLY):
-        yield socket.inet_ntoa(sender), mac.hex(":")
+        yield socket.inet_ntoa(sender), Heard(mac.hex(":"), port)

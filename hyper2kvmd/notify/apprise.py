@@ -18,7 +18,14 @@ from hyper2kvmd.settings.model import Apprise
 
 SETTING = "notify.apprise.urls_credential"
 _ROUNDS = 100_000
-_KIND = {"succeeded": "success", "cancelled": "info", "blocked": "warning"}  # as apprise calls them
+_KIND = {  # as apprise calls them; all else is a failure
+    "succeeded": "success",
+    "cancelled": "info",
+    "blocked": "warning",
+    "verified": "success",
+    "undone": "info",
+    "unverified": "warning",
+}
 _BY_HAND = "`apprise -vv --body test --config FILE`, with the file of that setting, shows why."
 
 

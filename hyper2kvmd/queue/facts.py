@@ -368,6 +368,9 @@ def _read_report(dir_fd: int, name: str = REPORT) -> dict[str, Any] | None:
         return None
     except OSError:
         return {}
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        return {}
     with open(fd, "rb") as file:
         try:
             data = file.read(REPORT_LIMIT + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, IPvAnyAddress
 
 from hyper2kvmd.report.model import DomainRecord, HostRecord, Part
 
@@ -34,7 +34,9 @@ class CutoverReport(Part):
     migrated_at: str = Field(description="when that job ended: the report's `finished_at`")
     vm_name: str = Field(description="the VM's name")
     domain: DomainRecord
-    addresses: tuple[str, ...] = Field(default=(), description="the IP addresses that the VM was expected to have")
+    addresses: tuple[IPvAnyAddress, ...] = Field(
+        default=(), description="the IP addresses that the VM was expected to have"
+    )
     started_at: str = Field(description="RFC 3339, UTC")
     finished_at: str | None = Field(default=None, description="RFC 3339, UTC; null while it runs")
     seconds: float = Field(default=0, description="how long it took")

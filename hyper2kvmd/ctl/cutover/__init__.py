@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ipaddress
-import json
+import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from hyper2kvmd.ctl.cutover.checks import (
     check_domain,
     check_report,
     check_source,
+    find_domain,
 )
 from hyper2kvmd.ctl.listing import find
 from hyper2kvmd.ctl.output import print_json, refuse, refused, say
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_TEMPORARY, EXIT_USAGE
-from hyper2kvmd.files import write_durably
+from hyper2kvmd.files import explained, open_file, write_durably
 from hyper2kvmd.hypervisor import boottest, reach
 from hyper2kvmd.hypervisor import cutover as vm
 from hyper2kvmd.hypervisor.connection import connect, translated
@@ -33,7 +35,7 @@ from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.claim import Busy, Claim, claim_export
 from hyper2kvmd.queue.names import CUTOVER, CUTOVER_LOG, CUTOVER_SCREEN, REPORT
 from hyper2kvmd.queue.placement import placement
-from hyper2kvmd.report.cutover import CutoverStatus
+from hyper2kvmd.report.cutover import CutoverReport, CutoverStatus
 from hyper2kvmd.report.model import Report
 from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import plain
@@ -61,9 +63,12 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     )
     parser.add_argument(
         "--gateway",
-        type=_address,
+        action="append",
+        default=[],
+        type=_address4,
         metavar="IP",
-        help="a machine that answers on the source's network; shows that this host asks there",
+        help="a machine that answers on the source's network, which shows that this host asks there; repeatable;"
+        " default: those that this host knows",
     )
     parser.add_argument(
         "--source-off", action="store_true", help="you know that the source is off; the network is not asked"
@@ -86,6 +91,12 @@ def _address(text: str) -> str:
         return str(ipaddress.ip_address(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no IP address, such as 192.0.2.10") from None
+
+
+def _address4(text: str) -> str:
+    if ipaddress.ip_address(_address(text)).version != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is no IPv4 address, such as 192.0.2.1")
+    return _address(text)
 
 
 def _seconds(text: str) -> float:
@@ -146,10 +157,13 @@ def _run(options: argparse.Namespace, config: Settings, export: Path) -> Run | s
             f"its domain was defined in {plain(migrated.domain.uri)}, and the settings say {uri}; if that is the same"
             f" libvirt as seen from here, use `--set libvirt.uri={plain(migrated.domain.uri)}`"
         )
-    earlier = facts.read_cutover(export, document)
-    run = Run(options, config, export, migrated, look, uri, earlier)
-    known = options.address or (run.earlier.addresses if run.earlier else ()) or map(str, look.plan.addresses)
-    run.addresses = tuple(dict.fromkeys(known))
+    if look.plan_problem is not None:
+        return str(look.plan_problem)
+    run = Run(options, config, export, migrated, look, uri, facts.read_cutover(export, document))
+    before = run.earlier.addresses if run.earlier is not None else ()
+    run.addresses = tuple(dict.fromkeys(options.address or map(str, (*look.plan.addresses, *before))))
+    if both := {*run.addresses} & {*options.gateway}:
+        return f"{both.pop()} is an address of the VM; --gateway names another machine"
     return run
 
 
@@ -160,29 +174,31 @@ def _cut_over(run: Run, claim: Claim) -> int:
     console = bytearray()
     try:
         check_report(run)
-        running = check_domain(run)
-        if running and run.earlier is not None and run.earlier.status == "verified":
-            return _answer(run, "verified", f"it was verified at {run.earlier.finished_at}, and runs")
+        running = find_domain(run)
+        check_domain(run, running)
+        if running and run.earlier is not None and run.earlier.status == "verified" and _covers(run.earlier, run):
+            return _answer(run, run.earlier, f"it was verified at {run.earlier.finished_at}, and runs")
         leads = reach.leads(run.connection, run.xml)
         if not running:
             check_boot(run)
-            check_source(run, leads)
             if run.options.dry_run:
+                check_source(run, leads)
                 _plan(run)
-                return _answer(run, "ready", "nothing was started, as this was a dry run")
-            _confirm(run, f"Start {run.export.name} now? Its source must stay off from here on.")
-            claim.set_aside(CUTOVER)
+                return _answer(run, run.report("ready"), "nothing was started, as this was a dry run")
+            _confirm(run, f"Start the VM {run.domain.name()} now? Its source must stay off from here on.")
+            check_source(run, leads)  # last: a person may take a while to say yes
+            _keep_earlier(claim)
         elif run.options.dry_run:
-            return _answer(run, "ready", "it runs already, and would be verified; this was a dry run")
+            return _answer(run, run.report("ready"), "it runs already, and would be verified; this was a dry run")
     except Stopped as stopped:
-        return _answer(run, "refused", "nothing was started", stopped.status)
+        return _answer(run, run.report("refused"), "nothing was started", stopped.status)
     _keep(claim, CUTOVER, run.report("running").to_bytes())
     try:
         vm.start(run.connection, run.uri, run.domain, console)
     except MigrationError as error:
         run.step("start", "failed", error.message, error.hint)
         _keep(claim, CUTOVER, run.report("failed").to_bytes())
-        return _answer(run, "failed", "libvirt could not start it")
+        return _answer(run, run.report("failed"), "libvirt could not start it")
     run.step("start", "passed", "it runs already, and is verified again" if running else "started")
     seconds = run.options.wait if run.options.wait is not None else boot_seconds(run)
     seen = vm.watch(run.connection, run.domain, console, run.addresses, leads, run.options.asker, seconds)
@@ -203,17 +219,20 @@ def _over(run: Run, claim: Claim, console: bytearray, seen: vm.Watched) -> int:
             run.step("addresses", "failed", f"{address} was not seen", f"{look}, and try again to verify it.")
     if not run.addresses:
         run.step("addresses", "skipped", "none is known; --address or its plan can name them")
-    if console:
-        _keep(claim, CUTOVER_LOG, boottest.readable(console).encode())
-    if run.domain.isActive() and (picture := boottest.screen(run.connection, run.domain)):
-        _keep(claim, CUTOVER_SCREEN, picture)
-        run.step("screen", "passed", f"its picture is {CUTOVER_SCREEN}, beside the report")
-    else:
-        run.step("screen", "skipped", "it shows none")
+    try:
+        if console:
+            _keep(claim, CUTOVER_LOG, boottest.readable(console).encode())
+        if run.domain.isActive() and (picture := boottest.screen(run.connection, run.domain)):
+            _keep(claim, CUTOVER_SCREEN, picture)
+            run.step("screen", "passed", f"its picture is {CUTOVER_SCREEN}, beside the report")
+        else:
+            run.step("screen", "skipped", "it shows none")
+    except OSError as error:  # what was seen of the VM counts for more
+        run.step("screen", "skipped", f"nothing could be kept: {explained(error, run.export)}")
     if seen.outcome == "verified" and run.autostart:
         run.domain.setAutostart(1)
     _keep(claim, CUTOVER, run.report(seen.outcome).to_bytes())
-    return _answer(run, seen.outcome, seen.reason)
+    return _answer(run, run.report(seen.outcome), seen.reason)
 
 
 def _plan(run: Run) -> None:
@@ -231,26 +250,27 @@ def _undo(run: Run, claim: Claim) -> int:
     """Shut the VM down; its disks keep what it wrote."""
     if run.earlier is None or run.earlier.status == "undone":
         return refuse(EXIT_FAILED, f"{run.export.name}: no cutover of this migration is there to undo")
-    run.addresses = run.earlier.addresses
+    run.addresses = tuple(map(str, run.earlier.addresses))
     try:
-        check_domain(run)
+        check_report(run)
+        find_domain(run)
         if run.options.dry_run:
             run.step("shutdown", "planned", "the VM would be shut down, and no longer start with the host")
-            return _answer(run, "ready", "nothing was shut down, as this was a dry run")
-        _confirm(run, f"Shut {run.export.name} down?")
+            return _answer(run, run.report("ready"), "nothing was shut down, as this was a dry run")
+        _confirm(run, f"Shut the VM {run.domain.name()} down?")
     except Stopped as stopped:
-        return _answer(run, "refused", "nothing was shut down", stopped.status)
+        return _answer(run, run.report("refused"), "nothing was shut down", stopped.status)
     run.domain.setAutostart(0)  # else it would come up beside the source, when the host starts again
     seconds = run.options.wait if run.options.wait is not None else SHUTDOWN_SECONDS
     how = vm.shut_down(run.domain, seconds, force=run.options.force)
     if how is None:
         hint = "Shut it down from within and try again, or use --force, which loses what it has not written."
         run.step("shutdown", "failed", f"it still runs after {seconds:g} s", hint)
-        return _answer(run, "unverified", "it was asked to shut down, and still runs")
+        return _answer(run, run.report("unverified"), "it was asked to shut down, and still runs")
     run.step("shutdown", "passed", f"{how}; its disks keep what it wrote, and the source may run again")
-    claim.set_aside(CUTOVER)
+    _keep_earlier(claim)
     _keep(claim, CUTOVER, run.report("undone").to_bytes())
-    return _answer(run, "undone", how)
+    return _answer(run, run.report("undone"), how)
 
 
 def _confirm(run: Run, question: str) -> None:
@@ -264,15 +284,31 @@ def _confirm(run: Run, question: str) -> None:
         raise run.stop("confirm", "you did not say yes", "")
 
 
+def _covers(earlier: CutoverReport, run: Run) -> bool:
+    """Whether an earlier verification is of all that is wanted now."""
+    return {*run.addresses} <= {*map(str, earlier.addresses)}
+
+
+def _keep_earlier(claim: Claim) -> None:
+    """Keep the report of an earlier cutover under another name. It stays until the new one takes its place."""
+    claim.check()
+    names = set(os.listdir(claim.export.fd))
+    if CUTOVER in names:
+        with open(open_file(CUTOVER, dir_fd=claim.export.fd), "rb") as file:
+            data = file.read(facts.REPORT_LIMIT)
+        stem = CUTOVER.removesuffix(".json")
+        _keep(claim, next(name for n in itertools.count(1) if (name := f"{stem}.{n}.json") not in names), data)
+
+
 def _keep(claim: Claim, name: str, data: bytes) -> None:
     claim.check()
     write_durably(claim.export.fd, name, data, claim.attempt)
 
 
-def _answer(run: Run, status: CutoverStatus, text: str, exit_status: int | None = None) -> int:
+def _answer(run: Run, report: CutoverReport, text: str, exit_status: int | None = None) -> int:
     """Say how it ended; the exit status."""
     if run.options.json:
-        print_json(json.loads(run.report(status).to_bytes()))
+        print_json(report.model_dump(mode="json"))
     else:
-        say(f"{run.export.name}: {status}: {text}")
-    return _EXIT.get(status, EXIT_DONE) if exit_status is None else exit_status
+        say(f"{run.export.name}: {report.status}: {plain(text, 500)}")
+    return _EXIT.get(report.status, EXIT_DONE) if exit_status is None else exit_status

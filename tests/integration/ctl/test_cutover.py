@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,10 +101,9 @@ def command(settings: Settings, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def cutover(command: list[str]) -> Ctl:
-    def run(*arguments: str, stdin: Any = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, check=False, stdin=stdin, timeout=300
-        )
+    def run(*arguments: str, name: str = "web01") -> subprocess.CompletedProcess[str]:
+        argv = [*command[:4], name, *command[5:], *arguments]
+        return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=300)
 
     return run
 
@@ -146,20 +146,21 @@ def steps(document: dict[str, Any]) -> dict[str, str]:
     return {step["name"]: step["status"] for step in document["steps"]}
 
 
-def test_a_vm_takes_the_place_of_its_source_and_that_is_undone_and_done_again(
+def test_a_source_that_answers_keeps_the_vm_off_and_ends_its_cutover_later(
     cutover: Ctl, migrated: Callable[..., Path], uri: str, ctl: Ctl
 ) -> None:
-    export = migrated(autostart=True)
+    export = migrated()
     before = sorted(path.name for path in export.iterdir())
-    with Machine("02:00:00:00:00:99"):
-        done = cutover("-y", "--address", ADDRESS)
+    known = ("--address", ADDRESS, "--gateway", GATEWAY)
+    with Machine(MAC):
+        done = cutover("-y", *known)
     assert (1, False) == (done.returncode, domain(uri)[0])
-    assert f"{ADDRESS} is in use on {BRIDGE}, by 02:00:00:00:00:99" in done.stdout
+    assert f"{ADDRESS} is in use on {BRIDGE}, by {MAC}" in done.stdout
     assert "nothing was started" in done.stdout
     assert before == sorted(path.name for path in export.iterdir())
 
     # Up by its console, but the address is missing: it is on, and nobody says that it is well.
-    done = cutover("-y", "--address", ADDRESS, "--wait", "3")
+    done = cutover("-y", *known, "--wait", "3")
     assert 75 == done.returncode, done.stdout + done.stderr
     document = written(export)
     assert ("unverified", [ADDRESS]) == (document["status"], document["addresses"])
@@ -171,15 +172,32 @@ def test_a_vm_takes_the_place_of_its_source_and_that_is_undone_and_done_again(
     assert "web01 login:" in (export / CUTOVER_LOG).read_text()
     assert (export / CUTOVER_SCREEN).read_bytes().startswith(b"\x89PNG")
 
-    # The same command goes on where it was, and remembers the address.
+    # The source has the same MAC address, and is not the VM. The address is remembered.
     with Machine(MAC):
-        assert 0 == cutover("-y").returncode
-        assert "verified" == written(export)["status"]
-        again = cutover("-y")
-    assert (0, True) == (again.returncode, "it was verified at" in again.stdout)
-    assert (True, True) == domain(uri)
-
+        done = cutover("-y", "--wait", "20")
+    assert (1, "failed") == (done.returncode, written(export)["status"])
+    assert (
+        f"answered by {MAC} on {BRIDGE}, and not by this VM; that is the VM's own, so its source is on" in done.stdout
+    )
     assert "was cut over at" in ctl("retry", "web01").stderr
+
+
+def test_a_vm_is_verified_and_that_is_undone_and_done_again(
+    cutover: Ctl, migrated: Callable[..., Path], uri: str
+) -> None:
+    export = migrated(autostart=True)
+    (export / CUTOVER_LOG).mkdir()  # what cannot be kept does not count
+    done = cutover("-y", "--source-off")
+    assert (0, "verified", (True, True)) == (done.returncode, written(export)["status"], domain(uri)), done.stdout
+    assert {"source": "skipped", "addresses": "skipped", "screen": "skipped"}.items() <= steps(written(export)).items()
+    (export / CUTOVER_LOG).rmdir()
+    again = cutover("-y", "--json")
+    assert (0, written(export)) == (again.returncode, json.loads(again.stdout))
+    with connect(uri) as connection:
+        connection.lookupByName("web01").suspend()
+        suspended = cutover("-y")
+        connection.lookupByName("web01").resume()
+    assert (5, True) == (suspended.returncode, "web01 is suspended" in suspended.stdout)
 
     # It hears no button. Nothing is lost without --force.
     done = cutover("--undo", "-y", "--wait", "1")
@@ -189,8 +207,7 @@ def test_a_vm_takes_the_place_of_its_source_and_that_is_undone_and_done_again(
     assert (0, "undone", (False, False)) == (done.returncode, written(export)["status"], domain(uri)), done.stdout
     assert 1 == cutover("--undo", "-y").returncode
 
-    with Machine(MAC):
-        done = cutover("-y", "--source-off", "--json")
+    done = cutover("-y", "--source-off", "--json")
     assert ("verified", (True, True)) == (json.loads(done.stdout)["status"], domain(uri)), done.stdout
     reports = sorted(path.name for path in export.glob("cutover-report*"))
     assert ["cutover-report.1.json", "cutover-report.2.json", CUTOVER] == reports
@@ -203,18 +220,27 @@ def test_silence_proves_nothing_where_nobody_would_be_heard(
     refused: dict[tuple[str, ...], str] = {
         (): "which addresses it had",
         ("--address", "198.51.100.7"): f"nothing shows that {BRIDGE} leads to the network of 198.51.100.7",
-        ("--address", "198.51.100.7", "--gateway", SILENT): f"{SILENT} does not answer on {BRIDGE} either",
+        ("--address", ADDRESS, "--gateway", SILENT): f"nothing shows that {BRIDGE} leads to the network of {ADDRESS}",
+        ("--address", ADDRESS, "--gateway", ADDRESS): f"{ADDRESS} is an address of the VM",
         ("--address", "2001:db8::1"): "only IPv4 addresses",
     }
     for arguments, why in refused.items():
         done = cutover("-y", "--no-boot-test", *arguments)
-        assert (1, True) == (done.returncode, why in done.stdout), done.stdout
-        assert "--source-off" in done.stdout
+        assert (1, True) == (done.returncode, why in done.stdout + done.stderr), done.stdout + done.stderr
+    ip("link", "set", "eth0", "down", outside=True)
+    try:
+        done = cutover("-y", "--no-boot-test", "--address", ADDRESS, "--gateway", GATEWAY)
+    finally:
+        ip("link", "set", "eth0", "up", outside=True)
+        wait_until(lambda: Path(f"/sys/class/net/{OUTSIDE}/brport/state").read_text() == "3\n")
+    assert f"{OUTSIDE}, the way out of {BRIDGE}, has no link" in done.stdout
+    assert "--source-off" in done.stdout
     ip("link", "set", OUTSIDE, "nomaster")
     try:
         done = cutover("-y", "--no-boot-test", "--address", ADDRESS)
     finally:
         ip("link", "set", OUTSIDE, "master", BRIDGE)
+        wait_until(lambda: Path(f"/sys/class/net/{OUTSIDE}/brport/state").read_text() == "3\n")
     assert f"{BRIDGE} has no port that leads out of this host" in done.stdout
     assert (False, False) == (domain(uri)[0], (export / CUTOVER).exists())
 
@@ -250,7 +276,7 @@ def test_a_guest_that_does_not_come_up_fails_and_is_left_on_for_a_look(
     cutover: Ctl, migrated: Callable[..., Path], uri: str
 ) -> None:
     export = migrated(says("Kernel panic - not syncing: VFS: Unable to mount root fs\r\n"))
-    done = cutover("-y", "--no-boot-test", "--address", ADDRESS)
+    done = cutover("-y", "--no-boot-test", "--address", ADDRESS, "--gateway", GATEWAY)
     assert (1, "failed", True) == (done.returncode, written(export)["status"], domain(uri)[0])
     assert "its kernel panicked" in done.stdout
     assert "cutover --undo" in done.stdout
@@ -263,7 +289,7 @@ def test_a_vm_without_a_boot_test_is_tried_on_throw_away_copies_first(
     export = migrated(NO_LOADER)
     disk = Path(report_of(export)["disks"][0]["target"])
     before = disk.read_bytes()
-    done = cutover("-y", "--address", ADDRESS)
+    done = cutover("-y", "--source-off")
     assert (1, False) == (done.returncode, domain(uri)[0])
     assert "the firmware found no disk to boot from" in done.stdout
     assert (before, [disk]) == (disk.read_bytes(), [*settings.output_dir.iterdir()])
@@ -273,7 +299,7 @@ def test_another_machine_with_the_address_is_no_success(
     cutover: Ctl, migrated: Callable[..., Path], command: list[str]
 ) -> None:
     export = migrated(says("starting\r\n"))
-    arguments = ("-y", "--no-boot-test", "--address", ADDRESS, "--wait", "30")
+    arguments = ("-y", "--no-boot-test", "--source-off", "--address", ADDRESS, "--wait", "30")
     process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True)
     wait_until((export / CUTOVER).exists)
     with Machine("02:00:00:00:00:77"):
@@ -286,14 +312,15 @@ def test_a_kill_in_the_middle_leaves_a_vm_that_the_next_command_verifies(
     cutover: Ctl, migrated: Callable[..., Path], command: list[str], uri: str
 ) -> None:
     export = migrated(says("starting\r\n"))
-    process = subprocess.Popen([*command, "-y", "--no-boot-test", "--address", ADDRESS], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "-y", "--no-boot-test", "--source-off"], stdout=subprocess.DEVNULL)
     wait_until((export / CUTOVER).exists)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "running" == written(export)["status"]
-    with Machine(MAC):
-        done = cutover("-y", "--address", ADDRESS, "--no-boot-test", "--source-off")
-    assert (0, "verified", True) == (done.returncode, written(export)["status"], domain(uri)[0]), done.stdout
+    done = cutover("-y", "--no-boot-test", "--source-off", "--wait", "1")
+    assert (75, "unverified", True) == (done.returncode, written(export)["status"], domain(uri)[0]), done.stdout
+    with connect(uri) as connection:
+        assert libvirt.VIR_DOMAIN_RUNNING == connection.lookupByName("web01").state()[0]
 
 
 def test_what_is_not_as_it_was_migrated_is_not_started(
@@ -302,9 +329,10 @@ def test_what_is_not_as_it_was_migrated_is_not_started(
     export = migrated()
     arguments = ("-y", "--no-boot-test", "--source-off")
 
-    def refused(why: str, status: int = 1) -> None:
+    def refused(why: str, status: int | None = None) -> None:
         done = cutover(*arguments)
-        assert status == done.returncode, done.stdout + done.stderr
+        assert done.returncode in ((1, 3) if status is None else (status,)), done.stdout + done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
         assert why in done.stdout + done.stderr
         assert not (export / CUTOVER).exists()
 
@@ -320,13 +348,26 @@ def test_what_is_not_as_it_was_migrated_is_not_started(
         ({"status": "failed"}, "ended as failed"),
         ({"dry_run": True}, "was only a dry run"),
         ({"domain": None}, "defined no domain"),
-        ({"job": "web01-somebody"}, "made by another job"),
+        ({"job": "web01-somebody"}, "is of another export: its job is web01-somebody"),
+        ({"domain": {**document["domain"], "uuid": "\x1b[31mnope"}}, "has no domain with the UUID"),
+        ({"finished_at": "\x1b[31m", "disks": []}, "has other disks than were published"),
     ):
         report.write_text(json.dumps({**document, **change}))
         refused(why)
     report.write_text(json.dumps({**document, "domain": {**document["domain"], "uri": "qemu+ssh://evil/system"}}))
     refused("was defined in qemu+ssh://evil/system")
     report.write_text(json.dumps(document))
+
+    # Another's report, by whoever may write this export.
+    other_export = export.with_name("evil")
+    shutil.copytree(export, other_export)
+    done = cutover(*arguments, name="evil")
+    assert (1, True) == (done.returncode, "is of another export" in done.stdout), done.stdout
+    shutil.rmtree(other_export)
+    settings.plan_dir.mkdir()
+    (settings.plan_dir / "web01.yaml").write_text("addresses: [oops\n")
+    refused("web01.yaml")
+    (settings.plan_dir / "web01.yaml").unlink()
 
     with connect(uri) as connection:
         found = connection.lookupByName("web01")

@@ -139,6 +139,16 @@ def test_a_cutover_counts_for_the_migration_that_it_is_of() -> None:
         assert "" == record_of(report, {**cutover, **other}).cutover
 
 
+def test_nothing_is_shown_by_a_daemon_whose_main_loop_hangs() -> None:
+    why = [""]
+    page = LivePage(lambda now: why[0])
+    page.show(look({"web01": row(State.SUCCEEDED)}))
+    page.tell({}, "")
+    assert 200 == page.page("", "").status
+    why[0] = "the main loop has not come round for 99 s"
+    assert (503, b"the main loop has not come round for 99 s\n") == (page.page("", "").status, page.page("", "").body)
+
+
 def test_a_time_that_no_clock_shows_is_left_out() -> None:
     page = LivePage()
     page.show(look({"web01": row(State.FAILED, finished_at=-1e11, record=record_of({}, {}))}))

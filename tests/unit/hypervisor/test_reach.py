@@ -51,13 +51,13 @@ class Wire:
 
 
 @pytest.fixture
-def heard(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, str]]]:
+def heard(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, reach.Heard]]]:
     wire = Wire(*request.param)
     yield list(reach._heard(wire, 1.0))  # type: ignore[arg-type]
     wire.ours.close()
 
 
-ANSWER = [("192.0.2.10", "00:50:56:aa:bb:01")]
+ANSWER = [("192.0.2.10", reach.Heard("00:50:56:aa:bb:01", "br0"))]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ ANSWER = [("192.0.2.10", "00:50:56:aa:bb:01")]
     ],
     indirect=True,
 )
-def test_whoever_speaks_for_an_address_has_it(heard: list[tuple[str, str]]) -> None:
+def test_whoever_speaks_for_an_address_has_it(heard: list[tuple[str, reach.Heard]]) -> None:
     assert ANSWER == heard
 
 
@@ -85,7 +85,7 @@ def test_whoever_speaks_for_an_address_has_it(heard: list[tuple[str, str]]) -> N
     ],
     indirect=True,
 )
-def test_nothing_else_counts(heard: list[tuple[str, str]]) -> None:
+def test_nothing_else_counts(heard: list[tuple[str, reach.Heard]]) -> None:
     assert [] == heard
 
 
