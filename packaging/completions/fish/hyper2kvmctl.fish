@@ -168,7 +168,7 @@ complete -c hyper2kvmctl -n '__fish_seen_subcommand_from cutover' -s y -l yes -d
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from cutover' -l dry-run -d 'check, and say what each step would do'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from cutover' -l undo -d 'shut the VM down, so that the source can run again'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from cutover' -l address -r -F -d 'an address that the source had and the VM is to have; repeatable; default: those of its plan'
-complete -c hyper2kvmctl -n '__fish_seen_subcommand_from cutover' -l gateway -r -F -d 'a machine that answers on the source’s network; shows that this host asks there'
+complete -c hyper2kvmctl -n '__fish_seen_subcommand_from cutover' -l gateway -r -F -d 'a machine that answers on the source’s network, which shows that this host asks there; repeatable; default: those that this host knows'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from cutover' -l source-off -d 'you know that the source is off; the network is not asked'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from cutover' -l no-boot-test -d 'start the VM although no boot test of it has passed'
 complete -c hyper2kvmctl -n '__fish_seen_subcommand_from cutover' -l wait -r -F -d 'how long the VM may take; default: as long as a boot test'
