@@ -29,7 +29,7 @@ class CutoverReport(Part):
     """How one cutover went. While the VM starts, the status is `running` and there is no end."""
 
     schema_version: Literal["1.0"] = "1.0"
-    status: CutoverStatus = Field(description="what became of it")
+    status: CutoverStatus = Field(description="how it ended, or that it runs")
     job: str = Field(description="the job that made the domain, as the migration report has it")
     migrated_at: str = Field(description="when that job ended: the report's `finished_at`")
     vm_name: str = Field(description="the VM's name")
