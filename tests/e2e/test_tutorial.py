@@ -60,4 +60,6 @@ def test_a_campaign_is_planned_migrated_cut_over_and_verified_as_the_tutorial_sa
                 break
             time.sleep(2)
         assert [] == missing, f"line {act.line}: {act.text}\n{output}"
-    assert "" == host.run("find", "/var/lib/hypersdk/exports", "/var/lib/libvirt/images", "-mindepth", "1")
+    # That this host works there stays written down.
+    ours = ("-not", "-path", "*/.hyper2kvmd.hosts*")
+    assert "" == host.run("find", "/var/lib/hypersdk/exports", "/var/lib/libvirt/images", "-mindepth", "1", *ours)
