@@ -169,6 +169,7 @@ ip addr add 10.0.2.2/24 dev lan0
 ip addr add 10.0.3.2/24 dev lan0
 ip -n source link set eth0 up
 ip -n source addr add 10.0.2.15/24 dev eth0
+ip -n source addr add 10.0.2.254/24 dev eth0
 """
 
 
@@ -181,7 +182,7 @@ def test_the_vm_takes_the_place_of_its_source_on_the_network_and_gives_it_back(
         xml = virsh(host, "dumpxml", "--inactive", "db01").replace("<interface type='user'>", card)
         host.write("/run/db01.xml", xml)
         virsh(host, "define", "/run/db01.xml")
-        addresses = ("--address", "10.0.2.15", "--address", "10.0.3.15")
+        addresses = ("--address", "10.0.2.15", "--address", "10.0.3.15", "--gateway", "10.0.2.254")
 
         def cutover(*arguments: str, status: int = 0) -> str:
             return host.run("hyper2kvmctl", "cutover", "db01", "-y", *arguments, accept=(status,))
@@ -190,7 +191,7 @@ def test_the_vm_takes_the_place_of_its_source_on_the_network_and_gives_it_back(
         assert "10.0.2.15 is in use on lan0" in said
         assert "shut off" == virsh(host, "domstate", "db01").strip()
 
-        host.run("ip", "-n", "source", "link", "set", "eth0", "down")
+        host.run("ip", "-n", "source", "addr", "del", "10.0.2.15/24", "dev", "eth0")
         said = cutover(*addresses)
         assert "10.0.2.15: it answers on lan0" in said
         assert "10.0.3.15: it answers on lan0" in said
