@@ -168,8 +168,8 @@ ip link set lan0 up
 ip addr add 10.0.2.2/24 dev lan0
 ip addr add 10.0.3.2/24 dev lan0
 ip -n source link set eth0 up
-ip -n source addr add 10.0.2.15/24 dev eth0
 ip -n source addr add 10.0.2.254/24 dev eth0
+ip -n source addr add 10.0.2.15/24 dev eth0
 """
 
 
