@@ -12,6 +12,7 @@ from typing import Any
 from hyper2kvmd.ctl.listing import find, state_now
 from hyper2kvmd.ctl.output import print_json, refuse, refused
 from hyper2kvmd.daemon.runner import Runner
+from hyper2kvmd.errors import MigrationError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND
 from hyper2kvmd.job import steps
 from hyper2kvmd.job.context import job_id
@@ -58,11 +59,7 @@ def _for_each(name: str, run: Callable[[Path, Settings], str]) -> Callable[[argp
         status = EXIT_DONE
         results = []
         for wanted in options.exports:
-            export = find(wanted, config)
-            if export is None:
-                code, text = EXIT_NOT_FOUND, f"no export of this name in {config.exports_dir}; see `hyper2kvmctl list`"
-            else:
-                code, text = _attempt(run, export, config)
+            export, code, text = _attempt(run, wanted, config)
             status = status or code
             results.append(
                 {"export": str(export or wanted), "command": name, "done": code == EXIT_DONE, "result": text}
@@ -76,15 +73,22 @@ def _for_each(name: str, run: Callable[[Path, Settings], str]) -> Callable[[argp
     return command
 
 
-def _attempt(run: Callable[[Path, Settings], str], export: Path, config: Settings) -> tuple[int, str]:
+def _attempt(run: Callable[[Path, Settings], str], wanted: str, config: Settings) -> tuple[Path | None, int, str]:
+    """The export that was named, the exit status, and what came of it."""
     try:
-        return EXIT_DONE, run(export, config)
+        export = find(wanted, config)
+    except MigrationError as error:  # several are of a VM of that name
+        return None, EXIT_BUSY, str(error)
+    if export is None:
+        return None, EXIT_NOT_FOUND, f"no export of this name in {config.exports_dir}; see `hyper2kvmctl list`"
+    try:
+        return export, EXIT_DONE, run(export, config)
     except Busy:
-        return EXIT_BUSY, "a runner works on it; `hyper2kvmctl hold` or `cancel` stops it"
+        return export, EXIT_BUSY, "a runner works on it; `hyper2kvmctl hold` or `cancel` stops it"
     except _Refused as reason:
-        return EXIT_FAILED, str(reason)
+        return export, EXIT_FAILED, str(reason)
     except OSError as error:
-        return refused(error, export)
+        return export, *refused(error, export)
 
 
 class _Refused(Exception):

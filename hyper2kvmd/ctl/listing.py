@@ -18,7 +18,7 @@ from rich.text import Text
 
 from hyper2kvmd.ctl.migrate import print_report
 from hyper2kvmd.ctl.output import print_json
-from hyper2kvmd.errors import Finding, MigrationError
+from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.files import open_directory
 from hyper2kvmd.queue import facts, setbacks
@@ -122,17 +122,26 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
 
 
 def find(name: str, config: Settings) -> Path | None:
-    """The export that a person means: its name below the exports directory, a VM's name, or a directory."""
+    """The export that a person means: its name below the exports directory, a VM's name, or a directory.
+
+    Raise MigrationError (busy) for the name of a VM that several exports claim: a report can be anybody's word.
+    """
     if "/" in name:
         return Path(name).resolve() if Path(name).is_dir() else None
     for export in (exports := facts.exports(config)[0]):
         if export.name == name:
             return export
+    found = []
     for export in exports:
         with contextlib.suppress(OSError):  # one that cannot be read has no name
             report = facts.read_report(export)
             if report and report.get("vm_name") == name:
-                return export
+                found.append(export)
+    if len(found) > 1:
+        names = ", ".join(plain(export.name) for export in found)
+        raise MigrationError(Code.BUSY, f"{len(found)} exports are of the VM {plain(name)}: {names}", "Name one.")
+    if found:
+        return found[0]
     # Last: what lies in the working directory by chance must not hide an export.
     return Path(name).resolve() if Path(name).is_dir() else None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hyper2kvmd.ctl.listing import find
+from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.settings.model import Settings
 from tests import ROOT
 
@@ -28,6 +29,15 @@ def here(scratch: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_export_and_a_vm_go_before_a_directory_of_that_name_here(scratch: Settings, here: Path, name: str) -> None:
     assert scratch.exports_dir / "export-7" == find(name, scratch)
     assert here / name == find(f"./{name}", scratch)
+
+
+def test_a_vm_that_two_exports_claim_is_nobodys(scratch: Settings, here: Path) -> None:
+    (scratch.exports_dir / "evil").mkdir()
+    (scratch.exports_dir / "evil/migration-report.json").write_text(json.dumps({"vm_name": "web01"}))
+    with pytest.raises(MigrationError, match="2 exports are of the VM web01: evil, export-7") as refused:
+        find("web01", scratch)
+    assert Code.BUSY == refused.value.code
+    assert scratch.exports_dir / "evil" == find("evil", scratch)
 
 
 def test_a_directory_is_meant_where_no_export_has_its_name(scratch: Settings, here: Path) -> None:
