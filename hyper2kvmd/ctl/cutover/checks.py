@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import socket
 import time
@@ -75,7 +76,9 @@ class Run:
         evidence, hint = plain(evidence, 1000), plain(hint, 1000)
         self.steps.append(StepRecord(name=name, status=status, evidence=evidence, hint=hint))
         if not self.options.json:
-            say(f"{name:<10} {status:<8} {evidence}" + (f"; {hint}" if hint else ""))
+            # Whoever read along may be gone, for which rich ends the program; but a VM may have been started by now.
+            with contextlib.suppress(SystemExit):
+                say(f"{name:<10} {status:<8} {evidence}" + (f"; {hint}" if hint else ""))
 
     def stop(self, name: str, evidence: str, hint: str, status: int = EXIT_FAILED) -> Stopped:
         """What ends it at a step that did not pass."""

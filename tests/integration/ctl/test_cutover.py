@@ -323,6 +323,15 @@ def test_a_kill_in_the_middle_leaves_a_vm_that_the_next_command_verifies(
         assert libvirt.VIR_DOMAIN_RUNNING == connection.lookupByName("web01").state()[0]
 
 
+def test_nobody_who_reads_along_is_needed(migrated: Callable[..., Path], command: list[str], uri: str) -> None:
+    export = migrated()
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*command, "-y", "--no-boot-test", "--source-off"], stdout=write, timeout=120, check=False)
+    os.close(write)
+    assert (0, "verified", True) == (done.returncode, written(export)["status"], domain(uri)[0])
+
+
 def test_what_is_not_as_it_was_migrated_is_not_started(
     cutover: Ctl, migrated: Callable[..., Path], uri: str, settings: Settings
 ) -> None:
