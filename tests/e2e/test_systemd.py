@@ -732,7 +732,7 @@ def test_a_service_that_ends_with_its_last_job_can_be_stopped_before(service: Co
     name = drop("web01")
     wait_for_stage(service, name, "validate")
     service.run("systemctl", "kill", "--kill-whom=main", "--signal=QUIT", "hyper2kvmd")
-    wait_until(lambda: "to start anew" in show(service, "StatusText"), "the status tells")
+    wait_until(lambda: "then restarts" in show(service, "StatusText"), "the status tells")
     service.run("systemctl", "stop", "hyper2kvmd")
     assert ("inactive", "0") == (show(service, "ActiveState"), show(service, "ExecMainStatus"))
     assert (1, "interrupted", 0) == last_attempt(service, name)
