@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import structlog
 
 from hyper2kvmd.daemon import heartbeat
 from hyper2kvmd.daemon.heartbeat import Heartbeat
@@ -141,6 +143,8 @@ def test_a_receiver_that_hangs_holds_up_no_job_and_no_end(scratch: Settings, mak
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The program's own logger may still write to what an earlier test has closed.
+    monkeypatch.setattr(heartbeat, "log", structlog.wrap_logger(structlog.PrintLogger(io.StringIO())))
     monkeypatch.setattr(heartbeat, "ASK_SECONDS", 0.05)
     monkeypatch.setattr(heartbeat, "RETRY_SECONDS", 0.05)
 

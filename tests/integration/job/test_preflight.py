@@ -152,7 +152,7 @@ def test_validate_asks_the_libvirt_of_the_vms_plan(scratch: Settings, uri: str, 
     shape = scratch.model_dump(by_alias=True)
     shape["libvirt"] |= {"uri": "qemu+unix:///system?socket=/nobody", "import": True, "default_network": "user"}
     settings = Settings.model_validate(shape)
-    export = scratch.exports_dir / "db01"
+    export = scratch.exports_dir / "planned01"
     export.mkdir()
     disk = export / "disk.raw"
     disk.write_bytes(os.urandom(1 << 20))
@@ -162,9 +162,9 @@ def test_validate_asks_the_libvirt_of_the_vms_plan(scratch: Settings, uri: str, 
     for plan, status, said in (
         ("memory_mb: 512\n", 1, "/nobody"),
         (f"libvirt_uri: {uri}\n", 0, "valid, 1 disk"),
-        ("memory_mb: much\n", 1, "db01.yaml"),
+        ("memory_mb: much\n", 1, "planned01.yaml"),
     ):
-        (scratch.plan_dir / "db01.yaml").write_text(plan)
+        (scratch.plan_dir / "planned01.yaml").write_text(plan)
         done = subprocess.run(program, capture_output=True, text=True, check=False)
         assert (status, True) == (done.returncode, said in done.stdout), done.stdout
 
