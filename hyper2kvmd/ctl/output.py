@@ -86,6 +86,12 @@ def print_warnings(warnings: Iterable[Finding]) -> None:
         console.print(f"warning: {finding}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def agreed(question: str) -> bool:
+    """Whether the person at the terminal says yes; anything else is a no."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def say(text: str) -> None:
     """Print a line for people."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)

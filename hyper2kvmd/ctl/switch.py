@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hyper2kvmd import accel
-from hyper2kvmd.ctl.output import print_json, print_warnings, refuse, say
+from hyper2kvmd.ctl.output import agreed, print_json, print_warnings, refuse, say
 from hyper2kvmd.domain.switch import difference, hard_disks, is_q35, switched
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_USAGE
@@ -59,8 +59,7 @@ def switch_bus(options: argparse.Namespace, config: Settings) -> int:
             if not options.yes:
                 if not sys.stdin.isatty():
                     return refuse(EXIT_USAGE, "nothing was changed: there is nobody to ask; use --yes")
-                print(f"Change {name}? [y/N] ", end="", file=sys.stderr, flush=True)
-                if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                if not agreed(f"Change {name}?"):
                     return refuse(EXIT_FAILED, "nothing was changed")
             redefine(connection, domain, name, before, change(before))
     changed = bool(diff) and not options.dry_run

@@ -12,6 +12,7 @@ import re
 import socket
 import stat
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 # A look at the lock takes it for an instant; a claimer that meets it there tries again for this long.
 CLAIM_PATIENCE_SECONDS = 0.5
 FILES_LIMIT = 1000  # of an export; a hostile one could have millions
+
+
+def numbered(report: str, taken: Collection[str]) -> str:
+    """The name that an earlier report is kept under: the first x.N.json, for x.json, that is not taken."""
+    stem = report.removesuffix(".json")
+    return next(name for n in itertools.count(1) if (name := f"{stem}.{n}.json") not in taken)
 
 
 class Busy(Exception):
@@ -87,22 +94,17 @@ class Claim:
 
         Raise OSError.
         """
-        self.set_aside(REPORT)
-        self.fulfil(CANCEL)
-        os.fsync(self.export.fd)
-        self._end("retried", 0)
-
-    def set_aside(self, report: str) -> None:
-        """Get a report out of the way, if there is one, with its signature: x.json becomes x.N.json. Raise OSError."""
         self.check()
-        taken = set(os.listdir(self.export.fd))
-        if report in taken:
-            stem = report.removesuffix(".json")
-            name = next(name for n in itertools.count(1) if (name := f"{stem}.{n}.json") not in taken)
+        taken = os.listdir(self.export.fd)
+        if REPORT in taken:
+            name = numbered(REPORT, taken)
             # The signature first: after a crash between the two, the report gets the same name the next time.
             for suffix in (SIGNED, ""):
                 with contextlib.suppress(FileNotFoundError):
-                    os.rename(report + suffix, name + suffix, src_dir_fd=self.export.fd, dst_dir_fd=self.export.fd)
+                    os.rename(REPORT + suffix, name + suffix, src_dir_fd=self.export.fd, dst_dir_fd=self.export.fd)
+        self.fulfil(CANCEL)
+        os.fsync(self.export.fd)
+        self._end("retried", 0)
 
     def fulfil(self, name: str) -> None:
         """Take a file of ours away that has had its time, such as a wish that is fulfilled."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ipaddress
-import itertools
 import os
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from hyper2kvmd.ctl.cutover.checks import (
     find_domain,
 )
 from hyper2kvmd.ctl.listing import find
-from hyper2kvmd.ctl.output import print_json, refuse, refused, say
+from hyper2kvmd.ctl.output import agreed, print_json, refuse, refused, say
 from hyper2kvmd.errors import Code, MigrationError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_TEMPORARY, EXIT_USAGE
 from hyper2kvmd.files import explained, open_file, write_durably
@@ -32,7 +31,7 @@ from hyper2kvmd.hypervisor import boottest, reach
 from hyper2kvmd.hypervisor import cutover as vm
 from hyper2kvmd.hypervisor.connection import connect, translated
 from hyper2kvmd.queue import facts
-from hyper2kvmd.queue.claim import Busy, Claim, claim_export
+from hyper2kvmd.queue.claim import Busy, Claim, claim_export, numbered
 from hyper2kvmd.queue.names import CUTOVER, CUTOVER_LOG, CUTOVER_SCREEN, REPORT
 from hyper2kvmd.queue.placement import placement
 from hyper2kvmd.report.cutover import CutoverReport, CutoverStatus
@@ -197,8 +196,7 @@ def _cut_over(run: Run, claim: Claim) -> int:
         vm.start(run.connection, run.uri, run.domain, console)
     except MigrationError as error:
         run.step("start", "failed", error.message, error.hint)
-        _keep(claim, CUTOVER, run.report("failed").to_bytes())
-        return _answer(run, run.report("failed"), "libvirt could not start it")
+        return _conclude(run, claim, "failed", "libvirt could not start it")
     run.step("start", "passed", "it runs already, and is verified again" if running else "started")
     seconds = run.options.wait if run.options.wait is not None else boot_seconds(run)
     seen = vm.watch(run.connection, run.domain, console, run.addresses, leads, run.options.asker, seconds)
@@ -231,8 +229,7 @@ def _over(run: Run, claim: Claim, console: bytearray, seen: vm.Watched) -> int:
         run.step("screen", "skipped", f"nothing could be kept: {explained(error, run.export)}")
     if seen.outcome == "verified" and run.autostart:
         run.domain.setAutostart(1)
-    _keep(claim, CUTOVER, run.report(seen.outcome).to_bytes())
-    return _answer(run, run.report(seen.outcome), seen.reason)
+    return _conclude(run, claim, seen.outcome, seen.reason)
 
 
 def _plan(run: Run) -> None:
@@ -269,8 +266,7 @@ def _undo(run: Run, claim: Claim) -> int:
         return _answer(run, run.report("unverified"), "it was asked to shut down, and still runs")
     run.step("shutdown", "passed", f"{how}; its disks keep what it wrote, and the source may run again")
     _keep_earlier(claim)
-    _keep(claim, CUTOVER, run.report("undone").to_bytes())
-    return _answer(run, run.report("undone"), how)
+    return _conclude(run, claim, "undone", how)
 
 
 def _confirm(run: Run, question: str) -> None:
@@ -279,8 +275,7 @@ def _confirm(run: Run, question: str) -> None:
         return
     if not sys.stdin.isatty():
         raise run.stop("confirm", "there is nobody to ask", "Use --yes.", EXIT_USAGE)
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if not agreed(question):
         raise run.stop("confirm", "you did not say yes", "")
 
 
@@ -291,18 +286,23 @@ def _covers(earlier: CutoverReport, run: Run) -> bool:
 
 def _keep_earlier(claim: Claim) -> None:
     """Keep the report of an earlier cutover under another name. It stays until the new one takes its place."""
-    claim.check()
-    names = set(os.listdir(claim.export.fd))
+    names = os.listdir(claim.export.fd)
     if CUTOVER in names:
         with open(open_file(CUTOVER, dir_fd=claim.export.fd), "rb") as file:
             data = file.read(facts.REPORT_LIMIT)
-        stem = CUTOVER.removesuffix(".json")
-        _keep(claim, next(name for n in itertools.count(1) if (name := f"{stem}.{n}.json") not in names), data)
+        _keep(claim, numbered(CUTOVER, names), data)
 
 
 def _keep(claim: Claim, name: str, data: bytes) -> None:
     claim.check()
     write_durably(claim.export.fd, name, data, claim.attempt)
+
+
+def _conclude(run: Run, claim: Claim, status: CutoverStatus, text: str) -> int:
+    """Write the report at the end, and say the same."""
+    report = run.report(status)
+    _keep(claim, CUTOVER, report.to_bytes())
+    return _answer(run, report, text)
 
 
 def _answer(run: Run, report: CutoverReport, text: str, exit_status: int | None = None) -> int:

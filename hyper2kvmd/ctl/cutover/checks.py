@@ -244,6 +244,7 @@ def _tested(run: Run) -> boottest.Verdict:
 
 
 def boot_seconds(run: Run) -> float:
+    """How long the VM may take to come up, in seconds."""
     return run.config.validate_.boot_seconds * (1 if "<domain type='kvm'" in run.xml else boottest.TCG_FACTOR)
 
 

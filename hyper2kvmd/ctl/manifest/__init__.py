@@ -16,7 +16,7 @@ from typing import Any
 
 from hyper2kvmd.authoring import rewrite
 from hyper2kvmd.ctl.manifest.create import FORMATS, create
-from hyper2kvmd.ctl.output import bars, print_json, print_warnings, refuse_existing, say
+from hyper2kvmd.ctl.output import agreed, bars, print_json, print_warnings, refuse_existing, say
 from hyper2kvmd.errors import Code, Collected, Finding, MigrationError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_DONE, EXIT_FAILED, EXIT_MANIFEST, EXIT_NOT_FOUND, EXIT_USAGE
 from hyper2kvmd.files import open_directory, write_durably
@@ -198,8 +198,7 @@ def _replace(
             if not sys.stdin.isatty():
                 print("hyper2kvmctl: nothing was changed: there is nobody to ask; use --yes", file=sys.stderr)
                 return EXIT_USAGE
-            print(f"Change {file.path}? [y/N] ", end="", file=sys.stderr, flush=True)
-            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            if not agreed(f"Change {file.path}?"):
                 print("hyper2kvmctl: nothing was changed", file=sys.stderr)
                 return EXIT_FAILED
         backup = _write(file, data)

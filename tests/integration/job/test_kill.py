@@ -30,6 +30,15 @@ def start(export: Path, settings: Settings, *before: str) -> subprocess.Popen[by
     )
 
 
+def killed_before(call: str, nth: int, export: Path, settings: Settings) -> int:
+    """The status of a job that is killed before its nth call of one kind, in any process; 0 if there were fewer."""
+    runner = start(
+        export, settings, "strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}",
+        "-e", f"inject={call}:signal=KILL:when={nth}",
+    )  # fmt: skip
+    return runner.wait(timeout=120)
+
+
 def is_whole(export: Path, target: Path) -> bool:
     source = next(export.glob("*.raw"))
     done = subprocess.run(
@@ -69,11 +78,7 @@ def check_finished_once(export: Path, settings: Settings) -> None:
 def test_a_kill_before_any_step_is_harmless(scratch: Settings, make_export: MakeExport, call: str) -> None:
     for nth in range(1, 40):
         export = make_export(f"vm{nth}")
-        runner = start(
-            export, scratch, "strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}",
-            "-e", f"inject={call}:signal=KILL:when={nth}",
-        )  # fmt: skip
-        status = runner.wait(timeout=120)
+        status = killed_before(call, nth, export, scratch)
         # strace counts in each process by itself, so a tool may be what dies; then the job is to be tried again.
         if status == 0:
             assert nth > 1, f"{call} was never called: this test tests nothing"

@@ -9,15 +9,14 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hyper2kvmd.settings.model import Settings
-from tests.conftest import Ctl, left_in, report_of, run_job
+from tests.conftest import Ctl, left_in, run_job
 from tests.guests.build import export as export_guest
 from tests.guests.ovf import Identity
-from tests.integration.job.test_ovf import compress, cut
+from tests.integration.job.test_ovf import compress, cut, migrated, refused
 from tests.ovf import DISKS, NVRAM, accepting, describe, export_ovf, pack, write_digests
 
 
@@ -30,23 +29,6 @@ def archive_of(settings: Settings, digests: str | None = "sha256", mib: int = 1)
     """An OVA that is an export, and the directory with what is in it."""
     descriptor = export_ovf(settings.exports_dir.parent / "files", digests, mib)
     return pack(descriptor, settings.exports_dir / "db01" / "db01.ova"), descriptor.parent
-
-
-def migrated(archive: Path, settings: Settings) -> dict[str, Any]:
-    done = run_job(archive.parent, settings)
-    report = report_of(archive.parent)
-    assert (0, "succeeded") == (done.returncode, report["status"]), report["error"]
-    return report
-
-
-def refused(archive: Path, settings: Settings) -> dict[str, Any]:
-    """The error of a job, which left no disk behind."""
-    run_job(archive.parent, settings)
-    report = report_of(archive.parent)
-    assert "succeeded" != report["status"]
-    assert [] == [*settings.output_dir.iterdir()]
-    error: dict[str, Any] = report["error"]
-    return error
 
 
 def same(one: Path, format: str, other: Path, target: str = "qcow2") -> bool:

@@ -38,7 +38,7 @@ def names_in(export: Path) -> set[str]:
 def migrated(descriptor: Path, settings: Settings) -> dict[str, Any]:
     done = run_job(descriptor.parent, settings)
     report = report_of(descriptor.parent)
-    assert (0, "succeeded") == (done.returncode, report["status"]), done.stderr
+    assert (0, "succeeded") == (done.returncode, report["status"]), report["error"] or done.stderr
     return report
 
 

@@ -130,18 +130,24 @@ def test_validate_and_a_dry_run_say_the_same_and_what_is_wrong_with_disks(plante
     assert not (export / "migration-report.json").exists(), "the export is as it was, to be migrated"
 
 
-def test_an_export_without_a_fault_is_valid_before_and_after_its_migration(
-    scratch: Settings, uri: str, tmp_path: Path
-) -> None:
+def to_validate(scratch: Settings, uri: str, tmp_path: Path, name: str) -> tuple[Path, Settings, list[str]]:
+    """An export without a fault, the settings with the libvirt at `uri`, and the command that validates it."""
     shape = scratch.model_dump(by_alias=True)
     shape["libvirt"] |= {"uri": uri, "import": True, "default_network": "user"}
     settings = Settings.model_validate(shape)
-    export = scratch.exports_dir / "db01"
+    export = scratch.exports_dir / name
     export.mkdir()
     disk = export / "disk.raw"
     disk.write_bytes(os.urandom(1 << 20))
     manifest = write_manifest(export, [disk_entry(disk)])
     program = [sys.executable, "-m", "hyper2kvmd.ctl", "validate", str(manifest), *configured(settings, tmp_path)]
+    return export, settings, program
+
+
+def test_an_export_without_a_fault_is_valid_before_and_after_its_migration(
+    scratch: Settings, uri: str, tmp_path: Path
+) -> None:
+    export, settings, program = to_validate(scratch, uri, tmp_path, "db01")
     before = subprocess.run(program, capture_output=True, text=True, check=False)
     assert 0 == run_job(export, settings).returncode, report_of(export)["error"]
     after = subprocess.run(program, capture_output=True, text=True, check=False)
@@ -149,15 +155,7 @@ def test_an_export_without_a_fault_is_valid_before_and_after_its_migration(
 
 
 def test_validate_asks_the_libvirt_of_the_vms_plan(scratch: Settings, uri: str, tmp_path: Path) -> None:
-    shape = scratch.model_dump(by_alias=True)
-    shape["libvirt"] |= {"uri": "qemu+unix:///system?socket=/nobody", "import": True, "default_network": "user"}
-    settings = Settings.model_validate(shape)
-    export = scratch.exports_dir / "planned01"
-    export.mkdir()
-    disk = export / "disk.raw"
-    disk.write_bytes(os.urandom(1 << 20))
-    manifest = write_manifest(export, [disk_entry(disk)])
-    program = [sys.executable, "-m", "hyper2kvmd.ctl", "validate", str(manifest), *configured(settings, tmp_path)]
+    _, _, program = to_validate(scratch, "qemu+unix:///system?socket=/nobody", tmp_path, "planned01")
     scratch.plan_dir.mkdir()
     for plan, status, said in (
         ("memory_mb: 512\n", 1, "/nobody"),

@@ -15,7 +15,7 @@ import pytest
 from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, MakeExport, left_in, report_of, run_job
-from tests.integration.job.test_kill import check_finished_once, check_nothing_half_done, start
+from tests.integration.job.test_kill import check_finished_once, check_nothing_half_done, killed_before, start
 from tests.keys import is_signed, make_key, signing
 
 
@@ -152,11 +152,7 @@ def test_a_kill_before_any_step_leaves_no_report_without_its_signature(
     settings, alone = signing(scratch, key), 0
     for nth in range(1, 60):
         export = make_export(f"vm{nth}")
-        runner = start(
-            export, settings, "strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}",
-            "-e", f"inject={call}:signal=KILL:when={nth}",
-        )  # fmt: skip
-        status = runner.wait(timeout=120)
+        status = killed_before(call, nth, export, settings)
         alone += (export / f"{REPORT}.sig").exists() and not (export / REPORT).exists()
         if (export / REPORT).exists():
             assert is_signed(export / REPORT, key)
