@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
-# The tests start a thousand processes of ours, each of which would compile the program anew.
+# The tests start a thousand processes of ours, each of which would compile the program again.
 unexport PYTHONDONTWRITEBYTECODE
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hyper2kvmd-tests
 
@@ -143,7 +143,7 @@ bench: bench-deps venv ## measure a migration beside virt-v2v
 	@$(PYTHON) -m tests.bench
 
 .PHONY: docs
-docs: venv ## write the reference pages and the shipped settings anew, from the code
+docs: venv ## write the reference pages and the shipped settings again, from the code
 	@$(PYTHON) -m tests.reference
 
 .PHONY: preview

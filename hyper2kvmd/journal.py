@@ -59,7 +59,7 @@ def configure(level: str, *, stream: TextIO | None = None) -> None:
 def also_to(dir_fd: int, name: str) -> int | None:
     """Write every event from now on to a file as well: what is known of a job beside its export, on any host.
 
-    An old file is begun anew when it has become too large. Without write access there is no such file. Return its
+    An old file is begun again when it has become too large. Without write access there is no such file. Return its
     descriptor, for who goes back to the configuration before.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -85,7 +85,7 @@ def _use(entry: Path) -> bool:
 def _prune(cache: Path) -> None:
     """Remove what nobody uses: all versions but the two that were used last, and what was not used for a month.
 
-    Two, so that two checkouts with different recipes do not make everything anew in turn.
+    Two, so that two checkouts with different recipes do not make everything again in turn.
     """
     kept: dict[str, int] = {}
     entries = [path for path in cache.iterdir() if path.is_dir() and not path.name.endswith(".partial")]

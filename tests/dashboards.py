@@ -585,17 +585,17 @@ def host() -> Json:
             gauges(
                 "Trouble",
                 "What should be 0, in the time that is shown: what could not be read or written, the watch that began"
-                " anew, claims that were busy, failed or lost, messages of ended jobs that were given up. As it stands"
-                " now: messages that are not told yet.",
+                " again, claims that were busy, failed or lost, notifications that were given up. As it stands"
+                " now: notifications that are not delivered yet.",
                 "none",
                 (f"sum by (reason) ({increase('scan_errors_total')})", "scan error: {{reason}}"),
                 (f"sum by (task) ({increase('task_failures_total')})", "failed task: {{task}}"),
-                (f"sum by (reason) ({increase('watcher_restarts_total')})", "watch anew: {{reason}}"),
+                (f"sum by (reason) ({increase('watcher_restarts_total')})", "watch began again: {{reason}}"),
                 (f"sum({increase('watcher_warnings_total')})", "watch warning"),
                 (f"sum by (outcome) ({increase('claims_total', outcome='busy|failed|lost')})", "claim: {{outcome}}"),
                 (f"sum({increase('report_write_errors_total')})", "report not written"),
-                (f"sum({increase('notifications_given_up_total')})", "message given up"),
-                (f"sum({of('notifications_pending')})", "message to be told"),
+                (f"sum({increase('notifications_given_up_total')})", "notification given up"),
+                (f"sum({of('notifications_pending')})", "notification pending"),
             ),
         ],
         "Host": [
@@ -627,7 +627,7 @@ def host() -> Json:
             ),
             bars(
                 "Changes seen at once",
-                "What the watch told in each interval. If exports arrive without any, only the regular look sees them.",
+                "What the watch saw in each interval. If exports arrive without any, only the regular scan finds them.",
                 "none",
                 (f"sum({increase('events_total', interval='$__interval')})", "changes"),
                 width=8,

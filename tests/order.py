@@ -1,7 +1,7 @@
 """In which order a session runs its tests, the longest first, and where its time went.
 
 python -m tests.order --sum NAME...    say how the sessions of these names went, all together
-python -m tests.order --keep NAME...   write the list of durations anew from what they took
+python -m tests.order --keep NAME...   write the list of durations again from what they took
 """
 
 from __future__ import annotations

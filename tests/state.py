@@ -206,7 +206,7 @@ def main() -> None:
         return
     kept = KEPT / f"{__version__}.img.xz"
     if kept.exists():
-        sys.exit(f"{kept} is there already: what a version has left is never made anew")
+        sys.exit(f"{kept} is there already: what a version has left is never made again")
     with tempfile.TemporaryDirectory() as scratch:
         image = Path(scratch, "image")
         with image.open("wb") as file:

@@ -96,7 +96,7 @@ class _Refused(Exception):
 
 
 def retry(export: Path, config: Settings) -> str:
-    """Start anew. The job goes on with the steps that are done, if these still fit."""
+    """Start again. The job goes on with the steps that are done, if these still fit."""
     claim = claim_export(export)
     try:
         before = state_now(export, config, held=False)

@@ -145,7 +145,7 @@ def _checks(
         return
     published = [disk for disk in report.disks if disk.target is not None]
     if not published:
-        hint = "Nothing is to be done."
+        hint = "You need not do anything."
         yield "disks", "warning", Finding("no_disks", "the report names no disk that was published", hint)
     for disk in published:
         name = f"disk {plain(disk.id)}"
@@ -179,7 +179,7 @@ def _manifest(directory: Path, report: Report) -> tuple[str, str | Finding]:
     """Whether the manifest still is that of the report."""
     name, expected = report.manifest.name, report.manifest.sha256
     if not name or "/" in name or expected is None:
-        hint = "Nothing is to be done."
+        hint = "You need not do anything."
         return "warning", Finding("manifest_unknown", "the report has no digest of the manifest", hint)
     path = directory / name
     try:
@@ -218,8 +218,8 @@ def _disk(disk: DiskRecord, report: Report, tell: Tell) -> tuple[str, str | Find
             "disk_changed",
             f"{target} has changed since it was published: it was last written to at {written}, and the migration ended"
             f" at {ended}",
-            "If the VM has run since, that is what changed it. Whether anybody else did cannot be told from the disk"
-            " then: compare before the VM starts for the first time.",
+            "If the VM has run since, it has changed its disk, and nothing shows whether anybody else did:"
+            " compare before the VM starts for the first time.",
         )
     return "failed", Finding(
         "disk_differs",

@@ -1,4 +1,4 @@
-"""`hyper2kvmctl notify`: notifies everybody who wants it of jobs that are over; the daemon starts it by itself."""
+"""`hyper2kvmctl notify`: sends the notifications of finished jobs; the daemon starts it by itself."""
 
 from __future__ import annotations
 
@@ -27,33 +27,39 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def notify(options: argparse.Namespace, config: Settings) -> int:
-    """Tell what is due; the exit status is 1 if a receiver did not take something."""
+    """Send what is due; the exit status is 1 if a receiver did not take something."""
     try:
         if options.dry_run:
-            return _untold(options, config)
+            return _pending(options, config)
         forgo_capabilities()
         journal.configure(config.log.level)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a hook that runs is ended with its group
-        result = outbox.tell(config, Tools())
+        result = outbox.send(config, Tools())
     except BlockingIOError:
-        print("hyper2kvmctl: another process tells them just now", file=sys.stderr)
+        print("hyper2kvmctl: another process sends them now", file=sys.stderr)
         return EXIT_BUSY
     except OSError as error:
         return refuse(*refused(error, config.work_dir))
     stands = result.standing
     if options.json:
         print_json(
-            {"told": result.told, "failed": result.failed, "pending": stands.pending, "given_up": stands.given_up}
+            {
+                "delivered": result.delivered,
+                "failed": result.failed,
+                "pending": stands.pending,
+                "given_up": stands.given_up,
+            }
         )
-    elif sys.stdout.isatty() or result.told or result.failed:
+    elif sys.stdout.isatty() or result.delivered or result.failed:
         print(
-            f"{result.told} told, {result.failed} not; {stands.pending} to be told, {stands.given_up} given up so far"
+            f"{result.delivered} delivered, {result.failed} failed;"
+            f" {stands.pending} pending, {stands.given_up} given up so far"
         )
     return EXIT_FAILED if result.failed else EXIT_DONE
 
 
-def _untold(options: argparse.Namespace, config: Settings) -> int:
-    found = outbox.untold(config)
+def _pending(options: argparse.Namespace, config: Settings) -> int:
+    found = outbox.pending(config)
     if options.json:
         print_json([{"id": id, "receiver": receiver} for id, receiver in found])
     else:

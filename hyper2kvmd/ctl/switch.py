@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def switch_bus(options: argparse.Namespace, config: Settings) -> int:
-    """Look into the guest, show what would change, ask, and define the domain anew."""
+    """Look into the guest, show what would change, ask, and define the domain again."""
     name: str = options.vm
     with connect(config.libvirt.uri) as connection:
         domain = _find(connection, name)

@@ -18,7 +18,7 @@ import structlog
 
 from hyper2kvmd import journal
 from hyper2kvmd.daemon.handover import Handover
-from hyper2kvmd.daemon.health import MEND
+from hyper2kvmd.daemon.health import REMEDY
 from hyper2kvmd.daemon.live import Look
 from hyper2kvmd.daemon.metrics import Metrics
 from hyper2kvmd.daemon.periodic import PeriodicTask
@@ -158,7 +158,7 @@ class Daemon:
         """Have done what is due beside the jobs, and return the seconds until something is."""
         standing = outbox.standing(self.settings)
         if standing.known:
-            self.metrics.told(standing.pending, standing.given_up)
+            self.metrics.notified(standing.pending, standing.given_up)
         if standing.due is not None:
             self._notify.due = min(self._notify.due, time.monotonic() + max(standing.due - now, 0))
         left = self._notify.run(self.settings)
@@ -231,7 +231,7 @@ class Daemon:
                         self._notify.finish(self.settings)
                         return
                 self._tell()
-                # Not by a loop that goes round and never looks. A look that hangs counts: no restart mends its storage.
+                # Not by a loop that goes round and never looks. A look that hangs counts: a restart repairs no storage.
                 if self._scanner.busy or next_scan < math.inf:
                     self._notifier.alive()
                     self.health.turned = time.monotonic()
@@ -259,7 +259,7 @@ class Daemon:
         """Say once, not at every scan, that the directory cannot be read, and once that it can be again."""
         if trouble and not self._trouble:
             self.metrics.scan_errors.labels("directory").inc()
-            log.error(trouble, kind=Kind.EXPORTS_UNREADABLE, hint=MEND["exports"])
+            log.error(trouble, kind=Kind.EXPORTS_UNREADABLE, hint=REMEDY["exports"])
         elif self._trouble and not trouble:
             log.info("the exports directory can be read again", directory=str(self.settings.exports_dir))
         self._trouble = self.health.trouble = trouble

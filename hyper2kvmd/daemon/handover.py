@@ -22,7 +22,7 @@ log = structlog.get_logger()
 
 
 class Handover:
-    """Keeps nothing but what it has logged: all else is in the queue, and follows from it anew at every look.
+    """Keeps nothing but what it has logged: all else is in the queue, and follows from it at every look.
 
     Two threads use it, the one that looks and the one that hears of events.
     """

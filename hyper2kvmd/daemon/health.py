@@ -29,7 +29,7 @@ LOOKS = 3  # a look at the exports is overdue after so many intervals, but not w
 OVERDUE_SECONDS = 30.0
 FREE_BYTES = 16 << 20
 LOCAL_LOCKS = ("nolock", "local_lock=all", "local_lock=flock")
-MEND = {
+REMEDY = {
     "settings": "Fix what `hyper2kvmd check-config` reports, then `systemctl reload hyper2kvmd`.",
     "exports": "Mount or create the directory, repair its file server, or change exports_dir.",
 }
@@ -59,7 +59,7 @@ class Probe:
         self._thread: threading.Thread | None = None
 
     def try_now(self) -> None:
-        """Try now; the first call begins. The thread ends with the program, or by a defect: then this begins anew."""
+        """Try now; the first call begins. The thread ends with the program, or by a defect: then this begins again."""
         self._now.set()
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._work, name="probe", daemon=True)
@@ -126,7 +126,7 @@ class Health:
     def checks(self, now: float) -> dict[str, Verdict]:
         """How everything stands that jobs need, by its name."""
         found = {
-            "settings": Verdict(f"the last reload was refused: {self.refused}", MEND["settings"])
+            "settings": Verdict(f"the last reload was refused: {self.refused}", REMEDY["settings"])
             if self.refused
             else Verdict(),
             "exports": self._exports(now),
@@ -169,12 +169,12 @@ class Health:
 
     def _exports(self, now: float) -> Verdict:
         if self.trouble:
-            return Verdict(self.trouble, MEND["exports"])
+            return Verdict(self.trouble, REMEDY["exports"])
         if self.looked is None:
             return Verdict("the exports directory has not been looked at yet", "Wait for the first look to end.")
         age = now - self.looked
         if age > max(LOOKS * self.interval, OVERDUE_SECONDS):
-            return Verdict(f"the last look at the exports directory was {age:.0f} s ago", MEND["exports"], age)
+            return Verdict(f"the last look at the exports directory was {age:.0f} s ago", REMEDY["exports"], age)
         return Verdict(age=age)
 
 

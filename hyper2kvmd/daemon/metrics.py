@@ -339,7 +339,7 @@ class Metrics:
             self._last[result] = when
             self.last_completion.labels(result).set(when)
 
-    def told(self, pending: int, given_up: int) -> None:
+    def notified(self, pending: int, given_up: int) -> None:
         """Show how many messages wait, and count those that were given up, of which there are so many in all."""
         self.pending.set(pending)
         self.given_up.inc(max(given_up - (given_up if self._given_up is None else self._given_up), 0))

@@ -40,9 +40,9 @@ SAY_AGAIN_SECONDS = 60.0
 
 
 class Watch:
-    """Calls `wake` when something in a directory changed; `ensure` is to be called at every scan, and mends it.
+    """Calls `wake` when something in a directory changed; `ensure` is to be called at every scan, and repairs it.
 
-    `count` is told of each `event` that wakes, of each `warning` of the library, and of why it was begun anew: `died`,
+    `count` is told of each `event` that wakes, of each `warning` of the library, and of why it was begun again: `died`,
     `replaced` or `settings`.
     """
 

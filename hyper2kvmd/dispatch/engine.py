@@ -37,7 +37,7 @@ class Handed:
     """A job that an engine has: its identifier there, our name of it, and where it is.
 
     state: waiting for a host, or running. host: where it runs, "" if it does not. reason: why it waits, in the
-    engine's words, "" if it says nothing. stuck: whether it waits for ever, unless it is handed over anew.
+    engine's words, "" if it says nothing. stuck: whether it waits for ever, unless it is handed over again.
     """
 
     id: str

@@ -1,1 +1,1 @@
-"""Looking into and mending guests, inside a libguestfs appliance."""
+"""Looking into and fixing guests, inside a libguestfs appliance."""

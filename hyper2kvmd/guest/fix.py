@@ -1,4 +1,4 @@
-"""Mends the guest that INSPECT looked at, as its system needs it."""
+"""Fixes the guest that INSPECT looked at, as its system needs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hyper2kvmd.guest.windows import fix as windows
 
 
 def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixResult:
-    """Mend the guest that `inspect` mounted, and unmount it. A guest that needs nothing is not written to.
+    """Fix the guest that `inspect` mounted, and unmount it. A guest that needs nothing is not written to.
 
     Raise MigrationError: os_unsupported, guest_space, guest_dirty, fix_failed, fix_unproved.
     """

@@ -55,7 +55,7 @@ def mount(
 ) -> dict[str, str]:
     """Mount the system by its own fstab, shortest mount point first, and return what is mounted where.
 
-    Its root is found by looking. A file system that is not needed to mend the guest is mounted so that its journal is
+    Its root is found by looking. A file system that is not needed to fix the guest is mounted so that its journal is
     replayed, and left alone if its mount point is not there.
     names_of: from the guest's settings to what it calls its devices; asked once its root is mounted.
     Raise MigrationError: device_uncertain for a needed device that is not there, or is there twice; guest_dirty and

@@ -34,7 +34,7 @@ class FixOptions:
     fstab: Literal["stabilize-all", "bypath-only", "noop"] = "stabilize-all"  # /etc/fstab and /etc/crypttab
     bootloader: bool = True
     drivers: bool = True  # ask for the drivers in the configuration of the initramfs
-    initramfs: bool = True  # build the initramfs anew where it lacks them
+    initramfs: bool = True  # build the initramfs again where it lacks them
     serial_console: bool = False
     remove_vmware_tools: bool = False
     backup_dir: str = ""

@@ -73,7 +73,7 @@ def watch(
             if time.monotonic() >= ask_at:
                 if not seen.up and boottest.agent_answers(domain):
                     seen.up = "the guest agent answers"
-                seen.found |= dict.fromkeys(_told(domain, addresses), "the guest agent")
+                seen.found |= dict.fromkeys(_reported(domain, addresses), "the guest agent")
                 if other := _asked(seen, addresses, leads, asker, taps):
                     return _ended(seen, "failed", other)
                 ask_at = time.monotonic() + ASK_SECONDS
@@ -103,7 +103,7 @@ def _taps(domain: Any) -> dict[str, str]:
     return found
 
 
-def _told(domain: Any, addresses: Sequence[str]) -> Iterator[str]:
+def _reported(domain: Any, addresses: Sequence[str]) -> Iterator[str]:
     """Those of the addresses that the guest has, by its agent's word."""
     with contextlib.suppress(libvirt.libvirtError):  # no agent
         for card in domain.interfaceAddresses(libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_AGENT).values():

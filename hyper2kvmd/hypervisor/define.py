@@ -56,7 +56,7 @@ def settled_xml(domain: Any, name: str, *, secrets: bool = False) -> str:
 
 
 def redefine(connection: Any, domain: Any, name: str, before: str, after: str) -> None:
-    """Define a domain of ours anew, if it still is as `before` has it, secrets included.
+    """Define a domain of ours again, if it still is as `before` has it, secrets included.
 
     Raise MigrationError (busy, domain_exists, define_failed, libvirt_unavailable); then it is as it was.
     """

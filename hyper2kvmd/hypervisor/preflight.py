@@ -169,7 +169,7 @@ def _unreachable(connection: Any, domain: Domain, start: bool, warn: Warn) -> It
             if not no_driver(connection, error):
                 raise
             known = False
-            finding = _untold("network", f"whether there is the network {', '.join(map(show, wanted))}", error)
+            finding = _unknown("network", f"whether there is the network {', '.join(map(show, wanted))}", error)
             if start:
                 yield MigrationError(Code.NETWORK_MISSING, finding.message, finding.hint, field=finding.field)
             else:
@@ -218,7 +218,7 @@ def _bridge_errors(connection: Any, place: Attachment, warn: Warn) -> Iterator[M
                 field=NETWORKS_FIELD,
             )
         elif no_driver(connection, error):
-            warn(_untold("interface", f"whether the host has the {wanted} {show(place.name)}", error))
+            warn(_unknown("interface", f"whether the host has the {wanted} {show(place.name)}", error))
         else:
             raise
         return
@@ -231,7 +231,7 @@ def _bridge_errors(connection: Any, place: Attachment, warn: Warn) -> Iterator[M
         )
 
 
-def _untold(part: Literal["network", "storage", "interface"], what: str, error: libvirt.libvirtError) -> Finding:
+def _unknown(part: Literal["network", "storage", "interface"], what: str, error: libvirt.libvirtError) -> Finding:
     """What cannot be told, and how it could be."""
     daemon = unit(part)
     return Finding(
@@ -269,7 +269,7 @@ def _misplaced(connection: Any, pool: str | None, directory: Path, warn: Warn) -
     except libvirt.libvirtError as error:
         if not no_driver(connection, error):
             raise
-        warn(_untold("storage", f"whether there is the storage pool {show(pool)}", error))
+        warn(_unknown("storage", f"whether there is the storage pool {show(pool)}", error))
         return
     if pool not in pools:
         yield MigrationError(

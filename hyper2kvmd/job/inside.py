@@ -30,7 +30,7 @@ log = structlog.get_logger()
 
 
 def look_inside(job: Job, plan: Plan, steps: Steps) -> None:
-    """Look into the guest, and mend it, on overlays that can be thrown away; or take what an earlier attempt did."""
+    """Look into the guest, and fix it, on overlays that can be thrown away; or take what an earlier attempt did."""
     if record := steps.fixed(plan):
         job.record.take_over(record)
         return

@@ -155,7 +155,7 @@ def _run(
                 "Look for the reason in the journal (out of memory? a crash of a library?); then `hyper2kvmctl retry`.",
             )
         name, data = facts.find_manifest(export.fd, export.directory, settings)
-        if hashlib.sha256(data).hexdigest() != look.manifest_sha256:  # replaced just now; the next look begins anew
+        if hashlib.sha256(data).hexdigest() != look.manifest_sha256:  # replaced just now; the next look begins again
             raise Cancelled
         with overseen(job, beacon.show):
             manifest = _manifest(job, name, data)

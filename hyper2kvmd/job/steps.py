@@ -142,7 +142,7 @@ class Steps:
             overlays={d: f for d, f in (journal.overlays or {}).items() if holds(f, f.path)},
         )
         if journal.boot and not (self.fixed(plan) and all(self.converted(disk) for disk in plan.disks)):
-            # Half of a commit can be finished, but not begun anew.
+            # Half of a commit can be finished, but not begun again.
             self._journal = _Journal(shape=shape, made=journal.made, verified=journal.verified)
         return replace(plan, disks=tuple(map(self._adopted, plan.disks)))
 

@@ -42,7 +42,7 @@ def left_out(items: Sequence[Element], files: Mapping[str, Element], name: str) 
         Finding(
             "devices_left_out",
             f"the OVF descriptor {show(name)} has devices that the new VM does not get: {shown}",
-            "Nothing is to be done if the guest does without. Otherwise add them once it is migrated (`virsh edit`, or"
+            "If the guest does without, ignore this. Otherwise add them once it is migrated (`virsh edit`, or"
             " virt-manager); what is passed through must be a device of the new host.",
         )
     ]

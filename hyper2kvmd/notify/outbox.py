@@ -1,7 +1,7 @@
-"""What is over and was not told yet: the reports beside the manifests are the messages, a database knows what was told.
+"""Notifications that are still to be sent: the reports are the messages, a database knows which of them were delivered.
 
-It lies in work_dir, on a local disk, and is written before and after each attempt, so a crash can have something told
-twice, never not. A message is known by its id, the same whenever it is told.
+It lies in work_dir, on a local disk, and is written before and after each attempt, so after a crash a message may be
+sent twice, but never not at all. A message has an id, the same whenever it is sent.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ SHORTEST_DELAY = 1.0
 _REPORTS = re.compile(r"(migration|cutover)-report(\.\d+)?\.json")  # those that `retry` moved away included
 
 
-# What was told -------------------------------------------------------------------------------------------------
+# What was delivered --------------------------------------------------------------------------------------------
 
 _SCHEMA = (
-    # One row. What ended before `since` counts as told; `given_up` counts what was never told.
+    # One row. What ended before `since` counts as delivered; `given_up` counts what never was.
     "CREATE TABLE history (since REAL NOT NULL, given_up INTEGER NOT NULL DEFAULT 0)",
     # The report files that were seen. `file` tells one apart from every other in its export; `id` is that of its
     # message, NULL if it has none; `gone_at` is since when it is not there any more.
     """CREATE TABLE reports (number INTEGER PRIMARY KEY, export TEXT NOT NULL, file TEXT NOT NULL, id TEXT UNIQUE,
         ended_at REAL, gone_at REAL, UNIQUE (export, file))""",
-    # What is still to be told to whom: how many attempts there were, and when the next one is due.
+    # What is still to be sent to whom: how many attempts there were, and when the next one is due.
     """CREATE TABLE todo (report INTEGER NOT NULL, channel TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
         due REAL NOT NULL DEFAULT 0, PRIMARY KEY (report, channel))""",
 )  # times are in seconds since the epoch
@@ -102,7 +102,7 @@ def standing(settings: Settings) -> Standing:
 
 
 def begin(settings: Settings) -> None:
-    """Have what ends from now on be told. Does nothing if that was so already. Raise OSError."""
+    """Notify of what ends from now on. Does nothing if that was so already. Raise OSError."""
     # A damaged one is the next run's to complain about.
     with contextlib.suppress(BlockingIOError, MigrationError), _locked(settings):
         pass
@@ -124,8 +124,8 @@ def _touching(settings: Settings) -> Iterator[None]:
             raise OSError(number, os.strerror(number), STATE) from error
         raise MigrationError(
             Code.IO_ERROR,
-            f"{settings.work_dir / STATE} is damaged, so nobody knows what was told",
-            "Restore it, or remove it: then all that has ended by now counts as told.",
+            f"{settings.work_dir / STATE} is damaged, so nobody knows which messages were delivered",
+            "Restore it, or remove it: then no message is sent for jobs that have ended by now.",
         ) from None
     finally:
         if root:
@@ -174,7 +174,7 @@ def _locked(settings: Settings) -> Iterator[sqlite3.Connection]:
 
 
 @dataclass(frozen=True)
-class Telling:
+class Delivery:
     """One message that is due at one receiver, by the name of its channel."""
 
     path: Path
@@ -232,7 +232,7 @@ def _look(settings: Settings, db: sqlite3.Connection, channels: dict[str, Channe
             channels.update({name: replace(unknown, name=name) for (name,) in waiting})
         else:
             db.executemany(_EXPAND, [(name, APPRISE) for name in channels if name.startswith(SERVICE)])
-        # Of what was taken away meanwhile, nothing more is told.
+        # Of what was taken away meanwhile, nothing more is sent.
         db.execute(f"DELETE FROM todo WHERE channel NOT IN ({', '.join('?' * len(channels))})", [*channels])
         oldest = now - settings.retention.work_days * 86400
         for id, count, names in db.execute(_FORGOTTEN, (oldest,)).fetchall():
@@ -258,7 +258,7 @@ def _files(export: Path) -> list[tuple[Path, str]]:
 def _new(
     settings: Settings, since: float, channels: dict[str, Channel], path: Path
 ) -> tuple[str | None, float | None, list[str]] | None:
-    """The id and time of the message of a report that was never seen, and whom to tell it; None if it is unreadable."""
+    """The id and time of the message of a report that was never seen, and its receivers; None if it is unreadable."""
     try:
         report = facts.read_report(path.parent, path.name)
     except OSError:
@@ -268,7 +268,7 @@ def _new(
     message = ended(path, report)
     if message is None:
         return None, None, []
-    # Each host tells of its own jobs, so that two on one directory do not tell everything twice.
+    # Each host notifies of its own jobs, so that two on one directory do not send everything twice.
     if message.at < since or message.teller != socket.gethostname():
         return message.id, message.at, []
     return message.id, message.at, [name for name, channel in channels.items() if channel.wants(message)]
@@ -279,15 +279,15 @@ def _phases(channels: dict[str, Channel]) -> list[str]:
     return [*dict.fromkeys(HOOKS if channel.is_hook else name for name, channel in channels.items())]
 
 
-def _due(settings: Settings, db: sqlite3.Connection, paths: dict[int, Path], phase: str, now: float) -> list[Telling]:
+def _due(settings: Settings, db: sqlite3.Connection, paths: dict[int, Path], phase: str, now: float) -> list[Delivery]:
     """What is due, in the order in which it became so; hooks of one job in the order of their names."""
     with _touching(settings):
         found = db.execute(_DUE, (phase, now)).fetchall()
-    return [Telling(paths[number], number, *values) for number, *values in found if number in paths]
+    return [Delivery(paths[number], number, *values) for number, *values in found if number in paths]
 
 
-def untold(settings: Settings) -> list[tuple[str, str]]:
-    """What a run would tell now: the id of each message, and its receiver. Changes nothing. Raise like `tell`."""
+def pending(settings: Settings) -> list[tuple[str, str]]:
+    """What a run would send now: the id of each message, and its receiver. Changes nothing. Raise like `send`."""
     now = time.time()
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         with _touching(settings):
@@ -300,29 +300,29 @@ def untold(settings: Settings) -> list[tuple[str, str]]:
         return [(one.id, one.channel) for phase in _phases(receivers) for one in _due(settings, db, paths, phase, now)]
 
 
-# Telling -------------------------------------------------------------------------------------------------------
+# Sending -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Result:
     """What one run did."""
 
-    told: int
+    delivered: int
     failed: int
     standing: Standing
 
 
-def tell(settings: Settings, tools: Tools) -> Result:
-    """Tell everything that is due, the hooks first: a receiver that hangs does not hold them up.
+def send(settings: Settings, tools: Tools) -> Result:
+    """Send everything that is due, the hooks first: a receiver that hangs does not hold them up.
 
-    Raise BlockingIOError if another process tells, OSError, or MigrationError (io_error, hook_failed) if it cannot be
-    known what is to be told to whom. What a receiver does wrong is logged, and tried again later.
+    Raise BlockingIOError if another process sends, OSError, or MigrationError (io_error, hook_failed) if it cannot be
+    known what is to be sent to whom. What a receiver does wrong is logged, and tried again later.
     """
     now = time.time()
     with _locked(settings) as db:
         receivers = channels(settings, tools)
         paths = _look(settings, db, receivers)
-        told = failed = 0
+        delivered = failed = 0
         for phase in _phases(receivers):
             deadline, strikes, postponed = time.monotonic() + PHASE_SECONDS, 0, []
             for one in _due(settings, db, paths, phase, now):
@@ -333,16 +333,16 @@ def tell(settings: Settings, tools: Tools) -> Result:
                     postponed.append(one)  # which is no attempt
                     continue
                 good = _attempt(settings, db, one, message, receivers[one.channel])
-                told, failed = told + good, failed + (not good)
+                delivered, failed = delivered + good, failed + (not good)
                 strikes = 0 if good else strikes + 1
             later = time.time() + _delay(settings, 1)
             with _touching(settings), db:
                 db.executemany(_POSTPONE_ONE, [(later, one.report, one.channel) for one in postponed])
-    return Result(told, failed, standing(settings))
+    return Result(delivered, failed, standing(settings))
 
 
-def _attempt(settings: Settings, db: sqlite3.Connection, one: Telling, message: Ended, channel: Channel) -> bool:
-    """Tell one message to one receiver; whether it took it."""
+def _attempt(settings: Settings, db: sqlite3.Connection, one: Delivery, message: Ended, channel: Channel) -> bool:
+    """Send one message to one receiver; whether it took it."""
     limit = channel.max_attempts
     attempt, delay = one.attempts + 1, _delay(settings, one.attempts + 1)
 
@@ -369,17 +369,23 @@ def _attempt(settings: Settings, db: sqlite3.Connection, one: Telling, message: 
             reason, hint = (str(error), "") if isinstance(error, OSError) else (error.message, error.hint)
             if attempt < limit:
                 keep(attempt, time.time() + delay)
-                log.warning("not told", reason=reason, hint=hint, **words, next_attempt_in_seconds=round(delay))
+                log.warning(
+                    "notification not delivered",
+                    reason=reason,
+                    hint=hint,
+                    **words,
+                    next_attempt_in_seconds=round(delay),
+                )
             else:
                 write_off(given_up=True)
-                log.warning("not told, and given up", reason=reason, hint=hint, **words)
+                log.warning("notification given up", reason=reason, hint=hint, **words)
             return False
         write_off(given_up=False)
-        log.info("told", **words)
+        log.info("notification delivered", **words)
         return True
 
 
-def _reread(one: Telling) -> Ended | None:
+def _reread(one: Delivery) -> Ended | None:
     """The message; None if its report was changed or moved since we looked: the next look says more."""
     try:
         report = facts.read_report(one.path.parent, one.path.name)

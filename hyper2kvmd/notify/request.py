@@ -22,11 +22,11 @@ ANSWER_LIMIT = 1 << 16  # of what a receiver says beyond its status, which nobod
 _OURS = frozenset({"host", "content-length", "content-type", "transfer-encoding", "connection"})
 _REMEDY = {  # {} is the section of the settings
     400: "The receiver does not take a request of this form; docs/notify.md has the form, and what to put in between.",
-    401: "It wants to know who we are: give it an Authorization header with {}.headers_credential.",
+    401: "It needs a login: give it an Authorization header with {}.headers_credential.",
     403: "The receiver denied access: correct the token in {}.headers_credential, or its rights there.",
-    404: "It has nothing under this URL: correct {}.url, or make a new one there.",
+    404: "It does not know this URL: correct {}.url, or make a new one there.",
     410: "The URL was removed there: make a new one, and set {}.url.",
-    413: "The report is too long for it: raise the receiver's limit for the size of a request.",
+    413: "The report is too large for it: raise the receiver's limit for the size of a request.",
 }
 
 
@@ -112,7 +112,7 @@ def _refused(where: str, section: str, status: int) -> Undelivered:
     with contextlib.suppress(ValueError):  # a number that nobody has given a meaning
         phrase = f" {http.HTTPStatus(status).phrase}"
     if 300 <= status < 400:
-        hint = f"It sends us elsewhere, where we do not go: set {section}.url to the final address."
+        hint = f"It redirects, which is not followed: set {section}.url to the final address."
     else:
         hint = _REMEDY.get(status, "See the receiver's own log.").format(section)
     return Undelivered(f"{where} answered {status}{phrase}", hint)

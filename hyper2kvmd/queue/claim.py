@@ -90,7 +90,7 @@ class Claim:
         self._end("reported", self.retries + (not waits) if report.status == "retrying" else 0)
 
     def forget(self) -> None:
-        """Begin anew: the report gets out of the way (`migration-report.N.json`), and no crash or retry counts.
+        """Begin again: the report gets out of the way (`migration-report.N.json`), and no crash or retry counts.
 
         Raise OSError.
         """

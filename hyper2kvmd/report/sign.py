@@ -172,7 +172,7 @@ def _refused(key: Path, said: str) -> MigrationError:
             f"Remove it (`ssh-keygen -p -N '' -f {key}`), or make a key for this alone that has none.",
         )
     if "public key" in said.lower():  # it is missing beside a key that is in PEM, or it is another one's
-        hint = f"Write it anew: `ssh-keygen -y -f {key} > {key}.pub`."
+        hint = f"Write it again: `ssh-keygen -y -f {key} > {key}.pub`."
         return _unusable(key, f"has no public key of its own beside it: {_last(said)}", hint)
     return _unusable(key, f"is not taken by ssh-keygen: {_last(said)}", _ANOTHER)
 

@@ -258,7 +258,7 @@ def test_an_upgrade_waits_for_the_jobs_that_run(machine: Container, drop: Drop, 
     assert 2 == len(before), "the daemon and the job"
 
     said = install(machine, packages[NEXT])
-    assert "hyper2kvmd.service: starts no job any more, and itself anew when those that run are over\n" in said
+    assert "hyper2kvmd.service: starts no more jobs, and restarts when the running ones are over\n" in said
     assert f"hyper2kvmd {NEXT}" == machine.run("hyper2kvmd", "--version").strip()
     second = drop("second")
     told = r"1 running \(first .*\), 1 queued, .*, ends with its last job, then restarts"
@@ -286,7 +286,7 @@ def test_an_upgrade_that_does_not_accept_the_settings_lets_the_old_version_go_on
     assert "hyper2kvmd.service: goes on as the old version" in said
     assert pid == main_pid(machine)
     configure(machine)
-    machine.run("/bin/sh", "-c", said.split("Mend them, then: ")[1].splitlines()[0])
+    machine.run("/bin/sh", "-c", said.split("Correct them, then run: ")[1].splitlines()[0])
     wait_until(lambda: main_pid(machine) not in (0, pid) and is_up(machine), "the new daemon runs")
     assert [NEXT] == trees(machine)
 

@@ -166,7 +166,7 @@ def test_an_upgrade_waits_for_the_jobs_that_run(machine: Container, drop: Drop, 
     old, pid = ours(machine), main_pid(machine)
 
     said = install(machine, versions[NEXT], "--upgrade")
-    assert "hyper2kvmd.service: starts no job any more, and itself anew when those that run are over\n" in said
+    assert "hyper2kvmd.service: starts no more jobs, and restarts when the running ones are over\n" in said
     assert old == ours(machine), "the old daemon and its job are alive"
     assert [__version__, NEXT] == trees(machine)
     assert yaml.safe_dump(SETTINGS) == (machine.root / CONFIG.lstrip("/")).read_text(), "as they were edited"

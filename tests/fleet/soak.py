@@ -71,19 +71,19 @@ class Soak:
         self.fleet.go_on(name)
 
     def controller_killed(self) -> None:
-        """And started anew."""
+        """And started again."""
         self.fleet.stop_daemon(HEAD, "slurmctld")
         self.a_moment(5)
         self.fleet.start_daemon(HEAD, "slurmctld")
 
     def state_lost(self) -> None:
-        """It starts anew and knows of no job."""
+        """It starts again and knows of no job."""
         self.fleet.stop_daemon(HEAD, "slurmctld")
         self.fleet.forget()
         self.fleet.start_daemon(HEAD, "slurmctld")
 
     def daemon_killed(self) -> None:
-        """And started anew, as systemd does."""
+        """And started again, as systemd does."""
         self.campaign.kill_daemon()
         self.daemon.close()
         self.a_moment(3)
@@ -97,7 +97,7 @@ class Soak:
         self.fleet.start_daemon(name, "munged")
 
     def unmounted(self) -> None:
-        """Something else lies over the exports for a while, as when a share is mounted anew."""
+        """Something else lies over the exports for a while, as when a share is mounted again."""
         name = self.node()
         self.fleet.shell(name, f"mount -t tmpfs tmpfs {self.fleet.exports}")
         self.a_moment(8)

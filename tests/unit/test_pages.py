@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,3 +87,17 @@ def test_a_page_has_the_words_of_the_field(name: str) -> None:
     # Names of tests and files are not prose.
     prose = re.sub(r"`[^`]*`", "", prose)
     assert [] == [found[0] for words in QUAINT for found in re.finditer(words, prose, re.IGNORECASE)]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "hyper2kvmd").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_a_message_has_the_words_of_the_field(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    ]
+    assert [] == [text for text in texts for words in QUAINT if re.search(words, text, re.IGNORECASE)]

@@ -196,8 +196,8 @@ def check_windows(host: Host, diagnosis: Diagnosis) -> str:
             diagnosis.warn(
                 "virtio_win_missing",
                 f"{f'no {path}' if path else 'fix.virtio_win is null'}: Windows guests are given no virtio drivers",
-                "Nothing is to be done for Linux guests. Windows guests without drivers of their own get SATA, which is"
-                " slower; for virtio, install the package virtio-win, or name its ISO in fix.virtio_win.",
+                "Linux guests need none. Windows guests without drivers of their own get SATA, which is slower; for"
+                " virtio, install the package virtio-win, or name its ISO in fix.virtio_win.",
                 "fix.virtio_win",
             )
             return ""

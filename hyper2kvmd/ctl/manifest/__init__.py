@@ -1,4 +1,4 @@
-"""`hyper2kvmctl manifest`: make manifests, mend them, and bring them from one dialect to the other."""
+"""`hyper2kvmctl manifest`: make manifests, fix them, and bring them from one dialect to the other."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         metavar="DIR",
         help="unpack an OVA there, or disks that an .ovf has compressed or in chunks; it must not exist, or be empty",
     )
-    make.set_defaults(run=_told(create))
+    make.set_defaults(run=_reported(create))
 
     hash_ = actions.add_parser("rehash", help="compute the checksums of a manifest's disks, and update the manifest")
     move = actions.add_parser("relocate", help="replace the leading directory of the disks' paths")
@@ -70,7 +70,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     for parser, run in ((hash_, _rehash), (move, _relocate)):
         parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="path of the manifest")
         parser.add_argument("--yes", action="store_true", help="do not ask")
-        parser.set_defaults(run=_told(run))
+        parser.set_defaults(run=_reported(run))
 
     schema = actions.add_parser("schema", help="print the JSON Schema of manifests")
     schema.set_defaults(run=_schema)
@@ -81,11 +81,11 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         "-o", "--output", type=Path, metavar="FILE", help="a new file (default: print it); JSON or YAML by its name"
     )
     upgrade.add_argument("--dialect", choices=("seed", "go"), help="default: the one that it is not in")
-    upgrade.set_defaults(run=_told(_upgrade))
+    upgrade.set_defaults(run=_reported(_upgrade))
     return [make, hash_, move, schema, upgrade]
 
 
-def _told(command: _Command) -> _Command:
+def _reported(command: _Command) -> _Command:
     """The command, with everything that can be wrong on standard error, and an exit status for it."""
 
     def run(options: argparse.Namespace, config: Settings) -> int:

@@ -1,4 +1,4 @@
-"""Mends a guest so that it boots on new hardware: plan, check space, edit, rebuild, and prove it."""
+"""Fixes a guest so that it boots on new hardware: plan, check space, edit, rebuild, and prove it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _COPIED = frozenset({"resume", "crypttab", "lvm", "raid", "network"})
 
 
 def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixResult:
-    """Mend the guest that `inspect` mounted, and unmount it. A guest that needs nothing is not written to.
+    """Fix the guest that `inspect` mounted, and unmount it. A guest that needs nothing is not written to.
 
     Raise MigrationError: os_unsupported, guest_space, guest_dirty, fix_failed, fix_unproved.
     """

@@ -80,7 +80,7 @@ class Kernel:
 
     `entry` is the first place on the boot menu that starts it (an index into Menu.entries), None for one that no
     entry starts. A `rescue` image is made once, when the system is installed, and never again. A `sealed` one is in one
-    file with its kernel, which only the guest's own tools can make (and sign) anew.
+    file with its kernel, which only the guest's own tools can make (and sign) again.
     """
 
     version: str
@@ -93,7 +93,7 @@ class Kernel:
 
     @property
     def can_be_rebuilt(self) -> bool:
-        """Whether its initramfs can be built anew."""
+        """Whether its initramfs can be built again."""
         return self.initrd is not None and not self.rescue and not self.sealed
 
 

@@ -13,7 +13,7 @@ from hyper2kvmd.text import printable
 CONFIG = "/etc/selinux/config"
 AUTORELABEL = "/.autorelabel"
 SETFILES = ("/usr/sbin/setfiles", "/sbin/setfiles")
-# What the guest's own tools write anew instead of in place, whichever command was run.
+# What the guest's own tools write to a new file instead of in place, whichever command was run.
 REPLACED_BY_TOOLS = (
     *("/etc/passwd", "/etc/shadow", "/etc/group", "/etc/gshadow", "/etc/subuid", "/etc/subgid"),
     *("/etc/passwd-", "/etc/shadow-", "/etc/group-", "/etc/gshadow-", "/etc/subuid-", "/etc/subgid-"),

@@ -1,4 +1,4 @@
-"""Mends a Windows guest: decides its bus, plans, changes registry and files, and proves that it starts."""
+"""Fixes a Windows guest: decides its bus, plans, changes registry and files, and proves that it starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GRAPHICS_DISABLED = "16000046"  # graphicsmodedisabled, an element of an entry o
 
 
 def fix(g: Any, inspection: Inspection, windows: Windows, options: FixOptions) -> FixResult:
-    """Mend the Windows that is mounted, and unmount it.
+    """Fix the Windows that is mounted, and unmount it.
 
     Raise MigrationError: os_unsupported, guest_dirty, fix_failed, fix_unproved.
     """

@@ -27,7 +27,7 @@ from tests.guests.ntfs import pour
 from tests.libvirtd import remove, session
 from tests.unit.domain.test_domain import WINDOWS_2022
 from tests.unit.domain.test_switch import NICS, WINDOWS
-from tests.unit.guest.windows.test_fix import mend
+from tests.unit.guest.windows.test_fix import repair
 from tests.windows import guest
 
 pytestmark = pytest.mark.timeout(1800)
@@ -125,7 +125,7 @@ def test_qemu_starts_it_there_and_back(count: int, uri: str, tmp_path: Path) -> 
 def test_a_windows_on_sata_goes_to_virtio_with_all_that_was_made_of_it(ctl: Ctl, uri: str, tmp_path: Path) -> None:
     (tmp_path / "guest").mkdir()
     phony = guest(tmp_path / "guest", "2016")
-    mend(phony, virtiowin.write(tmp_path / "virtio-win", virtiowin.tree()))
+    repair(phony, virtiowin.write(tmp_path / "virtio-win", virtiowin.tree()))
     phony.umount_all()
     (disk,) = pour(phony, tmp_path)
     content = disk.read_bytes()

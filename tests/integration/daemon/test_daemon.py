@@ -365,7 +365,7 @@ def test_an_export_that_cannot_be_written_is_told_as_that_and_left_alone_also_af
         assert ["manifest.json", "web01-disk-0.raw"] == sorted(os.listdir(export))
     finally:
         subprocess.run(["umount", export], check=True)
-    # Mended, and its time has come.
+    # Repaired, and its time has come.
     with daemon(change(scratch, retry={"delay_seconds": 0})):
         wait_until(lambda: done(export), 60)
         # The daemon hears of the runner's end later than the report is there.

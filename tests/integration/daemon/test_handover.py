@@ -216,23 +216,23 @@ def test_disks_that_cannot_be_used_are_told_with_the_remedy_and_touched_by_nobod
 def test_a_vm_that_fails_is_told_and_its_success_after_a_retry_as_well(
     handing: Settings, exporter: Exporter, tmp_path: Path
 ) -> None:
-    export = exporter.export("mended")
-    disk = export / "mended-disk-1.raw"
+    export = exporter.export("repaired")
+    disk = export / "repaired-disk-1.raw"
     good = disk.read_bytes()
     disk.write_bytes(bytes(len(good)))
     with daemon(handing):
         exporter.hand_over(export)
-        told = exporter.wait("mended")
+        told = exporter.wait("repaired")
         assert isinstance(told, str)
         assert told.startswith("checksum_mismatch: ")
         assert report_of(export)["error"]["hint"] in told
         assert f"export: {export}" in told
         disk.write_bytes(good)
         # By its name: an export that was handed over is one like all others.
-        retry = [sys.executable, "-m", "hyper2kvmd.ctl", "retry", "mended", "--config", str(tmp_path / "daemon.json")]
+        retry = [sys.executable, "-m", "hyper2kvmd.ctl", "retry", "repaired", "--config", str(tmp_path / "daemon.json")]
         subprocess.run(retry, check=True)
-        wait_until(lambda: isinstance(exporter.told("mended"), Path), 60)
-    assert ["mended.qcow2"] == os.listdir(exporter.answers)
+        wait_until(lambda: isinstance(exporter.told("repaired"), Path), 60)
+    assert ["repaired.qcow2"] == os.listdir(exporter.answers)
 
 
 def test_an_old_answer_is_not_taken_for_the_new_one(handing: Settings, exporter: Exporter) -> None:

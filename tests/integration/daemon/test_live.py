@@ -44,7 +44,7 @@ def answer(port: int, path: str = "/", method: str = "GET") -> tuple[int, dict[s
 
 
 def shows(client: Client, *texts: str) -> bool:
-    """Whether the page has all of them, now or as soon as it is made anew."""
+    """Whether the page has all of them, now or as soon as it is made again."""
     page = client.get("/")[1]
     return all(text in page for text in texts)
 

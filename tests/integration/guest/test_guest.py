@@ -130,7 +130,7 @@ def test_appliance_that_cannot_start_says_why(tmp_path: Path, accelerator: str) 
     assert appliances(disk) == []
 
 
-def mend(session: Session) -> tuple[Inspection, FixResult]:
+def repair(session: Session) -> tuple[Inspection, FixResult]:
     inspection = inspect(session)
     return inspection, fix(session, inspection, FixOptions())
 
@@ -196,7 +196,7 @@ def system(directory: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["ext4", "ext4, for writing", "xfs", "btrfs"])
 def test_a_file_system_newer_than_the_appliance_is_not_sent_to_fsck(kind: str, tmp_path: Path, shop: Workshop) -> None:
-    """Some say that they may still be read: then the system is found, and cannot be mended."""
+    """Some say that they may still be read: then the system is found, and cannot be repaired."""
     disk = system(tmp_path, kind.partition(",")[0])
     set_feature(disk, kind)
     error = refused(shop.put_in(disk, "raw"))
@@ -222,7 +222,7 @@ def test_guest_whose_boot_menu_names_no_kernel_is_refused_with_the_remedy(tmp_pa
     tree = tree_of(tmp_path / "tree")
     disk = raw(tmp_path / "rocky.raw", 32 << 20, "mkfs.ext4", "-q", "-d", str(tree))
     with pytest.raises(MigrationError) as caught:
-        mend(shop.put_in(overlay(disk, tmp_path), "qcow2"))
+        repair(shop.put_in(overlay(disk, tmp_path), "qcow2"))
     assert caught.value.code is Code.OS_UNSUPPORTED
     assert caught.value.outcome is Outcome.BLOCKED
     assert "Rocky Linux 9.4" in caught.value.message
@@ -253,14 +253,14 @@ def bios_guest(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.rest
 @pytest.mark.timeout(1800)
-def test_vmware_guest_is_mended_once_and_then_left_alone(bios_guest: Path, shop: Workshop) -> None:
-    found, result = mend(shop.put_in(bios_guest, "qcow2"))
+def test_vmware_guest_is_repaired_once_and_then_left_alone(bios_guest: Path, shop: Workshop) -> None:
+    found, result = repair(shop.put_in(bios_guest, "qcow2"))
     assert (found.os_type, found.distro, found.firmware, found.boot_disk) == ("linux", "debian", "bios", 0)
     assert (found.bootloader, found.initramfs) == ("grub2", "initramfs-tools")
     assert {"virtio_pci", "virtio_blk"} <= set(result.drivers_injected)
     assert result.boot_updated
     assert "/etc/fstab" in [change.path for change in result.changes]
 
-    _, again = mend(shop.put_in(bios_guest, "qcow2"))
+    _, again = repair(shop.put_in(bios_guest, "qcow2"))
     assert again.changes == ()
     assert again.proofs == result.proofs

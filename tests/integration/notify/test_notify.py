@@ -156,7 +156,9 @@ def test_every_end_is_told_once(scratch: Settings, make_export: MakeExport) -> N
         outbox.begin(config)
         made = one_of_each(make_export, config)
         done = notify(config)
-        assert (0, "5 told, 0 not; 0 to be told, 0 given up so far\n") == (done.returncode, done.stdout), done.stderr
+        assert (0, "5 delivered, 0 failed; 0 pending, 0 given up so far\n") == (done.returncode, done.stdout), (
+            done.stderr
+        )
         assert {*made} == {body["event"] for body in server.bodies}
         for body in server.bodies:
             assert report_of(made[body["status"]]) == body["report"]
@@ -505,7 +507,7 @@ def test_hooks_after_the_end_run_in_order_once_and_what_they_say_is_in_the_log(
     for export in exports:
         assert 0 == run_job(export, config).returncode
     done = notify(config)
-    assert (0, "6 told, 0 not; 0 to be told, 0 given up so far\n") == (done.returncode, done.stdout), done.stderr
+    assert (0, "6 delivered, 0 failed; 0 pending, 0 given up so far\n") == (done.returncode, done.stdout), done.stderr
     assert 0 == notify(config).returncode
     assert ["10-first", "20-second"] * 2 == (tmp_path / "order").read_text().split()
     assert report_of(exports[1]) == json.loads((tmp_path / "stdin").read_text())

@@ -220,7 +220,7 @@ def test_messages_that_were_given_up_are_counted_from_when_the_daemon_began() ->
     metrics = Metrics()
     shown = []
     for given_up in (3, 3, 5, 0, 1):  # the database was removed before the last but one
-        metrics.told(7, given_up)
+        metrics.notified(7, given_up)
         shown.append(value(metrics, "notifications_given_up_total"))
     assert [0, 0, 2, 2, 3] == shown
     assert 7 == value(metrics, "notifications_pending")

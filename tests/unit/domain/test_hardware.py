@@ -139,7 +139,7 @@ def test_manifest_and_ovf_that_agree_need_no_warning() -> None:
 
 
 def test_what_was_wrong_with_the_ovf_is_said_first() -> None:
-    finding = Finding("ovf_value", "bad", "mend it")
+    finding = Finding("ovf_value", "bad", "repair it")
     assert hardware.merge(manifest(), replace(FULL, warnings=(finding,)))[1] == (finding,)
 
 

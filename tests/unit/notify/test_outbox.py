@@ -229,18 +229,18 @@ def database(config: Settings) -> Iterator[sqlite3.Connection]:
         yield db
 
 
-def told(config: Settings) -> tuple[int, int]:
-    result = outbox.tell(config, Tools())
-    return result.told, result.failed
+def sent(config: Settings) -> tuple[int, int]:
+    result = outbox.send(config, Tools())
+    return result.delivered, result.failed
 
 
 def test_what_ended_before_the_first_run_counts_as_told(scratch: Settings, tmp_path: Path) -> None:
     config = with_hook(scratch, tmp_path)
     put(config, "old")
-    assert (0, 0) == told(config)
+    assert (0, 0) == sent(config)
     put(config, "new", finished_at=timestamp(time.time()))
-    assert (1, 0) == told(config)
-    assert (0, 0) == told(config)
+    assert (1, 0) == sent(config)
+    assert (0, 0) == sent(config)
 
 
 def test_what_ends_after_the_beginning_is_told_by_the_first_run(scratch: Settings, tmp_path: Path) -> None:
@@ -248,33 +248,33 @@ def test_what_ends_after_the_beginning_is_told_by_the_first_run(scratch: Setting
     outbox.begin(config)
     put(config, "web01", finished_at=timestamp(time.time() + 1))
     outbox.begin(config)
-    assert (1, 0) == told(config)
+    assert (1, 0) == sent(config)
 
 
 def test_a_job_of_another_host_is_told_there(scratch: Settings, tmp_path: Path) -> None:
     config = with_hook(scratch, tmp_path)
     long_ago(config)
     put(config, "web01", host={"name": "elsewhere"})
-    assert (0, 0) == told(config)
+    assert (0, 0) == sent(config)
 
 
 def test_a_receiver_that_is_added_later_is_not_told_what_was(scratch: Settings, tmp_path: Path) -> None:
     config = with_hook(scratch, tmp_path)
     long_ago(config)
     put(config, "web01")
-    assert (1, 0) == told(config)
+    assert (1, 0) == sent(config)
     config = with_hook(scratch, tmp_path, name="20-tickets")
-    assert (0, 0) == told(config)
+    assert (0, 0) == sent(config)
 
 
 def test_a_report_under_another_name_and_a_copy_of_it_are_the_same_message(scratch: Settings, tmp_path: Path) -> None:
     config = with_hook(scratch, tmp_path)
     long_ago(config)
     path = put(config, "web01")
-    assert (1, 0) == told(config)
+    assert (1, 0) == sent(config)
     path.rename(path.with_name("migration-report.1.json"))
     path.with_name("migration-report.2.json").write_bytes(path.with_name("migration-report.1.json").read_bytes())
-    assert (0, 0) == told(config)
+    assert (0, 0) == sent(config)
 
 
 def test_a_report_that_retry_moved_away_before_it_was_told_is_told(scratch: Settings, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_report_that_retry_moved_away_before_it_was_told_is_told(scratch: Sett
     path = put(config, "web01")
     path.rename(path.with_name("migration-report.1.json"))
     put(config, "web01", status="succeeded", error=None, finished_at="2026-11-24T11:00:00.000Z")
-    assert (2, 0) == told(config)
+    assert (2, 0) == sent(config)
 
 
 def test_an_exports_directory_that_is_not_mounted_for_a_while_makes_nothing_new(
@@ -292,13 +292,13 @@ def test_an_exports_directory_that_is_not_mounted_for_a_while_makes_nothing_new(
     config = with_hook(scratch, tmp_path)
     long_ago(config)
     put(config, "web01")
-    assert (1, 0) == told(config)
+    assert (1, 0) == sent(config)
     config.exports_dir.rename(tmp_path / "away")
     config.exports_dir.mkdir()
-    assert (0, 0) == told(config)
+    assert (0, 0) == sent(config)
     config.exports_dir.rmdir()
     (tmp_path / "away").rename(config.exports_dir)
-    assert (0, 0) == told(config)
+    assert (0, 0) == sent(config)
 
 
 def test_what_is_gone_for_longer_than_work_is_kept_is_forgotten(scratch: Settings, tmp_path: Path) -> None:
@@ -306,9 +306,9 @@ def test_what_is_gone_for_longer_than_work_is_kept_is_forgotten(scratch: Setting
     config = with_hook(scratch, tmp_path).model_copy(update={"retention": keep_nothing})
     long_ago(config)
     path = put(config, "web01")
-    assert (1, 0) == told(config)
+    assert (1, 0) == sent(config)
     path.unlink()
-    assert (0, 0) == told(config)
+    assert (0, 0) == sent(config)
     with database(config) as db:
         assert [] == db.execute("SELECT * FROM reports").fetchall()
 
@@ -319,15 +319,15 @@ def test_a_hook_that_fails_is_run_once_more_and_then_given_up(
     config = with_hook(scratch, tmp_path, f"echo . >> {tmp_path}/runs; exit 3")
     long_ago(config)
     put(config, "web01")
-    assert (0, 1) == told(config)
+    assert (0, 1) == sent(config)
     standing = outbox.standing(config)
     assert (1, 0) == (standing.pending, standing.given_up)
     assert standing.due is not None
-    assert (0, 0) == told(config), "before it is due"
+    assert (0, 0) == sent(config), "before it is due"
     time.sleep(max(standing.due - time.time(), 0) + 0.01)
-    assert (0, 1) == told(config)
+    assert (0, 1) == sent(config)
     assert outbox.Standing(None, 0, 1) == outbox.standing(config)
-    assert (0, 0) == told(config)
+    assert (0, 0) == sent(config)
     assert ".\n.\n" == (tmp_path / "runs").read_text()
     assert "given up" in "".join(capfd.readouterr())
 
@@ -349,7 +349,7 @@ def test_a_damaged_state_is_not_begun_anew_in_silence(scratch: Settings, damage:
                 file.write(b"rubbish " * 512)
     outbox.begin(scratch)
     before = path.read_bytes()
-    for look in (lambda: outbox.tell(scratch, Tools()), lambda: outbox.untold(scratch)):
+    for look in (lambda: outbox.send(scratch, Tools()), lambda: outbox.pending(scratch)):
         with pytest.raises(MigrationError, match=r"notified\.sqlite is damaged") as caught:
             look()
         assert (Code.IO_ERROR, True) == (caught.value.code, "remove it" in caught.value.hint)
@@ -378,7 +378,7 @@ def test_a_file_that_a_crash_left_half_written_is_in_nobodys_way(scratch: Settin
     due = outbox.standing(scratch).due
     assert due is not None, "a run is due, to put it right"
     assert due <= time.time()
-    assert (0, 0) == told(scratch)
+    assert (0, 0) == sent(scratch)
     assert {outbox.STATE, outbox.LOCK} == set(os.listdir(scratch.work_dir))
     assert outbox.Standing() == outbox.standing(scratch)
 
@@ -386,20 +386,20 @@ def test_a_file_that_a_crash_left_half_written_is_in_nobodys_way(scratch: Settin
 def test_a_file_that_was_made_by_a_run_that_was_killed_at_once_is_no_damage(scratch: Settings) -> None:
     (scratch.work_dir / outbox.STATE).touch()
     assert outbox.Standing() == outbox.standing(scratch)
-    assert [] == outbox.untold(scratch)
-    assert (0, 0) == told(scratch)
+    assert [] == outbox.pending(scratch)
+    assert (0, 0) == sent(scratch)
 
 
 def test_looking_how_it_stands_makes_no_file(scratch: Settings) -> None:
-    assert (outbox.Standing(), []) == (outbox.standing(scratch), outbox.untold(scratch))
+    assert (outbox.Standing(), []) == (outbox.standing(scratch), outbox.pending(scratch))
     assert [] == os.listdir(scratch.work_dir)
 
 
 def test_two_do_not_tell_at_the_same_time(scratch: Settings) -> None:
     with outbox._locked(scratch):
         with pytest.raises(BlockingIOError):
-            outbox.tell(scratch, Tools())
-        assert [] == outbox.untold(scratch)
+            outbox.send(scratch, Tools())
+        assert [] == outbox.pending(scratch)
 
 
 def give_away(config: Settings) -> None:
@@ -417,7 +417,7 @@ def test_whatever_the_umask_root_and_the_service_take_turns(scratch: Settings, t
     try:
         long_ago(config)
         put(config, "web01")
-        assert (1, 0) == told(config)
+        assert (1, 0) == sent(config)
     finally:
         os.umask(before)
     for name in (outbox.STATE, outbox.LOCK):
@@ -432,7 +432,7 @@ def test_root_follows_no_link_that_the_service_could_have_made(scratch: Settings
     (tmp_path / "victim").touch()
     (scratch.work_dir / name).symlink_to(tmp_path / "victim")
     with pytest.raises(OSError, match="symbolic links"):
-        outbox.tell(scratch, Tools())
+        outbox.send(scratch, Tools())
     assert (b"", 0) == ((tmp_path / "victim").read_bytes(), os.geteuid())
 
 
@@ -447,9 +447,9 @@ def test_root_removes_nothing_for_a_journal_that_the_service_could_have_made(scr
         file.write(page + named + struct.pack(">II", len(named), sum(named)) + bytes.fromhex("d9d505f920a163d7"))
     outbox.standing(scratch)
     with contextlib.suppress(OSError):
-        outbox.untold(scratch)
+        outbox.pending(scratch)
     with contextlib.suppress(OSError):
-        outbox.tell(scratch, Tools())
+        outbox.send(scratch, Tools())
     assert (tmp_path / "victim").exists()
 
 
@@ -458,7 +458,7 @@ def test_a_report_that_is_none_is_left_alone(scratch: Settings, tmp_path: Path, 
     config = with_hook(scratch, tmp_path)
     long_ago(config)
     put(config, "web01").write_bytes(junk)
-    assert (0, 0) == told(config)
+    assert (0, 0) == sent(config)
 
 
 def test_a_report_that_is_a_link_to_elsewhere_is_not_read(scratch: Settings, tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_a_report_that_is_a_link_to_elsewhere_is_not_read(scratch: Settings, tmp
     path = put(config, "web01")
     path.rename(tmp_path / "secret.json")
     path.symlink_to(tmp_path / "secret.json")
-    assert (0, 0) == told(config)
+    assert (0, 0) == sent(config)
 
 
 # The hooks ------------------------------------------------------------------------------------------------------

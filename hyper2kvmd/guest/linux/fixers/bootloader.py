@@ -1,6 +1,6 @@
 """Kernel command lines: the root and resume devices by UUID, wherever a boot loader keeps them.
 
-The menus are edited, never generated anew: what generates them looks at the appliance's hardware, not at the guest's.
+The menus are edited, never generated: what generates them looks at the appliance's hardware, not at the guest's.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _CLOUD_INIT_UNITS = (
     *("cloud-config.service", "cloud-final.service", "cloud-init.target"),
 )
 _CLOUD_INIT_SCRIPTS = ("cloud-init-local", "cloud-init", "cloud-config", "cloud-final")
-# Those that hold up the boot or a login's service, make host keys anew, or write or move the network's configuration,
+# Those that hold up the boot or a login's service, make new host keys, or write or move the network's configuration,
 # where the platform does not answer. amazon-ssm-agent, xe-daemon, Hyper-V's daemons, Nutanix's agent and the like do
 # none of that, and stay.
 UNITS = (

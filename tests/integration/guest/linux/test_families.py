@@ -36,10 +36,10 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 @dataclass(frozen=True)
-class Mended:
-    """A guest that was mended. files: of the guest, by path, after the first time; "" for one that is not there.
+class Repaired:
+    """A guest that was repaired. files: of the guest, by path, after the first time; "" for one that is not there.
 
-    again: what was changed when it was mended again, if it was. calls: the words of each call of the guest's programs
+    again: what was changed when it was repaired again, if it was. calls: the words of each call of the guest's programs
     that were recorded, the first time. text: fills in UUIDs.
     """
 
@@ -59,14 +59,14 @@ class Mended:
         return [line for line in self.files[path].split("\n") if word in line]
 
 
-Mend = Callable[..., Mended]
+Repair = Callable[..., Repaired]
 
 
 @pytest.fixture
-def mend(shop: Workshop, tmp_path: Path) -> Mend:
-    """A function that mends an overlay of a family's disk and looks at it.
+def repair(shop: Workshop, tmp_path: Path) -> Repair:
+    """A function that repairs an overlay of a family's disk and looks at it.
 
-    reads: paths that are read besides those that were changed. written: files that the guest has, too. again: mend it
+    reads: paths that are read besides those that were changed. written: files that the guest has, too. again: repair it
     twice, which takes twice as long.
     """
 
@@ -77,7 +77,7 @@ def mend(shop: Workshop, tmp_path: Path) -> Mend:
         reads: tuple[str, ...] = (),
         written: Mapping[str, str] | None = None,
         again: bool = False,
-    ) -> Mended:
+    ) -> Repaired:
         disk = phony.disk(family)
         overlay = tmp_path / f"{family}.qcow2"
         command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(disk.path), "-F", "raw", str(overlay)]
@@ -88,17 +88,17 @@ def mend(shop: Workshop, tmp_path: Path) -> Mend:
             session.g.write(path, text.encode())
         result = fix(session, inspection, options)
         if again:
-            mended = inspect(session, firmware_hint="bios")
+            repaired = inspect(session, firmware_hint="bios")
         else:
             for point in sorted(inspection.mounts, key=len):
                 session.g.mount(inspection.mounts[point], point)
         paths = {*reads, *(change.path for change in result.changes)}
         files = {path: read_text(session.g, path) or "" for path in paths}
         record = read_text(session.g, phony.RECORD) or ""
-        second = fix(session, mended, options) if again else replace(result, changes=())
+        second = fix(session, repaired, options) if again else replace(result, changes=())
         calls = [line.split("\t") for line in record.splitlines()]
         assert result.proofs == second.proofs
-        return Mended(inspection, result, second.changes, files, calls, disk.text)
+        return Repaired(inspection, result, second.changes, files, calls, disk.text)
 
     return run
 
@@ -125,11 +125,11 @@ def red_hat(version: str, *, entry: int, name: str = "", rescue: bool = False) -
 
 
 @pytest.mark.rest
-def test_rhel7_is_mended_for_both_kernels_and_its_rescue_image_is_left_alone(mend: Mend) -> None:
+def test_rhel7_is_repaired_for_both_kernels_and_its_rescue_image_is_left_alone(repair: Repair) -> None:
     new, old = "3.10.0-1160.119.1.el7.x86_64", "3.10.0-1160.el7.x86_64"
     rules = "/etc/udev/rules.d/70-persistent-net.rules"
     options = FixOptions(nics=TWO_CARDS.nics, remove_vmware_tools=True)
-    guest = mend("rhel7", options, reads=("/boot/grub2/grubenv", "/etc/default/grub"))
+    guest = repair("rhel7", options, reads=("/boot/grub2/grubenv", "/etc/default/grub"))
     found = guest.inspection
     assert ("centos", "dracut", "grub2", "bios") == (found.distro, found.initramfs, found.bootloader, found.firmware)
     assert (
@@ -182,11 +182,11 @@ def test_rhel7_is_mended_for_both_kernels_and_its_rescue_image_is_left_alone(men
 
 
 @pytest.mark.rest
-def test_rhel8_keeps_its_kernel_options_in_grubenv_on_the_esp(mend: Mend) -> None:
+def test_rhel8_keeps_its_kernel_options_in_grubenv_on_the_esp(repair: Repair) -> None:
     new, old = "4.18.0-553.el8_10.x86_64", "4.18.0-372.9.1.el8.x86_64"
     grubenv = "/boot/efi/EFI/redhat/grubenv"
     rules = "/etc/udev/rules.d/70-persistent-net.rules"
-    guest = mend("rhel8", FixOptions(nics=ONE_CARD.nics, remove_vmware_tools=True))
+    guest = repair("rhel8", FixOptions(nics=ONE_CARD.nics, remove_vmware_tools=True))
     found = guest.inspection
     assert ("rhel", "dracut", "grub2", "uefi") == (found.distro, found.initramfs, found.bootloader, found.firmware)
     assert (
@@ -237,14 +237,14 @@ def test_rhel8_keeps_its_kernel_options_in_grubenv_on_the_esp(mend: Mend) -> Non
 
 
 @pytest.mark.rest
-def test_rhel8_is_left_alone_once_it_is_mended(mend: Mend) -> None:
-    assert () == mend("rhel8", FixOptions(nics=ONE_CARD.nics, remove_vmware_tools=True), again=True).again
+def test_rhel8_is_left_alone_once_it_is_repaired(repair: Repair) -> None:
+    assert () == repair("rhel8", FixOptions(nics=ONE_CARD.nics, remove_vmware_tools=True), again=True).again
 
 
-def test_rhel9_on_lvm_loses_the_list_of_devices_and_nothing_else_is_edited(mend: Mend) -> None:
+def test_rhel9_on_lvm_loses_the_list_of_devices_and_nothing_else_is_edited(repair: Repair) -> None:
     version = "5.14.0-427.13.1.el9_4.x86_64"
     link = "/etc/systemd/network/10-hyper2kvm-ens192.link"
-    guest = mend("rhel9")
+    guest = repair("rhel9")
     found = guest.inspection
     assert ("rocky", "dracut", "grub2", "uefi") == (found.distro, found.initramfs, found.bootloader, found.firmware)
     assert {"/": "/dev/rl/root", "/boot": "/dev/sda2", "/boot/efi": "/dev/sda1"} == found.mounts
@@ -267,10 +267,10 @@ def test_rhel9_on_lvm_loses_the_list_of_devices_and_nothing_else_is_edited(mend:
 
 
 @pytest.mark.rest
-def test_rhel10_by_uuid_needs_drivers_and_the_name_of_its_card_only(mend: Mend) -> None:
+def test_rhel10_by_uuid_needs_drivers_and_the_name_of_its_card_only(repair: Repair) -> None:
     version = "6.12.0-55.9.1.el10_0.x86_64"
     link = "/etc/systemd/network/10-hyper2kvm-ens33.link"
-    guest = mend("rhel10")
+    guest = repair("rhel10")
     assert {"/etc/dracut.conf.d/90-hyper2kvm.conf": "initramfs", link: "network"} == guest.edited()
     assert [f"PermanentMACAddress={FIRST}"] == guest.lines(link, "MACAddress")
     assert [version, "setfiles"] == [guest.calls[0][-1], guest.calls[1][0]]
@@ -279,7 +279,7 @@ def test_rhel10_by_uuid_needs_drivers_and_the_name_of_its_card_only(mend: Mend) 
 
 
 @pytest.mark.rest
-def test_cards_of_two_models_keep_their_addresses_and_their_names_in_the_initramfs(mend: Mend) -> None:
+def test_cards_of_two_models_keep_their_addresses_and_their_names_in_the_initramfs(repair: Repair) -> None:
     """ens192 has a profile by name, the other card one by its driver; dracut's network names it ens33."""
     profile = "/etc/NetworkManager/system-connections/storage.nmconnection"
     line = 'kernel_cmdline="ip=10.1.0.2::10.1.0.1:255.255.255.0:web01:ens33:none"\n'
@@ -288,7 +288,7 @@ def test_cards_of_two_models_keep_their_addresses_and_their_names_in_the_initram
         "/etc/dracut.conf.d/10-network.conf": line,
     }
     cards = FixOptions(nics=(Nic(FIRST, None, "E1000"), Nic(SECOND, None, "VmxNet3")))
-    guest = mend("rhel9", cards, written=written, again=True)
+    guest = repair("rhel9", cards, written=written, again=True)
     links = {name: f"/etc/systemd/network/10-hyper2kvm-{name}.link" for name in ("ens33", "ens192")}
     assert [f"PermanentMACAddress={FIRST}"] == guest.lines(links["ens33"], "MACAddress")
     assert [f"PermanentMACAddress={SECOND}"] == guest.lines(links["ens192"], "MACAddress")
@@ -300,9 +300,9 @@ def test_cards_of_two_models_keep_their_addresses_and_their_names_in_the_initram
     assert () == guest.again
 
 
-def test_dracut_that_leaves_a_driver_out_is_found_out(mend: Mend) -> None:
+def test_dracut_that_leaves_a_driver_out_is_found_out(repair: Repair) -> None:
     with pytest.raises(MigrationError) as caught:
-        mend("rhel9", written={"/usr/share/phony/forgets": "virtio_blk.ko.xz\n"})
+        repair("rhel9", written={"/usr/share/phony/forgets": "virtio_blk.ko.xz\n"})
     assert Code.FIX_UNPROVED is caught.value.code
     assert "5.14.0-427.13.1.el9_4.x86_64 has virtio_blk" in caught.value.message
     assert "the initramfs lacks virtio_blk" in caught.value.message
@@ -313,9 +313,9 @@ RHEL6 = ("2.6.32-754.35.1.el6.x86_64", "2.6.32-754.el6.x86_64")
 
 
 @pytest.mark.rest
-def test_rhel6_gets_no_options_that_its_dracut_does_not_know(mend: Mend) -> None:
+def test_rhel6_gets_no_options_that_its_dracut_does_not_know(repair: Repair) -> None:
     rules = "/etc/udev/rules.d/70-persistent-net.rules"
-    guest = mend("rhel6", TWO_CARDS, again=True)
+    guest = repair("rhel6", TWO_CARDS, again=True)
     found = guest.inspection
     assert ("rhel", "dracut", "grub-legacy", "bios") == (
         *(found.distro, found.initramfs, found.bootloader, found.firmware),
@@ -345,8 +345,8 @@ def test_rhel6_gets_no_options_that_its_dracut_does_not_know(mend: Mend) -> None
 
 
 @pytest.mark.rest
-def test_guest_whose_kernels_have_no_virtio_is_proved_for_sata(mend: Mend) -> None:
-    guest = mend("rhel6-without-virtio", TWO_CARDS)
+def test_guest_whose_kernels_have_no_virtio_is_proved_for_sata(repair: Repair) -> None:
+    guest = repair("rhel6-without-virtio", TWO_CARDS)
     assert not guest.result.machine.virtio
     assert {(version, driver) for version in RHEL6 for driver in ("ahci", "sd_mod")} == {*proved(guest.result)}
     assert {drivers(ON_VMWARE, {"ahci", "sd_mod", "e1000e"})} == {call[5] for call in guest.calls}
@@ -354,9 +354,9 @@ def test_guest_whose_kernels_have_no_virtio_is_proved_for_sata(mend: Mend) -> No
 
 
 @pytest.mark.rest
-def test_rhel5_is_told_the_drivers_at_each_build(mend: Mend) -> None:
+def test_rhel5_is_told_the_drivers_at_each_build(repair: Repair) -> None:
     version = "2.6.18-398.el5"
-    guest = mend("rhel5", reads=("/etc/sysconfig/kernel",))
+    guest = repair("rhel5", reads=("/etc/sysconfig/kernel",))
     found = guest.inspection
     assert ("rhel", "mkinitrd", "grub-legacy") == (found.distro, found.initramfs, found.bootloader)
     image = f"/boot/initrd-{version}.img"
@@ -372,9 +372,9 @@ def test_rhel5_is_told_the_drivers_at_each_build(mend: Mend) -> None:
 
 
 @pytest.mark.rest
-def test_sles15_on_btrfs_is_mended_in_the_subvolume_that_boots(mend: Mend) -> None:
+def test_sles15_on_btrfs_is_repaired_in_the_subvolume_that_boots(repair: Repair) -> None:
     version = "5.14.21-150500.55.52-default"
-    guest = mend("sles15", again=True)
+    guest = repair("sles15", again=True)
     found = guest.inspection
     assert ("sles", "dracut", "grub2", "bios") == (found.distro, found.initramfs, found.bootloader, found.firmware)
     assert {"/", "/var", "/home", "/.snapshots", "/boot/grub2/i386-pc"} == {*found.mounts}
@@ -400,10 +400,10 @@ def test_sles15_on_btrfs_is_mended_in_the_subvolume_that_boots(mend: Mend) -> No
     assert () == guest.again
 
 
-def test_sles11_is_built_with_its_own_mkinitrd_and_keeps_its_menu(mend: Mend) -> None:
+def test_sles11_is_built_with_its_own_mkinitrd_and_keeps_its_menu(repair: Repair) -> None:
     version = "3.0.101-63-default"
     rules = "/etc/udev/rules.d/70-persistent-net.rules"
-    guest = mend("sles11", again=True)
+    guest = repair("sles11", again=True)
     found = guest.inspection
     assert ("sles", "mkinitrd", "grub-legacy") == (found.distro, found.initramfs, found.bootloader)
     kernel = Kernel(version, f"/boot/vmlinuz-{version}", f"/boot/initrd-{version}", True, 0)
@@ -420,7 +420,7 @@ def test_sles11_is_built_with_its_own_mkinitrd_and_keeps_its_menu(mend: Mend) ->
         guest.text("UUID=@sda1@ swap                 swap       defaults              0 0"),
         guest.text("UUID=@sda2@ /                    ext3       acl,user_xattr        1 1"),
     ] == guest.lines("/etc/fstab", "UUID")
-    # An entry and its failsafe twin, with their comments: mkinitrd must not have made the menu anew.
+    # An entry and its failsafe twin, with their comments: mkinitrd must not have made the menu again.
     assert [guest.text("root=UUID=@sda2@")] * 2 == [
         line.split()[2] for line in guest.lines("/boot/grub/menu.lst", "    kernel")
     ]
@@ -440,9 +440,9 @@ def test_sles11_is_built_with_its_own_mkinitrd_and_keeps_its_menu(mend: Mend) ->
 
 
 @pytest.mark.rest
-def test_amazon_linux_with_virtio_built_in_is_not_written_to(mend: Mend) -> None:
+def test_amazon_linux_with_virtio_built_in_is_not_written_to(repair: Repair) -> None:
     version = "5.10.177-158.645.amzn2.x86_64"
-    guest = mend("amazon2")
+    guest = repair("amazon2")
     found = guest.inspection
     assert ("Amazon Linux 2", "dracut", "grub2") == (found.product_name, found.initramfs, found.bootloader)
     assert (red_hat(version, entry=0),) == found.kernels
@@ -455,9 +455,9 @@ def test_amazon_linux_with_virtio_built_in_is_not_written_to(mend: Mend) -> None
 
 
 @pytest.mark.rest
-def test_photon_names_its_kernel_in_a_file_beside_it(mend: Mend) -> None:
+def test_photon_names_its_kernel_in_a_file_beside_it(repair: Repair) -> None:
     version = "5.10.152-4.ph4"
-    guest = mend("photon")
+    guest = repair("photon")
     found = guest.inspection
     assert ("VMware Photon OS/Linux", "dracut", "grub2", "bios") == (
         *(found.product_name, found.initramfs, found.bootloader, found.firmware),

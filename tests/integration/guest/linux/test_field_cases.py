@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 @dataclass(frozen=True)
 class Case:
-    """A guest that was mended. text: fills in UUIDs. files: by path, as they are then, "" for one that is not there."""
+    """A guest that was repaired. text: fills in UUIDs. files: by path, as they are then, "" if not there."""
 
     inspection: Inspection
     result: FixResult
@@ -63,7 +63,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def attempt(shop: Workshop, tmp_path: Path) -> Try:
-    """A function that writes files into the guest and mends it.
+    """A function that writes files into the guest and repairs it.
 
     disks: more disks of it. directories: that it has, too. copied: its disk is there twice. prepare: does something to
     the disks first.
@@ -196,7 +196,7 @@ def test_a_second_nvme_controller_is_a_disk_like_any_other(attempt: Try, data: P
     assert case.text(f"{ROOT}UUID={DATA} /logs ext4 defaults 0 0\n") == case.files[FSTAB]
 
 
-def test_a_mount_unit_is_mended_and_its_device_is_on_the_list_of_names(attempt: Try, data: Path) -> None:
+def test_a_mount_unit_is_repaired_and_its_device_is_on_the_list_of_names(attempt: Try, data: Path) -> None:
     unit = "/etc/systemd/system/srv-data.mount"
     case = attempt({FSTAB: BASE, unit: "[Mount]\nWhat=/dev/sdb1\nWhere=/srv/data\nType=ext4\n"}, data)
     assert f"[Mount]\nWhat=/dev/disk/by-uuid/{DATA}\nWhere=/srv/data\nType=ext4\n" == case.files[unit]
@@ -208,7 +208,7 @@ def test_a_mount_unit_is_mended_and_its_device_is_on_the_list_of_names(attempt: 
 # What lies on several disks ---------------------------------------------------------------------------------
 
 
-def test_a_filter_of_lvm_on_the_old_controller_is_mended(attempt: Try) -> None:
+def test_a_filter_of_lvm_on_the_old_controller_is_repaired(attempt: Try) -> None:
     config = 'devices {\n\tglobal_filter = [ "a|pci-0000:03.*|", "r|.*|" ]\n}\n'
     case = attempt({"/etc/lvm/lvm.conf": config}, family="rhel9")
     assert config.replace('[ "a|pci', '[ "a|^/dev/vd|", "a|pci') == case.files["/etc/lvm/lvm.conf"]

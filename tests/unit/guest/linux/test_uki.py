@@ -1,4 +1,4 @@
-"""Unified kernel images: what is in them, that it is proved, and that nobody tries to build one anew."""
+"""Unified kernel images: what is in them, that it is proved, and that nobody tries to build one again."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from hyper2kvmd.guest.change import FixResult
 from hyper2kvmd.guest.windows.registry import dword, expand_sz
 from hyper2kvmd.manifest import Configuration
 from hyper2kvmd.manifest.model import Interface, Services, User
-from tests.unit.guest.windows.test_fix import diffs, mend
+from tests.unit.guest.windows.test_fix import diffs, repair
 from tests.windows import SYSTEM, guest, write_hive
 
 SERVICES = "ControlSet001\\Services"
@@ -23,7 +23,7 @@ def asked(at: Path, name: str = "2022", **configuration: Any) -> tuple[FixResult
     spooler = {"Type": dword(0x110), "Start": dword(2), "ImagePath": expand_sz("%SystemRoot%\\System32\\spoolsv.exe")}
     both = ("ControlSet001", "ControlSet002")
     write_hive(g.volume(list(g._partitions())[-1]) / SYSTEM, {f"{one}\\Services\\Spooler": spooler for one in both})
-    result = mend(g, None, configuration=Configuration(**configuration))
+    result = repair(g, None, configuration=Configuration(**configuration))
     scripts = (diff for path, diff in diffs(result).items() if path.startswith("C:\\Windows\\hyper2kvm"))
     return result, "\n".join(line.removeprefix("+") for diff in scripts for line in diff.split("\n"))
 
@@ -94,7 +94,7 @@ def test_a_connection_that_is_not_there_is_said_with_those_that_are(tmp_path: Pa
 
 
 def test_addresses_of_ipv6_are_kept_and_its_routes_are_said_to_be_lost(tmp_path: Path) -> None:
-    result = mend(guest(tmp_path, "2022", static=True, ipv6=True), None)
+    result = repair(guest(tmp_path, "2022", static=True, ipv6=True), None)
     script = diffs(result)["C:\\Windows\\hyper2kvm\\network.ps1"]
     assert "@{ Ip = '2001:db8::10'; Prefix = 64 }" in script and "'2001:db8::53'" in script
     (warning,) = [one for one in result.warnings if one.code == "addresses_lost"]

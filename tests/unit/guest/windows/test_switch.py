@@ -16,7 +16,7 @@ from hyper2kvmd.guest.windows.switch import Switch, left_behind, prove_switch
 from hyper2kvmd.run import Tools
 from tests import virtiowin
 from tests.sabotage import lost, value
-from tests.unit.guest.windows.test_fix import mend
+from tests.unit.guest.windows.test_fix import repair
 from tests.windows import FAMILIES, Directory, guest
 
 
@@ -39,7 +39,7 @@ def contents(at: Path) -> dict[Path, str]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_that_was_migrated_to_virtio_can_go_back_to_sata(name: str, tmp_path: Path, drivers: Path) -> None:
     g = guest(tmp_path, name, storahci_off=True)
-    mend(g, drivers)
+    repair(g, drivers)
     before = contents(tmp_path)
     found = switch(g, "sata")
     machine = found.machine
@@ -51,7 +51,7 @@ def test_one_that_was_migrated_to_virtio_can_go_back_to_sata(name: str, tmp_path
 @pytest.mark.parametrize("name", ["7", "2016", "2025"])
 def test_one_that_got_the_drivers_later_can_go_to_virtio(name: str, tmp_path: Path) -> None:
     g = guest(tmp_path, name, adopt=True)
-    mend(g, None)  # which has them start
+    repair(g, None)  # which has them start
     found = switch(g, "virtio")
     assert "virtio" == found.machine.disks
     assert all(proof.ok for proof in found.proofs)
@@ -59,7 +59,7 @@ def test_one_that_got_the_drivers_later_can_go_to_virtio(name: str, tmp_path: Pa
 
 def test_without_drivers_it_does_not_go_to_virtio(tmp_path: Path) -> None:
     g = guest(tmp_path, "2022")
-    mend(g, None)
+    repair(g, None)
     with pytest.raises(MigrationError, match="has none of the identifiers of the virtio disk") as raised:
         switch(g, "virtio")
     assert Code.FIX_UNPROVED == raised.value.code
@@ -79,7 +79,7 @@ def test_a_sata_driver_that_does_not_start_is_not_enough(tmp_path: Path) -> None
 
 def test_every_control_set_counts(tmp_path: Path, drivers: Path) -> None:
     g = guest(tmp_path, "2022", two_sets=True)
-    mend(g, drivers)
+    repair(g, drivers)
     switch(g, "virtio")
     value("ControlSet002\\Services\\viostor", "Start", dword(3))(g)
     with pytest.raises(MigrationError, match=r"ControlSet002\\Services\\viostor Start is 3"):
@@ -88,7 +88,7 @@ def test_every_control_set_counts(tmp_path: Path, drivers: Path) -> None:
 
 def test_a_lost_file_counts(tmp_path: Path, drivers: Path) -> None:
     g = guest(tmp_path, "2022")
-    mend(g, drivers)
+    repair(g, drivers)
     lost("Windows/System32/drivers/viostor.sys")(g)
     with pytest.raises(MigrationError, match=r"viostor\.sys, the file of viostor, is not there"):
         switch(g, "virtio")
@@ -96,7 +96,7 @@ def test_a_lost_file_counts(tmp_path: Path, drivers: Path) -> None:
 
 def test_cards_without_a_driver_stay_as_they_are(tmp_path: Path, drivers: Path) -> None:
     g = guest(tmp_path, "2022")
-    mend(g, drivers)  # NetKVM is installed when it first starts
+    repair(g, drivers)  # NetKVM is installed when it first starts
     found = switch(g, "virtio")
     assert "virtio" == found.machine.disks and not found.new_cards
     assert ["no_virtio"] == [warning.code for warning in found.warnings]

@@ -29,7 +29,7 @@ _ALL = (".", ".*", "", "/", "/.*", ".*/.*", ".*/", "/dev", "/dev/", "/dev/.*", "
 
 
 def plan(view: View, bus: DiskBus) -> FixPlan:
-    """Remove what LVM makes anew, and have filters accept the new disks: none of them can know those."""
+    """Remove what LVM makes by itself, and have filters accept the new disks: none of them can know those."""
     edits = []
     text = view.read(SYSTEM_DEVICES)
     if text is not None and (changing := changing_ids(text)):

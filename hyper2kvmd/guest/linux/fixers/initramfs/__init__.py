@@ -106,7 +106,7 @@ def check_space(g: Any, images: Sequence[Image]) -> None:
 
 
 def rebuild(view: View, images: Sequence[Image], bus: Bus) -> tuple[Change, ...]:
-    """Build the images anew with the guest's own tools. Raise MigrationError (fix_failed)."""
+    """Build the images again with the guest's own tools. Raise MigrationError (fix_failed)."""
     g = view.g
     builder = BUILDERS[view.inspection.initramfs]
     take_away = builder.prepare(view, images)

@@ -37,7 +37,7 @@ def commands(view: View, images: Sequence[Image], bus: Bus) -> Mapping[str, str]
     """One call for each image; the root is named, as the one of the appliance is not the guest's."""
     # Red Hat has a file of this name too.
     suse = _MODULES.search(view.read(SUSE) or "") is not None
-    # SUSE's makes the boot menu anew when it is done, for the appliance's disks.
+    # SUSE's makes the boot menu again when it is done, for the appliance's disks.
     no_menu = ["-B"] if suse and re.search(r"(?m)^\s*-B\b", view.g.sh("mkinitrd -h 2>&1 || true")) else []
     root = view.names.devices.get(view.inspection.root)
     device = f"/dev/disk/by-uuid/{root.uuid}" if root and root.uuid else view.inspection.root

@@ -8,7 +8,7 @@ VLANs, bridges and bonds have the MAC address of the card that they stand on. Wh
 .link file by the address that the hardware has of itself, where udev knows that key, and else a rule for devices that
 have a driver.
 
-The initramfs must be built anew after these edits. Its udev renames cards before the system's does, and what it has
+The initramfs must be built again after these edits. Its udev renames cards before the system's does, and what it has
 named stays named with older systemd. initramfs-tools copies .link files and rules of one's own into every image.
 dracut copies rules into images for this host only (hostonly), and .link files only where a network module is in the
 image as well; an image without one has no 99-default.link either, and so renames nothing.
@@ -75,7 +75,7 @@ class _Edited(View):
 
 
 def plan(view: View, nics: Sequence[Nic], cards: str = "virtio", wanted: Sequence[Wanted] = ()) -> FixPlan:
-    """Bind the names that the guest does not pin itself, and mend what goes by the place or the driver of a card.
+    """Bind the names that the guest does not pin itself, and translate what goes by the place or the driver of a card.
 
     nics: the domain's, in the order of VMware's adapters. cards: their model there. wanted: what the manifest
     configures; the files that hold it now are left to `addresses`.
@@ -85,8 +85,8 @@ def plan(view: View, nics: Sequence[Nic], cards: str = "virtio", wanted: Sequenc
     driver = "virtio_net" if cards == "virtio" else cards
     permanent = _knows_permanent_addresses(view)
     kept = [edit.path for edit in addresses.plan(view, wanted).edits]
-    mended, warned = match.mend(list(_matches(view, permanent=permanent)), view.read, nics, driver, kept)
-    view = _Edited(view.g, view.inspection, view.names, {path: edit.after or "" for path, edit in mended.items()})
+    translated, warned = match.translate(list(_matches(view, permanent=permanent)), view.read, nics, driver, kept)
+    view = _Edited(view.g, view.inspection, view.names, {path: edit.after or "" for path, edit in translated.items()})
     warnings: list[Finding] = [*warned]
     found = [*_ifupdown(view), *_netplan(view, warnings), *_keyfiles(view), *_ifcfg(view), *_others(view)]
     interfaces = list(dict.fromkeys(found))
@@ -97,7 +97,7 @@ def plan(view: View, nics: Sequence[Nic], cards: str = "virtio", wanted: Sequenc
     naming = _naming(view, permanent=permanent)
     bound = bind(interfaces, nics, _pins(view), _leases(view), naming)
     edits = link_edits(bound.bindings, view.read) if naming.links else rule_edits(bound.bindings, view.read)
-    return FixPlan((*mended.values(), *edits), warnings=(*warnings, *bound.warnings))
+    return FixPlan((*translated.values(), *edits), warnings=(*warnings, *bound.warnings))
 
 
 def link_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -> tuple[Edit, ...]:

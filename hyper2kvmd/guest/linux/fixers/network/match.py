@@ -81,7 +81,7 @@ def is_any_path(pattern: str) -> bool:
     return any(fnmatchcase(path, pattern) for path in _ANY_PATHS)
 
 
-def mend(
+def translate(
     matches: Sequence[Match], read: Callable[[str], str | None], nics: Sequence[Nic], driver: str, kept: Sequence[str]
 ) -> tuple[dict[str, Edit], tuple[Finding, ...]]:
     """The edits by the path of the file that the match is in, and what a person must see to.

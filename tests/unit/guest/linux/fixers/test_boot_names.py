@@ -29,7 +29,7 @@ def image(entry: int) -> Image:
     return Image(kernel, 1, frozenset(), frozenset(), {})
 
 
-def mended(options: str) -> tuple[str, list[str]]:
+def repaired(options: str) -> tuple[str, list[str]]:
     """The options after the fix, and the warnings."""
     guest = Guest(grub(options))
     plan = bootloader.plan(view(guest))
@@ -56,17 +56,17 @@ def mended(options: str) -> tuple[str, list[str]]:
     ],
 )  # fmt: skip
 def test_every_device_on_a_kernel_line_gets_a_name_that_stays(options: str, expected: str) -> None:
-    assert (expected, []) == mended(options)
+    assert (expected, []) == repaired(options)
 
 
 def test_a_device_that_is_not_there_is_said_with_the_reason() -> None:
-    options, (warning,) = mended("root=/dev/sda3 resume=/dev/sdc2")
+    options, (warning,) = repaired("root=/dev/sda3 resume=/dev/sdc2")
     assert "root=UUID=root resume=/dev/sdc2" == options
     assert f"{GRUB} has resume=/dev/sdc2 on a kernel command line: no disk of this export has that device" == warning
 
 
 def test_a_resume_device_that_is_no_swap_is_not_taken() -> None:
-    assert "resume=/dev/sda1" in mended("root=/dev/sda3 resume=/dev/sda1")[0]
+    assert "resume=/dev/sda1" in repaired("root=/dev/sda3 resume=/dev/sda1")[0]
 
 
 def proofs(files: Mapping[str, str], *devices: Device, kernels: int = 1) -> tuple[Proof, ...]:
@@ -81,7 +81,7 @@ def proofs(files: Mapping[str, str], *devices: Device, kernels: int = 1) -> tupl
         ("root=/dev/disk/by-uuid/root", True),
         ("root=UUID=gone", False),
         ("root=UUID=data", False),  # another file system
-        ("root=/dev/sda3", False),  # not mended
+        ("root=/dev/sda3", False),  # not repaired
         ("root=803", False),
         ("root=8:3", False),
         ("root=/dev/mapper/vg-root", False),  # no such volume

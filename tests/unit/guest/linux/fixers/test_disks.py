@@ -50,7 +50,7 @@ def table(text: str, *devices: Device, locked: tuple[str, ...] = ()) -> tuple[st
     new = applied(Guest({"/etc/fstab": ROOT + text}), plan).files["/etc/fstab"]
     assert new.startswith("UUID=root / xfs defaults 0 0\n")
     again = fstab.plan(view({"/etc/fstab": new}, *devices, locked=locked))
-    assert () == again.edits, "what is mended is left alone"
+    assert () == again.edits, "what is repaired is left alone"
     return new.partition("\n")[2], [finding.message for finding in plan.warnings]
 
 
@@ -194,14 +194,14 @@ REQUIRED = {f"{DIRECTORY}/local-fs.target.requires/srv-data.mount": "../srv-data
 @pytest.mark.parametrize(
     "spec", ["/dev/sdb1", "/dev/disk/by-path/pci-0000:03:00.0-scsi-0:0:1:0-part1", "/dev/mapper/mpathb1"]
 )
-def test_a_mount_unit_is_mended_as_fstab_is(spec: str) -> None:
+def test_a_mount_unit_is_repaired_as_fstab_is(spec: str) -> None:
     path = f"{DIRECTORY}/srv-data.mount"
     plan = fstab.plan(view({"/etc/fstab": ROOT, path: UNIT.format(spec)}))
     assert UNIT.format("/dev/disk/by-uuid/data") in [edit.after for edit in plan.edits]
     assert () == plan.warnings
 
 
-def test_a_swap_unit_is_mended_too() -> None:
+def test_a_swap_unit_is_repaired_too() -> None:
     path = f"{DIRECTORY}/dev-sda2.swap"
     plan = fstab.plan(view({"/etc/fstab": ROOT, path: "[Swap]\nWhat=/dev/sda2\n"}))
     assert "[Swap]\nWhat=/dev/disk/by-uuid/swap\n" in [edit.after for edit in plan.edits]
@@ -287,9 +287,9 @@ def test_a_filter_of_lvm_that_hides_the_new_disks_accepts_them_afterwards(text: 
     assert hidden == (not all(proof.ok for proof in lvm.prove(looked, "virtio", ())))
     plan = lvm.plan(looked, "virtio")
     assert hidden == bool(plan.edits)
-    mended = view(applied(guest, plan), PV)
-    assert all(proof.ok for proof in lvm.prove(mended, "virtio", ()))
-    assert FixPlan() == lvm.plan(mended, "virtio")
+    repaired = view(applied(guest, plan), PV)
+    assert all(proof.ok for proof in lvm.prove(repaired, "virtio", ()))
+    assert FixPlan() == lvm.plan(repaired, "virtio")
 
 
 def test_the_rest_of_a_filter_stays() -> None:
@@ -352,12 +352,12 @@ def test_arrays_are_found_by_their_uuid(text: str, expected: str) -> None:
     guest = Guest({"/etc/mdadm.conf": text})
     looked = view(guest, *SDA, *MEMBERS)
     assert not all(proof.ok for proof in raid.prove(looked, "virtio", ()))
-    mended = applied(guest, raid.plan(looked, "virtio"))
-    assert expected == mended.files["/etc/mdadm.conf"]
+    repaired = applied(guest, raid.plan(looked, "virtio"))
+    assert expected == repaired.files["/etc/mdadm.conf"]
     copy = image(**{"etc/mdadm.conf": expected})
-    assert all(proof.ok for proof in raid.prove(view(mended, *SDA, *MEMBERS), "virtio", [copy]))
+    assert all(proof.ok for proof in raid.prove(view(repaired, *SDA, *MEMBERS), "virtio", [copy]))
     stale = image(**{"etc/mdadm.conf": text})
-    assert not all(proof.ok for proof in raid.prove(view(mended, *SDA, *MEMBERS), "virtio", [stale]))
+    assert not all(proof.ok for proof in raid.prove(view(repaired, *SDA, *MEMBERS), "virtio", [stale]))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Configuration that goes by place or driver of the old card: mended where the card is certain, else reported."""
+"""Configuration that goes by place or driver of the old card: repaired where the card is certain, else reported."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def plan(guest: Guest, *nics: Nic, cards: str = "virtio", wanted: Sequence[Wante
     return network.plan(View(guest, inspection, Names({}, {})), nics, cards, wanted)
 
 
-def mended(files: dict[str, str], *nics: Nic, links: tuple[str, ...] = (), cards: str = "virtio") -> dict[str, str]:
-    """The files that are written. There are no warnings, and of the mended guest nothing more is wanted."""
+def repaired(files: dict[str, str], *nics: Nic, links: tuple[str, ...] = (), cards: str = "virtio") -> dict[str, str]:
+    """The files that are written. There are no warnings, and of the repaired guest nothing more is wanted."""
     guest = Guest({**files, **SETUP_LINK}, links)
     planned = plan(guest, *nics, cards=cards)
     assert planned.warnings == ()
@@ -77,20 +77,20 @@ def test_a_profile_for_the_place_of_the_only_card_goes_by_its_address() -> None:
     expected = KEYFILE.replace("path=pci-0000:0b:00.0;\n", "").replace(
         "[ethernet]\n", f"[ethernet]\nmac-address={A.upper()}\n"
     )
-    assert mended({PROFILE: KEYFILE}, Nic(A)) == {PROFILE: expected}
+    assert repaired({PROFILE: KEYFILE}, Nic(A)) == {PROFILE: expected}
 
 
 def test_a_profile_is_bound_by_the_slot_that_the_ovf_has_for_its_place() -> None:
     """Slot 192 is at 0000:0b:00.0; the address of another card would be a success that is wrong."""
-    (text,) = mended({PROFILE: KEYFILE}, vmxnet3(A, 160), vmxnet3(B, 192), vmxnet3(C, 224)).values()
+    (text,) = repaired({PROFILE: KEYFILE}, vmxnet3(A, 160), vmxnet3(B, 192), vmxnet3(C, 224)).values()
     assert f"mac-address={B.upper()}\n" in text
-    (text,) = mended({PROFILE: KEYFILE.replace("0b:00", "02:01")}, Nic(A, 33, "E1000"), vmxnet3(B, 192)).values()
+    (text,) = repaired({PROFILE: KEYFILE.replace("0b:00", "02:01")}, Nic(A, 33, "E1000"), vmxnet3(B, 192)).values()
     assert f"mac-address={A.upper()}\n" in text
 
 
 def test_a_profile_without_a_section_for_its_card_gets_one() -> None:
     text = "[connection]\ntype=ethernet\n[match]\npath=pci-0000:0b*\n"
-    assert mended({PROFILE: text}, Nic(A)) == {
+    assert repaired({PROFILE: text}, Nic(A)) == {
         PROFILE: f"[connection]\ntype=ethernet\n[match]\n\n[ethernet]\nmac-address={A.upper()}\n"
     }
 
@@ -136,20 +136,20 @@ def test_two_places_and_one_card_are_no_proof() -> None:
     ],
 )
 def test_a_profile_that_still_fits_is_left_alone(match: str) -> None:
-    assert mended({PROFILE: KEYFILE.replace("path=pci-0000:0b:00.0;", match)}, Nic(A), Nic(B)) == {}
+    assert repaired({PROFILE: KEYFILE.replace("path=pci-0000:0b:00.0;", match)}, Nic(A), Nic(B)) == {}
 
 
 def test_a_name_that_a_profile_excludes_is_bound_too() -> None:
     match = "interface-name=!ens192;"
-    assert list(mended({PROFILE: KEYFILE.replace("path=pci-0000:0b:00.0;", match)}, Nic(A))) == [LINK]
+    assert list(repaired({PROFILE: KEYFILE.replace("path=pci-0000:0b:00.0;", match)}, Nic(A))) == [LINK]
 
 
-def test_profiles_in_red_hats_older_format_are_mended_alike() -> None:
+def test_profiles_in_red_hats_older_format_are_repaired_alike() -> None:
     text = 'TYPE=Ethernet\nNAME=lan\nMATCH_PATH="pci-0000:0b:00.0"\nIPADDR=10.0.0.2\n'
-    assert mended({IFCFG: text}, vmxnet3(A, 224), vmxnet3(B, 192)) == {
+    assert repaired({IFCFG: text}, vmxnet3(A, 224), vmxnet3(B, 192)) == {
         IFCFG: f"HWADDR={B.upper()}\nTYPE=Ethernet\nNAME=lan\nIPADDR=10.0.0.2\n"
     }
-    assert mended({IFCFG: text.replace("PATH", "DRIVER").replace("pci-0000:0b:00.0", "e1000")}, Nic(A)) == {
+    assert repaired({IFCFG: text.replace("PATH", "DRIVER").replace("pci-0000:0b:00.0", "e1000")}, Nic(A)) == {
         IFCFG: 'MATCH_DRIVER="virtio_net"\nTYPE=Ethernet\nNAME=lan\nIPADDR=10.0.0.2\n'
     }
     assert reported({IFCFG: text}, Nic(A), Nic(B)) == "network_match"
@@ -175,7 +175,7 @@ def test_profiles_in_red_hats_older_format_are_mended_alike() -> None:
 )
 def test_networkds_file_goes_by_address_or_by_the_new_driver(match: str, nics: list[Nic], expected: str) -> None:
     text = "[Match]\n{}\n\n[Network]\nAddress=10.0.0.2/24\n"
-    assert mended({NETWORK: text.format(match)}, *nics) == {NETWORK: text.format(expected)}
+    assert repaired({NETWORK: text.format(match)}, *nics) == {NETWORK: text.format(expected)}
 
 
 def test_a_networkd_that_does_not_know_a_cards_own_address_gets_address_and_driver() -> None:
@@ -187,18 +187,18 @@ def test_a_networkd_that_does_not_know_a_cards_own_address_gets_address_and_driv
 
 def test_the_new_driver_is_that_of_the_cards_that_the_machine_gets() -> None:
     text = "[Match]\nDriver=vmxnet3\n"
-    assert mended({NETWORK: text}, Nic(A), cards="e1000e") == {NETWORK: "[Match]\nDriver=e1000e\n"}
-    assert mended({NETWORK: "[Match]\nDriver=e1000e\n"}, Nic(A), Nic(B), cards="e1000e") == {}
+    assert repaired({NETWORK: text}, Nic(A), cards="e1000e") == {NETWORK: "[Match]\nDriver=e1000e\n"}
+    assert repaired({NETWORK: "[Match]\nDriver=e1000e\n"}, Nic(A), Nic(B), cards="e1000e") == {}
 
 
 def test_amazons_own_network_file_is_replaced_by_one_for_the_new_card() -> None:
     """The file that brings EC2's guests of 2023 their only network, as the package has it."""
     vendor = "/usr/lib/systemd/network/80-ec2.network"
     text = "[Match]\nDriver=ena ixgbevf vif\n\n[Link]\nMTUBytes=9001\n\n[Network]\nDHCP=yes\n"
-    assert mended({vendor: text}, Nic(A), Nic(B), links=RUNS) == {
+    assert repaired({vendor: text}, Nic(A), Nic(B), links=RUNS) == {
         "/etc/systemd/network/80-ec2.network": text.replace("ena ixgbevf vif", "virtio_net")
     }
-    assert mended({vendor: text}, Nic(A)) == {}, "networkd does not run there"
+    assert repaired({vendor: text}, Nic(A)) == {}, "networkd does not run there"
 
 
 def test_systemds_own_files_for_containers_are_passed_over() -> None:
@@ -210,7 +210,7 @@ def test_systemds_own_files_for_containers_are_passed_over() -> None:
         "80-wifi-adhoc": "Type=wlan\nWLANInterfaceType=ad-hoc",
     }
     files = {f"/lib/systemd/network/{name}.network": f"[Match]\n{match}\n" for name, match in shipped.items()}
-    assert mended(files, Nic(A), links=RUNS) == {}
+    assert repaired(files, Nic(A), links=RUNS) == {}
 
 
 def test_systemds_own_link_files_are_passed_over() -> None:
@@ -219,20 +219,20 @@ def test_systemds_own_link_files_are_passed_over() -> None:
         "/lib/systemd/network/73-usb-net-by-mac.link": "[Match]\nPath=*-usb-*\n\n[Link]\nNamePolicy=mac\n",
         "/lib/systemd/network/99-default.link": "[Match]\nOriginalName=*\n\n[Link]\nMACAddressPolicy=persistent\n",
     }
-    assert mended(files, Nic(A)) == {}
+    assert repaired(files, Nic(A)) == {}
     usb = "[Match]\nPath=pci-0000:02:01.0-usb-0:1:1.0\nDriver=vmxnet3\n[Link]\nName=usb0\n"
-    assert mended({LAN_LINK: usb}, Nic(A)) == {}
+    assert repaired({LAN_LINK: usb}, Nic(A)) == {}
 
 
 def test_a_file_in_etc_takes_the_place_of_the_distributions() -> None:
     files = {"/usr/lib/systemd/network/a.network": "[Match]\nDriver=ena\n", "/etc/systemd/network/a.network": ""}
-    assert mended(files, Nic(A), links=RUNS) == {}
+    assert repaired(files, Nic(A), links=RUNS) == {}
 
 
 @pytest.mark.parametrize("condition", ["Virtualization=vmware", "Firmware=smbios-field(sys_vendor $= VMware*)"])
 def test_a_file_for_the_old_hypervisor_is_for_the_new_one_too(condition: str) -> None:
     text = f"[Match]\nName=en*\n{condition}\n[Network]\nDHCP=yes\n"
-    assert mended({NETWORK: text}, Nic(A)) == {NETWORK: "[Match]\nName=en*\n[Network]\nDHCP=yes\n"}
+    assert repaired({NETWORK: text}, Nic(A)) == {NETWORK: "[Match]\nName=en*\n[Network]\nDHCP=yes\n"}
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_networkd_file_whose_card_nobody_knows_is_reported(match: str) -> None
 def test_a_link_file_that_names_a_place_names_the_card_that_was_there() -> None:
     link = "[Match]\nPath=pci-0000:13:00.0\n\n[Link]\nName=lan0\nMTUBytes=9000\n"
     files = {LAN_LINK: link, NETWORK: "[Match]\nName=lan0\n[Network]\nAddress=10.0.0.2/24\n"}
-    assert mended(files, vmxnet3(A, 192), vmxnet3(B, 224)) == {
+    assert repaired(files, vmxnet3(A, 192), vmxnet3(B, 224)) == {
         LAN_LINK: link.replace("Path=pci-0000:13:00.0", f"PermanentMACAddress={B}")
     }
     planned = plan(Guest({**files, **SETUP_LINK}), Nic(A), Nic(B))
@@ -255,7 +255,7 @@ def test_a_link_file_that_names_a_place_names_the_card_that_was_there() -> None:
 
 def test_a_link_file_that_sets_no_name_may_be_for_many_cards() -> None:
     link = "[Match]\nDriver=vmxnet3\n[Link]\nMTUBytes=9000\n"
-    assert mended({LAN_LINK: link}, vmxnet3(A), vmxnet3(B)) == {LAN_LINK: link.replace("vmxnet3", "virtio_net")}
+    assert repaired({LAN_LINK: link}, vmxnet3(A), vmxnet3(B)) == {LAN_LINK: link.replace("vmxnet3", "virtio_net")}
 
 
 def test_a_rule_that_names_a_place_is_evidence_with_the_slots_of_the_ovf() -> None:
@@ -264,7 +264,7 @@ def test_a_rule_that_names_a_place_is_evidence_with_the_slots_of_the_ovf() -> No
             "/etc/udev/rules.d/10-lan.rules": f'SUBSYSTEM=="net", ACTION=="add", {condition}, NAME="lan0"\n',
             NETWORK: "[Match]\nName=lan0\n",
         }
-        (text,) = mended(files, vmxnet3(A, 192), vmxnet3(B, 224)).values()
+        (text,) = repaired(files, vmxnet3(A, 192), vmxnet3(B, 224)).values()
         assert f"PermanentMACAddress={B}\n" in text
         planned = plan(Guest({**files, **SETUP_LINK}), Nic(A), Nic(B))
         assert (planned.edits, [one.code for one in planned.warnings]) == ((), ["network_unbound"])
@@ -299,7 +299,7 @@ def test_every_entry_of_azures_netplan_file_fits_its_new_card() -> None:
     expected = text.replace("driver: hv_netvsc ", "driver: virtio_net ").replace(
         "driver:\n                - hv_netvsc\n                - vmxnet3", "driver: virtio_net"
     )
-    assert mended({NETPLAN: text}, Nic(B), Nic(A)) == {NETPLAN: expected}
+    assert repaired({NETPLAN: text}, Nic(B), Nic(A)) == {NETPLAN: expected}
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_driver_in_netplan_becomes_the_new_one_or_an_address(
     match: str, nics: list[Nic], expected: str | None
 ) -> None:
     text = "network: {{version: 2, ethernets: {{lan: {{match: {}, dhcp4: true}}}}}}\n"
-    assert mended({NETPLAN: text.format(match)}, *nics) == (
+    assert repaired({NETPLAN: text.format(match)}, *nics) == (
         {} if expected is None else {NETPLAN: text.format(expected)}
     )
 
@@ -336,7 +336,7 @@ def test_a_netplan_file_whose_card_nobody_knows_is_reported(entry: str, code: st
 
 
 def test_what_the_manifest_configures_is_not_edited_twice() -> None:
-    """`configuration.network` takes the file away, and has the addresses of its cards written anew."""
+    """`configuration.network` takes the file away, and has the addresses of its cards written again."""
     guest = Guest({NETPLAN: AZURE.format(a=A, b=B), **SETUP_LINK})
     wanted = (Wanted(name="eth0", dhcp=True), Wanted(name="eth1", dhcp=True))
     assert NETPLAN not in [edit.path for edit in plan(guest, Nic(A), Nic(B), wanted=wanted).edits]
@@ -356,22 +356,22 @@ def test_a_file_that_was_for_no_card_is_for_none_again(nics: list[Nic]) -> None:
         "/usr/lib/systemd/network/80-ec2.network": "[Match]\nDriver=ena ixgbevf vif\n[Network]\nDHCP=yes\n",
         PROFILE: KEYFILE.replace("path=pci-0000:0b:00.0;", "driver=e1000;"),
     }
-    assert mended(files, *nics, links=RUNS) == {}
+    assert repaired(files, *nics, links=RUNS) == {}
 
 
 def test_a_file_that_would_fit_more_cards_than_before_is_kept_to_its_own() -> None:
     text = "[Match]\nDriver=vmxnet3 virtio_net\n"
-    assert mended({NETWORK: text}, vmxnet3(A), Nic(B, None, "E1000")) == {
+    assert repaired({NETWORK: text}, vmxnet3(A), Nic(B, None, "E1000")) == {
         NETWORK: f"[Match]\nPermanentMACAddress={A}\n"
     }
-    assert mended({NETWORK: "[Match]\nDriver=e1000e\n"}, vmxnet3(A), Nic(B, None, "E1000e"), cards="e1000e") == {
+    assert repaired({NETWORK: "[Match]\nDriver=e1000e\n"}, vmxnet3(A), Nic(B, None, "E1000e"), cards="e1000e") == {
         NETWORK: f"[Match]\nPermanentMACAddress={B}\n"
     }
 
 
 def test_an_address_is_never_written_for_a_card_without_one() -> None:
     assert reported({PROFILE: KEYFILE}, Nic(None)) == "network_match"
-    assert mended({NETWORK: "[Match]\nDriver=vmxnet3\n"}, Nic(None)) == {NETWORK: "[Match]\nDriver=virtio_net\n"}
+    assert repaired({NETWORK: "[Match]\nDriver=vmxnet3\n"}, Nic(None)) == {NETWORK: "[Match]\nDriver=virtio_net\n"}
 
 
 def test_every_other_byte_of_an_edited_file_stays() -> None:
