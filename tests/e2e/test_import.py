@@ -46,7 +46,8 @@ class Imported:
 
 def dropped(host: Container, directory: Path) -> dict[str, Any]:
     """Hand an export over to the service, which boots what it publishes; the report."""
-    settings = {**SETTINGS, "libvirt": {"default_network": "user"}, "validate": {"test_boot": True}}
+    domains = {"libvirt": {"default_network": "user"}, "validate": {"test_boot": True}}
+    settings = {**SETTINGS, "limits": {"nice": 0}, **domains}
     host.write(CONFIG, yaml.safe_dump(settings))
     host.run("systemctl", "reload", "hyper2kvmd")
     return report(host, hand_over(host, directory), MIGRATION_SECONDS)

@@ -72,16 +72,23 @@ def beating(scratch: Settings, url: str, port: int = 0, **more: object) -> Setti
 def test_a_daemon_calls_while_all_is_well_and_stays_silent_while_it_is_not(
     scratch: Settings, make_export: MakeExport
 ) -> None:
-    with switch() as server, daemon(beating(scratch, server.url, interval_seconds=10)):
-        wait_until(lambda: len(server.calls) >= 2)
-        assert {("GET", "/ping/sekrit")} == set(server.calls)
-        assert 9 < server.times[1] - server.times[0]
-        away = scratch.exports_dir.with_name("away")
-        scratch.exports_dir.rename(away)
-        wait_until(lambda: time.monotonic() - server.times[-1] > 15)  # one call is missing
-        silent = len(server.calls)
-        away.rename(scratch.exports_dir)
-        wait_until(lambda: len(server.calls) > silent)
+    port = free_port()
+    with switch() as server:
+        server.status = 404
+        with daemon(beating(scratch, server.url, port, interval_seconds=10)):
+            client = Client(port)
+            wait_until(client.up)
+            wait_until(lambda: client.metric("task_failures_total", task="heartbeat") >= 1)
+            server.status = 200
+            wait_until(lambda: len(server.calls) >= 2)
+            assert {("GET", "/ping/sekrit")} == set(server.calls)
+            assert 9 < server.times[1] - server.times[0]
+            away = scratch.exports_dir.with_name("away")
+            scratch.exports_dir.rename(away)
+            wait_until(lambda: time.monotonic() - server.times[-1] > 15)  # one call is missing
+            silent = len(server.calls)
+            away.rename(scratch.exports_dir)
+            wait_until(lambda: len(server.calls) > silent)
 
 
 def test_a_reload_begins_changes_and_ends_it(scratch: Settings, tmp_path: Path) -> None:
@@ -106,28 +113,6 @@ def test_a_reload_begins_changes_and_ends_it(scratch: Settings, tmp_path: Path) 
             assert (known, ended) == (len(first.calls), len(second.calls))
 
 
-def test_a_receiver_that_fails_is_said_once_and_counted_each_time(
-    scratch: Settings, make_export: MakeExport, tmp_path: Path
-) -> None:
-    port = free_port()
-    with switch() as server:
-        server.status = 404
-        with daemon(beating(scratch, server.url, port, interval_seconds=10)) as process:
-            client = Client(port)
-            wait_until(client.up)
-            wait_until(lambda: client.metric("task_failures_total", task="heartbeat") >= 2)
-            server.status = 200
-            calls = len(server.calls)
-            wait_until(lambda: len(server.calls) > calls)
-            process.send_signal(signal.SIGTERM)
-            said = process.communicate(timeout=60)[0]
-        assert 1 == said.count("the heartbeat failed")
-        assert 1 == said.count("the heartbeat works again")
-        assert f"http://127.0.0.1:{server.server.server_address[1]} answered 404 Not Found" in said
-        assert "correct notify.heartbeat.url" in said
-        assert "sekrit" not in said
-
-
 def test_a_receiver_that_hangs_holds_up_no_job_and_no_end(scratch: Settings, make_export: MakeExport) -> None:
     with switch() as server:
         server.status = 0
@@ -142,14 +127,16 @@ def test_a_receiver_that_hangs_holds_up_no_job_and_no_end(scratch: Settings, mak
 
 
 @pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The program's own logger may still write to what an earlier test has closed.
-    monkeypatch.setattr(heartbeat, "log", structlog.wrap_logger(structlog.PrintLogger(io.StringIO())))
+def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What a heartbeat logs that does not wait long."""
+    stream = io.StringIO()
+    monkeypatch.setattr(heartbeat, "log", structlog.wrap_logger(structlog.PrintLogger(stream)))
     monkeypatch.setattr(heartbeat, "ASK_SECONDS", 0.05)
     monkeypatch.setattr(heartbeat, "RETRY_SECONDS", 0.05)
+    return stream
 
 
-def test_it_is_called_as_soon_as_all_is_well_again(fast: None) -> None:
+def test_it_is_called_as_soon_as_all_is_well_again(said: io.StringIO) -> None:
     well = threading.Event()
     with switch() as server:
         beat = Heartbeat(well.is_set, lambda: None)
@@ -161,13 +148,18 @@ def test_it_is_called_as_soon_as_all_is_well_again(fast: None) -> None:
         beat.apply(Receiver())
 
 
-def test_a_call_that_failed_is_tried_again_before_its_time(fast: None) -> None:
+def test_a_receiver_that_fails_is_called_again_soon_said_once_and_counted_each_time(said: io.StringIO) -> None:
     failed: list[int] = []
     with switch() as server:
-        server.status = 500
+        server.status = 404
         beat = Heartbeat(lambda: True, lambda: failed.append(1))
         beat.apply(Receiver(url=server.url))
         wait_until(lambda: len(failed) >= 3, 20)
         server.status = 200
-        wait_until(lambda: len(server.calls) > len(failed), 20)
+        wait_until(lambda: "the heartbeat works again" in said.getvalue(), 20)
         beat.apply(Receiver())
+        text = said.getvalue()
+        assert (1, 1) == (text.count("the heartbeat failed"), text.count("the heartbeat works again"))
+        assert f"http://127.0.0.1:{server.server.server_address[1]} answered 404 Not Found" in text
+        assert "correct notify.heartbeat.url" in text
+        assert "sekrit" not in text

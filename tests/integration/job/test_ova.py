@@ -74,17 +74,18 @@ def test_disk_of_any_format_is_the_same_in_an_archive(settings: Settings, format
     assert same(raw, "raw", settings.output_dir / f"db01-disk-0.{target}", target)
 
 
-def test_guest_in_an_archive_is_fixed(scratch: Settings) -> None:
+@pytest.mark.parametrize("fixed", [False, pytest.param(True, marks=pytest.mark.rest)])
+def test_guest_in_an_archive_is_looked_into_and_fixed(scratch: Settings, fixed: bool) -> None:
     identity = Identity(("00:50:56:aa:bb:01",), "564da6d2-1706-6343-dc2d-9959b533a7b3")
     files = export_guest("debian12-bios", scratch.exports_dir.parent / "files", vm_name="web01", identity=identity)
     names = [path.name for path in files.glob("*.vmdk")]
     write_digests(files / "web01.ovf", names=names)
     archive = pack(files / "web01.ovf", scratch.exports_dir / "web01" / "web01.ova", names)
-    changes = {"ovf": {"accept": True}, "validate": {"compare": True}}
+    changes = {"ovf": {"accept": True}, "validate": {"compare": True}, "pipeline": {"fix": {"enabled": fixed}}}
     report = migrated(archive, Settings.model_validate({**scratch.model_dump(by_alias=True), **changes}))
     assert "debian" == report["results"]["inspect"]["distro"]
     assert report["results"]["validate"]["all_valid"]
-    assert any("initramfs" in change["fixer"] for change in report["changes"])
+    assert fixed == any("initramfs" in change["fixer"] for change in report["changes"])
     assert [True] == [disk["source_verified"] for disk in report["disks"]]
 
 
