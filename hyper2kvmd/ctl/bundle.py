@@ -182,7 +182,7 @@ def _domain(export: Path, config: Settings, report: dict[str, Any]) -> bytes:
         identity = str(uuid.UUID(str(domain.get("uuid"))))
     except ValueError:
         return b""
-    uri = placement(config, export.name, facts.look(export, config)).libvirt_uri or config.libvirt.uri
+    uri = placement(config, export.name, facts.look(export, config)).libvirt_uri
     with connect(uri) as connection:
         for one in connection.listAllDomains():
             if one.UUIDString() == identity:

@@ -25,7 +25,7 @@ from hyper2kvmd.files import open_directory, write_whole
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.estimate import Estimate, total
 from hyper2kvmd.queue.plans import SUFFIX, mistake, plan_file, planned, unknown_wave
-from hyper2kvmd.queue.state import FINAL, Facts, State, state_of
+from hyper2kvmd.queue.state import FINAL, Facts, State, clock, state_of
 from hyper2kvmd.settings.model import Hypersdk, Settings
 from hyper2kvmd.settings.plan import NO_PLAN, VmPlan
 from hyper2kvmd.text import duration, nearest, size
@@ -139,7 +139,7 @@ def _past(vms: Iterable[Vm], config: Settings) -> list[Finding]:
     for vm in vms:
         over = vm.plan.window(config).not_after
         if over is not None and over.timestamp() <= time.time() and vm.state != State.SUCCEEDED:
-            message = f"{plan_file(config, vm.name)}: the window of {vm.name} is over since {over:%Y-%m-%d %H:%M}"
+            message = f"{plan_file(config, vm.name)}: the window of {vm.name} is over since {clock(over)}"
             found.append(mistake(message, "Give it a later not_after, or its wave in the settings."))
     return found
 

@@ -232,7 +232,8 @@ def as_planned(
     if look.plan_problem is not None:
         return request, settings, MigrationError(Code.PLAN_INVALID, look.plan_problem.message, look.plan_problem.hint)
     uri = placement(settings, export.directory.name, look).libvirt_uri
-    overrides = [*look.plan.overrides(settings), *([] if uri is None else [f"libvirt.uri={json.dumps(uri)}"])]
+    elsewhere = [f"libvirt.uri={json.dumps(uri)}"] if uri != settings.libvirt.uri else []
+    overrides = [*look.plan.overrides(settings), *elsewhere]
     asked = request.asked or Asked()
     if asked.vm_name is None and look.plan.name is not None:
         request = replace(request, asked=replace(asked, vm_name=look.plan.name))

@@ -16,12 +16,12 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Placement:
-    """What rules and the plan say of one VM, together; `libvirt_uri` is None where they leave it to the settings."""
+    """What settings, rules and the plan say of one VM, together."""
 
+    libvirt_uri: str
     features: tuple[str, ...] = ()
     licenses: tuple[str, ...] = ()
     priority: int = 0
-    libvirt_uri: str | None = None
 
 
 def placement(settings: Settings, export: str, look: Facts) -> Placement:
@@ -29,14 +29,14 @@ def placement(settings: Settings, export: str, look: Facts) -> Placement:
 
     export: the name of its directory. look: what was found there.
     """
-    found = Placement()
+    found = Placement(settings.libvirt.uri)
     wanted: list[Rule | VmPlan] = [rule for rule in settings.rules if _matches(rule, export, look)]
     for rule in (*wanted, look.plan):
         found = Placement(
+            rule.libvirt_uri or found.libvirt_uri,
             (*found.features, *(word for word in rule.features if word not in found.features)),
             (*found.licenses, *(word for word in rule.licenses if word not in found.licenses)),
             found.priority if rule.priority is None else rule.priority,
-            rule.libvirt_uri or found.libvirt_uri,
         )
     return found
 

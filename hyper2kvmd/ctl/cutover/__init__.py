@@ -150,7 +150,7 @@ def _run(options: argparse.Namespace, config: Settings, export: Path) -> Run | s
     if migrated.domain is None:
         return "its migration defined no domain; set libvirt.import, or define one with virsh"
     look = facts.look(export, config)
-    uri = placement(config, export.name, look).libvirt_uri or config.libvirt.uri
+    uri = placement(config, export.name, look).libvirt_uri
     if uri != migrated.domain.uri:
         return (
             f"its domain was defined in {plain(migrated.domain.uri)}, and the settings say {uri}; if that is the same"

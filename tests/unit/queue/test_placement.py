@@ -49,7 +49,7 @@ def test_the_last_rule_counts_and_features_and_licences_add_up() -> None:
         {"vm": ["web01"], "features": ["fast", "berlin"], "priority": -3},
         {"vm": ["other"], "libvirt_uri": "qemu+ssh://b/system"},
     )
-    assert Placement(("kvm", "fast", "berlin"), ("filer1:1",), -3, "qemu+ssh://a/system") == found
+    assert Placement("qemu+ssh://a/system", ("kvm", "fast", "berlin"), ("filer1:1",), -3) == found
 
 
 def test_an_export_whose_manifest_cannot_be_read_has_its_directorys_name_and_no_tags() -> None:

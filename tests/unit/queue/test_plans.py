@@ -96,7 +96,7 @@ def test_the_plan_goes_before_rules_and_adds_to_what_they_ask_for() -> None:
     rule = {"priority": 1, "features": ["kvm"], "licenses": ["filer1:1"], "libvirt_uri": "qemu+ssh://a/system"}
     settings = SETTINGS.model_copy(update=dict(Settings.model_validate({"rules": [rule]}).model_copy()))
     plan = {"priority": 5, "features": ["fast", "kvm"], "libvirt_uri": "qemu+ssh://b/system"}
-    expected = Placement(("kvm", "fast"), ("filer1:1",), 5, "qemu+ssh://b/system")
+    expected = Placement("qemu+ssh://b/system", ("kvm", "fast"), ("filer1:1",), 5)
     assert expected == placement(settings, "web01", look(plan))
 
 
