@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from hyper2kvmd.text import printable
 CANCEL_POLL_SECONDS = 0.2
 LOG_LINES = 200
 MAX_TEXT_BYTES = 1 << 20
+# Emulated on a busy host it takes minutes; what takes longer hangs, as an emulation of several CPUs may.
+LAUNCH_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,17 @@ def check_host() -> None:
 
 
 @contextlib.contextmanager
-def open_guest(disks: Sequence[tuple[Path, str]], *, accel: str, memory_mb: int, tools: Tools) -> Iterator[Session]:
+def open_guest(
+    disks: Sequence[tuple[Path, str]],
+    *,
+    accel: str,
+    memory_mb: int,
+    tools: Tools,
+    launch_seconds: float = LAUNCH_SECONDS,
+) -> Iterator[Session]:
     """Start one appliance with all `disks` (path and format, in the guest's order), writable.
 
-    accel: "kvm" or "tcg". memory_mb: the appliance's memory in MiB.
+    accel: "kvm" or "tcg". memory_mb: the appliance's memory in MiB. launch_seconds: how long its start may take.
     `tools.cancel`, set from another thread, ends the appliance within a second, also while it starts.
     The disks must be overlays that are thrown away unless the block ends without an error.
     Raise MigrationError (tool_missing, appliance_failed, fix_failed) or Cancelled.
@@ -74,13 +84,21 @@ def open_guest(disks: Sequence[tuple[Path, str]], *, accel: str, memory_mb: int,
     cancel = tools.cancel
     g = guestfs.GuestFS(python_return_dict=True)
     console = _Console()
+    late = threading.Event()
+    limit = threading.Timer(launch_seconds, late.set)
     with contextlib.ExitStack() as stack:
+        stack.callback(limit.cancel)
         stack.callback(g.close)
         g.set_event_callback(console.add, guestfs.EVENT_APPLIANCE | guestfs.EVENT_LIBRARY)
-        stack.enter_context(_killed_by(cancel, disks[0][0]))
-        with _translated(cancel, lambda error: _launch_failed(error, console, memory_mb)):
+        stack.enter_context(_killed_by((cancel, late), disks[0][0]))
+        limit.start()
+        failed = partial(_launch_failed, console=console, memory_mb=memory_mb, launch_seconds=launch_seconds, late=late)
+        with _translated(cancel, failed):
             _configure(g, disks, accel, memory_mb)
             g.launch()
+            limit.cancel()
+            if late.is_set():  # just now: it is being killed
+                raise RuntimeError
         with _translated(cancel, lambda error: _work_failed(error, console)):
             yield Session(g, tuple(path for path, _ in disks), tools)
             # What the appliance could not write to the overlays shows here, and only here.
@@ -188,13 +206,13 @@ def _translated(cancel: threading.Event, explain: Callable[[RuntimeError], Migra
 
 
 @contextlib.contextmanager
-def _killed_by(cancel: threading.Event, disk: Path) -> Iterator[None]:
-    """Kill the appliance that has `disk` when `cancel` is set, for as long as the block runs."""
+def _killed_by(reasons: Sequence[threading.Event], disk: Path) -> Iterator[None]:
+    """Kill the appliance that has `disk` when one of `reasons` is set, for as long as the block runs."""
     over = threading.Event()
 
     def watch() -> None:
-        while not cancel.wait(CANCEL_POLL_SECONDS):
-            if over.is_set():
+        while not any(reason.is_set() for reason in reasons):
+            if over.wait(CANCEL_POLL_SECONDS):
                 return
         # Again and again: while it starts, libguestfs runs one helper after the other.
         while not over.wait(CANCEL_POLL_SECONDS):
@@ -243,13 +261,18 @@ def _load() -> Any:
     return guestfs
 
 
-def _launch_failed(error: RuntimeError, console: _Console, memory_mb: int) -> MigrationError:
+def _launch_failed(
+    error: RuntimeError, console: _Console, memory_mb: int, launch_seconds: float, late: threading.Event
+) -> MigrationError:
     memory = available()
+    what = f"it took longer than {launch_seconds:g} s" if late.is_set() else _last_line(error)
     if memory is not None and memory.mb < memory_mb:
         hint = (
             f"The appliance needs {memory_mb} MiB of memory, and {memory.holder} has {memory.mb} available: "
             f"lower workers or guest.memory_mb, or {memory.remedy}."
         )
+    elif late.is_set():
+        hint = "Look at the load of the host; run libguestfs-test-tool as this user to see where it hangs."
     else:
         hint = (
             f"Run libguestfs-test-tool as this user; raise guest.memory_mb (now {memory_mb}) if the output ends "
@@ -257,7 +280,7 @@ def _launch_failed(error: RuntimeError, console: _Console, memory_mb: int) -> Mi
         )
     return MigrationError(
         Code.APPLIANCE_FAILED,
-        f"the libguestfs appliance did not start: {_last_line(error)}",
+        f"the libguestfs appliance did not start: {what}",
         hint,
         tail=console.tail(),
     )

@@ -8,12 +8,11 @@ import re
 import shutil
 import stat
 import tempfile
-import threading
 from pathlib import Path
 
 from hyper2kvmd import accel
 from hyper2kvmd.ctl.doctor.diagnosis import ANSWER_SECONDS, Diagnosis, Host
-from hyper2kvmd.errors import Cancelled, Code, Collected, MigrationError
+from hyper2kvmd.errors import Code, Collected, MigrationError
 from hyper2kvmd.files import user_name
 from hyper2kvmd.guest import keys
 from hyper2kvmd.guest.session import check_host, open_guest
@@ -165,20 +164,16 @@ def check_libguestfs(host: Host, diagnosis: Diagnosis) -> str:
         disk = Path(directory) / "empty.qcow2"
         tools.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "16M")
         chosen = accel.resolve(guest.accel, tools)
-        limit = threading.Timer(LAUNCH_SECONDS, tools.cancel.set)
-        limit.start()
-        try:
-            with open_guest([(disk, "qcow2")], accel=chosen.name, memory_mb=guest.memory_mb, tools=tools) as session:
-                version = session.version()
-                missing = [name for name in GUEST_FEATURES if not session.g.feature_available([name])]
-        except Cancelled:
-            raise MigrationError(
-                Code.APPLIANCE_FAILED,
-                f"the libguestfs appliance did not start within {LAUNCH_SECONDS:g} s",
-                "Look at the load of the host; run libguestfs-test-tool as this user to see where it hangs.",
-            ) from None
-        finally:
-            limit.cancel()
+        appliance = open_guest(
+            [(disk, "qcow2")],
+            accel=chosen.name,
+            memory_mb=guest.memory_mb,
+            tools=tools,
+            launch_seconds=LAUNCH_SECONDS,
+        )
+        with appliance as session:
+            version = session.version()
+            missing = [name for name in GUEST_FEATURES if not session.g.feature_available([name])]
     for name in missing:
         diagnosis.warn(
             "feature_missing",

@@ -117,6 +117,20 @@ def test_cancel_ends_the_appliance_at_once(tmp_path: Path, accelerator: str, sec
     assert appliances(disk) == []
 
 
+def test_an_appliance_that_does_not_start_in_time_is_ended_and_tried_again_later(
+    tmp_path: Path, accelerator: str
+) -> None:
+    disk = raw(tmp_path / "disk.raw", 1 << 20)
+    with (
+        pytest.raises(MigrationError) as caught,
+        open_guest([(disk, "raw")], accel=accelerator, memory_mb=MEMORY_MB, tools=Tools(), launch_seconds=0.5),
+    ):
+        pass
+    assert "the libguestfs appliance did not start: it took longer than 0.5 s" == caught.value.message
+    assert (Code.APPLIANCE_FAILED, Outcome.RETRY) == (caught.value.code, caught.value.outcome)
+    assert appliances(disk) == []
+
+
 def test_appliance_that_cannot_start_says_why(tmp_path: Path, accelerator: str) -> None:
     disk = tmp_path / "garbage.qcow2"
     disk.write_bytes(b"no qcow2")

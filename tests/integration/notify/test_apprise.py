@@ -87,7 +87,9 @@ def test_a_mail_and_a_chat_get_every_end_once(scratch: Settings, make_export: Ma
         outbox.begin(config)
         made = one_of_each(make_export, config)
         done = notify(config)
-        assert (0, "10 told, 0 not; 0 to be told, 0 given up so far\n") == (done.returncode, done.stdout), done.stderr
+        assert (0, "10 delivered, 0 failed; 0 pending, 0 given up so far\n") == (done.returncode, done.stdout), (
+            done.stderr
+        )
         assert 0 == notify(config).returncode
         titles = sorted(f"{name}: {name}" for name in made)
         assert titles == sorted(str(mail["Subject"]) for mail in box.mails)
@@ -192,7 +194,7 @@ def test_a_receiver_that_is_left_alone_after_three_failures_leaves_the_others_al
         outbox.begin(config)
         for name in names:
             assert 0 == run_job(make_export(name), config).returncode
-        assert "5 told, 3 not; 5 to be told" in notify(config).stdout
+        assert "5 delivered, 3 failed; 5 pending" in notify(config).stdout
         assert (3, 5) == (len(broken.bodies), len(server.bodies))
         assert 0 == notify(config).returncode
         assert 0 == notify(config).returncode
