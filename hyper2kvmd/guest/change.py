@@ -99,6 +99,11 @@ class Named:
     device: str
     proof: str
 
+    def shown(self, device: str) -> Named:
+        """The place as the report has it: with a device as people know it, and what the guest wrote as text."""
+        path, use, before, after, proof = map(printable, (self.path, self.use, self.before, self.after, self.proof))
+        return Named(path, self.line, use, before, after, device, proof)
+
 
 @dataclass(frozen=True)
 class Proof:

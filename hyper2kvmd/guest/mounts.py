@@ -10,7 +10,7 @@ from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest.linux import fstab
 from hyper2kvmd.guest.linux.devices import BY_CONTENT, Device, Known, Names, changes_with_hardware, fits
 from hyper2kvmd.guest.linux.fstab import Entry
-from hyper2kvmd.guest.session import read_text
+from hyper2kvmd.guest.session import can_be_asked_for, read_text
 from hyper2kvmd.text import printable
 
 ENCRYPTED = ("crypto_LUKS", "BitLocker")
@@ -72,7 +72,7 @@ def mount(
     found = [entry for entry in fstab.entries(read_text(g, fstab.PATH) or "") if _is_local(entry)]
     for entry in sorted(found, key=lambda entry: entry.where.count("/")):
         point = entry.where.rstrip("/") or "/"
-        if point == "/" or point in mounted:
+        if point == "/" or point in mounted or not can_be_asked_for(point + entry.option("subvol")):
             continue
         device = _device_for(entry, names, locked, warnings)
         if device is None or not device.type or device.type in (*ENCRYPTED, "swap", "LVM2_member"):

@@ -14,6 +14,7 @@ from hyper2kvmd.guest.change import Proof, decode
 from hyper2kvmd.guest.linux import cpio, uki
 from hyper2kvmd.guest.linux.menu import Menu
 from hyper2kvmd.guest.linux.names import LVM, MDADM
+from hyper2kvmd.guest.session import can_be_asked_for
 from hyper2kvmd.run import Tools
 
 MAX_IMAGE_BYTES = 1 << 30
@@ -172,7 +173,7 @@ def find(g: Any, menu: Menu | None, esp: str | None) -> tuple[Kernel, ...]:
 
 def _file(g: Any, name: str, esp: str | None) -> str | None:
     """The file in the guest that a boot menu means; it names files relative to their file system, or subvolume."""
-    parts = [part for part in name.split("/") if part]
+    parts = [part for part in name.split("/") if part] if can_be_asked_for(name) else []
     roots = ("/boot", "", *([esp] if esp else []))
     for skipped in range(len(parts)):
         for root in roots:

@@ -130,6 +130,14 @@ def test_label_is_read_as_it_is_on_the_disk(said: str, label: str) -> None:
     assert label == storage._device("/dev/sda1", {"LABEL": said}, "/dev/sda", ()).label
 
 
+@pytest.mark.parametrize(
+    "line", [b"/dev/ubuntu-vg/var /daten/b\xfccher ext4 defaults 0 2", b"/dev/data/var /a\\000b ext4 defaults 0 2",
+             b"/dev/data/var /data btrfs subvol=b\xfccher 0 0", b"LABEL=B\xfcro /data ext4 defaults 0 2"]
+)  # fmt: skip
+def test_a_mount_point_in_an_older_encoding_is_left_alone(line: bytes) -> None:
+    assert ({"/": "/dev/ubuntu-vg/ubuntu-lv"}, []) == mounted(line + b"\n")
+
+
 def test_of_two_groups_with_one_name_nobody_asks_for_a_volume() -> None:
     g = Appliance({}, twins=("data",))
     found = {one.name: one.aliases for one in storage._devices(g, ["/dev/sda"])}
