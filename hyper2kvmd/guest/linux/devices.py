@@ -24,7 +24,17 @@ _ID_OF_CONTENT = re.compile(r"(?!dm-(?:name-mpath|uuid-(?:part\d+-)?mpath-))(?:d
 _REMOVABLE = re.compile(r"/dev/(?:sr\d+|scd\d+|cdrom\d*|cdrw\d*|dvd\w{0,4}|fd\d\w{0,8}|floppy\d*)")
 _ESCAPE = re.compile(r"\\x([0-9a-fA-F]{2})")
 # Types that one driver mounts.
-_SAME_TYPES = {"ext2": "ext", "ext3": "ext", "ext4": "ext", "msdos": "vfat", "fat": "vfat"}
+_SAME_TYPES = {
+    "ext2": "ext",
+    "ext3": "ext",
+    "ext4": "ext",
+    "ext4dev": "ext",
+    "msdos": "vfat",
+    "fat": "vfat",
+    "ntfs-3g": "ntfs",
+    "ntfs3": "ntfs",
+    "lowntfs-3g": "ntfs",
+}
 
 _Key = tuple[str, tuple[int | str, ...]]  # of a disk: the family of its name, and what tells it from the others
 
@@ -62,7 +72,7 @@ def _nvme(found: re.Match[str]) -> tuple[int | str, ...]:
 def _address(found: re.Match[str]) -> tuple[int | str, ...]:
     """The words of an address, with their numbers as such, so that a tenth target comes after the second."""
     words = re.split(r"[-:.]", found["disk"])
-    return tuple(int(word) if word.isdigit() and len(word) < 10 else word for word in words)
+    return tuple(int(word) if word.isascii() and word.isdigit() and len(word) < 10 else word for word in words)
 
 
 def _identity(found: re.Match[str]) -> tuple[int | str, ...]:

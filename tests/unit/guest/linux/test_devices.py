@@ -73,6 +73,12 @@ def test_hardware_path_is_understood_where_there_is_one_disk() -> None:
     assert names.stable(identity) == "UUID=TWIN"
 
 
+@pytest.mark.parametrize("word", ["²", "٣", "1" * 400])
+def test_address_with_odd_digits_raises_nothing(word: str) -> None:
+    path = f"/dev/disk/by-path/pci-{word}-part1"
+    assert known(path, 1).stable(path) == "UUID=ROOT"
+
+
 def test_addresses_on_one_controller_are_in_the_order_of_the_disks() -> None:
     used = f"{PATH.format(10)} {PATH.format(2)}"
     assert ["UUID=ROOT", "PARTUUID=p-b1"] == [known(used).stable(PATH.format(target)) for target in (2, 10)]

@@ -19,8 +19,8 @@ _GIVES = re.compile(r"\b(?:SYMLINK|NAME|OWNER|GROUP|MODE|RUN|ENV\{[^}]*\})(?:\{\
 _RULES = "/etc/udev/rules.d/*.rules"
 # Settings of Oracle's ASM and of raw devices, each with what in it is a name of a disk.
 _SETTINGS = (
-    ("/etc/sysconfig/oracleasm", re.compile(r"(?m)^\s*ORACLEASM_SCANORDER=[\"']?(?P<name>[^\"'\n]+)")),
-    ("/etc/sysconfig/rawdevices", re.compile(r"(?m)^\s*/dev/raw/\S+\s+(?P<name>/dev/\S+)")),
+    ("/etc/sysconfig/oracleasm", re.compile(r"(?m)^[ \t]*ORACLEASM_SCANORDER=[\"']?(?P<name>[^\"'\n]+)")),
+    ("/etc/sysconfig/rawdevices", re.compile(r"(?m)^[ \t]*/dev/raw/\S+\s+(?P<name>/dev/\S+)")),
 )
 
 

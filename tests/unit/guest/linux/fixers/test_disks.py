@@ -14,6 +14,7 @@ from hyper2kvmd.guest.linux.devices import Device, Names
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.fixers.disks import crypttab, fstab, lvm, raid, rules
 from hyper2kvmd.guest.linux.kernels import Image, Kernel
+from tests.pace import work_of_at_most
 from tests.unit.guest.linux.fixers.test_configuration import Guest, applied
 
 SDA = (
@@ -127,6 +128,37 @@ def test_positions_that_mean_what_they_cannot_mean_are_not_those_of_these_disks(
     text = f"UUID=root / xfs defaults 0 0\nUUID=boot /boot xfs defaults 0 0\n{line}\n"
     (edit,) = fstab.plan(view({"/etc/fstab": text})).edits
     assert text.replace(line, line.replace("defaults", "defaults,nofail")) == edit.after
+
+
+@pytest.mark.parametrize(
+    "drive",
+    [
+        "/dev/hdc /media/cdrom0 udf,iso9660 user,noauto 0 0",
+        "/dev/hdc /media/cdrom auto pamconsole,exec,noauto,managed 0 0",
+        "/dev/hda /media/dvdrecorder auto noauto,user 0 0",
+        "/dev/hda /cdrom iso9660 ro,noauto 0 0",
+    ],
+)
+def test_a_drive_of_cds_on_an_ide_controller_is_no_disk(drive: str) -> None:
+    text = (
+        f"UUID=root / xfs defaults 0 0\n/dev/sda1 /boot xfs defaults 0 0\n/dev/sdb1 /data ext4 defaults 0 0\n{drive}\n"
+    )
+    (edit,) = fstab.plan(view({"/etc/fstab": text})).edits
+    assert text.replace("/dev/sda1", "UUID=boot").replace("/dev/sdb1", "UUID=data") == edit.after
+
+
+@pytest.mark.parametrize("driver", ["ntfs", "ntfs-3g", "ntfs3"])
+def test_a_file_system_of_windows_is_one_by_every_name_of_its_drivers(driver: str) -> None:
+    device = Device("/dev/sdb1", "ntfs", "data", disk="/dev/sdb")
+    assert (f"UUID=data /data {driver} defaults 0 0\n", []) == table(
+        f"/dev/sdb1 /data {driver} defaults 0 0\n", *SDA, Device("/dev/sdb", disk="/dev/sdb"), device
+    )
+
+
+@pytest.mark.parametrize("path", ["/etc/sysconfig/oracleasm", "/etc/sysconfig/rawdevices"])
+def test_a_file_of_blank_lines_does_not_keep_us_busy(path: str) -> None:
+    with work_of_at_most(5):
+        assert () == rules.plan(view({path: " \n" * (1 << 19)}), "virtio").warnings
 
 
 def test_a_disk_that_was_not_exported_is_said_to_be_missing() -> None:
