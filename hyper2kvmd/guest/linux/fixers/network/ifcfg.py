@@ -13,7 +13,10 @@ _ASSIGNMENT = re.compile(r"[ \t]*(?:export[ \t]+)?(?P<key>[A-Z][A-Z0-9_]*)=(?P<v
 _LEFTOVER = re.compile(r".*(?:~|\.(?:bak|old|orig|rpmnew|rpmorig|rpmsave|swp|scpmbackup|template))")
 _MATCHES = ("MATCH_PATH", "MATCH_DRIVER")
 _MATCH_LINE = re.compile(r"[ \t]*(?:MATCH_PATH|MATCH_DRIVER)=")
-_SLAVES = re.compile(r"BONDING_SLAVE_?\d{0,3}|BRIDGE_PORTS|ETHERDEVICE|PHYSDEV")
+_SLAVES = re.compile(r"BONDING_SLAVE_?\d{0,3}|BRIDGE_PORTS|ETHERDEVICE|PHYSDEV|BOND_IFACES")
+# A card, and one that is a port of Open vSwitch.
+_CARDS = ("ethernet", "ovsport")
+_KERNEL_NAME = re.compile(r"e(?:th|n|m)\w*\d\w*")
 
 
 def redhat(text: str, file: str, *, renames: bool) -> tuple[Interface, ...]:
@@ -27,10 +30,13 @@ def redhat(text: str, file: str, *, renames: bool) -> tuple[Interface, ...]:
         return ()
     mac = mac_address(values.get("HWADDR", ""))
     matched = any(key.startswith("MATCH_") for key in values)
-    device = values.get("DEVICE", "") or ("" if mac or matched else suffix)
+    # NetworkManager gives each of its profiles a UUID, and uses one without DEVICE for any card, whatever its file is
+    # called (ifcfg-Wired_connection_1).
+    any_card = mac or matched or ("UUID" in values and not _KERNEL_NAME.fullmatch(suffix))
+    device = values.get("DEVICE", "") or ("" if any_card else suffix)
     slaves = _slaves(values)
     virtual = (
-        values.get("TYPE", "Ethernet").lower() != "ethernet"
+        values.get("TYPE", "Ethernet").lower() not in _CARDS
         or values.get("DEVICETYPE", "").lower() == "team"
         or "yes" in (values.get("VLAN", "").lower(), values.get("BONDING_MASTER", "").lower())
     )

@@ -606,6 +606,16 @@ def test_profile_of_networkmanager_becomes_interfaces(text: str, expected: list[
         ("lo", "DEVICE=lo\n", []),
         ("ens192.bak", "DEVICE=ens192\n", []),
         ("ens192", "#DEVICE=ens224\nMACADDR=00:50:56:aa:bb:09\n", ["ens192"]),
+        # NetworkManager's for any card, which is not called so
+        ("static", "TYPE=Ethernet\nNAME=static\nUUID=5f0c-1\nIPADDR=10.0.0.2\n", []),
+        ("Profile_1", "TYPE=Ethernet\nNAME='Profile 1'\nUUID=5f0c-2\nONBOOT=yes\n", []),
+        ("eth0", "NAME=eth0\nUUID=5f0c-3\nBOOTPROTO=dhcp\n", ["eth0"]),
+        ("mgmt", "BOOTPROTO=dhcp\n", ["mgmt"]),
+        # Open vSwitch
+        ("ens192", "DEVICE=ens192\nDEVICETYPE=ovs\nTYPE=OVSPort\nOVS_BRIDGE=br-ex\n", ["ens192"]),
+        ("br-ex", "DEVICE=br-ex\nDEVICETYPE=ovs\nTYPE=OVSBridge\nIPADDR=10.0.0.2\n", []),
+        ("vlan9", "DEVICE=vlan9\nDEVICETYPE=ovs\nTYPE=OVSIntPort\nOVS_BRIDGE=br-ex\n", []),
+        ("bond7", "DEVICE=bond7\nTYPE=OVSBond\nBOND_IFACES='ens192 ens224'\n", ["ens192", "ens224"]),
     ],
 )
 def test_red_hats_ifcfg_file_names_its_card(suffix: str, text: str, expected: list[str]) -> None:
