@@ -27,7 +27,7 @@ _TOKEN = re.compile(
 _QUOTED = re.compile(r"'(?P<single>[^'\n]*)'|\"(?P<double>(?:[^\"\\\n]|\\.)*)\"|\\(?P<escaped>.)")
 _ASSIGNMENT = re.compile(r"(?P<name>\w+)=(?P<value>.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{?(?P<name>\w+)\}?")
-_BLSCFG = re.compile(r"^\s*blscfg\b", re.MULTILINE)
+_BLSCFG = re.compile(r"^[ \t]*blscfg\b", re.MULTILINE)
 _LOAD_ENV = re.compile(r"\bload_env[ \t]+(?:-f|--file)[ \t=]+(/[^\s;$]+)")
 # An id or title that can be written into any of GRUB's files without quoting.
 _PLAIN = re.compile(r"[^>\"'$`\\\r\n]+")

@@ -33,7 +33,8 @@ _TAKE_PATHS = frozenset(("logdev", "rtdev", "journal_path"))
 _FLAGS = re.compile(r"(?<![^\s\"'=])rootflags=(?P<flags>[^\s\"';]+)")
 _NEVER = re.compile(r"(?!)")
 _BY_NUMBER = re.compile(r"(?:0x)?[0-9a-f]{3,5}|\d{1,4}:\d{1,5}")
-_SEARCH = re.compile(r"(?m)^\s*search\b[^\n]*?--fs-uuid\b[^\n]*?\s([0-9A-Fa-f]{4,}(?:-[0-9A-Fa-f]{4,}){1,4})\s*$")
+_SEARCH = re.compile(r"(?m)^[ \t]*search[ \t]([^\n]*)")
+_FS_UUID = re.compile(r"[0-9A-Fa-f]{4,}(?:-[0-9A-Fa-f]{4,}){1,4}")
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,9 @@ def _prove_root(view: View, menu: Menu, entry: MenuEntry) -> Proof | None:
 def _prove_search(view: View, menu: Menu) -> Iterator[Proof]:
     """That what GRUB searches for is not there twice."""
     for file in menu.files:
-        for uuid in dict.fromkeys(_SEARCH.findall(file.text)) if file.kind == "grub.cfg" else ():
+        searches = (found.split() for found in _SEARCH.findall(file.text) if file.kind == "grub.cfg")
+        uuids = (words[-1] for words in searches if "--fs-uuid" in words[:-1] and _FS_UUID.fullmatch(words[-1]))
+        for uuid in dict.fromkeys(uuids):
             devices = view.names.all(f"UUID={uuid}")
             if len(devices) > 1:
                 said = " and ".join(device.name for device in devices)

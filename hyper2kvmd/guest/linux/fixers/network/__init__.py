@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses, guest_yaml
 from hyper2kvmd.guest.linux.fixers.network import (
     cmdline,
     dhcpcd,
@@ -224,7 +224,7 @@ def _netplan(view: View, warnings: list[Finding]) -> tuple[Interface, ...]:
     files = []
     for name in sorted(texts):
         path, text = texts[name]
-        content = netplan.load(text)
+        content = guest_yaml.load(text)
         if content is None:
             warnings.append(
                 Finding(
@@ -296,7 +296,7 @@ def _matches(view: View, *, permanent: bool) -> Iterator[Match]:
     for path, text in _files(view, _REDHAT):
         yield from ifcfg.matches(text, path)
     for path, text in _files(view, "/etc/netplan/*.yaml"):
-        if netplan.load(text):
+        if guest_yaml.load(text):
             yield from netplan.matches(text, path)
 
 

@@ -10,6 +10,7 @@ from hyper2kvmd.guest.change import Proof
 from hyper2kvmd.guest.linux.devices import Device
 from hyper2kvmd.guest.linux.fixers import bootloader
 from hyper2kvmd.guest.linux.kernels import Image, Kernel
+from tests.pace import work_of_at_most
 from tests.unit.guest.linux.fixers.test_configuration import Guest, applied
 from tests.unit.guest.linux.fixers.test_disks import SDA, view
 
@@ -118,6 +119,13 @@ def test_what_grub_searches_for_must_not_be_there_twice() -> None:
     found = proofs(grub("root=UUID=root", search=boot), SDA[0], one, SDA[3], Device("/dev/sdb", disk="/dev/sdb"), other)
     assert [True, False] == [proof.ok for proof in found]
     assert "/dev/sda1 and /dev/sdb1 both have it" == found[1].evidence
+
+
+@pytest.mark.parametrize("more", [" \n" * (1 << 18), "search " + "--fs-uuid " * (1 << 16), "search\t" * (1 << 16)])
+def test_a_menu_made_to_keep_us_busy_does_not_when_it_is_proved(more: str) -> None:
+    files = {GRUB: grub("root=UUID=root")[GRUB] + more}
+    with work_of_at_most(5):
+        assert [True] == [proof.ok for proof in proofs(files)]
 
 
 def test_options_in_grubenv_and_in_bls_files_are_read_as_grub_does() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hyper2kvmd.guest.change import Edit, decode, encode
 from hyper2kvmd.guest.linux.devices import Names
-from hyper2kvmd.guest.linux.fixers import FixPlan, View, network
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, guest_yaml, network
 from hyper2kvmd.guest.linux.fixers.network import ifcfg, ifupdown, keyfile, leases, netplan, udev
 from hyper2kvmd.guest.linux.fixers.network.bind import Naming, bind
 from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card
@@ -491,7 +491,7 @@ network:
   bonds: {bond0: {interfaces: [ens192, lan]}}
   vlans: {ens192.7: {id: 7, link: ens192}}
 """
-    content = netplan.load(text)
+    content = guest_yaml.load(text)
     assert content is not None
     assert netplan.interfaces([("f", content)]) == (
         Interface("f", "ens192"),
@@ -506,7 +506,7 @@ network:
         "a: &a [x]\nb: *a\n",
         "[" * 20_000,
         "- " * 20_000,
-        "x" * (netplan.SIZE_LIMIT + 1),
+        "x" * (guest_yaml.SIZE_LIMIT + 1),
         '"\\UFFFFFFFF"',
         "{[a]: b}",
         "just text",
@@ -515,14 +515,14 @@ network:
     ],
 )
 def test_yaml_that_is_broken_or_hostile_is_no_netplan_file(text: str) -> None:
-    assert netplan.load(text) is None
+    assert guest_yaml.load(text) is None
 
 
 @pytest.mark.parametrize(
     "text", ["", "network:\n", "network: {ethernets: [a]}", "network: {ethernets: {a: {match: x}}}"]
 )
 def test_netplan_file_of_odd_shape_raises_nothing(text: str) -> None:
-    content = netplan.load(text)
+    content = guest_yaml.load(text)
     assert content is not None
     assert set(names(netplan.interfaces([("f", content)]))) <= {"a"}
 
