@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -220,6 +222,15 @@ def test_what_lies_in_a_locked_container_is_not_said_to_be_missing() -> None:
 
 UNIT = "[Unit]\nDescription=Data\n\n[Mount]\nWhat={}\nWhere=/srv/data\nType=ext4\nOptions=noatime\n"
 DIRECTORY = "/etc/systemd/system"
+
+
+class Escaping(Guest):
+    """A guest in which a backslash in a glob takes the meaning of what follows it, as it does in the appliance."""
+
+    def glob_expand(self, pattern: str) -> list[str]:
+        return super().glob_expand(re.sub(r"\\(.)", r"\1", pattern))
+
+
 REQUIRED = {f"{DIRECTORY}/local-fs.target.requires/srv-data.mount": "../srv-data.mount"}
 
 
@@ -233,10 +244,42 @@ def test_a_mount_unit_is_mended_as_fstab_is(spec: str) -> None:
     assert () == plan.warnings
 
 
-def test_a_swap_unit_is_mended_too() -> None:
-    path = f"{DIRECTORY}/dev-sda2.swap"
-    plan = fstab.plan(view({"/etc/fstab": ROOT, path: "[Swap]\nWhat=/dev/sda2\n"}))
-    assert "[Swap]\nWhat=/dev/disk/by-uuid/swap\n" in [edit.after for edit in plan.edits]
+@pytest.mark.parametrize(
+    ("unit", "spec"),
+    [
+        ("dev-sda2", "/dev/sda2"),
+        (r"dev-disk-by\x2dpath-pci\x2d0000:03:00.0\x2dscsi\x2d0:0:0:0\x2dpart2",
+         "/dev/disk/by-path/pci-0000:03:00.0-scsi-0:0:0:0-part2"),
+        ("dev-mapper-mpatha2", "/dev/mapper/mpatha2"),
+    ],
+)  # fmt: skip
+def test_a_swap_unit_is_called_after_its_device_and_still_started(unit: str, spec: str) -> None:
+    path, link = f"{DIRECTORY}/{unit}.swap", f"{DIRECTORY}/swap.target.wants/{unit}.swap"
+    before = Escaping({"/etc/fstab": "UUID=root / xfs\n", path: f"[Swap]\nWhat={spec}\n"}, links={link: path})
+    plan = fstab.plan(view(before, *SDA))
+    new = rf"{DIRECTORY}/dev-disk-by\x2duuid-swap.swap"
+    after = applied(before, plan).files
+    assert ("[Swap]\nWhat=/dev/disk/by-uuid/swap\n", False) == (after[new], path in after)
+    (command,) = plan.commands
+    assert f"ln -sf '{new}' {DIRECTORY}/swap.target.wants/ && rm " in command.command
+    assert link in command.command
+    assert FixPlan() == replace(fstab.plan(view(Escaping(after), *SDA)), names=())
+
+
+@pytest.mark.parametrize("key", ["Requires", "After", "BindsTo"])
+def test_a_mount_unit_waits_for_the_device_that_it_mounts(key: str) -> None:
+    unit = f"[Unit]\n{key}=other.service {{0}}.device\nBefore=dev-sdb10.device\n[Mount]\nWhat={{1}}\nWhere=/srv/data\n"
+    path = f"{DIRECTORY}/srv-data.mount"
+    plan = fstab.plan(view({"/etc/fstab": ROOT, path: unit.format("dev-sdb1", "/dev/sdb1")}))
+    assert unit.format(r"dev-disk-by\x2duuid-data", "/dev/disk/by-uuid/data") in [edit.after for edit in plan.edits]
+
+
+def test_a_unit_whose_name_has_a_hyphen_is_no_longer_required_either() -> None:
+    path = rf"{DIRECTORY}/srv-my\x2ddata.mount"
+    link = rf"{DIRECTORY}/local-fs.target.requires/srv-my\x2ddata.mount"
+    guest = Escaping({"/etc/fstab": ROOT, path: UNIT.format("/dev/sdc1")}, links={link: path})
+    (command,) = fstab.plan(view(guest)).commands
+    assert f"mv '{link}' " in command.command
 
 
 @pytest.mark.parametrize("what", ["/dev/sdc1", "/dev/sr0", "UUID=gone"])
