@@ -278,11 +278,11 @@ def _bls_entries(files: Iterable[File], variables: Mapping[str, str]) -> list[Me
 
 
 def _bls_fields(text: str) -> dict[str, str]:
-    """The fields of a BLS file, with those initrds joined by spaces that have a line each."""
+    """The fields of a BLS file, with those initrds and options joined by spaces that have a line each."""
     fields: dict[str, str] = {}
     for line in text.split("\n"):
         key, value = _key_value(line)
-        fields[key] = f"{fields[key]} {value}" if key == "initrd" and key in fields else value
+        fields[key] = f"{fields[key]} {value}" if key in ("initrd", "options") and key in fields else value
     return fields
 
 

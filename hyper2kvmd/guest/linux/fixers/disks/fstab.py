@@ -56,7 +56,9 @@ def plan(view: View, *, by_path_only: bool = False) -> FixPlan:
 
     units = () if by_path_only else view.files(*UNITS)
     plans = (_table(view, becomes, by_path_only), *(_unit(view, path, text, becomes) for path, text in units))
-    return FixPlan.joined(plans)
+    joined = FixPlan.joined(plans)
+    # Two swap units of one device become one.
+    return replace(joined, edits=tuple({edit.path: edit for edit in joined.edits}.values()))
 
 
 # From a device name, the type of what is on it and the mount point to what it has to be.

@@ -20,7 +20,7 @@ CACHES = ("/etc/lvm/cache/.cache", "/etc/blkid.tab", "/etc/blkid/blkid.tab")
 # Identifiers that come from what is on the device; all others come from the disk or its controller.
 _STABLE_IDS = frozenset({"loop_file", "md_uuid", "crypt_uuid", "lvmlv_uuid"})
 _FILTER = re.compile(
-    r"^(?P<lead>[ \t]*(?:devices/)?(?P<key>global_filter|filter)[ \t]*=[ \t]*)"
+    r"^(?P<lead>(?:[ \t]*devices[ \t]*\{)?[ \t]*(?:devices/)?(?P<key>global_filter|filter)[ \t]*=[ \t]*)"
     r"(?P<value>\[[^\]\[]*(?:\[[^\]\n]*\][^\]\[]*)*\]|\"[^\"\n]*\"|'[^'\n]*')",
     re.MULTILINE,
 )
@@ -95,8 +95,8 @@ def hiding_filters(text: str, bus: DiskBus) -> list[tuple[str, str]]:
 
 
 def _without_comments(text: str) -> str:
-    """The text with blanks for comments, so that every other byte is where it was."""
-    return re.sub(r"(?m)#[^\n]*", lambda found: " " * len(found[0]), text)
+    """The text with blanks for comments, so that every other byte is where it was. A pattern may have a `#`, too."""
+    return re.sub(r"\"[^\"\n]*\"|(?P<comment>#[^\n]*)", lambda f: " " * len(f[0]) if f["comment"] else f[0], text)
 
 
 def _hides(patterns: list[str], name: str) -> bool:

@@ -266,6 +266,16 @@ def test_a_swap_unit_is_called_after_its_device_and_still_started(unit: str, spe
     assert FixPlan() == replace(fstab.plan(view(Escaping(after), *SDA)), names=())
 
 
+def test_two_swap_units_of_one_device_become_one() -> None:
+    units = {
+        f"{DIRECTORY}/dev-mapper-{name}.swap": f"[Swap]\nWhat=/dev/mapper/{name}\n"
+        for name in ("mpatha2", "mpatha-part2")
+    }
+    edits = fstab.plan(view({"/etc/fstab": "UUID=root / xfs\n", **units}, *SDA)).edits
+    assert {*units, rf"{DIRECTORY}/dev-disk-by\x2duuid-swap.swap"} == {edit.path for edit in edits}
+    assert 3 == len(edits)
+
+
 @pytest.mark.parametrize("key", ["Requires", "After", "BindsTo"])
 def test_a_mount_unit_waits_for_the_device_that_it_mounts(key: str) -> None:
     unit = f"[Unit]\n{key}=other.service {{0}}.device\nBefore=dev-sdb10.device\n[Mount]\nWhat={{1}}\nWhere=/srv/data\n"
@@ -343,6 +353,10 @@ FILTERS = [
     ('filter = [ "a|/dev/[sh]d[a-z]|", "r|.*|" ]', True),
     ('filter = [ "r|/dev/vd.*|" ]', True),
     ('filter = "r|.*|"', True),
+    ('filter = [ "a#^/dev/sda#", "r#.*#" ]  # the "new" one', True),
+    ('devices { global_filter = [ "a|^/dev/sd|", "r|.*|" ] }', True),
+    ('devices { global_filter = [ "a|^/dev/vd|", "r|.*|" ] }', False),
+    ('# filter = [ "r|.*|" ]', False),
     ('filter = [ "a|/dev/vda|", "r|.*|" ]', True),  # one of the new disks is not all of them
     ('filter = [ "a|/dev/[sv]d.*|", "r|.*|" ]', False),
     ('filter = [ "a|/dev/sda|", "a|.*|", "r|.*|" ]', False),
