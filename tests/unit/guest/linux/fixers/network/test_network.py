@@ -48,6 +48,9 @@ class Guest:
     def is_symlink(self, path: str) -> bool:
         return path in self.links
 
+    def is_dir(self, path: str, followsymlinks: bool = False) -> bool:
+        return any(other.startswith(f"{path}/") for other in self.files)
+
     def filesize(self, path: str) -> int:
         return len(self.files[path])
 
@@ -105,6 +108,30 @@ def test_static_address_of_debian_is_kept_by_a_link_file() -> None:
             ),
         )
     )
+
+
+def test_where_templates_put_a_directory_in_the_way_of_udevs_rules_they_have_another_name() -> None:
+    guest = Guest({INTERFACES: STATIC, **OLD_SETUP_LINK, UDEV: OLD_KEYS, f"{udev.RULES}/.keep": ""})
+    (edit,) = plan(guest, Nic(A)).edits
+    assert ("/etc/udev/rules.d/70-hyper2kvm-net.rules", None) == (edit.path, edit.before)
+    guest.apply((edit,))
+    assert FixPlan() == plan(guest, Nic(A))
+
+
+@pytest.mark.parametrize("directory", ["/etc/systemd/network", "/usr/lib/systemd/network"])
+def test_cards_are_called_by_the_kernel_where_systemds_policy_is_off(directory: str) -> None:
+    text = "auto eth0\niface eth0 inet dhcp\nauto eth1\niface eth1 inet dhcp\n"
+    off = Guest({INTERFACES: text, **SETUP_LINK}, (f"{directory}/99-default.link",))
+    assert ["network_kernel_order"] == codes(plan(off, Nic(A), Nic(B)))
+    on = Guest({INTERFACES: text, f"{directory}/99-default.link": "[Link]\nNamePolicy=keep path\n", **SETUP_LINK})
+    assert ["network_unbound", "network_unbound"] == codes(plan(on, Nic(A), Nic(B)))
+
+
+def test_a_profile_in_etc_takes_the_place_of_the_distributions() -> None:
+    text = "[connection]\ntype=ethernet\n[match]\npath=pci-0000:0b:00.0;\n"
+    paths = [f"{place}/NetworkManager/system-connections/a.nmconnection" for place in ("/etc", "/usr/lib")]
+    (edit,) = plan(Guest({**dict.fromkeys(paths, text), **SETUP_LINK}), Nic(A)).edits
+    assert paths[0] == edit.path
 
 
 CONFIGURED = {
