@@ -36,6 +36,8 @@ _SAME_TYPES = {
     "lowntfs-3g": "ntfs",
 }
 
+_NO_FILE_SYSTEM = ("", "swap", "LVM2_member", "crypto_LUKS", "linux_raid_member")
+
 _Key = tuple[str, tuple[int | str, ...]]  # of a disk: the family of its name, and what tells it from the others
 
 
@@ -310,18 +312,21 @@ def work_out(
     root: tuple[str, str] | None,
     types: Mapping[str, str] | None = None,
     taken: Collection[str] = (),
+    needed: Iterable[str] = (),
 ) -> Known:
     """Find out which disk each hardware name in `used` is.
 
     disks: libguestfs's names, in the order in which the export has the disks. root: the name that the guest has for its
     root, and the disk that the root was found on by looking, where there are both. types: what has to be on what some
-    of the names mean. taken: the devices that the guest knows by other names.
+    of the names mean. taken: the devices that the guest knows by other names. needed: the names without which the guest
+    does not start, so that they are on a disk of the export.
 
     A position counts if all names that go by position are of one family, and nothing contradicts it: the root's name,
     or a device that is not there, holds something else, or is known by another name already. An
-    address counts if there are as many as disks, all on one controller. What then is left over on both sides, one name
-    and one disk, belongs together, if the guest knows nothing there by another name. Of two names for one disk nobody
-    knows, and nothing is guessed. Azure's temporary disk is on no disk of an export.
+    address counts if there are as many as disks, all on one controller. What the guest needs is on the one disk that
+    has such a file system there. What then is left over on both sides, one name and one disk, belongs together, if the
+    guest knows nothing there by another name. Of two names for one disk nobody knows, and nothing is guessed. Azure's
+    temporary disk is on no disk of an export.
     """
     named = list(dict.fromkeys(name for spec in used if (name := hardware_name(spec))))
     keys = list(dict.fromkeys((name.family, name.disk) for name in named))
@@ -358,6 +363,11 @@ def work_out(
                     known[own[0]], evidence[own[0]] = disks[0], "it is the only disk"
             elif any(key in known for key in own):
                 absent |= {key for key in own if key not in known}
+    by_content = _by_content(
+        needed, devices, [disk for disk in disks if disk not in known.values()], known, types or {}, taken
+    )
+    known |= by_content
+    evidence |= dict.fromkeys(by_content, "it is the only disk with such a file system in that place")
     left = [key for key in keys if key not in known and key not in absent]
     given = {known.get(key, "") for key in keys}
     free = [disk for disk in disks if disk not in given]
@@ -365,6 +375,31 @@ def work_out(
         known[left[0]] = free[0]
         evidence[left[0]] = "it is the only disk, and the only name, that is left over"
     return Known(Names(devices, known, frozenset(absent), evidence), disagrees, root[0] if root else "")
+
+
+def _by_content(
+    needed: Iterable[str],
+    devices: Mapping[str, Device],
+    free: Sequence[str],
+    known: Collection[_Key],
+    types: Mapping[str, str],
+    taken: Collection[str],
+) -> dict[_Key, str]:
+    """The disks of what the guest needs, where one alone of those that are free can be it."""
+    found: dict[_Key, str] = {}
+    for name in filter(None, map(hardware_name, needed)):
+        key = (name.family, name.disk)
+        could = [
+            disk
+            for disk in free
+            if (device := devices.get(disk + name.part)) is not None
+            and device.type not in _NO_FILE_SYSTEM
+            and not _contradicted(Names(devices, {key: disk}), types, taken)
+        ]
+        if key not in known and len(could) == 1:
+            found[key] = could[0]
+    given = list(found.values())
+    return {key: disk for key, disk in found.items() if given.count(disk) == 1}
 
 
 def _is_taken(key: _Key, disk: str, named: Iterable[HardwareName], taken: Collection[str]) -> bool:

@@ -9,6 +9,7 @@ from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.linux import fstab
 from hyper2kvmd.guest.linux.devices import Device, Known, Names, changes_with_hardware, work_out
 from hyper2kvmd.guest.linux.menu import Menu
+from hyper2kvmd.guest.mounts import NEEDED
 from hyper2kvmd.text import printable
 
 Read = Callable[[str], str | None]
@@ -65,7 +66,8 @@ def known(
     by_content = Names(devices, {})
     taken = {one.name for entry in entries for one in by_content.all(entry.spec)}
     types = {entry.spec: entry.type for entry in entries if "noauto" not in entry.options and entry.where != "/"}
-    return work_out(disks, devices, used, (own, device.disk) if own and device else None, types, taken)
+    needed = [entry.spec for entry in entries if entry.where in NEEDED - {"/"} and "noauto" not in entry.options]
+    return work_out(disks, devices, used, (own, device.disk) if own and device else None, types, taken, needed)
 
 
 def _is_optical(entry: fstab.Entry) -> bool:

@@ -163,6 +163,45 @@ def test_a_file_of_blank_lines_does_not_keep_us_busy(path: str) -> None:
         assert () == rules.plan(view({path: " \n" * (1 << 19)}), "virtio").warnings
 
 
+VOLUME = Device("/dev/vg/root", "xfs", "lv", aliases=("/dev/mapper/vg-root",))
+BOOT = (
+    Device("/dev/sda", disk="/dev/sda"),
+    Device("/dev/sda1", "ext3", "boot", part_uuid="p1", disk="/dev/sda"),
+    Device("/dev/sda2", "LVM2_member", "pv1", part_uuid="p2", disk="/dev/sda"),
+    VOLUME,
+)
+GREW = (*BOOT, Device("/dev/sdb", "LVM2_member", "pv2", disk="/dev/sdb"))  # a group that got a second disk
+BY_ID = "/dev/disk/by-id/scsi-36000c29f00aa-part1"
+
+
+@pytest.mark.parametrize(
+    "spec", [BY_ID, "/dev/disk/by-path/pci-0000:00:10.0-scsi-0:0:0:0-part1", "/dev/mapper/mpatha1", "/dev/sda1"]
+)
+def test_what_the_guest_needs_is_on_the_disk_that_has_it(spec: str) -> None:
+    text = "/dev/vg/root / xfs defaults 1 1\n{} /boot ext3 acl 1 2\n"
+    plan = fstab.plan(view({"/etc/fstab": text.format(spec)}, *GREW))
+    assert [text.format("UUID=boot")] == [edit.after for edit in plan.edits]
+
+
+@pytest.mark.parametrize(
+    ("where", "other"),
+    [
+        ("/boot", Device("/dev/sdb1", "ext3", "old", part_uuid="q1", disk="/dev/sdb")),  # it may be either
+        (
+            "/data",
+            Device("/dev/sdb1", "LVM2_member", "pv2", part_uuid="q1", disk="/dev/sdb"),
+        ),  # its disk may be missing
+        ("/boot", None),
+    ],
+)
+def test_what_could_be_elsewhere_is_not_taken_for_the_one_that_is_there(where: str, other: Device | None) -> None:
+    more = [other] if other else []
+    devices = [one for one in BOOT if other or one.name != "/dev/sda1"]
+    text = f"/dev/vg/root / xfs defaults 1 1\n{BY_ID} {where} ext3 acl 1 2\n"
+    plan = fstab.plan(view({"/etc/fstab": text}, *devices, Device("/dev/sdb", disk="/dev/sdb"), *more))
+    assert [text.replace("acl", "acl,nofail")] == [edit.after for edit in plan.edits]
+
+
 def test_a_disk_that_was_not_exported_is_said_to_be_missing() -> None:
     new, (warning,) = table("/dev/sdc1 /backup ext4 defaults 0 2\n")
     assert "/dev/sdc1 /backup ext4 defaults,nofail 0 2\n" == new
