@@ -36,7 +36,8 @@ _SAME_TYPES = {
     "lowntfs-3g": "ntfs",
 }
 
-_NO_FILE_SYSTEM = ("", "swap", "LVM2_member", "crypto_LUKS", "linux_raid_member")
+# What a device is that holds no file system.
+NO_FILE_SYSTEM = ("", "swap", "LVM2_member", "crypto_LUKS", "linux_raid_member")
 
 _Key = tuple[str, tuple[int | str, ...]]  # of a disk: the family of its name, and what tells it from the others
 
@@ -393,7 +394,7 @@ def _by_content(
             disk
             for disk in free
             if (device := devices.get(disk + name.part)) is not None
-            and device.type not in _NO_FILE_SYSTEM
+            and device.type not in NO_FILE_SYSTEM
             and not _contradicted(Names(devices, {key: disk}), types, taken)
         ]
         if key not in known and len(could) == 1:

@@ -60,6 +60,24 @@ def test_every_device_on_a_kernel_line_gets_a_name_that_stays(options: str, expe
     assert (expected, []) == mended(options)
 
 
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ("root=/dev/sdb1 ro", "root=UUID=data ro"),  # of another system, as os-prober puts it on the menu
+        ("root=/dev/disk/by-path/pci-0000:03:00.0-scsi-0:0:1:0-part1", "root=UUID=data"),
+        ("root=/dev/sda1", "root=UUID=boot"),
+        ("root=/dev/sda3 single", "root=UUID=root single"),
+        ("root=/dev/sda2", "root=UUID=root"),  # swap, where nothing can start from
+        ("root=/dev/sdb9", "root=UUID=root"),
+    ],
+)
+def test_an_entry_of_another_system_keeps_its_own_root(other: str, expected: str) -> None:
+    guest = Guest(grub("root=/dev/sda3 ro", other))
+    new = applied(guest, bootloader.plan(view(guest))).files
+    assert " linux /vmlinuz-0 root=UUID=root ro\n" in new[GRUB]
+    assert f" linux /vmlinuz-1 {expected}\n" in new[GRUB]
+
+
 def test_a_device_that_is_not_there_is_said_with_the_reason() -> None:
     options, (warning,) = mended("root=/dev/sda3 resume=/dev/sdc2")
     assert "root=UUID=root resume=/dev/sdc2" == options
