@@ -54,6 +54,7 @@ _SYSTEMD = (
     "/usr/lib/systemd/network",
     "/lib/systemd/network",
 )
+_LINK = "10-hyper2kvm-{}.link"
 _PROFILES = ("/etc/NetworkManager/system-connections/*", "/usr/lib/NetworkManager/system-connections/*")
 _REDHAT = "/etc/sysconfig/network-scripts/ifcfg-*"
 _ETHERNET = re.compile(r"$|[*?\[]|e(?:n|th|[*?\[])|lan|wan")
@@ -105,7 +106,7 @@ def link_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -
     """A .link file for each name."""
     edits = []
     for one in bindings:
-        path = f"/etc/systemd/network/10-hyper2kvm-{one.name}.link"
+        path = f"/etc/systemd/network/{_LINK.format(one.name)}"
         text = (
             "# Written by hyper2kvmd, so that the card keeps its name; may be removed if that does not matter.\n"
             f"[Match]\nPermanentMACAddress={one.mac}\n\n[Link]\nName={one.name}\n"
@@ -163,7 +164,9 @@ def _naming(view: View, *, permanent: bool) -> Naming:
         for directory in _RULES_DIRECTORIES[1:]
         for name in ("setup-link", "name-slot")
     )
-    links = setup_link and not generator and permanent
+    # The first file that fits a card is in force. A rule is, whatever file comes first.
+    before = [text for path, text in _systemd(view, "link") if path.rpartition("/")[2] < _LINK.format("")]
+    links = setup_link and not generator and permanent and not any(map(keyfile.is_for_many, before))
     return Naming(links, (setup_link or name_slot) and not kernel_names, swaps=not systemd)
 
 

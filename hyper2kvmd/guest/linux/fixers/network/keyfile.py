@@ -119,6 +119,12 @@ def link(text: str, file: str) -> tuple[Pin, ...]:
     return (Pin(card(name), macs[0], file, holds=match.keys() <= harmless),)
 
 
+def is_for_many(text: str) -> bool:
+    """Whether a .link file may be for any card: it asks for no MAC address, and not for another kind of device."""
+    match = _sections(text).get("Match", {})
+    return bool(match) and not match.keys() & {"MACAddress", "PermanentMACAddress"} and _for_cards(match)
+
+
 def networkmanager(text: str, file: str) -> tuple[Interface, ...]:
     """The cards that a connection profile is for; those that go with any card name none."""
     sections = _sections(text)

@@ -127,6 +127,26 @@ def test_cards_are_called_by_the_kernel_where_systemds_policy_is_off(directory: 
     assert ["network_unbound", "network_unbound"] == codes(plan(on, Nic(A), Nic(B)))
 
 
+ANY = "[Match]\nDriver=vmxnet3\n\n[Link]\nNamePolicy=slot path\nLargeReceiveOffload=no\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "by_rule"),
+    [
+        ("10-ethtool.link", ANY, True),
+        ("00-default.link", "[Match]\nOriginalName=*\n[Link]\nMACAddressPolicy=none\n", True),
+        ("05-lan.link", "[Match]\nPath=pci-*\n[Link]\nMTUBytes=9000\n", True),
+        ("50-ethtool.link", ANY, False),  # behind ours
+        ("10-dmz.link", f"[Match]\nMACAddress={C}\n[Link]\nName=dmz0\n", False),
+        ("05-wifi.link", "[Match]\nType=wlan\n[Link]\nMTUBytes=1400\n", False),
+    ],
+)
+def test_a_name_is_bound_by_a_rule_where_a_file_for_many_cards_comes_first(name: str, text: str, by_rule: bool) -> None:
+    guest = Guest({INTERFACES: STATIC, f"/etc/systemd/network/{name}": text, **SETUP_LINK})
+    edits = plan(guest, Nic(A, None, "VmxNet3")).edits
+    assert [udev.RULES if by_rule else LINK] == [edit.path for edit in edits if name not in edit.path]
+
+
 def test_a_profile_in_etc_takes_the_place_of_the_distributions() -> None:
     text = "[connection]\ntype=ethernet\n[match]\npath=pci-0000:0b:00.0;\n"
     paths = [f"{place}/NetworkManager/system-connections/a.nmconnection" for place in ("/etc", "/usr/lib")]
