@@ -34,6 +34,7 @@ def redhat(text: str, file: str, *, renames: bool) -> tuple[Interface, ...]:
     # called (ifcfg-Wired_connection_1).
     any_card = mac or matched or ("UUID" in values and not _KERNEL_NAME.fullmatch(suffix))
     device = values.get("DEVICE", "") or ("" if any_card else suffix)
+    idle = values.get("ONBOOT", "").lower() in ("no", "false")
     slaves = _slaves(values)
     virtual = (
         values.get("TYPE", "Ethernet").lower() not in _CARDS
@@ -42,10 +43,10 @@ def redhat(text: str, file: str, *, renames: bool) -> tuple[Interface, ...]:
     )
     if virtual or slaves:
         names = [*slaves, card(device) if "." in device else ""]
-        return tuple(Interface(file, name) for name in names if name)
+        return tuple(Interface(file, name, idle=idle) for name in names if name)
     name = card(device)
     if name or (mac and not device):
-        return (Interface(file, name, mac, pinned=renames and bool(name and mac)),)
+        return (Interface(file, name, mac, pinned=renames and bool(name and mac), idle=idle),)
     words = (element(word) for word in values.get("MATCH_INTERFACE_NAME", "").split())
     found = ((card_or_glob(word), excluded) for word, excluded in words)
     return tuple(Interface(file, name, excluded=excluded) for name, excluded in found if name)
@@ -81,7 +82,8 @@ def suse(text: str, file: str) -> tuple[Interface, ...]:
         return (Interface(file, "", mac),) if mac else ()
     virtual = any(values.get(key) for key in ("BONDING_MASTER", "BRIDGE", "ETHERDEVICE", "TUNNEL", "TEAM_RUNNER"))
     names = [*_slaves(values), "" if virtual and "." not in suffix else card(suffix)]
-    return tuple(Interface(file, name) for name in dict.fromkeys(names) if name)
+    idle = values.get("STARTMODE", "").lower() in ("off", "manual")
+    return tuple(Interface(file, name, idle=idle) for name in dict.fromkeys(names) if name)
 
 
 def _slaves(values: dict[str, str]) -> list[str]:

@@ -130,16 +130,17 @@ def networkmanager(text: str, file: str) -> tuple[Interface, ...]:
     sections = _sections(text)
     connection = sections.get("connection", {})
     kind = _last(connection, "type")
+    idle = _last(connection, "autoconnect").lower() == "false"
     if kind == "vlan":
         parent = card(_last(sections.get("vlan", {}), "parent"))  # may be the UUID of a profile, which is no name
-        return (Interface(file, parent),) if parent else ()
+        return (Interface(file, parent, idle=idle),) if parent else ()
     if kind not in _ETHERNET:
         return ()
     ethernet = _ethernet(sections)
     mac = mac_address(_old_mac(_last(ethernet, "mac-address")))
     name = card(_last(connection, "interface-name") or _last(ethernet, "interface-name"))
     if name or mac:
-        return (Interface(file, name, mac),)
+        return (Interface(file, name, mac, idle=idle),)
     words = _list(sections.get("match", {}), "interface-name")
     cards = ((card_or_glob(word), excluded) for word, excluded in map(element, words))
     return tuple(Interface(file, name, excluded=excluded) for name, excluded in cards if name)

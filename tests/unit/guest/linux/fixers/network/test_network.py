@@ -127,6 +127,35 @@ def test_cards_are_called_by_the_kernel_where_systemds_policy_is_off(directory: 
     assert ["network_unbound", "network_unbound"] == codes(plan(on, Nic(A), Nic(B)))
 
 
+RH = "/etc/sysconfig/network-scripts/ifcfg-"
+WICKED = "/etc/sysconfig/network/ifcfg-"
+PROFILES = "/etc/NetworkManager/system-connections/"
+PROFILE = "[connection]\ntype=ethernet\ninterface-name={}\nautoconnect={}\n"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {f"{RH}ens33": "DEVICE=ens33\nONBOOT=no\n", f"{RH}ens192": "DEVICE=ens192\nONBOOT=yes\nIPADDR=10.0.0.2\n"},
+        # of a card that the template had
+        {f"{RH}ens160": f"DEVICE=ens160\nHWADDR={C}\nONBOOT='no'\n", f"{RH}ens192": "DEVICE=ens192\nONBOOT=yes\n"},
+        {f"{PROFILES}a": PROFILE.format("ens33", "false"), f"{PROFILES}b": PROFILE.format("ens192", "true")},
+        {f"{WICKED}ens33": "STARTMODE='off'\n", f"{WICKED}ens192": "STARTMODE='auto'\n"},
+    ],
+)
+def test_a_name_that_the_boot_does_not_start_yields_to_one_that_it_starts(files: dict[str, str]) -> None:
+    planned = plan(Guest({**files, **SETUP_LINK}), Nic(A))
+    assert [LINK] == [edit.path for edit in planned.edits]
+    (warning,) = planned.warnings
+    assert "ens33" in warning.message or C in warning.message
+
+
+def test_names_that_the_boot_does_not_start_are_kept_where_there_are_cards_for_them() -> None:
+    files = {f"{RH}ens{slot}": f"DEVICE=ens{slot}\nONBOOT={boot}\n" for slot, boot in ((192, "yes"), (224, "no"))}
+    planned = plan(Guest({**files, **SETUP_LINK}), Nic(A, 192), Nic(B, 224))
+    assert [f"ens192 is the card {A}", f"ens224 is the card {B}"] == [edit.summary for edit in planned.edits]
+
+
 ANY = "[Match]\nDriver=vmxnet3\n\n[Link]\nNamePolicy=slot path\nLargeReceiveOffload=no\n"
 
 
