@@ -191,6 +191,13 @@ def _translated(cancel: threading.Event, explain: Callable[[RuntimeError], Migra
         if cancel.is_set():
             raise Cancelled from None
         raise explain(error) from error
+    except UnicodeDecodeError as error:
+        # libguestfs's binding takes what the appliance answers, such as the names in a directory, for UTF-8.
+        raise MigrationError(
+            Code.FIX_FAILED,
+            f"the guest has a file whose name is not UTF-8: {printable(error.object.decode('latin-1'))}",
+            "Rename it on VMware (`convmv` does that for many), and export the VM again.",
+        ) from error
     if cancel.is_set():
         raise Cancelled
 

@@ -388,14 +388,18 @@ def _by_content(
 ) -> dict[_Key, str]:
     """The disks of what the guest needs, where one alone of those that are free can be it."""
     found: dict[_Key, str] = {}
-    for name in filter(None, map(hardware_name, needed)):
+    said: dict[_Key, dict[str, str]] = {}
+    for spec, type in types.items():
+        if name := hardware_name(spec):
+            said.setdefault((name.family, name.disk), {})[spec] = type
+    for name in dict.fromkeys(filter(None, map(hardware_name, needed))):
         key = (name.family, name.disk)
         could = [
             disk
             for disk in free
             if (device := devices.get(disk + name.part)) is not None
             and device.type not in NO_FILE_SYSTEM
-            and not _contradicted(Names(devices, {key: disk}), types, taken)
+            and not _contradicted(Names(devices, {key: disk}), said.get(key, {}), taken)
         ]
         if key not in known and len(could) == 1:
             found[key] = could[0]

@@ -18,6 +18,7 @@ from hyper2kvmd.guest.session import can_be_asked_for
 from hyper2kvmd.run import Tools
 
 MAX_IMAGE_BYTES = 1 << 30
+MAX_DEPTH = 16  # of directories in the name of a kernel; a menu with more was made to keep us busy
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_~-]{0,100}")
 # Programs that find the root; an image that had one and lost it does not boot any more.
 _ROOT_PROGRAMS = frozenset({"cryptsetup", "systemd-cryptsetup", "lvm", "mdadm", "btrfs"})
@@ -174,6 +175,8 @@ def find(g: Any, menu: Menu | None, esp: str | None) -> tuple[Kernel, ...]:
 def _file(g: Any, name: str, esp: str | None) -> str | None:
     """The file in the guest that a boot menu means; it names files relative to their file system, or subvolume."""
     parts = [part for part in name.split("/") if part] if can_be_asked_for(name) else []
+    if len(parts) > MAX_DEPTH:
+        return None
     roots = ("/boot", "", *([esp] if esp else []))
     for skipped in range(len(parts)):
         for root in roots:
