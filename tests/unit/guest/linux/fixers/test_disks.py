@@ -536,3 +536,37 @@ def test_files_that_go_by_the_kernels_names_are_named(path: str, text: str, want
 )
 def test_rules_that_hold_are_not_named(text: str) -> None:
     assert FixPlan() == rules.plan(view({"/etc/udev/rules.d/9.rules": text}), "virtio")
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "disk"),
+    [
+        ("/etc/rc.local", "#!/bin/sh\ntouch /x\nmount -t ext4 /dev/sdb1 /backup\nexit 0\n", "/dev/sdb1"),
+        (
+            "/etc/rc.d/rc.local",
+            "  /bin/mount -o noatime /dev/disk/by-path/pci-0:1-part1 /b\n",
+            "/dev/disk/by-path/pci-0:1-part1",
+        ),
+        ("/etc/init.d/boot.local", "swapon /dev/sdc\n", "/dev/sdc"),
+        ("/etc/auto.misc", "data  -fstype=ext4,rw  :/dev/sdb1\n", "/dev/sdb1"),
+        ("/etc/drbd.d/r0.res", "resource r0 {\n on a {\n  device /dev/drbd0;\n  disk /dev/sdb1;\n", "/dev/sdb1"),
+        ("/etc/drbd.d/r1.res", 'on a { device minor 1; disk "/dev/xvdb"; }\n', "/dev/xvdb"),
+    ],
+)
+def test_a_file_that_mounts_a_disk_by_its_kernels_name_is_named(path: str, text: str, disk: str) -> None:
+    (warning,) = rules.plan(view({path: text}), "virtio").warnings
+    assert f"{path} in the guest goes by the disk {disk}, and the new disks are called vda" in warning.message
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/etc/rc.local", "#mount /dev/sdb1 /data\nmount UUID=x /data\necho noop > /sys/block/sda/queue/scheduler\n"),
+        ("/etc/rc.local", "mount /data # /dev/sdb1\nmount -o loop /root/x.iso /mnt\nblockdev --setra 4096 /dev/sda\n"),
+        ("/etc/auto.misc", "cd -fstype=iso9660,ro :/dev/cdrom\n# boot -fstype=ext2 :/dev/hda1\nh host:/data\n"),
+        ("/etc/drbd.d/r0.res", "disk { on-io-error detach; }\ndisk /dev/vg/lv;\n"),
+        ("/etc/rc.local", "mount /dev/vdb1 /data\n"),
+    ],
+)
+def test_a_file_that_mounts_by_what_stays_is_not_named(path: str, text: str) -> None:
+    assert () == rules.plan(view({path: text}), "virtio").warnings
