@@ -110,7 +110,20 @@ def _hides(patterns: list[str], name: str) -> bool:
         body = pattern[2:-1].removeprefix("^").removesuffix("$")
         if body in _ALL or whole.fullmatch(body):
             return pattern.startswith("r")
+        if pattern.startswith("r") and _may_fit(body.removeprefix("/dev/"), name):
+            return True
     return False
+
+
+def _may_fit(body: str, name: str) -> bool:
+    """Whether an expression may fit every disk of this name, by how it begins; one for a single disk does not."""
+    if found := re.match(r"\[(?P<no>\^?)(?P<set>[^\]\[]+)\]", body):
+        chars = re.sub(r"(.)-(.)", lambda f: "".join(map(chr, range(ord(f[1]), ord(f[2]) + 1)[:256])), found["set"])
+        return (name[0] in chars) != bool(found["no"])
+    if found := re.match(r"\((?P<words>[\w|/.*-]+)\)", body):
+        return any(_may_fit(word, name) for word in found["words"].split("|"))
+    word = re.match(r"[\w/-]*", body)
+    return word is None or name.startswith(word[0])
 
 
 def accepting(text: str, bus: DiskBus) -> str:
