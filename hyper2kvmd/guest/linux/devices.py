@@ -108,7 +108,8 @@ _KINDS = (
     # HP's and Compaq's RAID controllers
     _Kind("cciss", re.compile(rf"/dev/(?:cciss|ida)/c\d+d(?P<disk>\d{{1,3}})(?:p{_PART})?"), _number, ordered=True),
     # multipath, by its own names and by the identity of the disk
-    _Kind("mpath", re.compile(rf"/dev/mapper/mpath(?P<disk>[a-z]{{1,3}})(?:(?:p|-part|_part)?{_PART})?"), _letters),
+    _Kind("mpath", re.compile(rf"/dev/mapper/mpath(?P<disk>[a-z]{{1,3}}?)(?:(?:p|-part|_part)?{_PART})?"), _letters),
+    _Kind("mpath", re.compile(rf"/dev/mapper/mpath(?P<disk>\d{{1,3}})(?:(?:p|-part|_part){_PART})?"), _number),
     _Kind(
         "id", re.compile(rf"/dev/mapper/3(?P<disk>[0-9a-f]{{16}}(?:[0-9a-f]{{16}})?)(?:(?:p|-part|_part){_PART})?"),
         _identity,

@@ -108,6 +108,16 @@ def test_a_disk_is_the_same_by_both_of_its_identities() -> None:
     assert {"PARTUUID=p-b1"} == {names.stable(spec) for spec in (one, other, mapper)}
 
 
+@pytest.mark.parametrize(
+    ("disk", "part"),
+    [("mpatha", "mpathap1"), ("mpatha", "mpatha-part1"), ("mpathaa", "mpathaap1"), ("mpath0", "mpath0p1")],
+)
+def test_partition_of_a_multipath_device_is_on_that(disk: str, part: str) -> None:
+    names = known(f"/dev/mapper/{disk} /dev/mapper/{part}", 1)
+    assert "UUID=ROOT" == names.stable(f"/dev/mapper/{part}")
+    assert "/dev/sda" == names.becomes(f"/dev/mapper/{disk}").place
+
+
 def test_name_spaces_of_several_controllers_have_no_order() -> None:
     used = "/dev/nvme0n1 /dev/nvme0n2 /dev/nvme1n1"
     assert {None} == {known(used).stable(spec) for spec in used.split()}
@@ -140,6 +150,8 @@ def test_volume_is_known_by_both_of_its_names() -> None:
         ("/dev/disk/azure/root-part1", True),
         ("/dev/disk/by-diskseq/3", True),
         ("/dev/disk/by-id/md-uuid-a:b", False),
+        ("/dev/mapper/mpath0", True),
+        ("/dev/mapper/mpath12p3", True),
         ("/dev/mapper/mpath-of-destiny", False),
         ("/dev/disk/by-partlabel/root", False),
         ("/dev/dm-0", False),
