@@ -16,6 +16,8 @@ from hyper2kvmd.text import printable
 ENCRYPTED = ("crypto_LUKS", "BitLocker")
 # What has to be there for the guest to start, and for FIX to build an initramfs.
 NEEDED = frozenset(("/", "/boot", "/etc", "/usr", "/usr/lib", "/lib", "/bin", "/sbin", "/var", "/var/lib"))
+# Options that name the device on which a file system has its journal, or its data.
+_EXTERNAL = ("logdev", "rtdev", "journal_path", "journal_dev")
 # File systems whose journal the appliance can replay: one that still cannot be mounted is damaged.
 JOURNALED = ("ext2", "ext3", "ext4", "xfs", "btrfs", "vfat")
 _EXT_STATE = 1024 + 58  # where the superblock of ext2 and its successors says how the file system is
@@ -77,6 +79,8 @@ def mount(
         device = _device_for(entry, names, locked, warnings)
         if device is None or not device.type or device.type in (*ENCRYPTED, "swap", "LVM2_member"):
             continue
+        if point not in NEEDED and any(map(entry.option, _EXTERNAL)):
+            continue  # sound as it is, and mounted with the other device only, by whatever name
         if not g.is_dir(point, followsymlinks=True):
             if point not in NEEDED:
                 continue

@@ -138,6 +138,13 @@ def test_a_mount_point_in_an_older_encoding_is_left_alone(line: bytes) -> None:
     assert ({"/": "/dev/ubuntu-vg/ubuntu-lv"}, []) == mounted(line + b"\n")
 
 
+@pytest.mark.parametrize("option", ["logdev=/dev/sdb1", "rtdev=/dev/data/var", "journal_path=/dev/disk/by-id/x"])
+def test_a_data_volume_with_its_journal_elsewhere_is_left_alone(option: str) -> None:
+    line = f"/dev/data/var {{}} xfs noatime,{option} 0 0\n"
+    assert "/srv/data" not in mounted(line.format("/srv/data").encode())[0]
+    assert "/var" in mounted(line.format("/var").encode())[0]
+
+
 def test_of_two_groups_with_one_name_nobody_asks_for_a_volume() -> None:
     g = Appliance({}, twins=("data",))
     found = {one.name: one.aliases for one in storage._devices(g, ["/dev/sda"])}
