@@ -133,9 +133,10 @@ def defined_by_netplan(text: str) -> dict[str, str] | None:
         for key, device in devices.items() if isinstance(devices, dict) else ():
             match = device.get("match") if isinstance(device, dict) else None
             match = match if isinstance(match, dict) else {}
-            name = (device.get("set-name") if isinstance(device, dict) else None) or match.get("name") or key
+            said = (device.get("set-name") if isinstance(device, dict) else None, match.get("name"), key)
+            name = next((word for word in said if word and isinstance(word, str)), "")
             mac = match.get("macaddress")
-            found[str(name)] = (isinstance(mac, str) and mac_address(mac)) or ""
+            found[name] = (isinstance(mac, str) and mac_address(mac)) or ""
     return found
 
 

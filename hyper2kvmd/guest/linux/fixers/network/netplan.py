@@ -52,7 +52,7 @@ def matches(text: str, file: str) -> tuple[Match, ...]:
         value = _node(match, "driver")
         globs = value.value if isinstance(value, yaml.SequenceNode) else [value]
         drivers = tuple(glob.value for glob in globs if isinstance(glob, yaml.ScalarNode))
-        mac = mac_address(getattr(_node(match, "macaddress"), "value", None) or "")
+        mac = mac_address(_text(getattr(_node(match, "macaddress"), "value", None)))
         if any(map(is_old_driver, drivers)):
             what = f"driver: {', '.join(drivers)} (entry {key})"
             found.append(Match(file, what, drivers=drivers, mac=mac, changed=partial(_changed, key)))

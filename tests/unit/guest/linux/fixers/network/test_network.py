@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hyper2kvmd.guest.change import Edit, decode, encode
 from hyper2kvmd.guest.linux.devices import Names
-from hyper2kvmd.guest.linux.fixers import FixPlan, View, guest_yaml, network
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses, guest_yaml, network, platform
 from hyper2kvmd.guest.linux.fixers.network import ifcfg, ifupdown, keyfile, leases, netplan, udev
 from hyper2kvmd.guest.linux.fixers.network.bind import Naming, bind
 from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card
@@ -579,7 +579,7 @@ network:
 @pytest.mark.parametrize(
     "text",
     [
-        "a: &a [x]\nb: *a\n",
+        "a: &a [*a]\n",
         "[" * 20_000,
         "- " * 20_000,
         "x" * (guest_yaml.SIZE_LIMIT + 1),
@@ -594,8 +594,49 @@ def test_yaml_that_is_broken_or_hostile_is_no_netplan_file(text: str) -> None:
     assert guest_yaml.load(text) is None
 
 
+@pytest.mark.parametrize("key", ["macaddress", "driver", "name"])
+@pytest.mark.parametrize("value", ["[x]", "{a: b}", "[[x]]", "~", "[]"])
+def test_match_of_netplan_with_an_odd_value_raises_nothing(key: str, value: str) -> None:
+    text = f"network: {{ethernets: {{a: {{match: {{driver: vmxnet3, {key}: {value}}}, set-name: {value}}}}}}}\n"
+    assert len(plan(Guest({"/etc/netplan/1.yaml": text, **SETUP_LINK}), Nic(A)).edits) <= 2
+    assert addresses.defined_by_netplan(text) is not None
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20))
+
+
 @pytest.mark.parametrize(
-    "text", ["", "network:\n", "network: {ethernets: [a]}", "network: {ethernets: {a: {match: x}}}"]
+    "entry", ["ens192: *a19", "ens192: {match: *a19}", "ens192: {match: {name: *a19}, set-name: *a19}",
+              "ens192: {match: {driver: *a19, macaddress: *a19}}", "ens192: {networkmanager: {passthrough: *a19}}"]
+)  # fmt: skip
+def test_aliases_that_stand_for_gigabytes_keep_nobody_busy(entry: str) -> None:
+    text = f"{BOMB}network: {{ethernets: {{{entry}}}}}\ndatasource_list: *a19\n"
+    with work_of_at_most(5):
+        plan(Guest({"/etc/netplan/1.yaml": text, **SETUP_LINK}), Nic(A))
+        addresses.defined_by_netplan(text)
+        platform.datasource_list([text])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "network:\n  ethernets:\n    ens192: &card {dhcp4: true}\n    ens224: *card\n",
+        "network:\n  ethernets:\n    ens192: {nameservers: &ns {search: [a]}}\n    ens224: {nameservers: *ns}\n",
+    ],
+)
+def test_netplan_file_with_aliases_is_one(text: str) -> None:
+    planned = plan(Guest({"/etc/netplan/1.yaml": text, **SETUP_LINK}), Nic(A, 192), Nic(B, 224))
+    assert [f"ens192 is the card {A}", f"ens224 is the card {B}"] == [edit.summary for edit in planned.edits]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "network:\n",
+        "network: {ethernets: [a]}",
+        "network: {ethernets: {a: {match: x}}}",
+    ],
 )
 def test_netplan_file_of_odd_shape_raises_nothing(text: str) -> None:
     content = guest_yaml.load(text)
