@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hyper2kvmd.domain.model import Machine
@@ -11,6 +12,7 @@ from hyper2kvmd.errors import Finding
 from hyper2kvmd.text import printable
 
 DIFF_BYTES = 8192
+_DIFF_LINES = 2000  # of a file that difflib compares
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ class Named:
     device: str
     proof: str
 
+    def shown(self, device: str) -> Named:
+        """The place as the report has it: with a device as people know it, and what the guest wrote as text."""
+        path, use, before, after, proof = map(printable, (self.path, self.use, self.before, self.after, self.proof))
+        return Named(path, self.line, use, before, after, device, proof)
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -129,11 +136,31 @@ class FixResult:
 
 def unified_diff(path: str, before: str | None, after: str | None) -> str:
     """What became of a file, None where it is not there, as a unified diff in printable text, cut at 8 KiB."""
-    old, new = before or "", after or ""
+    old, new = (before or "").split("\n"), (after or "").split("\n")
     names = (f"a{path}" if before is not None else "/dev/null", f"b{path}" if after is not None else "/dev/null")
-    lines = difflib.unified_diff(old.split("\n"), new.split("\n"), *names, lineterm="", n=1)
+    if max(len(old), len(new)) > _DIFF_LINES:
+        lines: Iterable[str] = (f"--- {names[0]}", f"+++ {names[1]}", *_hunks(old, new))
+    else:
+        lines = difflib.unified_diff(old, new, *names, lineterm="", n=1)
     text = "\n".join(printable(line, 400) for line in lines)
     return text if len(text) <= DIFF_BYTES else text[:DIFF_BYTES] + "\n[cut]"
+
+
+def _hunks(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
+    """What differs, place by place: for files in which difflib would search for hours for what has moved."""
+    if len(old) == len(new):
+        places = [(number, number + 1, number + 1) for number, line in enumerate(old) if line != new[number]]
+    else:
+        pairs = zip(old, new, strict=False)
+        start = next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(old), len(new)))
+        ends = zip(reversed(old[start:]), reversed(new[start:]), strict=False)
+        same = next((number for number, (one, other) in enumerate(ends) if one != other),
+                    min(len(old), len(new)) - start)  # fmt: skip
+        places = [(start, len(old) - same, len(new) - same)]
+    for start, end, new_end in places:
+        yield f"@@ -{start + 1},{end - start} +{start + 1},{new_end - start} @@"
+        yield from (f"-{line}" for line in old[start:end])
+        yield from (f"+{line}" for line in new[start:new_end])
 
 
 def decode(data: bytes) -> str:

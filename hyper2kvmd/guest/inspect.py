@@ -253,9 +253,13 @@ def _other(g: Any, system: System, warnings: list[Finding]) -> _Looked:
 
 
 def _initramfs(g: Any) -> str:
-    """What builds the initramfs, by the programs that are there: a distribution's name says little."""
+    """What builds the initramfs, by the programs that are there: a distribution's name says little.
+
+    A Debian that was given dracut keeps mkinitramfs, of another package, and without update-initramfs nothing runs it.
+    """
+    if "mkinitramfs" in (read_text(g, "/usr/sbin/update-initramfs") or ""):
+        return "initramfs-tools"
     for name, program in (
-        ("initramfs-tools", "/usr/sbin/mkinitramfs"),
         ("dracut", "/usr/bin/dracut"),
         ("dracut", "/usr/sbin/dracut"),
         ("dracut", "/sbin/dracut"),

@@ -10,12 +10,14 @@ from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest.linux import fstab
 from hyper2kvmd.guest.linux.devices import BY_CONTENT, Device, Known, Names, changes_with_hardware, fits
 from hyper2kvmd.guest.linux.fstab import Entry
-from hyper2kvmd.guest.session import read_text
+from hyper2kvmd.guest.session import can_be_asked_for, read_text
 from hyper2kvmd.text import printable
 
 ENCRYPTED = ("crypto_LUKS", "BitLocker")
 # What has to be there for the guest to start, and for FIX to build an initramfs.
 NEEDED = frozenset(("/", "/boot", "/etc", "/usr", "/usr/lib", "/lib", "/bin", "/sbin", "/var", "/var/lib"))
+# Options that name the device on which a file system has its journal, or its data.
+_EXTERNAL = ("logdev", "rtdev", "journal_path", "journal_dev")
 # File systems whose journal the appliance can replay: one that still cannot be mounted is damaged.
 JOURNALED = ("ext2", "ext3", "ext4", "xfs", "btrfs", "vfat")
 _EXT_STATE = 1024 + 58  # where the superblock of ext2 and its successors says how the file system is
@@ -72,11 +74,13 @@ def mount(
     found = [entry for entry in fstab.entries(read_text(g, fstab.PATH) or "") if _is_local(entry)]
     for entry in sorted(found, key=lambda entry: entry.where.count("/")):
         point = entry.where.rstrip("/") or "/"
-        if point == "/" or point in mounted:
+        if point == "/" or point in mounted or not can_be_asked_for(point + entry.option("subvol")):
             continue
         device = _device_for(entry, names, locked, warnings)
         if device is None or not device.type or device.type in (*ENCRYPTED, "swap", "LVM2_member"):
             continue
+        if point not in NEEDED and any(map(entry.option, _EXTERNAL)):
+            continue  # sound as it is, and mounted with the other device only, by whatever name
         if not g.is_dir(point, followsymlinks=True):
             if point not in NEEDED:
                 continue

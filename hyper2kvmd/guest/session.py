@@ -108,12 +108,20 @@ def open_guest(
 
 def read_text(g: Any, path: str) -> str | None:
     """The text of a file in the guest (at most 1 MiB), or None if there is no such file."""
-    if not g.is_file(path, followsymlinks=True):
+    if not can_be_asked_for(path) or not g.is_file(path, followsymlinks=True):
         return None
     # One answer of the appliance, where read_file is a file that is sent, which takes ten times as long; more than the
     # limit and a byte does not fit into one.
     data: bytes = g.pread(path, MAX_TEXT_BYTES + 1, 0)
     return None if len(data) > MAX_TEXT_BYTES else decode(data)
+
+
+def can_be_asked_for(path: str) -> bool:
+    """Whether a path is one that libguestfs takes: UTF-8. One that a guest's file has may be in an older encoding."""
+    try:
+        return "\0" not in path and bool(path.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def spelt(g: Any, path: str) -> str | None:
@@ -201,6 +209,13 @@ def _translated(cancel: threading.Event, explain: Callable[[RuntimeError], Migra
         if cancel.is_set():
             raise Cancelled from None
         raise explain(error) from error
+    except UnicodeDecodeError as error:
+        # libguestfs's binding takes what the appliance answers, such as the names in a directory, for UTF-8.
+        raise MigrationError(
+            Code.FIX_FAILED,
+            f"the guest has a file whose name is not UTF-8: {printable(error.object.decode('latin-1'))}",
+            "Rename it on VMware (`convmv` does that for many), and export the VM again.",
+        ) from error
     if cancel.is_set():
         raise Cancelled
 

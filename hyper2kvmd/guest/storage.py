@@ -105,9 +105,10 @@ def _devices(g: Any, disks: Sequence[str]) -> tuple[Device, ...]:
     arrays = {name: _names_of_array(g, name) for name in g.list_md_devices()}
     # A snapshot has all identifiers of its origin, and nobody mounts it by one of them.
     volumes = g.lvs()
-    snapshots = _snapshots(g, volumes)
+    details = g.lvs_full() if volumes else []
+    snapshots = _snapshots(details, volumes)
     volumes = [name for name in volumes if name not in snapshots]
-    aliases = arrays | {name: (_mapper_name(name),) for name in volumes}
+    aliases = arrays | _names_of_volumes(g, volumes, details)
     names = dict.fromkeys([*disks, *partitions, *arrays, *g.list_dm_devices(), *volumes])
     return tuple(_device(name, _probe(g, name), _disk_of(name, disks), aliases.get(name, ())) for name in names)
 
@@ -122,23 +123,54 @@ def _mapper_name(volume: str) -> str:
     return f"/dev/mapper/{group}-{name}"
 
 
-def _snapshots(g: Any, volumes: Sequence[str]) -> set[str]:
+def _names_of_volumes(
+    g: Any, volumes: Sequence[str], details: Sequence[Mapping[str, str]]
+) -> dict[str, tuple[str, ...]]:
+    """What the guest may call each volume besides /dev/VG/LV. Ubuntu's installer writes the last of them into fstab.
+
+    details: what LVM says of volumes, by their names without the group's.
+    """
+    groups: dict[str, str] = {}
+    for group in g.vgs_full() if volumes else ():
+        # Of two groups with one name nobody knows which is which.
+        groups[group["vg_name"]] = "" if group["vg_name"] in groups else group["vg_uuid"]
+    found = {}
+    for volume in volumes:
+        group, name = volume.removeprefix("/dev/").split("/", 1)
+        mapper = _mapper_name(volume)
+        names = [mapper, f"/dev/disk/by-id/dm-name-{mapper.removeprefix('/dev/mapper/')}"]
+        if groups.get(group):
+            uuids = [one["lv_uuid"] for one in details if one["lv_name"] == name]
+            identity = uuids[0] if len(uuids) == 1 else g.lvuuid(volume)
+            names.append("/dev/disk/by-id/dm-uuid-LVM-" + (groups[group] + identity).replace("-", ""))
+        found[volume] = tuple(names)
+    return found
+
+
+def _snapshots(details: Sequence[Mapping[str, str]], volumes: Sequence[str]) -> set[str]:
     """The volumes that are snapshots of others; a name that one of them has and one that is none has, is not told."""
     told: dict[str, set[bool]] = {}
-    for volume in g.lvs_full() if volumes else ():
+    for volume in details:
         told.setdefault(volume["lv_name"], set()).add(volume["lv_attr"][:1] in ("s", "S"))
     return {volume for volume in volumes if told.get(volume.rpartition("/")[2]) == {True}}
 
 
 def _names_of_array(g: Any, name: str) -> tuple[str, ...]:
-    """What the guest may call an array, by the name in its superblock: /dev/md0, /dev/md/0, /dev/md/root."""
+    """What the guest may call an array, by its UUID, and by the name in its superblock: /dev/md0, /dev/md/root."""
     try:
-        said = str(g.md_detail(name).get("name", "")).rpartition(":")[2]
+        detail = g.md_detail(name)
     except RuntimeError:
         return ()
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", said):
-        return ()
-    return (f"/dev/md/{said}", *([f"/dev/md{said}"] if said.isdigit() else []))
+    uuid, whole = str(detail.get("uuid", "")), str(detail.get("name", ""))
+    names = [f"/dev/disk/by-id/md-uuid-{uuid}"] if re.fullmatch(r"[0-9a-f]{8}(?::[0-9a-f]{8}){3}", uuid) else []
+    said = whole.rpartition(":")[2]
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", said):
+        names += [
+            f"/dev/md/{said}",
+            f"/dev/disk/by-id/md-name-{whole}",
+            *([f"/dev/md{said}"] if said.isdigit() else []),
+        ]
+    return tuple(names)
 
 
 def _probe(g: Any, name: str) -> dict[str, str]:
@@ -149,15 +181,33 @@ def _probe(g: Any, name: str) -> dict[str, str]:
     return probed
 
 
+def _label(said: str) -> str:
+    """A label as it is on the disk. blkid puts a backslash before white space and what means something to a shell.
+
+    It also writes other bytes than ASCII as cat -v does: `B\\303\\274ro` is `BM-CM-\\<ro`.
+    """
+    plain = re.sub(r"\\(.)", r"\1", said)
+
+    def byte(found: re.Match[str]) -> str:
+        value = ord(found["plain"] or found["control"]) ^ (0x40 if found["control"] else 0)
+        return chr(value | (0x80 if found["high"] else 0))
+
+    raw = re.sub(r"(?P<high>M-)(?:\^(?P<control>[?-_])|(?P<plain>[ -~]))", byte, plain)
+    try:
+        return raw.encode("latin-1").decode()
+    except UnicodeError:  # it was no such notation, or is in an older encoding
+        return plain
+
+
 def _device(name: str, probed: Mapping[str, str], disk: str, aliases: tuple[str, ...]) -> Device:
     return Device(
         name=name,
         type=printable(probed.get("TYPE", "")),
         uuid=printable(probed.get("UUID", "")),
-        label=printable(probed.get("LABEL", "")),
+        label=printable(_label(probed.get("LABEL", ""))),
         part_uuid=printable(probed.get("PART_ENTRY_UUID", "")),
         part_type=printable(probed.get("PART_ENTRY_TYPE", "")),
-        part_label=printable(probed.get("PART_ENTRY_NAME", "")),
+        part_label=printable(_label(probed.get("PART_ENTRY_NAME", ""))),
         member=printable(probed.get("UUID_SUB", "")),
         aliases=aliases,
         disk=disk,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -25,6 +24,7 @@ from hyper2kvmd.job.plan import Plan, appliance_mb
 from hyper2kvmd.job.results import Fixed, Inspected
 from hyper2kvmd.job.steps import Steps
 from hyper2kvmd.report.model import ChangeRecord
+from hyper2kvmd.text import escaped
 
 log = structlog.get_logger()
 
@@ -84,7 +84,8 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
             job.record.changes = [ChangeRecord(**change.as_json()) for change in result.changes]
             fstab: dict[Literal["before", "after"], str] | None = None
             if plan.manifest.stages.fix.print_fstab:
-                fstab = {"before": result.fstab[0], "after": result.fstab[1]}
+                before, after = (escaped(text, "\t\n") for text in result.fstab)
+                fstab = {"before": before, "after": after}
                 log.info("fstab of the guest", **fstab)
             job.record.results.fix = Fixed(
                 drivers_injected=result.drivers_injected,
@@ -92,7 +93,7 @@ def _inspect_and_fix(job: Job, plan: Plan) -> None:
                 proofs=result.proofs,
                 machine=result.machine,
                 fstab=fstab,
-                names=tuple(replace(name, device=_on_disk(name.device, inspection, plan)) for name in result.names),
+                names=tuple(name.shown(_on_disk(name.device, inspection, plan)) for name in result.names),
             )
             stack.close()  # what the appliance could not write is an error of this stage
 

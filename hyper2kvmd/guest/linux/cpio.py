@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import lzma
 import mmap
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,6 +26,7 @@ MAX_TEXT_BYTES = 1 << 20
 _CHUNK = 1 << 20
 _HEADER = 110
 _MAGICS = (b"070701", b"070702")
+_FIELDS = re.compile(rb"[0-9A-Fa-f]{104}")
 _TRAILER = "TRAILER!!!"
 
 
@@ -216,6 +218,8 @@ def _entry(data: mmap.mmap | bytearray, at: int) -> _Entry | None:
         return None
     if header[:6] not in _MAGICS:
         raise ValueError(f"no cpio header but {header[:6].hex()}")
+    if not _FIELDS.fullmatch(header, 6):  # int() takes a sign too, and what has a negative size has no end
+        raise ValueError("a header that is no hexadecimal number")
     size, name_size = int(header[54:62], 16), int(header[94:102], 16)
     if not 0 < name_size <= 4096:
         raise ValueError(f"a file name of {name_size} bytes")

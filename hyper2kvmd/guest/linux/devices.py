@@ -24,7 +24,20 @@ _ID_OF_CONTENT = re.compile(r"(?!dm-(?:name-mpath|uuid-(?:part\d+-)?mpath-))(?:d
 _REMOVABLE = re.compile(r"/dev/(?:sr\d+|scd\d+|cdrom\d*|cdrw\d*|dvd\w{0,4}|fd\d\w{0,8}|floppy\d*)")
 _ESCAPE = re.compile(r"\\x([0-9a-fA-F]{2})")
 # Types that one driver mounts.
-_SAME_TYPES = {"ext2": "ext", "ext3": "ext", "ext4": "ext", "msdos": "vfat", "fat": "vfat"}
+_SAME_TYPES = {
+    "ext2": "ext",
+    "ext3": "ext",
+    "ext4": "ext",
+    "ext4dev": "ext",
+    "msdos": "vfat",
+    "fat": "vfat",
+    "ntfs-3g": "ntfs",
+    "ntfs3": "ntfs",
+    "lowntfs-3g": "ntfs",
+}
+
+# What a device is that holds no file system.
+NO_FILE_SYSTEM = ("", "swap", "LVM2_member", "crypto_LUKS", "linux_raid_member")
 
 _Key = tuple[str, tuple[int | str, ...]]  # of a disk: the family of its name, and what tells it from the others
 
@@ -62,7 +75,7 @@ def _nvme(found: re.Match[str]) -> tuple[int | str, ...]:
 def _address(found: re.Match[str]) -> tuple[int | str, ...]:
     """The words of an address, with their numbers as such, so that a tenth target comes after the second."""
     words = re.split(r"[-:.]", found["disk"])
-    return tuple(int(word) if word.isdigit() and len(word) < 10 else word for word in words)
+    return tuple(int(word) if word.isascii() and word.isdigit() and len(word) < 10 else word for word in words)
 
 
 def _identity(found: re.Match[str]) -> tuple[int | str, ...]:
@@ -95,7 +108,8 @@ _KINDS = (
     # HP's and Compaq's RAID controllers
     _Kind("cciss", re.compile(rf"/dev/(?:cciss|ida)/c\d+d(?P<disk>\d{{1,3}})(?:p{_PART})?"), _number, ordered=True),
     # multipath, by its own names and by the identity of the disk
-    _Kind("mpath", re.compile(rf"/dev/mapper/mpath(?P<disk>[a-z]{{1,3}})(?:(?:p|-part|_part)?{_PART})?"), _letters),
+    _Kind("mpath", re.compile(rf"/dev/mapper/mpath(?P<disk>[a-z]{{1,3}}?)(?:(?:p|-part|_part)?{_PART})?"), _letters),
+    _Kind("mpath", re.compile(rf"/dev/mapper/mpath(?P<disk>\d{{1,3}})(?:(?:p|-part|_part){_PART})?"), _number),
     _Kind(
         "id", re.compile(rf"/dev/mapper/3(?P<disk>[0-9a-f]{{16}}(?:[0-9a-f]{{16}})?)(?:(?:p|-part|_part){_PART})?"),
         _identity,
@@ -300,18 +314,21 @@ def work_out(
     root: tuple[str, str] | None,
     types: Mapping[str, str] | None = None,
     taken: Collection[str] = (),
+    needed: Iterable[str] = (),
 ) -> Known:
     """Find out which disk each hardware name in `used` is.
 
     disks: libguestfs's names, in the order in which the export has the disks. root: the name that the guest has for its
     root, and the disk that the root was found on by looking, where there are both. types: what has to be on what some
-    of the names mean. taken: the devices that the guest knows by other names.
+    of the names mean. taken: the devices that the guest knows by other names. needed: the names without which the guest
+    does not start, so that they are on a disk of the export.
 
     A position counts if all names that go by position are of one family, and nothing contradicts it: the root's name,
     or a device that is not there, holds something else, or is known by another name already. An
-    address counts if there are as many as disks, all on one controller. What then is left over on both sides, one name
-    and one disk, belongs together, if the guest knows nothing there by another name. Of two names for one disk nobody
-    knows, and nothing is guessed. Azure's temporary disk is on no disk of an export.
+    address counts if there are as many as disks, all on one controller. What the guest needs is on the one disk that
+    has such a file system there. What then is left over on both sides, one name and one disk, belongs together, if the
+    guest knows nothing there by another name. Of two names for one disk nobody knows, and nothing is guessed. Azure's
+    temporary disk is on no disk of an export.
     """
     named = list(dict.fromkeys(name for spec in used if (name := hardware_name(spec))))
     keys = list(dict.fromkeys((name.family, name.disk) for name in named))
@@ -348,6 +365,11 @@ def work_out(
                     known[own[0]], evidence[own[0]] = disks[0], "it is the only disk"
             elif any(key in known for key in own):
                 absent |= {key for key in own if key not in known}
+    by_content = _by_content(
+        needed, devices, [disk for disk in disks if disk not in known.values()], known, types or {}, taken
+    )
+    known |= by_content
+    evidence |= dict.fromkeys(by_content, "it is the only disk with such a file system in that place")
     left = [key for key in keys if key not in known and key not in absent]
     given = {known.get(key, "") for key in keys}
     free = [disk for disk in disks if disk not in given]
@@ -355,6 +377,35 @@ def work_out(
         known[left[0]] = free[0]
         evidence[left[0]] = "it is the only disk, and the only name, that is left over"
     return Known(Names(devices, known, frozenset(absent), evidence), disagrees, root[0] if root else "")
+
+
+def _by_content(
+    needed: Iterable[str],
+    devices: Mapping[str, Device],
+    free: Sequence[str],
+    known: Collection[_Key],
+    types: Mapping[str, str],
+    taken: Collection[str],
+) -> dict[_Key, str]:
+    """The disks of what the guest needs, where one alone of those that are free can be it."""
+    found: dict[_Key, str] = {}
+    said: dict[_Key, dict[str, str]] = {}
+    for spec, type in types.items():
+        if name := hardware_name(spec):
+            said.setdefault((name.family, name.disk), {})[spec] = type
+    for name in dict.fromkeys(filter(None, map(hardware_name, needed))):
+        key = (name.family, name.disk)
+        could = [
+            disk
+            for disk in free
+            if (device := devices.get(disk + name.part)) is not None
+            and device.type not in NO_FILE_SYSTEM
+            and not _contradicted(Names(devices, {key: disk}), said.get(key, {}), taken)
+        ]
+        if key not in known and len(could) == 1:
+            found[key] = could[0]
+    given = list(found.values())
+    return {key: disk for key, disk in found.items() if given.count(disk) == 1}
 
 
 def _is_taken(key: _Key, disk: str, named: Iterable[HardwareName], taken: Collection[str]) -> bool:

@@ -267,6 +267,8 @@ def _apply(g: Any, plans: Sequence[FixPlan], options: FixOptions) -> list[Change
         else:
             if edit.before is None:
                 g.mkdir_p(edit.path.rpartition("/")[0] or "/")
+                if g.is_symlink(edit.path):  # to /dev/null, which turns a file of that name off, and would swallow it
+                    g.rm(edit.path)
             g.write(edit.path, encode(edit.after))
             if edit.before is None:
                 g.chmod(edit.mode, edit.path)

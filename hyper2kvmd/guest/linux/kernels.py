@@ -14,10 +14,14 @@ from hyper2kvmd.guest.change import Proof, decode
 from hyper2kvmd.guest.linux import cpio, uki
 from hyper2kvmd.guest.linux.menu import Menu
 from hyper2kvmd.guest.linux.names import LVM, MDADM
+from hyper2kvmd.guest.session import can_be_asked_for
 from hyper2kvmd.run import Tools
 
 MAX_IMAGE_BYTES = 1 << 30
+MAX_DEPTH = 16  # of directories in the name of a kernel; a menu with more was made to keep us busy
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_~-]{0,100}")
+# Images with microcode only, as grub-mkconfig knows them.
+_EARLY = re.compile(r"ucode|microcode|-uc\.img$")
 # Programs that find the root; an image that had one and lost it does not boot any more.
 _ROOT_PROGRAMS = frozenset({"cryptsetup", "systemd-cryptsetup", "lvm", "mdadm", "btrfs"})
 # Settings that are copied into an initramfs and may keep it from using the new disks.
@@ -158,8 +162,9 @@ def find(g: Any, menu: Menu | None, esp: str | None) -> tuple[Kernel, ...]:
         version = _version(g, path) if path else None
         if path is None or version is None:
             continue
-        images = [image for name in entry.initrds if "ucode" not in name and (image := _file(g, name, esp))]
-        initrd = images[0] if images else None
+        images = [image for name in entry.initrds if not _EARLY.search(name) and (image := _file(g, name, esp))]
+        # Beside its own there may be others, with tables of ACPI, or files of the administrator's.
+        initrd = next((image for image in images if version in image), images[0] if images else None)
         rescue = "rescue" in path.rpartition("/")[2]
         # Only the first entry of a kernel counts: a second one has a copy of its image, or other options.
         found.setdefault(path, Kernel(version, path, initrd, True, number, rescue))
@@ -172,7 +177,9 @@ def find(g: Any, menu: Menu | None, esp: str | None) -> tuple[Kernel, ...]:
 
 def _file(g: Any, name: str, esp: str | None) -> str | None:
     """The file in the guest that a boot menu means; it names files relative to their file system, or subvolume."""
-    parts = [part for part in name.split("/") if part]
+    parts = [part for part in name.split("/") if part] if can_be_asked_for(name) else []
+    if len(parts) > MAX_DEPTH:
+        return None
     roots = ("/boot", "", *([esp] if esp else []))
     for skipped in range(len(parts)):
         for root in roots:

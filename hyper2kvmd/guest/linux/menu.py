@@ -27,7 +27,7 @@ _TOKEN = re.compile(
 _QUOTED = re.compile(r"'(?P<single>[^'\n]*)'|\"(?P<double>(?:[^\"\\\n]|\\.)*)\"|\\(?P<escaped>.)")
 _ASSIGNMENT = re.compile(r"(?P<name>\w+)=(?P<value>.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{?(?P<name>\w+)\}?")
-_BLSCFG = re.compile(r"^\s*blscfg\b", re.MULTILINE)
+_BLSCFG = re.compile(r"^[ \t]*blscfg\b", re.MULTILINE)
 _LOAD_ENV = re.compile(r"\bload_env[ \t]+(?:-f|--file)[ \t=]+(/[^\s;$]+)")
 # An id or title that can be written into any of GRUB's files without quoting.
 _PLAIN = re.compile(r"[^>\"'$`\\\r\n]+")
@@ -278,11 +278,11 @@ def _bls_entries(files: Iterable[File], variables: Mapping[str, str]) -> list[Me
 
 
 def _bls_fields(text: str) -> dict[str, str]:
-    """The fields of a BLS file, with those initrds joined by spaces that have a line each."""
+    """The fields of a BLS file, with those initrds and options joined by spaces that have a line each."""
     fields: dict[str, str] = {}
     for line in text.split("\n"):
         key, value = _key_value(line)
-        fields[key] = f"{fields[key]} {value}" if key == "initrd" and key in fields else value
+        fields[key] = f"{fields[key]} {value}" if key in ("initrd", "options") and key in fields else value
     return fields
 
 

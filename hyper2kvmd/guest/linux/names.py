@@ -9,6 +9,7 @@ from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.linux import fstab
 from hyper2kvmd.guest.linux.devices import Device, Known, Names, changes_with_hardware, work_out
 from hyper2kvmd.guest.linux.menu import Menu
+from hyper2kvmd.guest.mounts import NEEDED
 from hyper2kvmd.text import printable
 
 Read = Callable[[str], str | None]
@@ -31,7 +32,9 @@ MDADM = ("/etc/mdadm.conf", "/etc/mdadm/mdadm.conf")
 _OTHERS = ("/etc/crypttab", *UNITS, *(pattern for pattern, _ in MENU_DEFAULTS), *MDADM,
            "/etc/initramfs-tools/initramfs.conf", "/etc/initramfs-tools/conf.d/*")  # fmt: skip
 _DEVICE = re.compile(r"(?<![\w/])/dev/(?:disk/by-path/[^\s\"',;]{1,200}|[^\s\"',;:\[\]*?]{1,200})")
-_OPTICAL = ("iso9660", "udf")
+# Drives for CDs, whose name on an IDE controller is like that of a disk.
+_OPTICAL = frozenset(("iso9660", "udf"))
+_OPTICAL_PLACE = re.compile(r"/(?:media/|mnt/)?(?:cd|dvd)[\w-]{0,20}/?")
 _FILE_LIMIT = 200  # of one kind; a guest with more was made to keep us busy
 
 
@@ -48,7 +51,7 @@ def known(
 ) -> Known:
     """Which device each name in the guest is. root: the device of the root, which was found by looking."""
     entries = fstab.entries(read(fstab.PATH) or "")
-    used = [entry.spec for entry in entries if entry.type not in _OPTICAL]
+    used = [entry.spec for entry in entries if not _is_optical(entry)]
     used += [value for entry in entries for option in entry.options for value in _DEVICE.findall(option)]
     texts = [text for _, text in files(read, glob, *_OTHERS)]
     texts += [file.text for file in menu.files] if menu else []
@@ -63,7 +66,14 @@ def known(
     by_content = Names(devices, {})
     taken = {one.name for entry in entries for one in by_content.all(entry.spec)}
     types = {entry.spec: entry.type for entry in entries if "noauto" not in entry.options and entry.where != "/"}
-    return work_out(disks, devices, used, (own, device.disk) if own and device else None, types, taken)
+    needed = [entry.spec for entry in entries if entry.where in NEEDED - {"/"} and "noauto" not in entry.options]
+    return work_out(disks, devices, used, (own, device.disk) if own and device else None, types, taken, needed)
+
+
+def _is_optical(entry: fstab.Entry) -> bool:
+    """Whether a line is for a drive of CDs: `/dev/hdc /media/cdrom0 udf,iso9660 user,noauto`."""
+    by_type = bool(_OPTICAL & set(entry.type.split(",")))
+    return by_type or (entry.type == "auto" and bool(_OPTICAL_PLACE.fullmatch(entry.where)))
 
 
 def disk_order(spec: str, root: str) -> Finding:

@@ -7,11 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-import yaml
-
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.linux.fixers import FixPlan, View
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, guest_yaml
 from hyper2kvmd.manifest.model import Interface
 from hyper2kvmd.text import mac_address, printable
 
@@ -124,21 +122,21 @@ def defined_by_netplan(text: str) -> dict[str, str] | None:
 
     None for a file that cannot be read.
     """
-    try:
-        content = yaml.load(text, Loader=yaml.BaseLoader)  # everything is text, so nothing in it can be a bad value
-    except (yaml.YAMLError, RecursionError):
+    content = guest_yaml.load(text)
+    if content is None:
         return None
-    network = content.get("network") if isinstance(content, dict) else None
+    network = content.get("network")
     if not isinstance(network, dict):
-        return {} if content is None or isinstance(content, dict) else None
+        return {}
     found: dict[str, str] = {}
     for devices in network.values():
         for key, device in devices.items() if isinstance(devices, dict) else ():
             match = device.get("match") if isinstance(device, dict) else None
             match = match if isinstance(match, dict) else {}
-            name = (device.get("set-name") if isinstance(device, dict) else None) or match.get("name") or key
+            said = (device.get("set-name") if isinstance(device, dict) else None, match.get("name"), key)
+            name = next((word for word in said if word and isinstance(word, str)), "")
             mac = match.get("macaddress")
-            found[str(name)] = (isinstance(mac, str) and mac_address(mac)) or ""
+            found[name] = (isinstance(mac, str) and mac_address(mac)) or ""
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit, Named, Proof
 from hyper2kvmd.guest.linux import menu as boot_menu
-from hyper2kvmd.guest.linux.devices import BY_CONTENT, Became, as_path, changes_with_hardware
+from hyper2kvmd.guest.linux.devices import BY_CONTENT, NO_FILE_SYSTEM, Became, as_path, changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.kernels import Image
 from hyper2kvmd.guest.linux.menu import INITRD_LINE, LINUX_LINE, Menu, MenuEntry
@@ -33,7 +33,8 @@ _TAKE_PATHS = frozenset(("logdev", "rtdev", "journal_path"))
 _FLAGS = re.compile(r"(?<![^\s\"'=])rootflags=(?P<flags>[^\s\"';]+)")
 _NEVER = re.compile(r"(?!)")
 _BY_NUMBER = re.compile(r"(?:0x)?[0-9a-f]{3,5}|\d{1,4}:\d{1,5}")
-_SEARCH = re.compile(r"(?m)^\s*search\b[^\n]*?--fs-uuid\b[^\n]*?\s([0-9A-Fa-f]{4,}(?:-[0-9A-Fa-f]{4,}){1,4})\s*$")
+_SEARCH = re.compile(r"(?m)^[ \t]*search[ \t]([^\n]*)")
+_FS_UUID = re.compile(r"[0-9A-Fa-f]{4,}(?:-[0-9A-Fa-f]{4,}){1,4}")
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,16 @@ def plan(view: View, *, console: bool = False, default: int | None = None) -> Fi
     menu = view.inspection.menu
     root = view.names.devices.get(view.inspection.root)
     looked_up: dict[str, Became] = {}
+    starts = menu.entries[menu.default].option("root") if menu is not None and menu.default is not None else ""
+
+    def is_of_another(spec: str) -> bool:
+        """Whether a root is that of another system, of which an entry is on the menu."""
+        meant = view.names.find(spec)
+        return spec != starts and meant not in (None, root) and meant.type not in NO_FILE_SYSTEM
 
     def stable(key: str, spec: str, by_partition: bool) -> str | None:
-        if key in ("root", "real_root") and root is not None:  # found by looking, which is better than any name
+        is_root = key in ("root", "real_root") and not is_of_another(spec)
+        if is_root and root is not None:  # found by looking, which is better than any name
             found = view.names.known_as(root, "found by looking", by_partition=by_partition)
         else:
             type = "swap" if key == "resume" else "auto"
@@ -231,7 +239,9 @@ def _prove_root(view: View, menu: Menu, entry: MenuEntry) -> Proof | None:
 def _prove_search(view: View, menu: Menu) -> Iterator[Proof]:
     """That what GRUB searches for is not there twice."""
     for file in menu.files:
-        for uuid in dict.fromkeys(_SEARCH.findall(file.text)) if file.kind == "grub.cfg" else ():
+        searches = (found.split() for found in _SEARCH.findall(file.text) if file.kind == "grub.cfg")
+        uuids = (words[-1] for words in searches if "--fs-uuid" in words[:-1] and _FS_UUID.fullmatch(words[-1]))
+        for uuid in dict.fromkeys(uuids):
             devices = view.names.all(f"UUID={uuid}")
             if len(devices) > 1:
                 said = " and ".join(device.name for device in devices)

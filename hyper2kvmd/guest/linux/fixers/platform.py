@@ -17,8 +17,8 @@ from typing import Any
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Command, Edit
 from hyper2kvmd.guest.linux import fstab
-from hyper2kvmd.guest.linux.fixers import FixPlan, View, vmware
-from hyper2kvmd.guest.linux.fixers.network import cmdline, netplan
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, guest_yaml, vmware
+from hyper2kvmd.guest.linux.fixers.network import cmdline
 from hyper2kvmd.text import printable
 
 FIXER = "platform"
@@ -136,7 +136,7 @@ def datasource_list(texts: Sequence[str]) -> list[str]:
     """The datasources that the settings allow, given in the order in which they are read; empty if they do not say."""
     names: list[str] = []
     for text in texts:
-        content = netplan.load(text)
+        content = guest_yaml.load(text)
         value: Any = (content or {}).get("datasource_list")
         if isinstance(value, list):
             names = [name for name in value if isinstance(name, str)]
@@ -161,7 +161,7 @@ def _is_off(view: View) -> bool:
 
 
 def _leaves_network(text: str) -> bool:
-    network = (netplan.load(text) or {}).get("network")
+    network = (guest_yaml.load(text) or {}).get("network")
     return isinstance(network, dict) and network.get("config") == "disabled"
 
 

@@ -104,6 +104,16 @@ def test_absurd_name_size_is_refused(tmp_path: Path) -> None:
         names(tmp_path, b"070701" + b"F" * 104 + b"\0" * 100)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress])
+@pytest.mark.parametrize("size", [b"-0000074", b"+0000010", b"0x000010", b"0_000010", b"        "])
+def test_size_that_is_no_hexadecimal_number_is_refused(tmp_path: Path, compress: object, size: bytes) -> None:
+    data = archive("init")
+    data = data[:54] + size + data[62:]
+    with pytest.raises(MigrationError, match="no hexadecimal number"):
+        names(tmp_path, compress(data))  # type: ignore[operator]
+
+
 @given(st.lists(st.integers(1, 300), min_size=1))
 def test_walker_does_not_care_where_the_pieces_end(sizes: list[int]) -> None:
     data = archive("init", "usr/lib/modules/6.1/kernel/virtio.ko", "etc/modprobe.d/x.conf", content=b"c" * 131)

@@ -73,6 +73,12 @@ def test_hardware_path_is_understood_where_there_is_one_disk() -> None:
     assert names.stable(identity) == "UUID=TWIN"
 
 
+@pytest.mark.parametrize("word", ["²", "٣", "1" * 400])
+def test_address_with_odd_digits_raises_nothing(word: str) -> None:
+    path = f"/dev/disk/by-path/pci-{word}-part1"
+    assert known(path, 1).stable(path) == "UUID=ROOT"
+
+
 def test_addresses_on_one_controller_are_in_the_order_of_the_disks() -> None:
     used = f"{PATH.format(10)} {PATH.format(2)}"
     assert ["UUID=ROOT", "PARTUUID=p-b1"] == [known(used).stable(PATH.format(target)) for target in (2, 10)]
@@ -100,6 +106,16 @@ def test_a_disk_is_the_same_by_both_of_its_identities() -> None:
     mapper = "/dev/mapper/36000c29d5e8a4b7c-part1"
     names = known(f"{one} {other} {mapper}", root=(one, "/dev/sdb"))
     assert {"PARTUUID=p-b1"} == {names.stable(spec) for spec in (one, other, mapper)}
+
+
+@pytest.mark.parametrize(
+    ("disk", "part"),
+    [("mpatha", "mpathap1"), ("mpatha", "mpatha-part1"), ("mpathaa", "mpathaap1"), ("mpath0", "mpath0p1")],
+)
+def test_partition_of_a_multipath_device_is_on_that(disk: str, part: str) -> None:
+    names = known(f"/dev/mapper/{disk} /dev/mapper/{part}", 1)
+    assert "UUID=ROOT" == names.stable(f"/dev/mapper/{part}")
+    assert "/dev/sda" == names.becomes(f"/dev/mapper/{disk}").place
 
 
 def test_name_spaces_of_several_controllers_have_no_order() -> None:
@@ -134,6 +150,8 @@ def test_volume_is_known_by_both_of_its_names() -> None:
         ("/dev/disk/azure/root-part1", True),
         ("/dev/disk/by-diskseq/3", True),
         ("/dev/disk/by-id/md-uuid-a:b", False),
+        ("/dev/mapper/mpath0", True),
+        ("/dev/mapper/mpath12p3", True),
         ("/dev/mapper/mpath-of-destiny", False),
         ("/dev/disk/by-partlabel/root", False),
         ("/dev/dm-0", False),

@@ -8,10 +8,13 @@ import pytest
 
 from hyper2kvmd.domain.model import Machine
 from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.inspect import Inspection
 from hyper2kvmd.guest.linux import kernels
 from hyper2kvmd.guest.linux.devices import Names
-from hyper2kvmd.guest.linux.fix import choose_machine
+from hyper2kvmd.guest.linux.fix import _apply, choose_machine
+from hyper2kvmd.guest.linux.fixers import FixPlan
+from hyper2kvmd.guest.linux.fixers.network.udev import RULES
 from hyper2kvmd.guest.linux.kernels import Image, Kernel
 from hyper2kvmd.guest.linux.menu import Menu, MenuEntry
 from hyper2kvmd.guest.options import FixOptions
@@ -36,6 +39,37 @@ def inspection(*images: Image, disks: int = 1, default: int = 0) -> Inspection:
         locked=(), menu=Menu("grub-legacy", (), entries, default), names=Names({}, {}), serial_console=False,
         warnings=(),
     )  # fmt: skip
+
+
+class Links:
+    """A guest in which some paths are links, through which nothing may be written."""
+
+    def __init__(self, *links: str) -> None:
+        self.links, self.files = set(links), dict[str, bytes]()
+
+    def is_symlink(self, path: str) -> bool:
+        return path in self.links
+
+    def mkdir_p(self, path: str) -> None:
+        assert path not in self.links
+
+    def rm(self, path: str) -> None:
+        self.links.remove(path)
+
+    def write(self, path: str, content: bytes) -> None:
+        assert path not in self.links
+        self.files[path] = content
+
+    def chmod(self, mode: int, path: str) -> None:
+        assert path in self.files
+
+
+@pytest.mark.parametrize("path", [RULES, "/etc/systemd/network/10-hyper2kvm-ens192.link", "/etc/default/new"])
+def test_a_file_that_is_made_is_not_written_through_a_link_to_dev_null(path: str) -> None:
+    guest = Links(path, "/etc/other")
+    edit = Edit("network", path, None, "a rule\n", "a card keeps its name")
+    assert [path] == [change.path for change in _apply(guest, [FixPlan((edit,))], FixOptions())]
+    assert ({path: b"a rule\n"}, {"/etc/other"}) == (guest.files, guest.links)
 
 
 OLD = "2.6.18-398.el5"

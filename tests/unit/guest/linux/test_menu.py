@@ -879,6 +879,12 @@ def test_systemd_boot_starts_the_first_where_its_configuration_names_none() -> N
         assert 1 == menu_of(chosen(files, 1)).default
 
 
+def test_bls_entry_with_several_lines_of_options_has_all_of_them() -> None:
+    text = "title A\nlinux /vmlinuz\ninitrd /a\noptions root=/dev/sda2 ro\noptions quiet\ninitrd /b\n"
+    found = menu_of({"/boot/grub2/grub.cfg": "blscfg\n", "/boot/loader/entries/a.conf": text})
+    assert ("root=/dev/sda2 ro quiet", ("/a", "/b")) == (found.entries[0].options, found.entries[0].initrds)
+
+
 def test_bls_versions_sort_as_rpm_sorts_them() -> None:
     newest_first = (
         "5.14.0.1-2.el9", "5.14.0-427.13.1.el9_4", "5.14.0-427.el9", "5.14.0-70.el9", "5.14.0-9.el9",
@@ -963,6 +969,7 @@ HUGE = {
     "one line": "linux /k " + "root=/dev/sda2 console= " * 10_000,
     "variables": f"set a={'x' * 1000}\nmenuentry b {{\n linux /{'$a' * 100_000}\n}}",
     "id": "menuentry 'x' --id " + "a" * 1_000_000 + "'$' {\n linux /k\n}\n",
+    "blank lines": " \n" * (1 << 19),
     "environments": "".join(f"load_env -f /{n}\n" for n in range(20_000)),
 }
 

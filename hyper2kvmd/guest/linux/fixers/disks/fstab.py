@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from shlex import quote
 
 from hyper2kvmd.errors import Finding
-from hyper2kvmd.guest.change import Command, Edit, Named
+from hyper2kvmd.guest.change import Command, Edit, Named, encode
 from hyper2kvmd.guest.linux import fstab
 from hyper2kvmd.guest.linux.devices import BY_CONTENT, Became, as_path, changes_with_hardware, is_removable
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
@@ -56,7 +56,9 @@ def plan(view: View, *, by_path_only: bool = False) -> FixPlan:
 
     units = () if by_path_only else view.files(*UNITS)
     plans = (_table(view, becomes, by_path_only), *(_unit(view, path, text, becomes) for path, text in units))
-    return FixPlan.joined(plans)
+    joined = FixPlan.joined(plans)
+    # Two swap units of one device become one.
+    return replace(joined, edits=tuple({edit.path: edit for edit in joined.edits}.values()))
 
 
 # From a device name, the type of what is on it and the mount point to what it has to be.
@@ -178,18 +180,22 @@ def _unit(view: View, path: str, text: str, becomes: Becomes) -> FixPlan:
     name = Named(path, 0, entry.where, entry.spec, as_path(found.name or entry.spec), found.place, found.why)
     if found.name == entry.spec:
         return FixPlan(names=(name,))
+    unit = path.rpartition("/")[2]
     if found.name is not None:
         value = as_path(found.name)
         new = _UNIT_LINE.sub(lambda m: m[0] if m["key"] != "What" else m["lead"] + value + m["end"], text)
-        return FixPlan((Edit("fstab", path, text, new, f"{value} instead of {printable(entry.spec)}"),), names=(name,))
+        new = _with_device(new, entry.spec, value)
+        summary = f"{value} instead of {printable(entry.spec)}"
+        if kind == "swap":
+            return replace(_renamed(view, path, text, new, f"{_unit_name(value)}.swap", summary), names=(name,))
+        return FixPlan((Edit("fstab", path, text, new, summary),), names=(name,))
     warning = Finding(
         "fstab_unresolved",
         f"{printable(path)} in the guest mounts {printable(entry.spec)} on {printable(entry.where)}: {found.why}",
         "The guest starts without it. Write the UUID of the file system there, export the disk that is missing too, or "
         "disable the unit.",
     )
-    unit = path.rpartition("/")[2]
-    required = list(view.g.glob_expand(f"{_SYSTEM}/*.requires/{unit}"))
+    required = _links(view, unit, "requires")
     if not required:
         return FixPlan(warnings=(warning,), names=(name,))
     # What a target requires stops the boot in emergency mode; what it wants does not.
@@ -200,3 +206,32 @@ def _unit(view: View, path: str, text: str, becomes: Becomes) -> FixPlan:
     ]
     summary = f"the boot does not wait for {printable(unit)}, which is not there"
     return FixPlan(commands=(Command("fstab", path, " && ".join(moves), summary),), warnings=(warning,), names=(name,))
+
+
+def _links(view: View, unit: str, *kinds: str) -> list[str]:
+    """What has a target want or require a unit, whose name a glob could not be given: it has backslashes."""
+    links = [link for kind in kinds for link in view.g.glob_expand(f"{_SYSTEM}/*.{kind}/*")]
+    return [link for link in links if link.rpartition("/")[2] == unit]
+
+
+def _unit_name(path: str) -> str:
+    """A path as systemd writes it in the names of units: /dev/disk/by-uuid/1-a is dev-disk-by\\x2duuid-1\\x2da."""
+    plain = re.compile(r"[A-Za-z0-9:_./]")
+    escaped = (c if plain.fullmatch(c) else "".join(f"\\x{byte:02x}" for byte in encode(c)) for c in path.strip("/"))
+    return "".join(escaped).replace("/", "-")
+
+
+def _with_device(text: str, old: str, new: str) -> str:
+    """A unit that waits for another device (Requires=dev-sdb1.device)."""
+    name = re.escape(f"{_unit_name(old)}.device")
+    return re.sub(rf"(?<![\w\\:.-]){name}(?!\S)", lambda found: f"{_unit_name(new)}.device", text)
+
+
+def _renamed(view: View, path: str, text: str, new: str, unit: str, summary: str) -> FixPlan:
+    """A swap unit under the name of its new device: systemd loads none that is called otherwise."""
+    target = f"{_SYSTEM}/{unit}"
+    edits = (Edit("fstab", path, text, None, summary), Edit("fstab", target, view.read(target), new, summary))
+    links = _links(view, path.rpartition("/")[2], "wants", "requires")
+    moves = [f"ln -sf {quote(target)} {quote(link.rpartition('/')[0])}/ && rm {quote(link)}" for link in links]
+    commands = (Command("fstab", target, " && ".join(moves), f"{printable(unit)} is started"),) if moves else ()
+    return FixPlan(edits, commands=commands)

@@ -20,7 +20,7 @@ CACHES = ("/etc/lvm/cache/.cache", "/etc/blkid.tab", "/etc/blkid/blkid.tab")
 # Identifiers that come from what is on the device; all others come from the disk or its controller.
 _STABLE_IDS = frozenset({"loop_file", "md_uuid", "crypt_uuid", "lvmlv_uuid"})
 _FILTER = re.compile(
-    r"^(?P<lead>[ \t]*(?:devices/)?(?P<key>global_filter|filter)[ \t]*=[ \t]*)"
+    r"^(?P<lead>(?:[ \t]*devices[ \t]*\{)?[ \t]*(?:devices/)?(?P<key>global_filter|filter)[ \t]*=[ \t]*)"
     r"(?P<value>\[[^\]\[]*(?:\[[^\]\n]*\][^\]\[]*)*\]|\"[^\"\n]*\"|'[^'\n]*')",
     re.MULTILINE,
 )
@@ -95,8 +95,8 @@ def hiding_filters(text: str, bus: DiskBus) -> list[tuple[str, str]]:
 
 
 def _without_comments(text: str) -> str:
-    """The text with blanks for comments, so that every other byte is where it was."""
-    return re.sub(r"(?m)#[^\n]*", lambda found: " " * len(found[0]), text)
+    """The text with blanks for comments, so that every other byte is where it was. A pattern may have a `#`, too."""
+    return re.sub(r"\"[^\"\n]*\"|(?P<comment>#[^\n]*)", lambda f: " " * len(f[0]) if f["comment"] else f[0], text)
 
 
 def _hides(patterns: list[str], name: str) -> bool:
@@ -110,7 +110,20 @@ def _hides(patterns: list[str], name: str) -> bool:
         body = pattern[2:-1].removeprefix("^").removesuffix("$")
         if body in _ALL or whole.fullmatch(body):
             return pattern.startswith("r")
+        if pattern.startswith("r") and _may_fit(body.removeprefix("/dev/"), name):
+            return True
     return False
+
+
+def _may_fit(body: str, name: str) -> bool:
+    """Whether an expression may fit every disk of this name, by how it begins; one for a single disk does not."""
+    if found := re.match(r"\[(?P<no>\^?)(?P<set>[^\]\[]+)\]", body):
+        chars = re.sub(r"(.)-(.)", lambda f: "".join(map(chr, range(ord(f[1]), ord(f[2]) + 1)[:256])), found["set"])
+        return (name[0] in chars) != bool(found["no"])
+    if found := re.match(r"\((?P<words>[\w|/.*-]+)\)", body):
+        return any(_may_fit(word, name) for word in found["words"].split("|"))
+    word = re.match(r"[\w/-]*", body)
+    return word is None or name.startswith(word[0])
 
 
 def accepting(text: str, bus: DiskBus) -> str:

@@ -17,10 +17,18 @@ _ASKS = re.compile(
 )
 _GIVES = re.compile(r"\b(?:SYMLINK|NAME|OWNER|GROUP|MODE|RUN|ENV\{[^}]*\})(?:\{\w+\})?\s*(?:\+|:)?=(?!=)")
 _RULES = "/etc/udev/rules.d/*.rules"
-# Settings of Oracle's ASM and of raw devices, each with what in it is a name of a disk.
+_DISK = r"(?P<name>/dev/(?:sd|hd|xvd|nvme|disk/by-path/|disk/by-id/(?:scsi|ata|wwn|nvme|virtio))[^\s\"';]+)"
+# Settings of Oracle's ASM and of raw devices, scripts that mount, maps of autofs, and DRBD's resources, each with what
+# in it is a name of a disk.
 _SETTINGS = (
-    ("/etc/sysconfig/oracleasm", re.compile(r"(?m)^\s*ORACLEASM_SCANORDER=[\"']?(?P<name>[^\"'\n]+)")),
-    ("/etc/sysconfig/rawdevices", re.compile(r"(?m)^\s*/dev/raw/\S+\s+(?P<name>/dev/\S+)")),
+    ("/etc/sysconfig/oracleasm", re.compile(r"(?m)^[ \t]*ORACLEASM_SCANORDER=[\"']?(?P<name>[^\"'\n]+)")),
+    ("/etc/sysconfig/rawdevices", re.compile(r"(?m)^[ \t]*/dev/raw/\S+\s+(?P<name>/dev/\S+)")),
+    *(
+        (path, re.compile(rf"(?m)^[ \t]*(?:/\S{{1,40}}/)?(?:mount|swapon)[ \t](?:[^\n#]*[ \t=])?{_DISK}"))
+        for path in ("/etc/rc.local", "/etc/rc.d/rc.local", "/etc/init.d/boot.local", "/etc/init.d/after.local")
+    ),
+    ("/etc/auto.*", re.compile(rf"(?m)^[^#\n]*[ \t]:{_DISK}")),
+    ("/etc/drbd.d/*.res", re.compile(rf"(?m)^[^#\n]*\b(?:meta-)?disk[ \t]+\"?{_DISK}")),
 )
 
 
@@ -37,10 +45,13 @@ def plan(view: View, bus: DiskBus) -> FixPlan:
                     continue
                 warnings.append(_warning(f"{path} line {number}", wanted, new))
                 break
-    for path, pattern in _SETTINGS:
-        found = pattern.search(view.read(path) or "")
-        if found and not re.match(rf"(?:/dev/)?{new}", found["name"].split()[0] if found["name"].split() else ""):
-            warnings.append(_warning(path, found["name"], new))
+    seen: set[str] = set()  # Red Hat's rc.local has two names
+    for glob, pattern in _SETTINGS:
+        for path, text in view.files(glob):
+            found = None if text in seen else pattern.search(text)
+            seen.add(text)
+            if found and not re.match(rf"(?:/dev/)?{new}", found["name"].split()[0] if found["name"].split() else ""):
+                warnings.append(_warning(path, found["name"], new))
     return FixPlan(warnings=tuple(warnings))
 
 
@@ -49,6 +60,6 @@ def _warning(where: str, wanted: str, new: str) -> Finding:
         "disk_rule",
         f"{printable(where)} in the guest goes by the disk {printable(wanted)}, and the new disks are called {new}a, "
         f"{new}b, …: what it names, or gives rights to, will not be there",
-        "Have the rule go by what is on the disk (ENV{ID_FS_UUID}, ENV{ID_PART_ENTRY_UUID}), or by the new serial "
-        "numbers, before the programs that need it are started.",
+        "Have it go by what is on the disk (/dev/disk/by-uuid, in a rule ENV{ID_FS_UUID} or ENV{ID_PART_ENTRY_UUID}), "
+        "or by the new serial numbers, before the programs that need it are started.",
     )

@@ -75,17 +75,15 @@ def check_space(g: Any, images: Sequence[Image]) -> None:
     """Raise MigrationError (guest_space) if the new images, all at once, would not fit.
 
     An image can be half as large again as the old one (it gets modules), and the old one stays until the new one
-    is complete; unpacked in /var/tmp it is some five times as large.
+    is complete; unpacked in /var/tmp it is some five times as large, for as many images as are built at once.
     """
+    sizes = [(image, max(image.size * 3 // 2, 16 << 20)) for image in images]
+    largest = sorted((size for _, size in sizes), reverse=True)[: g.get_smp()]
+    wanted = [((image.kernel.initrd or "").rpartition("/")[0], size, 10) for image, size in sizes]
     needed: dict[str, tuple[int, int]] = {}
-    for image in images:
-        new = max(image.size * 3 // 2, 16 << 20)
-        for path, more_bytes, more_inodes in (
-            ((image.kernel.initrd or "").rpartition("/")[0], new, 10),
-            ("/var/tmp", 5 * new, 1100),
-        ):
-            bytes_so_far, inodes_so_far = needed.get(path, (0, 0))
-            needed[path] = bytes_so_far + more_bytes, inodes_so_far + more_inodes
+    for path, more_bytes, more_inodes in (*wanted, *(("/var/tmp", 5 * size, 1100) for size in largest)):
+        bytes_so_far, inodes_so_far = needed.get(path, (0, 0))
+        needed[path] = bytes_so_far + more_bytes, inodes_so_far + more_inodes
     for path, (bytes_needed, inodes_needed) in needed.items():
         free = g.statvfs(path)
         bytes_free = free["bavail"] * free["frsize"]

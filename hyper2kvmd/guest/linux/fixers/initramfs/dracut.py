@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from hyper2kvmd.guest.change import Edit
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
-from hyper2kvmd.guest.linux.fixers.network.udev import RULES
+from hyper2kvmd.guest.linux.fixers.network.udev import OTHER_RULES, RULES
 from hyper2kvmd.guest.linux.kernels import Bus, Image
 
 # The number makes it one of the last that are read, and so the administrator can still come after it.
@@ -37,7 +37,8 @@ def commands(view: View, images: Sequence[Image], bus: Bus) -> Mapping[str, str]
     options += [o for o in ("--no-hostonly", "--no-hostonly-cmdline", "--mdadmconf", "--lvmconf") if o in knows]
     # An image for any hardware has udev's own rule for names, and would be the first to rename a card by it. Rules of
     # the guest's own are left out of it, where one for this hardware has them.
-    if names := [*view.g.glob_expand(LINKS), *(view.g.glob_expand(RULES) if "--no-hostonly" in options else ())]:
+    rules = [path for path in (RULES, OTHER_RULES) if view.read(path) is not None]
+    if names := [*view.g.glob_expand(LINKS), *(rules if "--no-hostonly" in options else ())]:
         options += ["--install", " ".join(names)]
     return {image.kernel.version: shlex.join(["dracut", *options, *_own(image, bus)]) for image in images}
 

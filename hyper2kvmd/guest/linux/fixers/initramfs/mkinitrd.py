@@ -11,7 +11,10 @@ from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.kernels import Bus, Image
 
 SUSE = "/etc/sysconfig/kernel"
-_MODULES = re.compile(r"^(?P<lead>[ \t]*INITRD_MODULES=)(?P<quote>[\"']?)(?P<words>[^\"'\n]*)(?P=quote)", re.MULTILINE)
+# A value in quotes may go on in the next line.
+_MODULES = re.compile(
+    r"^(?P<lead>[ \t]*INITRD_MODULES=)(?P<value>\"[^\"]*\"|'[^']*'|[^\s\"';]*(?=[\s;]|\Z))", re.MULTILINE
+)
 
 
 def plan(view: View, drivers: Sequence[str]) -> FixPlan:
@@ -26,7 +29,7 @@ def with_modules(text: str, drivers: Sequence[str]) -> str:
     """INITRD_MODULES with the drivers that it does not name yet, and every other byte as it was."""
 
     def longer(found: re.Match[str]) -> str:
-        words = found["words"].split()
+        words = [word for word in found["value"].strip("\"'").split() if word != "\\"]
         missing = [driver for driver in drivers if driver not in words]
         return f'{found["lead"]}"{" ".join([*words, *missing])}"' if missing else found[0]
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit
-from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses, guest_yaml
 from hyper2kvmd.guest.linux.fixers.network import (
     cmdline,
     dhcpcd,
@@ -54,6 +54,7 @@ _SYSTEMD = (
     "/usr/lib/systemd/network",
     "/lib/systemd/network",
 )
+_LINK = "10-hyper2kvm-{}.link"
 _PROFILES = ("/etc/NetworkManager/system-connections/*", "/usr/lib/NetworkManager/system-connections/*")
 _REDHAT = "/etc/sysconfig/network-scripts/ifcfg-*"
 _ETHERNET = re.compile(r"$|[*?\[]|e(?:n|th|[*?\[])|lan|wan")
@@ -96,7 +97,8 @@ def plan(view: View, nics: Sequence[Nic], cards: str = "virtio", wanted: Sequenc
         return FixPlan(warnings=(*warnings, *_no_nics(interfaces)))
     naming = _naming(view, permanent=permanent)
     bound = bind(interfaces, nics, _pins(view), _leases(view), naming)
-    edits = link_edits(bound.bindings, view.read) if naming.links else rule_edits(bound.bindings, view.read)
+    rules = udev.OTHER_RULES if view.g.is_dir(udev.RULES) else udev.RULES
+    edits = link_edits(bound.bindings, view.read) if naming.links else rule_edits(bound.bindings, view.read, rules)
     return FixPlan((*translated.values(), *edits), warnings=(*warnings, *bound.warnings))
 
 
@@ -104,7 +106,7 @@ def link_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -
     """A .link file for each name."""
     edits = []
     for one in bindings:
-        path = f"/etc/systemd/network/10-hyper2kvm-{one.name}.link"
+        path = f"/etc/systemd/network/{_LINK.format(one.name)}"
         text = (
             "# Written by hyper2kvmd, so that the card keeps its name; may be removed if that does not matter.\n"
             f"[Match]\nPermanentMACAddress={one.mac}\n\n[Link]\nName={one.name}\n"
@@ -114,14 +116,14 @@ def link_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -
     return tuple(edits)
 
 
-def rule_edits(bindings: Sequence[Binding], read: Callable[[str], str | None]) -> tuple[Edit, ...]:
-    """A rule for each name, after those that udev's rules have, where a .link file will not do."""
+def rule_edits(bindings: Sequence[Binding], read: Callable[[str], str | None], path: str) -> tuple[Edit, ...]:
+    """A rule for each name, after those that the file has, where a .link file will not do."""
     if not bindings:
         return ()
-    before = read(udev.RULES)
+    before = read(path)
     text = udev.with_rules(before or "", ((one.name, one.mac) for one in bindings))
     summary = ", ".join(f"{one.name} is the card {one.mac}" for one in bindings)
-    return (Edit("network", udev.RULES, before, text, summary, "; ".join(f"{o.name}: {o.evidence}" for o in bindings)),)
+    return (Edit("network", path, before, text, summary, "; ".join(f"{o.name}: {o.evidence}" for o in bindings)),)
 
 
 def _too_many(interfaces: Sequence[Interface]) -> Finding:
@@ -154,13 +156,17 @@ def _naming(view: View, *, permanent: bool) -> Naming:
     # Writes a rule for each new card, and so names it before a .link file can (Debian 8, SLES 12).
     generator = bool(_rule(view, "75-persistent-net-generator.rules"))
     command_lines = (text for _, text in _files(view, *cmdline.PATHS))
-    kernel_names = generator or any(_KERNEL_NAMES.search(text) for text in command_lines)
+    default = (text for path, text in _systemd(view, "link") if path.endswith("/99-default.link"))
+    policy_off = any(not text.strip() for text in default)  # a link to /dev/null, as systemd's manual has it
+    kernel_names = generator or policy_off or any(_KERNEL_NAMES.search(text) for text in command_lines)
     systemd = any(
         view.g.is_file(f"{directory}/80-net-{name}.rules")
         for directory in _RULES_DIRECTORIES[1:]
         for name in ("setup-link", "name-slot")
     )
-    links = setup_link and not generator and permanent
+    # The first file that fits a card is in force. A rule is, whatever file comes first.
+    before = [text for path, text in _systemd(view, "link") if path.rpartition("/")[2] < _LINK.format("")]
+    links = setup_link and not generator and permanent and not any(map(keyfile.is_for_many, before))
     return Naming(links, (setup_link or name_slot) and not kernel_names, swaps=not systemd)
 
 
@@ -224,7 +230,7 @@ def _netplan(view: View, warnings: list[Finding]) -> tuple[Interface, ...]:
     files = []
     for name in sorted(texts):
         path, text = texts[name]
-        content = netplan.load(text)
+        content = guest_yaml.load(text)
         if content is None:
             warnings.append(
                 Finding(
@@ -257,6 +263,14 @@ def _networks(view: View) -> list[tuple[str, str]]:
     return [(path, text) for path, text in _systemd(view, "network") if runs or path.startswith("/etc/")]
 
 
+def _profiles(view: View) -> list[tuple[str, str]]:
+    """NetworkManager's profiles; one in /etc takes the place of the distribution's of the same name."""
+    found: dict[str, tuple[str, str]] = {}
+    for path, text in _files(view, *_PROFILES):
+        found.setdefault(path.rpartition("/")[2], (path, text))
+    return list(found.values())
+
+
 def _keyfiles(view: View) -> Iterator[Interface]:
     made = {keyfile.netdev(text) for _, text in _systemd(view, "netdev")}
     for path, text in _networks(view):
@@ -264,7 +278,7 @@ def _keyfiles(view: View) -> Iterator[Interface]:
             # What the distribution brings is for containers and the like, unless it speaks of Ethernet cards.
             if one.name not in (made - {""}) and (path.startswith("/etc/") or _ETHERNET.match(one.name)):
                 yield one
-    for path, text in _files(view, *_PROFILES):
+    for path, text in _profiles(view):
         yield from keyfile.networkmanager(text, path)
 
 
@@ -291,12 +305,12 @@ def _matches(view: View, *, permanent: bool) -> Iterator[Match]:
     """All that goes by the place, the driver or a property of a card."""
     for path, text in (*_networks(view), *_systemd(view, "link")):
         yield from keyfile.matches(text, path, permanent=permanent)
-    for path, text in _files(view, *_PROFILES):
+    for path, text in _profiles(view):
         yield from keyfile.profile_matches(text, path)
     for path, text in _files(view, _REDHAT):
         yield from ifcfg.matches(text, path)
     for path, text in _files(view, "/etc/netplan/*.yaml"):
-        if netplan.load(text):
+        if guest_yaml.load(text):
             yield from netplan.matches(text, path)
 
 

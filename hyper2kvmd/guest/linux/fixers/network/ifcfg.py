@@ -13,7 +13,10 @@ _ASSIGNMENT = re.compile(r"[ \t]*(?:export[ \t]+)?(?P<key>[A-Z][A-Z0-9_]*)=(?P<v
 _LEFTOVER = re.compile(r".*(?:~|\.(?:bak|old|orig|rpmnew|rpmorig|rpmsave|swp|scpmbackup|template))")
 _MATCHES = ("MATCH_PATH", "MATCH_DRIVER")
 _MATCH_LINE = re.compile(r"[ \t]*(?:MATCH_PATH|MATCH_DRIVER)=")
-_SLAVES = re.compile(r"BONDING_SLAVE_?\d{0,3}|BRIDGE_PORTS|ETHERDEVICE|PHYSDEV")
+_SLAVES = re.compile(r"BONDING_SLAVE_?\d{0,3}|BRIDGE_PORTS|ETHERDEVICE|PHYSDEV|BOND_IFACES")
+# A card, and one that is a port of Open vSwitch.
+_CARDS = ("ethernet", "ovsport")
+_KERNEL_NAME = re.compile(r"e(?:th|n|m)\w*\d\w*")
 
 
 def redhat(text: str, file: str, *, renames: bool) -> tuple[Interface, ...]:
@@ -27,19 +30,23 @@ def redhat(text: str, file: str, *, renames: bool) -> tuple[Interface, ...]:
         return ()
     mac = mac_address(values.get("HWADDR", ""))
     matched = any(key.startswith("MATCH_") for key in values)
-    device = values.get("DEVICE", "") or ("" if mac or matched else suffix)
+    # NetworkManager gives each of its profiles a UUID, and uses one without DEVICE for any card, whatever its file is
+    # called (ifcfg-Wired_connection_1).
+    any_card = mac or matched or ("UUID" in values and not _KERNEL_NAME.fullmatch(suffix))
+    device = values.get("DEVICE", "") or ("" if any_card else suffix)
+    idle = values.get("ONBOOT", "").lower() in ("no", "false")
     slaves = _slaves(values)
     virtual = (
-        values.get("TYPE", "Ethernet").lower() != "ethernet"
+        values.get("TYPE", "Ethernet").lower() not in _CARDS
         or values.get("DEVICETYPE", "").lower() == "team"
         or "yes" in (values.get("VLAN", "").lower(), values.get("BONDING_MASTER", "").lower())
     )
     if virtual or slaves:
         names = [*slaves, card(device) if "." in device else ""]
-        return tuple(Interface(file, name) for name in names if name)
+        return tuple(Interface(file, name, idle=idle) for name in names if name)
     name = card(device)
     if name or (mac and not device):
-        return (Interface(file, name, mac, pinned=renames and bool(name and mac)),)
+        return (Interface(file, name, mac, pinned=renames and bool(name and mac), idle=idle),)
     words = (element(word) for word in values.get("MATCH_INTERFACE_NAME", "").split())
     found = ((card_or_glob(word), excluded) for word, excluded in words)
     return tuple(Interface(file, name, excluded=excluded) for name, excluded in found if name)
@@ -75,7 +82,8 @@ def suse(text: str, file: str) -> tuple[Interface, ...]:
         return (Interface(file, "", mac),) if mac else ()
     virtual = any(values.get(key) for key in ("BONDING_MASTER", "BRIDGE", "ETHERDEVICE", "TUNNEL", "TEAM_RUNNER"))
     names = [*_slaves(values), "" if virtual and "." not in suffix else card(suffix)]
-    return tuple(Interface(file, name) for name in dict.fromkeys(names) if name)
+    idle = values.get("STARTMODE", "").lower() in ("off", "manual")
+    return tuple(Interface(file, name, idle=idle) for name in dict.fromkeys(names) if name)
 
 
 def _slaves(values: dict[str, str]) -> list[str]:

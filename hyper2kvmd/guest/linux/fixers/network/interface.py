@@ -22,7 +22,8 @@ class Interface:
     name: may be a glob, and is "" where the file goes by other properties only. mac: by which the file matches, not
     one that it sets. pinned: the guest itself gives the name to that MAC address at every boot. excluded: the file is
     for every card but this one, which must be known by that name all the same. passing: the file is none that
-    configures the system's network; those that do may know the card by another name, and go before it.
+    configures the system's network; those that do may know the card by another name, and go before it. idle: the boot
+    does not start it, as files of cards that are not there any more say, too.
     """
 
     file: str
@@ -31,6 +32,7 @@ class Interface:
     pinned: bool = False
     excluded: bool = False
     passing: bool = False
+    idle: bool = False
 
     @property
     def is_glob(self) -> bool:
@@ -39,8 +41,8 @@ class Interface:
 
     @property
     def minor(self) -> bool:
-        """Whether the name yields to those that configure a card."""
-        return self.passing or self.excluded
+        """Whether the name yields to those that configure a card, and are started."""
+        return self.passing or self.excluded or self.idle
 
 
 def card(word: str) -> str:

@@ -119,21 +119,28 @@ def link(text: str, file: str) -> tuple[Pin, ...]:
     return (Pin(card(name), macs[0], file, holds=match.keys() <= harmless),)
 
 
+def is_for_many(text: str) -> bool:
+    """Whether a .link file may be for any card: it asks for no MAC address, and not for another kind of device."""
+    match = _sections(text).get("Match", {})
+    return bool(match) and not match.keys() & {"MACAddress", "PermanentMACAddress"} and _for_cards(match)
+
+
 def networkmanager(text: str, file: str) -> tuple[Interface, ...]:
     """The cards that a connection profile is for; those that go with any card name none."""
     sections = _sections(text)
     connection = sections.get("connection", {})
     kind = _last(connection, "type")
+    idle = _last(connection, "autoconnect").lower() == "false"
     if kind == "vlan":
         parent = card(_last(sections.get("vlan", {}), "parent"))  # may be the UUID of a profile, which is no name
-        return (Interface(file, parent),) if parent else ()
+        return (Interface(file, parent, idle=idle),) if parent else ()
     if kind not in _ETHERNET:
         return ()
     ethernet = _ethernet(sections)
     mac = mac_address(_old_mac(_last(ethernet, "mac-address")))
     name = card(_last(connection, "interface-name") or _last(ethernet, "interface-name"))
     if name or mac:
-        return (Interface(file, name, mac),)
+        return (Interface(file, name, mac, idle=idle),)
     words = _list(sections.get("match", {}), "interface-name")
     cards = ((card_or_glob(word), excluded) for word, excluded in map(element, words))
     return tuple(Interface(file, name, excluded=excluded) for name, excluded in cards if name)

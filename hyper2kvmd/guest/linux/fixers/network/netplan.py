@@ -12,34 +12,6 @@ from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card, car
 from hyper2kvmd.guest.linux.fixers.network.match import Match, Rewrite, element, is_old_driver
 from hyper2kvmd.text import mac_address
 
-SIZE_LIMIT = 1 << 16
-DEPTH_LIMIT = 30
-
-
-def load(text: str) -> dict[str, Any] | None:
-    """A file as dicts, lists and strings; None if it is not YAML or no file that a person would write.
-
-    Aliases are refused: a few lines of them can stand for gigabytes. All scalars are strings, as YAML would read some
-    MAC addresses as numbers to the base of sixty.
-    """
-    if len(text) > SIZE_LIMIT:
-        return None
-    try:
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.BaseLoader):
-            if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-            elif isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
-            if isinstance(event, yaml.AliasEvent) or depth > DEPTH_LIMIT:
-                return None
-        content = yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, ValueError, OverflowError):  # the last two: an escaped character that does not exist
-        return None
-    if content in (None, ""):
-        return {}
-    return content if isinstance(content, dict) else None
-
 
 def interfaces(files: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Interface, ...]:
     """The cards of all files together, given by path and content in the order in which netplan reads them.
@@ -80,7 +52,7 @@ def matches(text: str, file: str) -> tuple[Match, ...]:
         value = _node(match, "driver")
         globs = value.value if isinstance(value, yaml.SequenceNode) else [value]
         drivers = tuple(glob.value for glob in globs if isinstance(glob, yaml.ScalarNode))
-        mac = mac_address(getattr(_node(match, "macaddress"), "value", None) or "")
+        mac = mac_address(_text(getattr(_node(match, "macaddress"), "value", None)))
         if any(map(is_old_driver, drivers)):
             what = f"driver: {', '.join(drivers)} (entry {key})"
             found.append(Match(file, what, drivers=drivers, mac=mac, changed=partial(_changed, key)))

@@ -10,6 +10,8 @@ from hyper2kvmd.guest.linux.fixers.network.interface import card
 from hyper2kvmd.text import mac_address
 
 RULES = "/etc/udev/rules.d/70-persistent-net.rules"
+# Where a directory has that name: templates put one there, so that udev cannot write the file.
+OTHER_RULES = "/etc/udev/rules.d/70-hyper2kvm-net.rules"
 _TOKEN = re.compile(
     r"(?<![A-Z])(?P<key>[A-Z]{1,20}(?:\{[^}\"]{1,40}\})?)"
     r"[ \t]{0,9}(?P<op>==|!=|\+=|:=|=)[ \t]{0,9}\"(?P<value>[^\"]{0,200})\""

@@ -10,6 +10,7 @@ from hyper2kvmd.guest.change import Proof
 from hyper2kvmd.guest.linux.devices import Device
 from hyper2kvmd.guest.linux.fixers import bootloader
 from hyper2kvmd.guest.linux.kernels import Image, Kernel
+from tests.pace import work_of_at_most
 from tests.unit.guest.linux.fixers.test_configuration import Guest, applied
 from tests.unit.guest.linux.fixers.test_disks import SDA, view
 
@@ -57,6 +58,24 @@ def repaired(options: str) -> tuple[str, list[str]]:
 )  # fmt: skip
 def test_every_device_on_a_kernel_line_gets_a_name_that_stays(options: str, expected: str) -> None:
     assert (expected, []) == repaired(options)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ("root=/dev/sdb1 ro", "root=UUID=data ro"),  # of another system, as os-prober puts it on the menu
+        ("root=/dev/disk/by-path/pci-0000:03:00.0-scsi-0:0:1:0-part1", "root=UUID=data"),
+        ("root=/dev/sda1", "root=UUID=boot"),
+        ("root=/dev/sda3 single", "root=UUID=root single"),
+        ("root=/dev/sda2", "root=UUID=root"),  # swap, where nothing can start from
+        ("root=/dev/sdb9", "root=UUID=root"),
+    ],
+)
+def test_an_entry_of_another_system_keeps_its_own_root(other: str, expected: str) -> None:
+    guest = Guest(grub("root=/dev/sda3 ro", other))
+    new = applied(guest, bootloader.plan(view(guest))).files
+    assert " linux /vmlinuz-0 root=UUID=root ro\n" in new[GRUB]
+    assert f" linux /vmlinuz-1 {expected}\n" in new[GRUB]
 
 
 def test_a_device_that_is_not_there_is_said_with_the_reason() -> None:
@@ -118,6 +137,13 @@ def test_what_grub_searches_for_must_not_be_there_twice() -> None:
     found = proofs(grub("root=UUID=root", search=boot), SDA[0], one, SDA[3], Device("/dev/sdb", disk="/dev/sdb"), other)
     assert [True, False] == [proof.ok for proof in found]
     assert "/dev/sda1 and /dev/sdb1 both have it" == found[1].evidence
+
+
+@pytest.mark.parametrize("more", [" \n" * (1 << 18), "search " + "--fs-uuid " * (1 << 16), "search\t" * (1 << 16)])
+def test_a_menu_made_to_keep_us_busy_does_not_when_it_is_proved(more: str) -> None:
+    files = {GRUB: grub("root=UUID=root")[GRUB] + more}
+    with work_of_at_most(5):
+        assert [True] == [proof.ok for proof in proofs(files)]
 
 
 def test_options_in_grubenv_and_in_bls_files_are_read_as_grub_does() -> None:

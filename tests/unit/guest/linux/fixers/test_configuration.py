@@ -21,6 +21,7 @@ from hyper2kvmd.guest.linux.devices import Device, Names
 from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses, configuration
 from hyper2kvmd.guest.linux.selinux import policy_of, relabel, topmost
 from hyper2kvmd.manifest.model import Configuration, Interface, Services, User
+from tests.pace import work_of_at_most
 
 
 class Guest:
@@ -399,6 +400,12 @@ def test_a_netplan_file_that_others_need_is_not_touched(text: str) -> None:
 def test_a_broken_netplan_file_never_raises(text: str) -> None:
     for body in (text, f"network: {{ethernets: {{ens192: {text}}}}}", "network: !!bool x", "network: {a: !!int ''}"):
         assert isinstance(addresses.defined_by_netplan(body), dict | None)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "{" * 200_000, "- " * 200_000])
+def test_a_netplan_file_made_to_keep_us_busy_does_not(text: str) -> None:
+    with work_of_at_most(5):
+        assert addresses.defined_by_netplan(text) is None
 
 
 def test_cloud_init_does_not_write_over_the_addresses() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from hyper2kvmd.guest.linux.devices import Device, Names
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.guest.linux.fixers.disks import crypttab, fstab, lvm, raid, rules
 from hyper2kvmd.guest.linux.kernels import Image, Kernel
+from tests.pace import work_of_at_most
 from tests.unit.guest.linux.fixers.test_configuration import Guest, applied
 
 SDA = (
@@ -129,6 +132,76 @@ def test_positions_that_mean_what_they_cannot_mean_are_not_those_of_these_disks(
     assert text.replace(line, line.replace("defaults", "defaults,nofail")) == edit.after
 
 
+@pytest.mark.parametrize(
+    "drive",
+    [
+        "/dev/hdc /media/cdrom0 udf,iso9660 user,noauto 0 0",
+        "/dev/hdc /media/cdrom auto pamconsole,exec,noauto,managed 0 0",
+        "/dev/hda /media/dvdrecorder auto noauto,user 0 0",
+        "/dev/hda /cdrom iso9660 ro,noauto 0 0",
+    ],
+)
+def test_a_drive_of_cds_on_an_ide_controller_is_no_disk(drive: str) -> None:
+    text = (
+        f"UUID=root / xfs defaults 0 0\n/dev/sda1 /boot xfs defaults 0 0\n/dev/sdb1 /data ext4 defaults 0 0\n{drive}\n"
+    )
+    (edit,) = fstab.plan(view({"/etc/fstab": text})).edits
+    assert text.replace("/dev/sda1", "UUID=boot").replace("/dev/sdb1", "UUID=data") == edit.after
+
+
+@pytest.mark.parametrize("driver", ["ntfs", "ntfs-3g", "ntfs3"])
+def test_a_file_system_of_windows_is_one_by_every_name_of_its_drivers(driver: str) -> None:
+    device = Device("/dev/sdb1", "ntfs", "data", disk="/dev/sdb")
+    assert (f"UUID=data /data {driver} defaults 0 0\n", []) == table(
+        f"/dev/sdb1 /data {driver} defaults 0 0\n", *SDA, Device("/dev/sdb", disk="/dev/sdb"), device
+    )
+
+
+@pytest.mark.parametrize("path", ["/etc/sysconfig/oracleasm", "/etc/sysconfig/rawdevices"])
+def test_a_file_of_blank_lines_does_not_keep_us_busy(path: str) -> None:
+    with work_of_at_most(5):
+        assert () == rules.plan(view({path: " \n" * (1 << 19)}), "virtio").warnings
+
+
+VOLUME = Device("/dev/vg/root", "xfs", "lv", aliases=("/dev/mapper/vg-root",))
+BOOT = (
+    Device("/dev/sda", disk="/dev/sda"),
+    Device("/dev/sda1", "ext3", "boot", part_uuid="p1", disk="/dev/sda"),
+    Device("/dev/sda2", "LVM2_member", "pv1", part_uuid="p2", disk="/dev/sda"),
+    VOLUME,
+)
+GREW = (*BOOT, Device("/dev/sdb", "LVM2_member", "pv2", disk="/dev/sdb"))  # a group that got a second disk
+BY_ID = "/dev/disk/by-id/scsi-36000c29f00aa-part1"
+
+
+@pytest.mark.parametrize(
+    "spec", [BY_ID, "/dev/disk/by-path/pci-0000:00:10.0-scsi-0:0:0:0-part1", "/dev/mapper/mpatha1", "/dev/sda1"]
+)
+def test_what_the_guest_needs_is_on_the_disk_that_has_it(spec: str) -> None:
+    text = "/dev/vg/root / xfs defaults 1 1\n{} /boot ext3 acl 1 2\n"
+    plan = fstab.plan(view({"/etc/fstab": text.format(spec)}, *GREW))
+    assert [text.format("UUID=boot")] == [edit.after for edit in plan.edits]
+
+
+@pytest.mark.parametrize(
+    ("where", "other"),
+    [
+        ("/boot", Device("/dev/sdb1", "ext3", "old", part_uuid="q1", disk="/dev/sdb")),  # it may be either
+        (
+            "/data",
+            Device("/dev/sdb1", "LVM2_member", "pv2", part_uuid="q1", disk="/dev/sdb"),
+        ),  # its disk may be missing
+        ("/boot", None),
+    ],
+)
+def test_what_could_be_elsewhere_is_not_taken_for_the_one_that_is_there(where: str, other: Device | None) -> None:
+    more = [other] if other else []
+    devices = [one for one in BOOT if other or one.name != "/dev/sda1"]
+    text = f"/dev/vg/root / xfs defaults 1 1\n{BY_ID} {where} ext3 acl 1 2\n"
+    plan = fstab.plan(view({"/etc/fstab": text}, *devices, Device("/dev/sdb", disk="/dev/sdb"), *more))
+    assert [text.replace("acl", "acl,nofail")] == [edit.after for edit in plan.edits]
+
+
 def test_a_disk_that_was_not_exported_is_said_to_be_missing() -> None:
     new, (warning,) = table("/dev/sdc1 /backup ext4 defaults 0 2\n")
     assert "/dev/sdc1 /backup ext4 defaults,nofail 0 2\n" == new
@@ -188,6 +261,15 @@ def test_what_lies_in_a_locked_container_is_not_said_to_be_missing() -> None:
 
 UNIT = "[Unit]\nDescription=Data\n\n[Mount]\nWhat={}\nWhere=/srv/data\nType=ext4\nOptions=noatime\n"
 DIRECTORY = "/etc/systemd/system"
+
+
+class Escaping(Guest):
+    """A guest in which a backslash in a glob takes the meaning of what follows it, as it does in the appliance."""
+
+    def glob_expand(self, pattern: str) -> list[str]:
+        return super().glob_expand(re.sub(r"\\(.)", r"\1", pattern))
+
+
 REQUIRED = {f"{DIRECTORY}/local-fs.target.requires/srv-data.mount": "../srv-data.mount"}
 
 
@@ -201,10 +283,52 @@ def test_a_mount_unit_is_repaired_as_fstab_is(spec: str) -> None:
     assert () == plan.warnings
 
 
-def test_a_swap_unit_is_repaired_too() -> None:
-    path = f"{DIRECTORY}/dev-sda2.swap"
-    plan = fstab.plan(view({"/etc/fstab": ROOT, path: "[Swap]\nWhat=/dev/sda2\n"}))
-    assert "[Swap]\nWhat=/dev/disk/by-uuid/swap\n" in [edit.after for edit in plan.edits]
+@pytest.mark.parametrize(
+    ("unit", "spec"),
+    [
+        ("dev-sda2", "/dev/sda2"),
+        (r"dev-disk-by\x2dpath-pci\x2d0000:03:00.0\x2dscsi\x2d0:0:0:0\x2dpart2",
+         "/dev/disk/by-path/pci-0000:03:00.0-scsi-0:0:0:0-part2"),
+        ("dev-mapper-mpatha2", "/dev/mapper/mpatha2"),
+    ],
+)  # fmt: skip
+def test_a_swap_unit_is_called_after_its_device_and_still_started(unit: str, spec: str) -> None:
+    path, link = f"{DIRECTORY}/{unit}.swap", f"{DIRECTORY}/swap.target.wants/{unit}.swap"
+    before = Escaping({"/etc/fstab": "UUID=root / xfs\n", path: f"[Swap]\nWhat={spec}\n"}, links={link: path})
+    plan = fstab.plan(view(before, *SDA))
+    new = rf"{DIRECTORY}/dev-disk-by\x2duuid-swap.swap"
+    after = applied(before, plan).files
+    assert ("[Swap]\nWhat=/dev/disk/by-uuid/swap\n", False) == (after[new], path in after)
+    (command,) = plan.commands
+    assert f"ln -sf '{new}' {DIRECTORY}/swap.target.wants/ && rm " in command.command
+    assert link in command.command
+    assert FixPlan() == replace(fstab.plan(view(Escaping(after), *SDA)), names=())
+
+
+def test_two_swap_units_of_one_device_become_one() -> None:
+    units = {
+        f"{DIRECTORY}/dev-mapper-{name}.swap": f"[Swap]\nWhat=/dev/mapper/{name}\n"
+        for name in ("mpatha2", "mpatha-part2")
+    }
+    edits = fstab.plan(view({"/etc/fstab": "UUID=root / xfs\n", **units}, *SDA)).edits
+    assert {*units, rf"{DIRECTORY}/dev-disk-by\x2duuid-swap.swap"} == {edit.path for edit in edits}
+    assert 3 == len(edits)
+
+
+@pytest.mark.parametrize("key", ["Requires", "After", "BindsTo"])
+def test_a_mount_unit_waits_for_the_device_that_it_mounts(key: str) -> None:
+    unit = f"[Unit]\n{key}=other.service {{0}}.device\nBefore=dev-sdb10.device\n[Mount]\nWhat={{1}}\nWhere=/srv/data\n"
+    path = f"{DIRECTORY}/srv-data.mount"
+    plan = fstab.plan(view({"/etc/fstab": ROOT, path: unit.format("dev-sdb1", "/dev/sdb1")}))
+    assert unit.format(r"dev-disk-by\x2duuid-data", "/dev/disk/by-uuid/data") in [edit.after for edit in plan.edits]
+
+
+def test_a_unit_whose_name_has_a_hyphen_is_no_longer_required_either() -> None:
+    path = rf"{DIRECTORY}/srv-my\x2ddata.mount"
+    link = rf"{DIRECTORY}/local-fs.target.requires/srv-my\x2ddata.mount"
+    guest = Escaping({"/etc/fstab": ROOT, path: UNIT.format("/dev/sdc1")}, links={link: path})
+    (command,) = fstab.plan(view(guest)).commands
+    assert f"mv '{link}' " in command.command
 
 
 @pytest.mark.parametrize("what", ["/dev/sdc1", "/dev/sr0", "UUID=gone"])
@@ -268,12 +392,26 @@ FILTERS = [
     ('filter = [ "a|/dev/[sh]d[a-z]|", "r|.*|" ]', True),
     ('filter = [ "r|/dev/vd.*|" ]', True),
     ('filter = "r|.*|"', True),
+    ('filter = [ "a#^/dev/sda#", "r#.*#" ]  # the "new" one', True),
+    ('devices { global_filter = [ "a|^/dev/sd|", "r|.*|" ] }', True),
+    ('devices { global_filter = [ "a|^/dev/vd|", "r|.*|" ] }', False),
+    ('# filter = [ "r|.*|" ]', False),
+    ('filter = [ "r|^/dev/[^s].*|" ]', True),
+    ('filter = [ "a|^/dev/sd|", "r|^/dev/[a-z]+|" ]', True),
+    ('filter = [ "r|/dev/(fd|sr|v).*|" ]', True),
+    ('filter = [ "r|/dev/[fc]d.*|", "r|/dev/(drbd|loop|sr)|", "r|cdrom|", "r|/dev/mapper/.*-snap|" ]', False),
+    ('filter = [ "r|/dev/vdb|" ]', False),  # the administrator's
     ('filter = [ "a|/dev/vda|", "r|.*|" ]', True),  # one of the new disks is not all of them
     ('filter = [ "a|/dev/[sv]d.*|", "r|.*|" ]', False),
     ('filter = [ "a|/dev/sda|", "a|.*|", "r|.*|" ]', False),
     ('filter = [ "r|/dev/cdrom|" ]', False),
     ('filter = [ "a/.*/" ]', False),
     ('# filter = [ "r|.*|" ]', False),
+    ('filter = [ "r|^/dev/[^s].*|" ]', True),
+    ('filter = [ "a|^/dev/sd|", "r|^/dev/[a-z]+|" ]', True),
+    ('filter = [ "r|/dev/(fd|sr|v).*|" ]', True),
+    ('filter = [ "r|/dev/[fc]d.*|", "r|/dev/(drbd|loop|sr)|", "r|cdrom|", "r|/dev/mapper/.*-snap|" ]', False),
+    ('filter = [ "r|/dev/vdb|" ]', False),  # the administrator's
     ('sysfs_filter = [ "r|.*|" ]', False),
     ("filter = [ ", False),
     ("filter = [" + '"r|' * 20000, False),
@@ -408,3 +546,37 @@ def test_files_that_go_by_the_kernels_names_are_named(path: str, text: str, want
 )
 def test_rules_that_hold_are_not_named(text: str) -> None:
     assert FixPlan() == rules.plan(view({"/etc/udev/rules.d/9.rules": text}), "virtio")
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "disk"),
+    [
+        ("/etc/rc.local", "#!/bin/sh\ntouch /x\nmount -t ext4 /dev/sdb1 /backup\nexit 0\n", "/dev/sdb1"),
+        (
+            "/etc/rc.d/rc.local",
+            "  /bin/mount -o noatime /dev/disk/by-path/pci-0:1-part1 /b\n",
+            "/dev/disk/by-path/pci-0:1-part1",
+        ),
+        ("/etc/init.d/boot.local", "swapon /dev/sdc\n", "/dev/sdc"),
+        ("/etc/auto.misc", "data  -fstype=ext4,rw  :/dev/sdb1\n", "/dev/sdb1"),
+        ("/etc/drbd.d/r0.res", "resource r0 {\n on a {\n  device /dev/drbd0;\n  disk /dev/sdb1;\n", "/dev/sdb1"),
+        ("/etc/drbd.d/r1.res", 'on a { device minor 1; disk "/dev/xvdb"; }\n', "/dev/xvdb"),
+    ],
+)
+def test_a_file_that_mounts_a_disk_by_its_kernels_name_is_named(path: str, text: str, disk: str) -> None:
+    (warning,) = rules.plan(view({path: text}), "virtio").warnings
+    assert f"{path} in the guest goes by the disk {disk}, and the new disks are called vda" in warning.message
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/etc/rc.local", "#mount /dev/sdb1 /data\nmount UUID=x /data\necho noop > /sys/block/sda/queue/scheduler\n"),
+        ("/etc/rc.local", "mount /data # /dev/sdb1\nmount -o loop /root/x.iso /mnt\nblockdev --setra 4096 /dev/sda\n"),
+        ("/etc/auto.misc", "cd -fstype=iso9660,ro :/dev/cdrom\n# boot -fstype=ext2 :/dev/hda1\nh host:/data\n"),
+        ("/etc/drbd.d/r0.res", "disk { on-io-error detach; }\ndisk /dev/vg/lv;\n"),
+        ("/etc/rc.local", "mount /dev/vdb1 /data\n"),
+    ],
+)
+def test_a_file_that_mounts_by_what_stays_is_not_named(path: str, text: str) -> None:
+    assert () == rules.plan(view({path: text}), "virtio").warnings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from hyper2kvmd.guest.change import Edit, decode, encode
 from hyper2kvmd.guest.linux.devices import Became, changes_with_hardware
 from hyper2kvmd.guest.linux.fixers.disks import crypttab, fstab, resume
 from hyper2kvmd.guest.linux.fixers.initramfs import initramfs_tools as initramfs
+from hyper2kvmd.guest.linux.fixers.initramfs import mkinitrd
 from hyper2kvmd.guest.linux.kernels import VIRTIO
 from hyper2kvmd.text import printable
 
@@ -165,3 +167,19 @@ def test_diff_in_the_report_shows_hostile_bytes_harmlessly() -> None:
     assert "\x1b" not in change.diff
     assert change.diff.startswith("--- a/etc/fstab\n+++ b/etc/fstab\n")
     assert printable("a\x00b\nc" * 100, 10) == "a�b�ca�b�…"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('INITRD_MODULES="mptspi ata_piix"\n', 'INITRD_MODULES="mptspi ata_piix virtio_blk"\n'),
+        ("INITRD_MODULES='mptspi'\n", 'INITRD_MODULES="mptspi virtio_blk"\n'),
+        ("INITRD_MODULES=mptspi\n", 'INITRD_MODULES="mptspi virtio_blk"\n'),
+        ("INITRD_MODULES=\n", 'INITRD_MODULES="virtio_blk"\n'),
+        ('INITRD_MODULES="mptspi \\\n  ata_piix"\nX=1\n', 'INITRD_MODULES="mptspi ata_piix virtio_blk"\nX=1\n'),
+        ('INITRD_MODULES="mptspi\n\tvirtio_blk"\n', 'INITRD_MODULES="mptspi\n\tvirtio_blk"\n'),
+        ('INITRD_MODULES="never closed\n', 'INITRD_MODULES="never closed\n'),
+    ],
+)
+def test_suses_list_of_modules_gets_the_driver_whatever_its_quotes(text: str, expected: str) -> None:
+    assert expected == mkinitrd.with_modules(text, ["virtio_blk"])

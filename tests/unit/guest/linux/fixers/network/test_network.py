@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hyper2kvmd.guest.change import Edit, decode, encode
 from hyper2kvmd.guest.linux.devices import Names
-from hyper2kvmd.guest.linux.fixers import FixPlan, View, network
+from hyper2kvmd.guest.linux.fixers import FixPlan, View, addresses, guest_yaml, network, platform
 from hyper2kvmd.guest.linux.fixers.network import ifcfg, ifupdown, keyfile, leases, netplan, udev
 from hyper2kvmd.guest.linux.fixers.network.bind import Naming, bind
 from hyper2kvmd.guest.linux.fixers.network.interface import Interface, card
@@ -47,6 +47,9 @@ class Guest:
 
     def is_symlink(self, path: str) -> bool:
         return path in self.links
+
+    def is_dir(self, path: str, followsymlinks: bool = False) -> bool:
+        return any(other.startswith(f"{path}/") for other in self.files)
 
     def filesize(self, path: str) -> int:
         return len(self.files[path])
@@ -105,6 +108,79 @@ def test_static_address_of_debian_is_kept_by_a_link_file() -> None:
             ),
         )
     )
+
+
+def test_where_templates_put_a_directory_in_the_way_of_udevs_rules_they_have_another_name() -> None:
+    guest = Guest({INTERFACES: STATIC, **OLD_SETUP_LINK, UDEV: OLD_KEYS, f"{udev.RULES}/.keep": ""})
+    (edit,) = plan(guest, Nic(A)).edits
+    assert ("/etc/udev/rules.d/70-hyper2kvm-net.rules", None) == (edit.path, edit.before)
+    guest.apply((edit,))
+    assert FixPlan() == plan(guest, Nic(A))
+
+
+@pytest.mark.parametrize("directory", ["/etc/systemd/network", "/usr/lib/systemd/network"])
+def test_cards_are_called_by_the_kernel_where_systemds_policy_is_off(directory: str) -> None:
+    text = "auto eth0\niface eth0 inet dhcp\nauto eth1\niface eth1 inet dhcp\n"
+    off = Guest({INTERFACES: text, **SETUP_LINK}, (f"{directory}/99-default.link",))
+    assert ["network_kernel_order"] == codes(plan(off, Nic(A), Nic(B)))
+    on = Guest({INTERFACES: text, f"{directory}/99-default.link": "[Link]\nNamePolicy=keep path\n", **SETUP_LINK})
+    assert ["network_unbound", "network_unbound"] == codes(plan(on, Nic(A), Nic(B)))
+
+
+RH = "/etc/sysconfig/network-scripts/ifcfg-"
+WICKED = "/etc/sysconfig/network/ifcfg-"
+PROFILES = "/etc/NetworkManager/system-connections/"
+PROFILE = "[connection]\ntype=ethernet\ninterface-name={}\nautoconnect={}\n"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {f"{RH}ens33": "DEVICE=ens33\nONBOOT=no\n", f"{RH}ens192": "DEVICE=ens192\nONBOOT=yes\nIPADDR=10.0.0.2\n"},
+        # of a card that the template had
+        {f"{RH}ens160": f"DEVICE=ens160\nHWADDR={C}\nONBOOT='no'\n", f"{RH}ens192": "DEVICE=ens192\nONBOOT=yes\n"},
+        {f"{PROFILES}a": PROFILE.format("ens33", "false"), f"{PROFILES}b": PROFILE.format("ens192", "true")},
+        {f"{WICKED}ens33": "STARTMODE='off'\n", f"{WICKED}ens192": "STARTMODE='auto'\n"},
+    ],
+)
+def test_a_name_that_the_boot_does_not_start_yields_to_one_that_it_starts(files: dict[str, str]) -> None:
+    planned = plan(Guest({**files, **SETUP_LINK}), Nic(A))
+    assert [LINK] == [edit.path for edit in planned.edits]
+    (warning,) = planned.warnings
+    assert "ens33" in warning.message or C in warning.message
+
+
+def test_names_that_the_boot_does_not_start_are_kept_where_there_are_cards_for_them() -> None:
+    files = {f"{RH}ens{slot}": f"DEVICE=ens{slot}\nONBOOT={boot}\n" for slot, boot in ((192, "yes"), (224, "no"))}
+    planned = plan(Guest({**files, **SETUP_LINK}), Nic(A, 192), Nic(B, 224))
+    assert [f"ens192 is the card {A}", f"ens224 is the card {B}"] == [edit.summary for edit in planned.edits]
+
+
+ANY = "[Match]\nDriver=vmxnet3\n\n[Link]\nNamePolicy=slot path\nLargeReceiveOffload=no\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "by_rule"),
+    [
+        ("10-ethtool.link", ANY, True),
+        ("00-default.link", "[Match]\nOriginalName=*\n[Link]\nMACAddressPolicy=none\n", True),
+        ("05-lan.link", "[Match]\nPath=pci-*\n[Link]\nMTUBytes=9000\n", True),
+        ("50-ethtool.link", ANY, False),  # behind ours
+        ("10-dmz.link", f"[Match]\nMACAddress={C}\n[Link]\nName=dmz0\n", False),
+        ("05-wifi.link", "[Match]\nType=wlan\n[Link]\nMTUBytes=1400\n", False),
+    ],
+)
+def test_a_name_is_bound_by_a_rule_where_a_file_for_many_cards_comes_first(name: str, text: str, by_rule: bool) -> None:
+    guest = Guest({INTERFACES: STATIC, f"/etc/systemd/network/{name}": text, **SETUP_LINK})
+    edits = plan(guest, Nic(A, None, "VmxNet3")).edits
+    assert [udev.RULES if by_rule else LINK] == [edit.path for edit in edits if name not in edit.path]
+
+
+def test_a_profile_in_etc_takes_the_place_of_the_distributions() -> None:
+    text = "[connection]\ntype=ethernet\n[match]\npath=pci-0000:0b:00.0;\n"
+    paths = [f"{place}/NetworkManager/system-connections/a.nmconnection" for place in ("/etc", "/usr/lib")]
+    (edit,) = plan(Guest({**dict.fromkeys(paths, text), **SETUP_LINK}), Nic(A)).edits
+    assert paths[0] == edit.path
 
 
 CONFIGURED = {
@@ -491,7 +567,7 @@ network:
   bonds: {bond0: {interfaces: [ens192, lan]}}
   vlans: {ens192.7: {id: 7, link: ens192}}
 """
-    content = netplan.load(text)
+    content = guest_yaml.load(text)
     assert content is not None
     assert netplan.interfaces([("f", content)]) == (
         Interface("f", "ens192"),
@@ -503,10 +579,10 @@ network:
 @pytest.mark.parametrize(
     "text",
     [
-        "a: &a [x]\nb: *a\n",
+        "a: &a [*a]\n",
         "[" * 20_000,
         "- " * 20_000,
-        "x" * (netplan.SIZE_LIMIT + 1),
+        "x" * (guest_yaml.SIZE_LIMIT + 1),
         '"\\UFFFFFFFF"',
         "{[a]: b}",
         "just text",
@@ -515,14 +591,55 @@ network:
     ],
 )
 def test_yaml_that_is_broken_or_hostile_is_no_netplan_file(text: str) -> None:
-    assert netplan.load(text) is None
+    assert guest_yaml.load(text) is None
+
+
+@pytest.mark.parametrize("key", ["macaddress", "driver", "name"])
+@pytest.mark.parametrize("value", ["[x]", "{a: b}", "[[x]]", "~", "[]"])
+def test_match_of_netplan_with_an_odd_value_raises_nothing(key: str, value: str) -> None:
+    text = f"network: {{ethernets: {{a: {{match: {{driver: vmxnet3, {key}: {value}}}, set-name: {value}}}}}}}\n"
+    assert len(plan(Guest({"/etc/netplan/1.yaml": text, **SETUP_LINK}), Nic(A)).edits) <= 2
+    assert addresses.defined_by_netplan(text) is not None
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20))
 
 
 @pytest.mark.parametrize(
-    "text", ["", "network:\n", "network: {ethernets: [a]}", "network: {ethernets: {a: {match: x}}}"]
+    "entry", ["ens192: *a19", "ens192: {match: *a19}", "ens192: {match: {name: *a19}, set-name: *a19}",
+              "ens192: {match: {driver: *a19, macaddress: *a19}}", "ens192: {networkmanager: {passthrough: *a19}}"]
+)  # fmt: skip
+def test_aliases_that_stand_for_gigabytes_keep_nobody_busy(entry: str) -> None:
+    text = f"{BOMB}network: {{ethernets: {{{entry}}}}}\ndatasource_list: *a19\n"
+    with work_of_at_most(5):
+        plan(Guest({"/etc/netplan/1.yaml": text, **SETUP_LINK}), Nic(A))
+        addresses.defined_by_netplan(text)
+        platform.datasource_list([text])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "network:\n  ethernets:\n    ens192: &card {dhcp4: true}\n    ens224: *card\n",
+        "network:\n  ethernets:\n    ens192: {nameservers: &ns {search: [a]}}\n    ens224: {nameservers: *ns}\n",
+    ],
+)
+def test_netplan_file_with_aliases_is_one(text: str) -> None:
+    planned = plan(Guest({"/etc/netplan/1.yaml": text, **SETUP_LINK}), Nic(A, 192), Nic(B, 224))
+    assert [f"ens192 is the card {A}", f"ens224 is the card {B}"] == [edit.summary for edit in planned.edits]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "network:\n",
+        "network: {ethernets: [a]}",
+        "network: {ethernets: {a: {match: x}}}",
+    ],
 )
 def test_netplan_file_of_odd_shape_raises_nothing(text: str) -> None:
-    content = netplan.load(text)
+    content = guest_yaml.load(text)
     assert content is not None
     assert set(names(netplan.interfaces([("f", content)]))) <= {"a"}
 
@@ -606,6 +723,16 @@ def test_profile_of_networkmanager_becomes_interfaces(text: str, expected: list[
         ("lo", "DEVICE=lo\n", []),
         ("ens192.bak", "DEVICE=ens192\n", []),
         ("ens192", "#DEVICE=ens224\nMACADDR=00:50:56:aa:bb:09\n", ["ens192"]),
+        # NetworkManager's for any card, which is not called so
+        ("static", "TYPE=Ethernet\nNAME=static\nUUID=5f0c-1\nIPADDR=10.0.0.2\n", []),
+        ("Profile_1", "TYPE=Ethernet\nNAME='Profile 1'\nUUID=5f0c-2\nONBOOT=yes\n", []),
+        ("eth0", "NAME=eth0\nUUID=5f0c-3\nBOOTPROTO=dhcp\n", ["eth0"]),
+        ("mgmt", "BOOTPROTO=dhcp\n", ["mgmt"]),
+        # Open vSwitch
+        ("ens192", "DEVICE=ens192\nDEVICETYPE=ovs\nTYPE=OVSPort\nOVS_BRIDGE=br-ex\n", ["ens192"]),
+        ("br-ex", "DEVICE=br-ex\nDEVICETYPE=ovs\nTYPE=OVSBridge\nIPADDR=10.0.0.2\n", []),
+        ("vlan9", "DEVICE=vlan9\nDEVICETYPE=ovs\nTYPE=OVSIntPort\nOVS_BRIDGE=br-ex\n", []),
+        ("bond7", "DEVICE=bond7\nTYPE=OVSBond\nBOND_IFACES='ens192 ens224'\n", ["ens192", "ens224"]),
     ],
 )
 def test_red_hats_ifcfg_file_names_its_card(suffix: str, text: str, expected: list[str]) -> None:
