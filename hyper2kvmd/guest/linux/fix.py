@@ -63,7 +63,7 @@ def fix(session: Session, inspection: Inspection, options: FixOptions) -> FixRes
             warnings.append(Finding("not_done", message, "Leave it out.", "pipeline.fix.enable_rdp"))
         stale = _to_rebuild(choice, [edit for plan in plans for edit in plan.edits], options)
         if stale:
-            initramfs.check_space(g, stale)
+            initramfs.check_space(g, stale, choice.bus)
         fstab_before = view.read(fstab.PATH) or ""
         changes = _apply(g, plans, options)
         if stale:

@@ -71,17 +71,22 @@ def plan(view: View, images: Sequence[Image], bus: Bus) -> FixPlan:
     return BUILDERS[view.inspection.initramfs].plan(view, drivers)
 
 
-def check_space(g: Any, images: Sequence[Image]) -> None:
-    """Raise MigrationError (guest_space) if the new images, all at once, would not fit.
+def check_space(g: Any, images: Sequence[Image], bus: Bus) -> None:
+    """Raise MigrationError (guest_space) if the new images would not fit.
 
-    An image can be half as large again as the old one (it gets modules), and the old one stays until the new one
-    is complete; unpacked in /var/tmp it is some five times as large, for as many images as are built at once.
+    An image that gets modules can be half as large again as the old one; one that only gets settings hardly grows. As
+    many are built at once as there are CPUs: the old one of each stays until the new one is complete, and unpacked in
+    /var/tmp that is some five times as large.
     """
-    sizes = [(image, max(image.size * 3 // 2, 16 << 20)) for image in images]
-    largest = sorted((size for _, size in sizes), reverse=True)[: g.get_smp()]
-    wanted = [((image.kernel.initrd or "").rpartition("/")[0], size, 10) for image, size in sizes]
+    sizes = [(image, max(image.size * (15 if image.lacks(bus) else 11) // 10, 16 << 20)) for image in images]
+    at_once = sorted(sizes, key=lambda one: one[1], reverse=True)[: g.get_smp()]
+    wanted = [
+        *((_place(image), size - image.size, 10) for image, size in sizes),
+        *((_place(image), image.size, 10) for image, _ in at_once),
+        *(("/var/tmp", 5 * size, 1100) for _, size in at_once),
+    ]
     needed: dict[str, tuple[int, int]] = {}
-    for path, more_bytes, more_inodes in (*wanted, *(("/var/tmp", 5 * size, 1100) for size in largest)):
+    for path, more_bytes, more_inodes in wanted:
         bytes_so_far, inodes_so_far = needed.get(path, (0, 0))
         needed[path] = bytes_so_far + more_bytes, inodes_so_far + more_inodes
     for path, (bytes_needed, inodes_needed) in needed.items():
@@ -101,6 +106,11 @@ def check_space(g: Any, images: Sequence[Image]) -> None:
                 f"{path} in the guest has {free['favail']} free inodes and needs {inodes_needed}",
                 f"Delete files that nobody needs under {path} on VMware, and export again.",
             )
+
+
+def _place(image: Image) -> str:
+    """The directory of an image."""
+    return (image.kernel.initrd or "").rpartition("/")[0]
 
 
 def rebuild(view: View, images: Sequence[Image], bus: Bus) -> tuple[Change, ...]:
