@@ -279,11 +279,14 @@ def rewrite(kind: str, text: str, stable: Stable, *, console: bool = False) -> R
     unresolved: list[str] = []
     raw = [number for number, line in enumerate(lines) if form.raw.match(line)]
     has_initrd = "initrd" in text.lower()
+    rest = ""  # by what the assignment of the line before goes on
     for number, line in enumerate(lines):
         if kind == "grub-defaults" and (found := _NO_UUID.match(line)):
             # With it, the next update-grub would write root=/dev/sda2 again.
             lines[number] = found["lead"] + "#" + line[found.end("lead") :]
-        if form.raw.match(line) or form.shell.match(line):
+        is_shell = bool(rest or form.shell.match(line))
+        rest = _open_end(line, rest) if is_shell else ""
+        if is_shell or form.raw.match(line):
             # Without an initramfs it is the kernel that looks for the device, and it knows partitions only.
             alone = (kind in ("bls", "extlinux") and not has_initrd) or _is_alone(kind, lines, number)
             lines[number] = _replace_words(line, stable, alone, replaced, unresolved)
@@ -301,6 +304,24 @@ def rewrite(kind: str, text: str, stable: Stable, *, console: bool = False) -> R
             return Rewritten(text, (), (*replaced, *unresolved))
         new = filled
     return Rewritten(new, tuple(replaced), tuple(unresolved))
+
+
+def _open_end(line: str, quote: str) -> str:
+    """By what a shell's assignment goes on in the next line: an open quote, or a backslash; "" if it ends here.
+
+    quote: the same of the line before.
+    """
+    quote = quote.strip("\\")
+    for found in re.finditer(r"\\.|\\$|[\"']|(?<!\S)#", line):
+        if found[0] == "\\" and quote != "'":
+            return quote or "\\"
+        if found[0] == "#" and not quote:
+            return ""
+        if found[0] in ("'", '"') and quote in ("", found[0]):
+            quote = "" if quote else found[0]
+        elif found[0] == "\\'" and quote == "'":  # in which a backslash means nothing
+            quote = ""
+    return quote
 
 
 def _replace_words(line: str, stable: Stable, by_partition: bool, replaced: list[str], unresolved: list[str]) -> str:

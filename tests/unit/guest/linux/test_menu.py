@@ -771,6 +771,23 @@ def test_grub_defaults_do_not_bring_the_device_name_back() -> None:
     assert expected == bootloader.rewrite("grub-defaults", expected, stable).text
 
 
+@pytest.mark.parametrize(
+    ("text", "replaced"),
+    [
+        ('GRUB_CMDLINE_LINUX="quiet \\\n resume=/dev/sda3"\nX="resume=/dev/sda3"', 1),
+        ('GRUB_CMDLINE_LINUX="quiet\nroot=/dev/sda2\nresume=/dev/sda3"\nresume=/dev/sda3', 2),
+        ("GRUB_CMDLINE_LINUX='a\\' # it's old\nresume=/dev/sda3", 0),
+        ("GRUB_CMDLINE_LINUX=quiet\\\n\\ resume=/dev/sda3\nresume=/dev/sda3", 1),
+        ('GRUB_CMDLINE_LINUX="a \\" b\nresume=/dev/sda3" # "\nresume=/dev/sda3', 1),
+        ("GRUB_CMDLINE_LINUX=\"it's\" # don't\nresume=/dev/sda3", 0),
+    ],
+)
+def test_grub_defaults_over_several_lines_are_followed_to_their_end(text: str, replaced: int) -> None:
+    found = bootloader.rewrite("grub-defaults", text, stable)
+    assert replaced == len(found.replaced) == found.text.count("=UUID=")
+    assert text.count("\n") == found.text.count("\n")
+
+
 def test_grub_defaults_follow_the_menu_unless_it_starts_what_is_saved() -> None:
     defaults = 'GRUB_DEFAULT=0 # first\nGRUB_TIMEOUT=5\n#GRUB_DEFAULT="x"\n'
     plain = menu_of(LAYOUTS["debian-12"].files)
