@@ -21,7 +21,7 @@ from hyper2kvmd.files import existing_parent, open_directory, open_file, write_w
 from hyper2kvmd.memory import available
 from hyper2kvmd.queue.names import HOSTS
 from hyper2kvmd.settings.model import Settings
-from hyper2kvmd.text import plain
+from hyper2kvmd.text import duration, plain
 
 LIMIT = 1 << 20  # of a file; a planted one may be anything
 SAID_LIMIT = 1000  # exports of which a host says why it does not take them
@@ -157,6 +157,15 @@ def all_hosts(settings: Settings, now: float) -> list[Seen]:
 def skew(seen: Seen, now: float) -> float:
     """By how many seconds the clock of a host is ahead of the file server's, when it last said something."""
     return seen.beat.clock - (now - seen.age)
+
+
+def wrong_clock(host: str, ahead: float) -> Finding | None:
+    """What to say of a host whose clock is so many seconds ahead of the file server's; None if it is near enough."""
+    if abs(ahead) <= SKEW_SECONDS:
+        return None
+    way = "ahead of" if ahead > 0 else "behind"
+    message = f"the clock of {host} is {duration(abs(ahead))} {way} that of the file server"
+    return Finding("host_clock", message, "Let NTP set it: the clock decides when jobs are retried.")
 
 
 def untaken(export: Path, hosts: Sequence[Seen]) -> Finding | None:
