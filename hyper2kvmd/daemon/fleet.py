@@ -80,7 +80,8 @@ def _hosts(jobs: Iterable[Progress], hosts: Iterable[Seen], own: int) -> Iterato
     counts[this_host()] += own
     for seen in hosts:
         labels = (seen.beat.host,)
-        up.add_metric(labels, not seen.gone and seen.beat.state != "stopped")
+        if seen.beat.state != "runner" or not seen.late:  # without a daemon and without a job, it cannot be known
+            up.add_metric(labels, not seen.gone and seen.beat.state != "stopped")
         said.add_metric(labels, time.time() - seen.age)
         running.add_metric(labels, counts[seen.beat.host])
     yield from (up, said, running)
