@@ -129,6 +129,7 @@ def _strange(seen: Sequence[Seen], now: float) -> list[Finding]:
         elif version != __version__:
             hint = "An upgrade concerns one host after the other; this one is to follow."
             found.append(Finding("host_version", f"{host} has hyper2kvmd {version}, and this host {__version__}", hint))
-        if not one.gone and (clock := wrong_clock(host, ahead)) is not None:
+        # What it said long ago is not so any more.
+        if not one.late and (clock := wrong_clock(host, ahead)) is not None:
             found.append(clock)
     return found

@@ -73,7 +73,11 @@ def _jobs(jobs: Iterable[Progress]) -> Iterator[Metric]:
 
 
 def _hosts(jobs: Iterable[Progress], hosts: Iterable[Seen], own: int) -> Iterator[Metric]:
-    up = _family("host_up", "Whether a host of the exports directory has reported lately.", "host")
+    up = _family(
+        "host_up",
+        "Whether a host of the exports directory has reported lately; without a daemon, only during jobs.",
+        "host",
+    )
     said = _family("host_last_seen_timestamp_seconds", "Time of its last report.", "host")
     running = _family("host_jobs", "Running jobs on a host, by their own reports.", "host")
     counts = Counter(progress.host for progress in jobs)

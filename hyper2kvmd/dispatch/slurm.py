@@ -335,7 +335,9 @@ def _failure(program: str, done: Done, excluded: Sequence[str] = ()) -> Migratio
     name = next((name for words, name in _REFUSALS if words in said), None)
     if name is None and _NO_NODE in said and excluded:
         # With these hosts it might be taken, and they come back: nothing for a person to change.
-        return _unavailable(f"Slurm has no node for it besides {', '.join(excluded)}: {said}", tail(done.stderr))
+        what = f"Slurm has no node for it besides the excluded {', '.join(excluded)}: {said}"
+        hint = "If you drained them, run `hyper2kvmctl resume --host HOST`."
+        return MigrationError(Code.ENGINE_UNAVAILABLE, what, hint, field="dispatch.engine", tail=tail(done.stderr))
     remedy = (
         f"Set {name} to what the cluster has: see `scontrol show partition`, `scontrol show node`, `scontrol show lic`."
         if name

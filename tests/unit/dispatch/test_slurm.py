@@ -289,6 +289,7 @@ def test_that_only_excluded_hosts_would_do_passes_by_itself(fake: Fake) -> None:
     error = failed(lambda: slurm().submit(job(exclude=("kvm1",))))
     assert Code.ENGINE_UNAVAILABLE == error.code
     assert "kvm1" in error.message
+    assert "hyper2kvmctl resume --host" in error.hint
     assert Code.ENGINE_REFUSED == failed(lambda: slurm().submit(job())).code
 
 
