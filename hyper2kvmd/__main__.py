@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from socket import gethostname
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from hyper2kvmd import __version__
 from hyper2kvmd.errors import Code, Collected, MigrationError, SettingsError
 from hyper2kvmd.exits import EXIT_BUSY, EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, EXIT_PERMISSION, EXIT_USAGE
-from hyper2kvmd.files import existing_parent
+from hyper2kvmd.files import existing_parent, user_name
 from hyper2kvmd.job.events import CHOICES, Emitter
 from hyper2kvmd.job.request import Request
 from hyper2kvmd.options import add_settings_options
@@ -218,7 +219,9 @@ def _check_host(mark: Path, config: Settings) -> int:
     if unusable := _unusable_key(config):
         problems.append({"message": unusable.message, "hint": unusable.hint})
     shared = mark.exists() and config.exports_dir in mark.parents
-    said = {"host": gethostname(), "version": __version__, "uid": os.geteuid(), "shared": shared, "problems": problems}
+    uid = os.geteuid()
+    said = {"host": gethostname(), "version": __version__, "uid": uid, "user": user_name(uid), "clock": time.time()}
+    said |= {"shared": shared, "problems": problems}
     print(json.dumps(said))
     return EXIT_DONE if shared and not problems else EXIT_FAILED
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hyper2kvmd.ctl.listing import STYLE, row_of, working_hosts
+from hyper2kvmd.ctl.listing import STYLE, known_hosts, row_of
 from hyper2kvmd.ctl.output import print_json, refuse, say
 from hyper2kvmd.ctl.pages import page_of, write_page
 from hyper2kvmd.ctl.spreadsheet import as_csv
@@ -63,7 +63,7 @@ def gather(config: Settings, pages_directory: str = "") -> tuple[Campaign, dict[
     pages_directory: where these pages will be, relative to the campaign's; "" for no pages.
     """
     now = time.time()
-    hosts = working_hosts(config)
+    hosts = known_hosts(config)
     vms, pages = [], {}
     for export in facts.exports(config)[0]:
         row = row_of(export, config, hosts)

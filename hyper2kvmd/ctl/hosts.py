@@ -20,7 +20,7 @@ from hyper2kvmd.dispatch.slurm import Node, Slurm
 from hyper2kvmd.errors import Finding, MigrationError
 from hyper2kvmd.exits import EXIT_DONE, EXIT_NOT_FOUND
 from hyper2kvmd.queue import facts
-from hyper2kvmd.queue.hosts import SKEW_SECONDS, Seen, all_hosts, forget, skew
+from hyper2kvmd.queue.hosts import Seen, all_hosts, forget, skew, wrong_clock
 from hyper2kvmd.queue.state import Facts
 from hyper2kvmd.settings.model import Settings
 from hyper2kvmd.text import duration, size
@@ -55,7 +55,7 @@ def hosts(options: argparse.Namespace, config: Settings) -> int:
             nodes = engine.nodes()
         except MigrationError as error:
             findings.append(error.finding())
-    findings += [_drained(node) for node in nodes if node.state.startswith("drain")]
+    findings += [trouble for node in nodes if (trouble := node.trouble) is not None]
     rows = [_row(one, running, nodes) for one in seen]
     known = {one.beat.host for one in seen}
     rows += [_node_row(node, running) for node in nodes if node.name not in known]
@@ -99,12 +99,6 @@ def _node_row(node: Node, running: Counter[str]) -> dict[str, Any]:
     return {**found, **dict.fromkeys(unknown), "slurm": _slurm(node)}
 
 
-def _drained(node: Node) -> Finding:
-    message = f"Slurm gives {node.name} no job: it is {node.state}" + (f" ({node.reason})" if node.reason else "")
-    hint = f"After you fix that, run `scontrol update nodename={node.name} state=resume` as a Slurm administrator."
-    return Finding("host_drained", message, hint)
-
-
 def _slurm(node: Node) -> str:
     return node.state + (f" ({node.reason})" if node.reason else "")
 
@@ -135,8 +129,7 @@ def _strange(seen: Sequence[Seen], now: float) -> list[Finding]:
         elif version != __version__:
             hint = "An upgrade concerns one host after the other; this one is to follow."
             found.append(Finding("host_version", f"{host} has hyper2kvmd {version}, and this host {__version__}", hint))
-        if abs(ahead) > SKEW_SECONDS and not one.gone:
-            way = "ahead of" if ahead > 0 else "behind"
-            message = f"the clock of {host} is {duration(abs(ahead))} {way} that of the file server"
-            found.append(Finding("host_clock", message, "Let NTP set it: the clock decides when jobs are retried."))
+        # What it said long ago is not so any more.
+        if not one.late and (clock := wrong_clock(host, ahead)) is not None:
+            found.append(clock)
     return found

@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 def list_exports(options: argparse.Namespace, config: Settings) -> int:
     """Print a table of all exports."""
-    hosts = working_hosts(config)
+    hosts = known_hosts(config)
     exports, ignored = facts.exports(config)
     rows = [row for export in exports if (row := row_of(export, config, hosts)) is not None]
     for finding in ignored:
@@ -88,7 +88,7 @@ def show_export(options: argparse.Namespace, config: Settings) -> int:
             file=sys.stderr,
         )
         return EXIT_NOT_FOUND
-    row = _described(export, facts.look(export, config), config, working_hosts(config))
+    row = _described(export, facts.look(export, config), config, known_hosts(config))
     document = facts.read_report(export)
     done = facts.read_cutover(export, document) if document else None
     runner = holder(export)
@@ -185,10 +185,10 @@ def _described(export: Path, look: Facts, config: Settings, hosts: Sequence[Seen
     return Row(export, state, finding, look.progress, None if state in FINAL - {State.BLOCKED} else look.estimate, look)
 
 
-def working_hosts(config: Settings) -> list[Seen]:
-    """The hosts that have a daemon which works; none if nobody can know."""
+def known_hosts(config: Settings) -> list[Seen]:
+    """The hosts of the exports directory; none if nobody can know."""
     with contextlib.suppress(OSError):
-        return [seen for seen in all_hosts(config, time.time()) if seen.state == "running"]
+        return all_hosts(config, time.time())
     return []
 
 

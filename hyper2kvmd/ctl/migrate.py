@@ -20,6 +20,7 @@ from hyper2kvmd.report.model import Report
 from hyper2kvmd.report.results import Results
 from hyper2kvmd.settings.load import writing_to
 from hyper2kvmd.settings.model import Settings
+from hyper2kvmd.text import plain
 
 _STAGES = f"run these of {', '.join(CHOICES)}, whatever the manifest enables, and no others"
 
@@ -159,7 +160,8 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
     good = document["status"] == "succeeded"
     dry = " (dry run: nothing was written)" if document["dry_run"] else ""
     line("status", f"{document['status']}{dry}", "green" if good else "red")
-    line("VM", f"{document['vm_name'] or '?'}, job {document['job']}, attempt {document['attempts']}")
+    where = plain(document["host"]["name"])
+    line("VM", f"{document['vm_name'] or '?'}, job {document['job']}, attempt {document['attempts']} on {where}")
     if error := document["error"]:
         for problem in error["problems"] or [error]:
             where = f"{problem['field']}: " if problem.get("field") else ""

@@ -67,7 +67,7 @@ class Daemon:
         self.table: dict[Path, Row] = {}
         # What cannot be on disk in the exports, because they cannot be written to.
         self._setbacks = setbacks.read(settings.work_dir)
-        self.draining = False  # everywhere, as a person has said
+        self.draining = ""  # the command that ends it, if a person has said so
         self.retiring = False  # this daemon: it ends with its last runner, so that another version can take over
         self._trouble = ""
         self._ignored: set[Finding] = set()
@@ -146,7 +146,7 @@ class Daemon:
             return math.inf
         self.metrics.watcher_up.set(self._watch.up)
         self._scan(now, found)
-        self.draining = found.draining
+        self.draining = found.resume
         self.metrics.draining.set(self._starts_nothing)
         due = self._start(now, found)
         self._count(now, found)
@@ -169,7 +169,7 @@ class Daemon:
 
     @property
     def _starts_nothing(self) -> bool:
-        return self.draining or self.retiring
+        return bool(self.draining) or self.retiring
 
     def status(self) -> str:
         """One line for people: what runs, what waits, what is over."""
@@ -180,7 +180,7 @@ class Daemon:
         parts = [f"{states[state]} {words.get(state, state)}" for state in others]
         rest = [self._placer.trouble, self._trouble]
         if self.draining:
-            rest[:0] = ["draining: no job is started (hyper2kvmctl resume)"]
+            rest[:0] = [f"draining: no job is started (`{self.draining}` ends that)"]
         if self.retiring:
             rest[:0] = ["ends with its last job, then restarts"]
         now = time.monotonic()

@@ -73,14 +73,19 @@ def _jobs(jobs: Iterable[Progress]) -> Iterator[Metric]:
 
 
 def _hosts(jobs: Iterable[Progress], hosts: Iterable[Seen], own: int) -> Iterator[Metric]:
-    up = _family("host_up", "Whether a host of the exports directory has reported lately.", "host")
+    up = _family(
+        "host_up",
+        "Whether a host of the exports directory has reported lately; without a daemon, only during jobs.",
+        "host",
+    )
     said = _family("host_last_seen_timestamp_seconds", "Time of its last report.", "host")
     running = _family("host_jobs", "Running jobs on a host, by their own reports.", "host")
     counts = Counter(progress.host for progress in jobs)
     counts[this_host()] += own
     for seen in hosts:
         labels = (seen.beat.host,)
-        up.add_metric(labels, not seen.gone and seen.beat.state != "stopped")
+        if seen.beat.state != "runner" or not seen.late:  # without a daemon and without a job, it cannot be known
+            up.add_metric(labels, not seen.gone and seen.beat.state != "stopped")
         said.add_metric(labels, time.time() - seen.age)
         running.add_metric(labels, counts[seen.beat.host])
     yield from (up, said, running)

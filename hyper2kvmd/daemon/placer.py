@@ -50,6 +50,7 @@ class Placer:
 
     def __init__(self, wake: Callable[[], None], metrics: Metrics) -> None:
         self.trouble = ""
+        self._limit = 0
         self._dispatcher = Dispatcher(wake)
         self._metrics = metrics
         self._seen = self._dispatcher.last
@@ -87,8 +88,8 @@ class Placer:
             for export, placed in wanted
             if export not in out
         ]
-        limit = settings.dispatch.max_submitted
-        return self._dispatcher.begin(engine, submissions, frozenset(names.values()), limit), failed
+        self._limit = settings.dispatch.max_submitted
+        return self._dispatcher.begin(engine, submissions, frozenset(names.values()), self._limit), failed
 
     def _take_note(
         self, names: Mapping[Path, str], table: Mapping[Path, Row], now: float
@@ -140,7 +141,9 @@ class Placer:
             if self.trouble:
                 found[export.name] = self.trouble
             elif job is None:
-                found[export.name] = "waits to be handed over to the engine (dispatch.max_submitted)"
+                full = len(self._seen.jobs) >= self._limit
+                found[export.name] = "waits to be handed over to the engine"
+                found[export.name] += f", which has dispatch.max_submitted jobs ({self._limit})" if full else ""
             elif job.state == "waiting":
                 found[export.name] = f"waits as job {job.id}" + (f": {job.reason}" if job.reason else "")
         return found

@@ -57,7 +57,9 @@ class Pulse:
         except OSError as error:
             if not self._failed:
                 hint = "`hyper2kvmctl hosts` does not list this host. Give the service's user write access."
-                log.warning("this host cannot report to the other hosts", reason=explained(error), hint=hint)
+                number = hosts.other_number(settings)
+                reason, hint = (explained(error), hint) if number is None else (number.message, number.hint)
+                log.warning("this host cannot report to the other hosts", reason=reason, hint=hint)
             self._failed = True
 
     def stop(self, settings: Settings) -> None:

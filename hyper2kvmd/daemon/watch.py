@@ -20,7 +20,7 @@ from hyper2kvmd.daemon.handover import Handover
 from hyper2kvmd.daemon.pulse import Pulse
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.queue import facts, requests
-from hyper2kvmd.queue.hosts import Seen, all_hosts, drained_hosts
+from hyper2kvmd.queue.hosts import Seen, all_hosts, drained_hosts, this_host
 from hyper2kvmd.queue.names import LOCK, REPORT, SIGNED
 from hyper2kvmd.queue.state import Facts
 from hyper2kvmd.settings.model import Settings
@@ -165,6 +165,13 @@ class Scan:
     drained: frozenset[str] = frozenset()
     hosts: tuple[Seen, ...] = ()
 
+    @property
+    def resume(self) -> str:
+        """The command that has jobs started here again; "" if they are."""
+        if not self.draining:
+            return ""
+        return "hyper2kvmctl resume" if self.draining_all else f"hyper2kvmctl resume --host {this_host()}"
+
 
 class Scanner:
     """Looks at the exports directory in a thread: a file server that is gone must hold up nothing but the look.
@@ -224,7 +231,9 @@ class Scanner:
         unreadable: dict[Path, Finding] = {}
         try:
             exports, ignored = facts.exports(settings)
-            draining = requests.draining(settings)
+            everywhere = requests.draining_all(settings)
+            # An engine has hosts enough besides this one.
+            draining = requests.draining(settings) if settings.dispatch.engine == "local" else everywhere
         except OSError as error:
             trouble = f"cannot read {settings.exports_dir}: {error.strerror}"
             return Scan({}, {}, (), trouble, False, settings, time.monotonic() - began)
@@ -242,7 +251,6 @@ class Scanner:
         with contextlib.suppress(OSError):  # `hyper2kvmctl hosts` says why
             seen, drained = tuple(all_hosts(settings, time.time())), drained_hosts(settings)
         found_in = time.monotonic() - began
-        everywhere = requests.draining_all(settings)
         return Scan(
             looks, unreadable, tuple(ignored), "", draining, settings, found_in, began, everywhere, drained, seen
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hyper2kvmd.dispatch.engine import PREFIX, Handed, Submission
-from hyper2kvmd.errors import Code, MigrationError
+from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.run import Done, Tools, environment, tail
 from hyper2kvmd.settings.model import Dispatch
 from hyper2kvmd.text import plain
@@ -101,6 +101,24 @@ class Node:
     free_mb: int | None
     features: tuple[str, ...]
 
+    @property
+    def trouble(self) -> Finding | None:
+        """Why Slurm gives it no job, however long one waits; None if it does."""
+        silent = "" if self.responds else ", and its slurmd does not answer"
+        message = f"Slurm gives {self.name} no job: it is {self.state}{silent}"
+        message += f" ({self.reason})" if self.reason else ""
+        resume = f"run `scontrol update nodename={self.name} state=resume` as a Slurm administrator."
+        if self.state.startswith("drain"):
+            return Finding("host_drained", message, f"After you fix that, {resume}")
+        if self.responds and self.state not in ("down", "unknown"):
+            return None
+        hint = (
+            "On it, look at `systemctl status slurmd munge` and at their logs. It needs the munge.key and the"
+            " slurm.conf of the controller, the same time, and TCP 6817 and 6818 open between them."
+            f" If it stays down after that, {resume}"
+        )
+        return Finding("host_down", message, hint)
+
 
 @dataclass(frozen=True)
 class Slurm:
@@ -146,7 +164,10 @@ class Slurm:
             told = json.loads(out)
             # With 22.05, a controller that is down is no error: status 0, and no jobs.
             if told.get("errors"):
-                raise _unavailable(f"squeue: {_complaint(told['errors'])}")
+                complaint = _complaint(told["errors"])
+                if "Unspecified error" in complaint:
+                    self.nodes()  # which says what is wrong
+                raise _unavailable(f"squeue: {complaint}")
             return [job for each in told["jobs"] if (job := self._handed(each))]
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             what = f"{len(out)} bytes that are not its JSON ({type(error).__name__}: {plain(str(error), 200)})"
@@ -161,15 +182,20 @@ class Slurm:
                 raise _failure("scancel", done)
 
     def nodes(self) -> list[Node]:
-        """All nodes of the cluster, by one call of sinfo."""
+        """All nodes of the partition that jobs go to, by one call of sinfo; others are none of our business."""
+        wanted = self.dispatch.slurm.partition
+        only = [f"--partition={wanted}"] if wanted else []
         # No JSON: 22.05 prints nodes, and 23.11 sets of nodes that are alike. This has not changed since 2008.
-        done = self._run("sinfo", "--Node", "--noheader", "--format=%N|%T|%c|%m|%e|%f|%E")
+        done = self._run("sinfo", "--Node", "--noheader", "--format=%P|%N|%T|%c|%m|%e|%f|%E", *only)
         if done.returncode:
             raise _failure("sinfo", done)
-        nodes: dict[str, Node] = {}  # there is a line for each partition that a node is in
+        nodes: dict[str, Node] = {}
+        defaults: set[str] = set()  # nodes of the cluster's default partition, if it has one
         for line in done.stdout.splitlines():
             try:
-                name, state, cpus, memory, free, features, reason = line.split("|", 6)
+                partition, name, state, cpus, memory, free, features, reason = line.split("|", 7)
+                if partition.endswith("*"):
+                    defaults.add(name)
                 nodes[name] = Node(
                     name=name,
                     state=plain(state.rstrip("*~#!%$@^-+"), 40),
@@ -182,7 +208,7 @@ class Slurm:
                 )
             except ValueError:
                 raise _rubbish("sinfo", repr(plain(line, 200))) from None
-        return list(nodes.values())
+        return [node for node in nodes.values() if wanted or not defaults or node.name in defaults]
 
     def _request(self, job: Submission) -> list[str]:
         """The options of sbatch. Its defaults are not relied on where they would carry this host to the node."""
@@ -309,7 +335,9 @@ def _failure(program: str, done: Done, excluded: Sequence[str] = ()) -> Migratio
     name = next((name for words, name in _REFUSALS if words in said), None)
     if name is None and _NO_NODE in said and excluded:
         # With these hosts it might be taken, and they come back: nothing for a person to change.
-        return _unavailable(f"Slurm has no node for it besides {', '.join(excluded)}: {said}", tail(done.stderr))
+        what = f"Slurm has no node for it besides the excluded {', '.join(excluded)}: {said}"
+        hint = "If you drained them, run `hyper2kvmctl resume --host HOST`."
+        return MigrationError(Code.ENGINE_UNAVAILABLE, what, hint, field="dispatch.engine", tail=tail(done.stderr))
     remedy = (
         f"Set {name} to what the cluster has: see `scontrol show partition`, `scontrol show node`, `scontrol show lic`."
         if name

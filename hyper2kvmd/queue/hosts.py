@@ -11,17 +11,17 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from hyper2kvmd import __version__
 from hyper2kvmd.errors import Code, Finding
-from hyper2kvmd.files import existing_parent, open_directory, open_file, write_whole
+from hyper2kvmd.files import existing_parent, open_directory, open_file, user_name, write_whole
 from hyper2kvmd.memory import available
-from hyper2kvmd.queue.names import HOSTS
+from hyper2kvmd.queue.names import DRAIN, HOSTS
 from hyper2kvmd.settings.model import Settings
-from hyper2kvmd.text import plain
+from hyper2kvmd.text import duration, plain
 
 LIMIT = 1 << 20  # of a file; a planted one may be anything
 SAID_LIMIT = 1000  # exports of which a host says why it does not take them
@@ -64,7 +64,19 @@ class Seen:
     @property
     def gone(self) -> bool:
         """Whether it has missed so many beats that it is taken for dead, or cut off."""
-        return self.beat.state != "stopped" and self.age > MISSED * self.beat.interval
+        return self.beat.state in ("running", "draining") and self.late
+
+    @property
+    def late(self) -> bool:
+        """Whether it has missed so many beats. A host without a daemon does, as soon as no job runs there."""
+        return self.age > MISSED * self.beat.interval
+
+    @property
+    def starts_jobs(self) -> bool:
+        """Whether its daemon starts jobs: with an engine, it does so for other hosts while its own is drained."""
+        return self.state == "running" or (
+            self.beat.state == "running" and self.beat.engine != "local" and not self.gone
+        )
 
     @property
     def state(self) -> str:
@@ -133,6 +145,23 @@ def make_directory(settings: Settings) -> None:
         directory.chmod(0o755)  # whatever the umask: everybody may see the hosts, and only the service says something
 
 
+def other_number(settings: Settings) -> Finding | None:
+    """What to say if hosts report as a user of another number, whose locks and reports this one cannot write."""
+    directory, us = settings.exports_dir / HOSTS, os.geteuid()
+    try:
+        owner = os.lstat(directory).st_uid
+    except OSError:
+        return None
+    if owner == us or os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+        return None
+    message = f"{user_name(us)} is number {us} here, and another host reports as number {owner} in {HOSTS}"
+    hint = (
+        "Give the service's user, and hypersdk, the same number on all hosts: see step 1 of docs/hosts.md. Locks and"
+        " reports on the share belong to that number."
+    )
+    return Finding("user_number", message, hint)
+
+
 def all_hosts(settings: Settings, now: float) -> list[Seen]:
     """Every host that ever said something, by name. now: seconds since the epoch. Raise OSError."""
     directory = settings.exports_dir / HOSTS
@@ -141,6 +170,7 @@ def all_hosts(settings: Settings, now: float) -> list[Seen]:
     except FileNotFoundError:
         return []
     drained = _drained(names)
+    everywhere = os.path.lexists(settings.exports_dir / DRAIN)  # which a host says itself only a little later
     found = []
     for name in [name for name in names if name.endswith(".json") and not name.startswith(".")][:HOSTS_LIMIT]:
         with contextlib.suppress(OSError):
@@ -150,6 +180,8 @@ def all_hosts(settings: Settings, now: float) -> list[Seen]:
             finally:
                 os.close(fd)
             if (said := _beat(data)) is not None:
+                if everywhere and said.state == "running":
+                    said = replace(said, state="draining")
                 found.append(Seen(said, max(now - written, 0.0), _file_name(said.host) in drained))
     return found
 
@@ -159,9 +191,25 @@ def skew(seen: Seen, now: float) -> float:
     return seen.beat.clock - (now - seen.age)
 
 
+def wrong_clock(host: str, ahead: float) -> Finding | None:
+    """What to say of a host whose clock is so many seconds ahead of the file server's; None if it is near enough."""
+    if abs(ahead) <= SKEW_SECONDS:
+        return None
+    way = "ahead of" if ahead > 0 else "behind"
+    message = f"the clock of {host} is {duration(abs(ahead))} {way} that of the file server"
+    return Finding("host_clock", message, "Let NTP set it: the clock decides when jobs are retried.")
+
+
 def untaken(export: Path, hosts: Sequence[Seen]) -> Finding | None:
-    """Why no host starts a queued export, if each of those that work has said so."""
-    working = [seen for seen in hosts if seen.state == "running"]
+    """Why no host starts a queued export: there is none, or each of them has said why. hosts: all that are known."""
+    working = [seen for seen in hosts if seen.starts_jobs]
+    if hosts and not working:
+        said = ", ".join(f"{seen.beat.host} is {seen.state}" for seen in hosts if seen.beat.state != "runner")
+        hint = (
+            "After a drain, run `hyper2kvmctl resume`, or `resume --host HOST` for one host. Where the daemon is"
+            " stopped or gone, run `systemctl start hyper2kvmd`."
+        )
+        return Finding("no_host", "no host starts jobs" + (f": {said}" if said else ""), hint)
     why = {seen.beat.host: seen.beat.waits.get(export.name) for seen in working}
     if not why or None in why.values():
         return None

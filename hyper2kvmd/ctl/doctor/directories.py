@@ -21,6 +21,7 @@ from hyper2kvmd.image import qemu_img
 from hyper2kvmd.job.plan import FIX_SPACE
 from hyper2kvmd.queue import facts
 from hyper2kvmd.queue.claim import unwritable
+from hyper2kvmd.queue.hosts import other_number
 from hyper2kvmd.queue.names import LOCK
 from hyper2kvmd.run import Tools
 from hyper2kvmd.text import plain
@@ -42,6 +43,9 @@ def check_exports(host: Host, diagnosis: Diagnosis) -> str:
             pass
     except OSError as error:
         raise unwritable(directory, error) from None
+    is_service = host.unit.get("User", us := user_name(os.geteuid())) == us  # and not somebody in a group
+    if is_service and (number := other_number(host.settings)) is not None:
+        raise MigrationError(Code.EXPORT_UNWRITABLE, number.message, number.hint, field="exports_dir")
     if obstacles := [obstacle for export in exports if (obstacle := _obstacle(export)) is not None]:
         names, user = _first(obstacles), user_name(os.geteuid())
         diagnosis.warn(

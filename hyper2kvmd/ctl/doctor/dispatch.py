@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -16,8 +17,9 @@ from hyper2kvmd.ctl.doctor.diagnosis import Diagnosis, Host
 from hyper2kvmd.dispatch.engine import PREFIX, Engine, Submission
 from hyper2kvmd.dispatch.engines import engine_of
 from hyper2kvmd.dispatch.slurm import Slurm
-from hyper2kvmd.errors import Code, MigrationError
-from hyper2kvmd.queue.hosts import make_directory
+from hyper2kvmd.errors import Code, Finding, MigrationError
+from hyper2kvmd.files import user_name
+from hyper2kvmd.queue.hosts import make_directory, wrong_clock
 from hyper2kvmd.queue.names import HOSTS
 from hyper2kvmd.settings.model import Settings
 
@@ -55,19 +57,28 @@ def check_dispatch(host: Host, diagnosis: Diagnosis) -> str:
         for path in (mark, *(trial.answer for trial in trials)):
             path.unlink(missing_ok=True)
     good = [said["host"] for trial, said in answers if _judge(trial, said, settings, diagnosis)]
-    return f"{settings.dispatch.engine}: {', '.join(sorted(good)) or 'no host'} can do jobs"
+    if not good and not diagnosis.errors:
+        message = "no host has done the job that was sent"
+        diagnosis.errors.append(MigrationError(Code.ENGINE_UNAVAILABLE, message, "See the warnings, then try again."))
+    return f"{settings.dispatch.engine}: {', '.join(sorted(good))} can do jobs"
 
 
 def _send(engine: Engine, settings: Settings, token: str, mark: Path, diagnosis: Diagnosis) -> list[_Trial]:
     """Send a job to every host; to any host, where the engine does not say which there are."""
-    hosts = [""]
+    hosts, useless = [""], dict[str, Finding]()
     if isinstance(engine, Slurm):
-        hosts = [node.name for node in engine.nodes()]
-        if not hosts:
-            hint = "Look at `sinfo`, and at the nodes in slurm.conf."
-            raise MigrationError(Code.ENGINE_UNAVAILABLE, "Slurm has no nodes", hint)
+        nodes = engine.nodes()
+        # Without a node, such as for a partition that does not exist, sbatch says why.
+        hosts = [node.name for node in nodes] or [""]
+        useless = {node.name: trouble for node in nodes if (trouble := node.trouble) is not None}
     sent = []
     for number, name in enumerate(hosts):
+        if (trouble := useless.get(name)) is not None:
+            if trouble.code == "host_drained":  # which a person wanted
+                diagnosis.warnings.append(trouble)
+            else:
+                diagnosis.errors.append(MigrationError(Code.ENGINE_UNAVAILABLE, trouble.message, trouble.hint))
+            continue
         answer = mark.with_name(f"doctor-{token}-{number}.out")
         submission = Submission(
             name=f"{PREFIX}doctor-{token}-{number}",
@@ -107,13 +118,19 @@ def _wait(engine: Engine, trials: Sequence[_Trial], diagnosis: Diagnosis) -> lis
         if job is not None:
             what = f"its job {'waits' if job.state == 'waiting' else 'runs'} still after {WAIT_SECONDS:g} s"
             what += f": {job.reason}" if job.reason else ""
-            hint = "A host that is busy answers later. One that is down or drained, see with `hyper2kvmctl hosts`."
+            hint = (
+                "A host that is busy answers later."
+                if job.state == "waiting"
+                else "Look at the engine's log on that host: for Slurm, `journalctl -u slurmd -u munge`. Its clock or"
+                " its munge.key may differ from the controller's."
+            )
             diagnosis.warn("host_silent", f"{name}: {what}", hint)
             continue
         text = _text(trial.answer)
+        us = os.geteuid()
         hint = (
-            "Install hyper2kvmd there, and mount the exports directory at the same path; dispatch.program is how it is"
-            " called."
+            "On that host, install hyper2kvmd (dispatch.program is its name), mount the exports directory at the"
+            f" same path, and see that `id {user_name(us)}` shows the number {us}, as here, and the same groups."
         )
         what = f"its job ended and said {text!r}" if text else "its job ended and left nothing in the exports directory"
         diagnosis.errors.append(MigrationError(Code.TOOL_FAILED, f"{name}: {what}", hint))
@@ -122,19 +139,26 @@ def _wait(engine: Engine, trials: Sequence[_Trial], diagnosis: Diagnosis) -> lis
 
 def _judge(trial: _Trial, said: dict[str, Any], settings: Settings, diagnosis: Diagnosis) -> bool:
     """Whether the host that answered can do jobs."""
-    host, found = said["host"], []
+    host, found, mine = said["host"], [], user_name(os.geteuid())
     if said["version"] != __version__:
         hint = "Install the same version everywhere; two that differ in the first two numbers do not work together."
         found.append((f"has hyper2kvmd {said['version']}, and this host {__version__}", hint))
     if said["uid"] != os.geteuid():
         hint = "Give the service's user the same number on all hosts: its locks and files belong to that."
         found.append((f"runs jobs as user {said['uid']}, and this host as {os.geteuid()}", hint))
+    elif (user := said.get("user", mine)) != mine:
+        knows = "has no user of that number" if user == str(said["uid"]) else f"calls that user {user}"
+        hint = f"Give {mine} the same number on all hosts: its locks and files belong to that."
+        found.append((f"runs jobs as user {said['uid']}, which is {mine} here, but {knows}", hint))
     if not said["shared"]:
         hint = "Mount the same file system there, at the same path, and set exports_dir in its settings."
         found.append((f"does not see this host's {settings.exports_dir}, or has another exports_dir", hint))
     found += [(problem["message"], problem["hint"]) for problem in said["problems"]]
     for what, hint in found:
         diagnosis.errors.append(MigrationError(Code.TOOL_FAILED, f"{host} {what}", hint))
+    with contextlib.suppress(KeyError, TypeError):  # which another version may not say
+        if (clock := wrong_clock(host, said["clock"] - said["written"])) is not None:
+            diagnosis.warnings.append(clock)
     if trial.host and trial.host != host:
         hint = "hyper2kvmctl compares hosts by name: have `hostname` say what slurm.conf calls the node."
         diagnosis.warn("host_name", f"Slurm's node {trial.host} calls itself {host}", hint)
@@ -154,7 +178,8 @@ def _answer(path: Path) -> dict[str, Any] | None:
     try:
         lines = path.read_bytes()[:_LIMIT].splitlines()
         said = json.loads(lines[-1]) if lines else None
+        written = path.stat().st_mtime
     except (OSError, ValueError):
         return None
     wanted = {"host", "version", "uid", "shared", "problems"}
-    return said if isinstance(said, dict) and wanted <= {*said} else None
+    return {**said, "written": written} if isinstance(said, dict) and wanted <= {*said} else None

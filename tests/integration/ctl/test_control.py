@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hyper2kvmd.queue import facts
+from hyper2kvmd.queue import facts, hosts
 from hyper2kvmd.queue.names import CANCEL, LOG, REPORT
 from hyper2kvmd.queue.state import state_of
 from hyper2kvmd.settings.model import Settings
@@ -198,8 +198,15 @@ def test_drain_finishes_what_runs_and_starts_nothing_until_resume(
         assert "succeeded" == report_of(first)["status"]
         look_again(port)
         assert not (second / REPORT).exists()
-        assert 0 == ctl("resume").returncode
+        hosts.beat(scratch, hosts.Beat("kvm9", "running", 1000, time.time()))
+        assert 0 == ctl("drain", "--host", "kvm9").returncode
+        (waits,) = (line for line in ctl("list").stdout.splitlines() if line.startswith("b "))
+        assert "no host starts jobs: " in waits
+        assert f"{hosts.this_host()} is draining" in waits
+        resumed = ctl("resume")
+        assert "drained still, by name: kvm9; `hyper2kvmctl resume --host HOST` ends that" in resumed.stderr
         wait_until((second / REPORT).exists, 60)
+        assert f", attempt 1 on {hosts.this_host()}" in ctl("show", "b").stdout
     assert "succeeded" == report_of(second)["status"]
 
 

@@ -282,6 +282,10 @@ def test_an_export_that_the_service_cannot_use_is_a_warning_whose_remedy_works(
     assert f"nobody cannot use {obstacle} in {exports}" in message
     subprocess.run(hint.split("`")[1].split(), check=True)
     assert "exports: 1" in look().detail("exports")
+    (exports / ".hyper2kvmd.hosts").mkdir(0o755)  # by a host whose service has another number
+    assert (1, [("exports", "failed", "export_unwritable")]) == ((other := look()).status, other.faults())
+    assert "another host reports as number 0" in other.only()[0]
+    assert "same number on all hosts" in other.only()[1]
 
 
 @pytest.fixture

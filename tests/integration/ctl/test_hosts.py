@@ -65,6 +65,8 @@ def test_a_host_that_died_another_version_and_a_wrong_clock_are_named_with_what_
     os.utime(scratch.exports_dir / HOSTS / "dead.json", (now - 1000, now - 1000))
     hosts.beat(scratch, Beat("old", "running", 1000, now, version="0.0.1"))
     hosts.beat(scratch, Beat("fast", "running", 1000, now + 300))
+    hosts.beat(scratch, Beat("off", "stopped", 10, now + 300))  # said when it was, and its clock may be right by now
+    os.utime(scratch.exports_dir / HOSTS / "off.json", (now - 1000, now - 1000))
     found = rows(ctl)
     assert ("gone", "running", "running") == tuple(found[name]["state"] for name in ("dead", "old", "fast"))
     codes = {finding["code"]: finding["message"] for finding in found["findings"]}

@@ -56,6 +56,7 @@ def test_jobs_are_spread_listed_and_no_more_than_there_are_slots(fleet: Fleet, c
     with pytest.raises(MigrationError, match="each host has 2 jobs") as caught:
         command.submit(job(fleet, "spread4", "true"))
     assert Code.ENGINE_UNAVAILABLE == caught.value.code
+    assert caught.value.message.endswith("; gone: gone does not answer"), "what ssh said"
     command.cancel(ids)
     assert 4 == len(command.jobs()), "none waits, and what runs is left alone"
 

@@ -47,6 +47,26 @@ def test_doctor_hears_of_every_node_and_names_the_one_that_cannot(campaign: Camp
     (row,) = campaign.ctl("doctor", "dispatch")
     assert "failed" == row["result"]
     assert row["detail"].startswith("kvm1: its job ended and said")
+    fleet, name = campaign.fleet, campaign.fleet.account
+    fleet.shell("kvm1", f"umount /usr/local/bin; sed s/^{name}:/other:/ /etc/passwd >/run/passwd")
+    fleet.shell("kvm1", "mount --bind /run/passwd /etc/passwd")
+    (row,) = campaign.ctl("doctor", "dispatch")
+    assert f"kvm1 runs jobs as user {fleet.uid}, which is {name} here, but calls that user other" == row["detail"]
+    fleet.shell("kvm1", "umount /etc/passwd")
+    fleet.stop_daemon("kvm2", "slurmd")
+    fleet.wait(lambda: fleet.states()["kvm2"] not in ("idle", "unknown"), "kvm2 is missed")
+    (row,) = campaign.ctl("doctor", "dispatch")
+    assert ("failed", True) == (row["result"], row["detail"].startswith("Slurm gives kvm2 no job: it is "))
+    assert {"host_down"} == {finding["code"] for finding in campaign.ctl("hosts")["findings"]}
+    fleet.run(HEAD, "scontrol", "update", "nodename=kvm1", "state=drain", "reason=disk", account="root")
+    fleet.start_daemon("kvm2", "slurmd")
+    fleet.wait(lambda: fleet.states()["kvm2"] == "idle", "kvm2 is back")
+    good, drained = campaign.ctl("doctor", "dispatch")
+    assert ("ok", "slurm: kvm2 can do jobs") == (good["result"], good["detail"])
+    assert ("warning", "Slurm gives kvm1 no job: it is drained (disk)") == (drained["result"], drained["detail"])
+    fleet.run(HEAD, "scontrol", "update", "nodename=kvm2", "state=drain", "reason=disk", account="root")
+    assert "no host has done the job that was sent" == campaign.ctl("doctor", "dispatch")[0]["detail"]
+    fleet.run(HEAD, "scontrol", "update", "nodename=kvm[1-2]", "state=resume", account="root")
 
 
 @pytest.mark.rest

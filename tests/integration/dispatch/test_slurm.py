@@ -219,13 +219,11 @@ def test_a_controller_that_is_down_or_hangs_is_no_empty_queue(fleet: Fleet) -> N
         # Slurm's own commands give up after 9 s; both at once.
         with ThreadPoolExecutor() as pool:
             asked = [pool.submit(call, slurm(fleet)) for call in calls[:2]]
-        for future, said in zip(
-            asked, ("Unable to contact slurm controller", "slurm_load_jobs: Failed while looking for jobs"), strict=True
-        ):
+        for future in asked:
             error = future.exception()
             assert isinstance(error, MigrationError)
             assert Code.ENGINE_UNAVAILABLE == error.code
-            assert said in error.message
+            assert "Unable to contact slurm controller" in error.message
     finally:
         fleet.start_daemon(HEAD, "slurmctld")
     fleet.wait(lambda: set(fleet.states().values()) == {"idle"}, "the controller is back", SECONDS)

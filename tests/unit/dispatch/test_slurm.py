@@ -213,6 +213,7 @@ DOWN = '{"errors": [{"description": "Failed while looking for jobs", "source": "
     ],
 )
 def test_rubbish_of_squeue_is_no_empty_list(fake: Fake, script: str, expected: str) -> None:
+    fake("sinfo", "true")
     fake("squeue", script)
     error = failed(slurm().jobs)
     assert Code.ENGINE_UNAVAILABLE == error.code
@@ -288,11 +289,12 @@ def test_that_only_excluded_hosts_would_do_passes_by_itself(fake: Fake) -> None:
     error = failed(lambda: slurm().submit(job(exclude=("kvm1",))))
     assert Code.ENGINE_UNAVAILABLE == error.code
     assert "kvm1" in error.message
+    assert "hyper2kvmctl resume --host" in error.hint
     assert Code.ENGINE_REFUSED == failed(lambda: slurm().submit(job())).code
 
 
 def test_an_excluded_host_that_is_no_node_is_left_out(fake: Fake, tmp_path: Path) -> None:
-    fake("sinfo", "echo 'kvm1|idle|4|8000|1|(null)|none'")
+    fake("sinfo", "echo 'all*|kvm1|idle|4|8000|1|(null)|none'")
     unknown = 'case "$*" in *desk*) echo Invalid node name specified >&2; exit 1;; esac'
     fake("sbatch", f'echo "$@" >> {tmp_path}/words; {unknown}; echo 7')
     assert "7" == slurm().submit(job(exclude=("kvm1", "desk")))
@@ -323,9 +325,9 @@ def test_a_job_that_is_gone_needs_no_cancelling(fake: Fake) -> None:
 
 def test_nodes_are_told_once_each(fake: Fake) -> None:
     lines = [
-        "kvm1|mixed|4|8000|3597|kvm,site-a|none",
-        "kvm1|mixed|4|8000|3597|kvm,site-a|none",
-        "kvm2|down*|64|512000|N/A|(null)|Not responding | since noon",
+        "migrations|kvm1|mixed|4|8000|3597|kvm,site-a|none",
+        "more|kvm1|mixed|4|8000|3597|kvm,site-a|none",
+        "more|kvm2|down*|64|512000|N/A|(null)|Not responding | since noon",
     ]
     fake("sinfo", "\n".join(f"echo '{line}'" for line in lines))
     assert [
@@ -334,7 +336,42 @@ def test_nodes_are_told_once_each(fake: Fake) -> None:
     ] == slurm().nodes()
 
 
-@pytest.mark.parametrize("line", ["kvm1", "kvm1|idle|x|1|1|f|none", "a|b|c|d|e|f|g"])
+def test_nodes_of_other_partitions_are_left_out(fake: Fake, tmp_path: Path) -> None:
+    lines = ["other|gpu1|idle|4|8000|1|(null)|none", "migrations*|kvm1|idle|4|8000|1|(null)|none"]
+    lines.append("other|kvm1|idle|4|8000|1|(null)|none")
+    fake("sinfo", f'echo "$@" >{tmp_path}/words\n' + "\n".join(f"echo '{line}'" for line in lines))
+    assert ["kvm1"] == [node.name for node in slurm().nodes()], "those of the default partition"
+    assert "--partition" not in (tmp_path / "words").read_text()
+    slurm(partition="other").nodes()
+    assert "--partition=other" in (tmp_path / "words").read_text()
+
+
+@pytest.mark.parametrize(
+    ("states", "code"),
+    [
+        ("idle mixed allocated completing", ""),
+        ("drained draining drained*", "host_drained"),
+        ("down unknown idle*", "host_down"),
+    ],
+)
+def test_a_node_that_gets_no_job_says_why_and_what_to_do(fake: Fake, states: str, code: str) -> None:
+    for state in states.split():
+        fake("sinfo", f"echo 'all*|kvm1|{state}|4|8000|1|(null)|a new disk'")
+        (node,) = slurm().nodes()
+        assert code == ("" if node.trouble is None else node.trouble.code)
+        if node.trouble is not None:
+            assert "a new disk" in node.trouble.message
+            assert "scontrol update nodename=kvm1 state=resume" in node.trouble.hint
+
+
+def test_what_squeue_cannot_say_sinfo_does(fake: Fake) -> None:
+    """With 22.05, squeue --json has no other words for a controller that is down."""
+    fake("squeue", """echo '{"errors": [{"description": "Failed", "error": "Unspecified error"}], "jobs": []}'""")
+    fake("sinfo", "echo 'slurm_load_partitions: Unable to contact slurm controller (connect failure)' >&2; exit 1")
+    assert "Unable to contact slurm controller" in failed(slurm().jobs).message
+
+
+@pytest.mark.parametrize("line", ["kvm1", "p|kvm1|idle|x|1|1|f|none", "a|b|c|d|e|f|g|h"])
 def test_rubbish_of_sinfo_is_shown(fake: Fake, line: str) -> None:
     fake("sinfo", f"echo '{line}'")
     error = failed(slurm().nodes)

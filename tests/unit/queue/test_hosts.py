@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hyper2kvmd.queue import hosts, requests
 from hyper2kvmd.queue.hosts import Beat, Seen
-from hyper2kvmd.queue.names import HOSTS
+from hyper2kvmd.queue.names import DRAIN, HOSTS
 from hyper2kvmd.settings.model import Settings
 
 
@@ -68,6 +68,13 @@ def test_one_host_can_be_drained_and_the_others_go_on(scratch: Settings) -> None
     assert not requests.draining_all(scratch)
 
 
+def test_a_drain_of_all_hosts_shows_before_they_say_so(scratch: Settings) -> None:
+    hosts.beat(scratch, beat("kvm1"))
+    hosts.beat(scratch, beat("kvm2", state="stopped"))
+    requests.ask(scratch.exports_dir, DRAIN)
+    assert {"kvm1": "draining", "kvm2": "stopped"} == states(scratch)
+
+
 def test_a_runner_says_it_where_there_is_no_daemon_and_not_where_there_is(scratch: Settings) -> None:
     hosts.beat_for_runner(scratch, 60.0)
     assert {hosts.this_host(): "runner"} == states(scratch)
@@ -77,6 +84,27 @@ def test_a_runner_says_it_where_there_is_no_daemon_and_not_where_there_is(scratc
     said(scratch, hosts.this_host(), 1000)
     hosts.beat_for_runner(scratch, 60.0)
     assert {hosts.this_host(): "runner"} == states(scratch)
+
+
+def test_a_host_without_a_daemon_is_not_gone_when_its_job_is_over(scratch: Settings) -> None:
+    hosts.beat_for_runner(scratch, 60.0)
+    (seen,) = hosts.all_hosts(scratch, time.time() + 1e6)
+    assert ("runner", False, True) == (seen.state, seen.gone, seen.late)
+
+
+def test_that_no_host_starts_jobs_is_a_reason_to_wait(scratch: Settings) -> None:
+    def reason(*said: Beat, drained: bool = False) -> str:
+        found = hosts.untaken(Path("/exports/web01"), [Seen(one, 1.0, drained) for one in said])
+        return "" if found is None else found.message
+
+    assert "" == reason(), "nobody ever said that he is there: somebody may migrate by hand"
+    assert "" == reason(beat("kvm1"), beat("kvm2", state="stopped"))
+    assert "no host starts jobs: kvm1 is draining, kvm2 is stopped" == reason(
+        beat("kvm1", state="draining"), beat("kvm2", state="stopped"), beat("kvm3", state="runner")
+    )
+    assert "no host starts jobs: kvm1 is draining" == reason(beat("kvm1"), drained=True)
+    assert "" == reason(beat("kvm1", engine="slurm"), drained=True), "it submits jobs for others"
+    assert "no host starts jobs" == reason(beat("kvm3", state="runner"))
 
 
 def test_a_clock_that_is_ahead_is_told_from_the_file_servers(scratch: Settings) -> None:
