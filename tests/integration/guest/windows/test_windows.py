@@ -56,7 +56,7 @@ GUESTS = {
 
 
 @pytest.mark.parametrize("family", GUESTS)
-def test_a_guest_is_mended_as_its_directory_is(family: str, shop: Workshop, drivers: Path, tmp_path: Path) -> None:
+def test_a_guest_is_repaired_as_its_directory_is(family: str, shop: Workshop, drivers: Path, tmp_path: Path) -> None:
     given, variant = GUESTS[family]
     options = FixOptions(virtio_win=drivers if given else None, nics=NICS)
     (tmp_path / "tree").mkdir()
