@@ -283,7 +283,7 @@ def test_an_upgrade_that_does_not_accept_the_settings_lets_the_old_version_go_on
     pid = main_pid(machine)
     said = install(machine, packages[NEXT])
     assert "did you mean workers?" in said
-    assert "hyper2kvmd.service: goes on as the old version" in said
+    assert "hyper2kvmd.service: keeps running the old version" in said
     assert pid == main_pid(machine)
     configure(machine)
     machine.run("/bin/sh", "-c", said.split("Correct them, then run: ")[1].splitlines()[0])
