@@ -19,7 +19,7 @@ from hyper2kvmd.job.context import job_id
 from hyper2kvmd.job.undo import OUTPUT_KEPT
 from hyper2kvmd.queue import facts, requests
 from hyper2kvmd.queue.claim import Busy, claim_export
-from hyper2kvmd.queue.hosts import all_hosts, drain_request, drained_hosts, make_directory
+from hyper2kvmd.queue.hosts import all_hosts, drain_request, drained_hosts, draining_all, make_directory
 from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD
 from hyper2kvmd.queue.state import FINAL, Facts, State
 from hyper2kvmd.settings.model import Settings
@@ -203,7 +203,7 @@ def resume(options: argparse.Namespace, config: Settings) -> int:
 def _other_drains(host: str | None, config: Settings) -> str:
     """What still keeps hosts from starting jobs, after a drain of all hosts or of one was ended; "" if nothing does."""
     if host is not None:
-        everywhere = requests.draining_all(config)
+        everywhere = draining_all(config)
         return "all hosts are drained still; `hyper2kvmctl resume` ends that" if everywhere else ""
     names = sorted(drained_hosts(config))
     return f"drained still, by name: {', '.join(names)}; `hyper2kvmctl resume --host HOST` ends that" if names else ""

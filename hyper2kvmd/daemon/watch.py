@@ -20,7 +20,7 @@ from hyper2kvmd.daemon.handover import Handover
 from hyper2kvmd.daemon.pulse import Pulse
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.queue import facts, requests
-from hyper2kvmd.queue.hosts import Seen, all_hosts, drained_hosts, this_host
+from hyper2kvmd.queue.hosts import Seen, all_hosts, drained_hosts, draining_all, this_host
 from hyper2kvmd.queue.names import LOCK, REPORT, SIGNED
 from hyper2kvmd.queue.state import Facts
 from hyper2kvmd.settings.model import Settings
@@ -231,7 +231,7 @@ class Scanner:
         unreadable: dict[Path, Finding] = {}
         try:
             exports, ignored = facts.exports(settings)
-            everywhere = requests.draining_all(settings)
+            everywhere = draining_all(settings)
             # An engine has hosts enough besides this one.
             draining = requests.draining(settings) if settings.dispatch.engine == "local" else everywhere
         except OSError as error:

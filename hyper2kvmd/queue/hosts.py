@@ -162,6 +162,11 @@ def other_number(settings: Settings) -> Finding | None:
     return Finding("user_number", message, hint)
 
 
+def draining_all(settings: Settings) -> bool:
+    """Whether somebody asked that no job is started any more on any host."""
+    return os.path.lexists(settings.exports_dir / DRAIN)
+
+
 def all_hosts(settings: Settings, now: float) -> list[Seen]:
     """Every host that ever said something, by name. now: seconds since the epoch. Raise OSError."""
     directory = settings.exports_dir / HOSTS
@@ -170,7 +175,7 @@ def all_hosts(settings: Settings, now: float) -> list[Seen]:
     except FileNotFoundError:
         return []
     drained = _drained(names)
-    everywhere = os.path.lexists(settings.exports_dir / DRAIN)  # which a host says itself only a little later
+    everywhere = draining_all(settings)  # which a host says itself only a little later
     found = []
     for name in [name for name in names if name.endswith(".json") and not name.startswith(".")][:HOSTS_LIMIT]:
         with contextlib.suppress(OSError):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from hyper2kvmd.files import create_file, open_directory, timestamp
-from hyper2kvmd.queue.hosts import drain_request, this_host
-from hyper2kvmd.queue.names import CANCEL, DRAIN, HOLD
+from hyper2kvmd.queue.hosts import drain_request, draining_all, this_host
+from hyper2kvmd.queue.names import CANCEL, HOLD
 from hyper2kvmd.settings.model import Settings
 
 
@@ -60,8 +60,3 @@ def withdraw(directory: Path, name: str) -> bool:
 def draining(settings: Settings) -> bool:
     """Whether somebody asked that no job is started any more, on all hosts or on this one."""
     return draining_all(settings) or os.path.lexists(settings.exports_dir / drain_request(this_host()))
-
-
-def draining_all(settings: Settings) -> bool:
-    """Whether somebody asked that on all hosts."""
-    return os.path.lexists(settings.exports_dir / DRAIN)

@@ -164,14 +164,13 @@ def check_libguestfs(host: Host, diagnosis: Diagnosis) -> str:
         disk = Path(directory) / "empty.qcow2"
         tools.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "16M")
         chosen = accel.resolve(guest.accel, tools)
-        appliance = open_guest(
+        with open_guest(
             [(disk, "qcow2")],
             accel=chosen.name,
             memory_mb=guest.memory_mb,
             tools=tools,
             launch_seconds=LAUNCH_SECONDS,
-        )
-        with appliance as session:
+        ) as session:
             version = session.version()
             missing = [name for name in GUEST_FEATURES if not session.g.feature_available([name])]
     for name in missing:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyper2kvmd.queue import hosts, requests
-from hyper2kvmd.queue.hosts import Beat, Seen
+from hyper2kvmd.queue.hosts import Beat, Seen, draining_all
 from hyper2kvmd.queue.names import DRAIN, HOSTS
 from hyper2kvmd.settings.model import Settings
 
@@ -65,7 +65,7 @@ def test_one_host_can_be_drained_and_the_others_go_on(scratch: Settings) -> None
     assert not requests.draining(scratch)
     requests.ask(scratch.exports_dir, hosts.drain_request(hosts.this_host()))
     assert requests.draining(scratch)
-    assert not requests.draining_all(scratch)
+    assert not draining_all(scratch)
 
 
 def test_a_drain_of_all_hosts_shows_before_they_say_so(scratch: Settings) -> None:
