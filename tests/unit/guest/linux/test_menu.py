@@ -986,7 +986,7 @@ HUGE = {
     "one line": "linux /k " + "root=/dev/sda2 console= " * 10_000,
     "variables": f"set a={'x' * 1000}\nmenuentry b {{\n linux /{'$a' * 100_000}\n}}",
     "id": "menuentry 'x' --id " + "a" * 1_000_000 + "'$' {\n linux /k\n}\n",
-    "blank lines": " \n" * (1 << 19),
+    "blank lines": " \n" * (1 << 17),
     "environments": "".join(f"load_env -f /{n}\n" for n in range(20_000)),
 }
 

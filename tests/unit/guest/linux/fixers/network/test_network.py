@@ -816,6 +816,6 @@ def test_no_file_makes_the_plan_raise(files: dict[str, str]) -> None:
 )
 @pytest.mark.parametrize("path", PATHS)
 def test_no_file_takes_long_to_read(path: str, piece: str) -> None:
-    guest = Guest({path: piece * ((1 << 20) // len(piece)), **SETUP_LINK})
+    guest = Guest({path: piece * ((1 << 19) // len(piece)), **SETUP_LINK})
     with work_of_at_most(5):
         assert len(plan(guest, Nic(A)).edits) <= 1
