@@ -64,6 +64,7 @@ _FORMATS = {
         shell=re.compile(r"\s*(?:export\s+)?GRUB_CMDLINE_LINUX\w*\+?="),
         consoles=re.compile(r"\s*(?:export\s+)?GRUB_CMDLINE_LINUX="),
     ),
+    "grub-custom": _Format(raw=LINUX_LINE),
     "cmdline": _Format(raw=re.compile(r"\s*[^\s#]"), single=True),
     "suse": _Format(shell=re.compile(r"\s*\w*_APPEND="), consoles=re.compile(r"\s*DEFAULT_APPEND=")),
     "extlinux-defaults": _Format(
@@ -73,7 +74,7 @@ _FORMATS = {
     "dracut": _Format(shell=re.compile(r"\s*kernel_cmdline\+?=")),
 }
 # The line of a GRUB menu that an entry's kernel is on.
-_ENTRY = {"grub.cfg": LINUX_LINE, "menu.lst": re.compile(r"\s*(?:kernel|title)[\s=]")}
+_ENTRY = {"grub.cfg": LINUX_LINE, "grub-custom": LINUX_LINE, "menu.lst": re.compile(r"\s*(?:kernel|title)[\s=]")}
 _NO_UUID = re.compile(r"(?P<lead>\s*)(?:export\s+)?GRUB_DISABLE_LINUX_UUID=[\"']?true\b")
 
 # The places that say which entry is the default, each with the part before the value.
@@ -129,7 +130,8 @@ def plan(view: View, *, console: bool = False, default: int | None = None) -> Fi
         return as_path(name) if name and key in _TAKE_PATHS else name
 
     files: list[tuple[str, str, str]] = [(file.path, file.kind, file.text) for file in menu.files] if menu else []
-    for pattern, kind in MENU_DEFAULTS:
+    # The administrator's own entries, which are on the menu too. One that is not yet there tells nothing of the disks.
+    for pattern, kind in (*MENU_DEFAULTS, ("/etc/grub.d/*_custom", "grub-custom")):
         paths = sorted(view.g.glob_expand(pattern)) if "*" in pattern else [pattern]
         files += [(path, kind, text) for path in paths if (text := view.read(path)) is not None]
     edits = []
@@ -261,7 +263,8 @@ def _summary(new: Rewritten, text: str, after: str, menu: Menu | None, default: 
     said = []
     if new.replaced:
         words = ", ".join(sorted({printable(word) for word in new.replaced}))
-        said.append(f"UUIDs instead of {words} in {len(new.replaced)} places")
+        count = len(new.replaced)
+        said.append(f"UUIDs instead of {words} in {count} place{'s' if count > 1 else ''}")
     if new.text.count(CONSOLES[-1]) > text.count(CONSOLES[-1]):
         said.append("kernels write to the first serial port too")
     if not said and new.text != text:

@@ -946,6 +946,9 @@ def test_plan_edits_menu_and_defaults_once_and_says_what_it_could_not_resolve() 
             "/etc/default/grub": 'GRUB_DEFAULT=0\nGRUB_CMDLINE_LINUX=""\n',
             "/etc/default/grub.d/own.cfg": "GRUB_DISABLE_LINUX_UUID=true\n",
             "/boot/grub/device.map": "(hd0)\t/dev/disk/by-id/scsi-36000c29\n",
+            "/etc/grub.d/40_custom": "#!/bin/sh\nexec tail -n +3 $0\n"
+            "menuentry 'Old' {\n linux /k root=/dev/sda2 ro\n initrd /i\n}\n",
+            "/etc/grub.d/10_linux": "linux /k root=/dev/sda2\n",
         }
     )
     plan = planned(guest, default=2)
@@ -956,6 +959,8 @@ def test_plan_edits_menu_and_defaults_once_and_says_what_it_could_not_resolve() 
         "Debian GNU/Linux, with Linux 6.1.0-17-amd64 starts by default",
         "/etc/default/grub.d/own.cfg": "the next update of the menu uses UUIDs",
         "/boot/grub/device.map": "GRUB finds the disks by itself",
+        "/etc/grub.d/40_custom": "UUIDs instead of root=/dev/sda2 in 1 place; "
+        "kernels write to the first serial port too",
     } == {edit.path: edit.summary for edit in plan.edits}
     assert [("bootloader_unresolved", True)] == [(w.code, "resume=/dev/sda3" in w.message) for w in plan.warnings]
     for edit in plan.edits:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -39,7 +39,7 @@ def view(files: Mapping[str, str] | Guest, *devices: Device, locked: tuple[str, 
     devices = devices or (*SDA, *SDB)
     by_name = {device.name: device for device in devices}
     disks = list(dict.fromkeys(device.disk for device in devices if device.disk))
-    inspection: Any = SimpleNamespace(root="/dev/sda3", locked=locked, disks=tuple(disks), menu=None)
+    inspection: Any = SimpleNamespace(root="/dev/sda3", locked=locked, disks=tuple(disks), menu=None, firmware="bios")
     read = View(guest, inspection, Names({}, {})).read
     inspection.menu = menu.read(read, guest.glob_expand)
     known = names.known(read, guest.glob_expand, inspection.menu, disks, by_name, "/dev/sda3")
@@ -574,3 +574,66 @@ def test_a_file_that_mounts_a_disk_by_its_kernels_name_is_named(path: str, text:
 )
 def test_a_file_that_mounts_by_what_stays_is_not_named(path: str, text: str) -> None:
     assert () == rules.plan(view({path: text}), "virtio").warnings
+
+
+DEBCONF = """Name: grub-pc/hidden_timeout
+Template: grub-pc/hidden_timeout
+Value: /dev/sdz
+Owners: grub-pc
+
+Name: grub-{0}/install_devices
+Template: grub-{0}/install_devices
+Value: {1}
+Owners: grub-{0}
+Flags: seen
+Variables:
+ CHOICES = /dev/sda (42949 MB, VMware Virtual disk)
+
+Name: grub-pc/timeout
+Template: grub-pc/timeout
+Value: /dev/sdz
+Owners: grub-pc
+"""
+INSTALLED_TO = "/etc/default/grub_installdevice"
+DEBCONF_FILE = "/var/cache/debconf/config.dat"
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "device", "remedy"),
+    [
+        (DEBCONF_FILE, DEBCONF.format("pc", "/dev/sda"), "/dev/sda", "`dpkg-reconfigure grub-pc`"),
+        (DEBCONF_FILE, DEBCONF.format("pc", "/dev/disk/by-id/scsi-36000c29a, /dev/sdb"),
+         "/dev/disk/by-id/scsi-36000c29a", "`dpkg-reconfigure grub-pc`"),
+        (INSTALLED_TO, "/dev/disk/by-id/wwn-0x6000c29\nactivate\ngeneric_mbr\n", "/dev/disk/by-id/wwn-0x6000c29",
+         "Write the new disk there"),
+        (INSTALLED_TO, "(hd0)\n/dev/xvda\n", "/dev/xvda", "Write the new disk there"),
+    ],
+)  # fmt: skip
+def test_where_updates_of_grub_go_is_said_if_it_is_no_more(path: str, text: str, device: str, remedy: str) -> None:
+    (warning,) = rules.plan(view({path: text}), "virtio").warnings
+    assert f"{path}: updates of GRUB in the guest install it to {device}, a name" in warning.message
+    assert remedy in warning.hint
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "bus"),
+    [
+        (DEBCONF_FILE, DEBCONF.format("pc", "/dev/vda"), "virtio"),
+        (DEBCONF_FILE, DEBCONF.format("pc", "/dev/sda"), "sata"),
+        (DEBCONF_FILE, DEBCONF.format("pc", ""), "virtio"),
+        (DEBCONF_FILE, DEBCONF.format("pc", "/dev/mapper/vg-root"), "virtio"),
+        (DEBCONF_FILE, DEBCONF.format("efi", "/dev/sda1"), "virtio"),  # this guest starts by its BIOS
+        (INSTALLED_TO, "# /dev/sda\n(hd0)\nactivate\n", "virtio"),
+    ],
+)
+def test_where_updates_of_grub_go_is_not_said_if_it_holds(path: str, text: str, bus: DiskBus) -> None:
+    assert () == rules.plan(view({path: text}), bus).warnings
+
+
+def test_efi_partition_that_updates_of_grub_go_to_is_the_one_of_uefi() -> None:
+    files = {DEBCONF_FILE: DEBCONF.format("efi", "/dev/disk/by-id/scsi-36000c29a-part1")}
+    guest = view(files)
+    cast(Any, guest.inspection).firmware = "uefi"
+    (warning,) = rules.plan(guest, "virtio").warnings
+    assert "/dev/disk/by-id/scsi-36000c29a-part1" in warning.message
+    assert "`dpkg-reconfigure grub-efi-amd64`" in warning.hint
