@@ -11,7 +11,7 @@ from hyper2kvmd.manifest import Configuration
 
 @dataclass(frozen=True)
 class Nic:
-    """A network card that the domain will have, in the order of the VM's adapters.
+    """A network card that the domain will have.
 
     mac: in lower case with colons, None if nobody knows it yet. pci_slot: VMware's pciSlotNumber, and model: what the
     card was (VmxNet3, E1000), where the OVF has them.
@@ -26,8 +26,8 @@ class Nic:
 class FixOptions:
     """Which fixes are wanted; all that a guest needs to boot, unless the manifest says otherwise.
 
-    backup_dir: where in the guest the originals of edited files are kept, "" for nowhere. nics: what the VM will
-    have, in the order of its slots. virtio_win: the drivers for Windows, None if there are none. rdp: whether Windows
+    backup_dir: where in the guest the originals of edited files are kept, "" for nowhere. nics: what the domain
+    has, in its order. virtio_win: the drivers for Windows, None if there are none. rdp: whether Windows
     is to let in Remote Desktop.
     """
 

@@ -16,6 +16,8 @@ from hyper2kvmd.domain.machine import machine_for
 from hyper2kvmd.domain.model import Domain, DomainDisk, DomainNic, domain_uuid, generated_mac
 from hyper2kvmd.errors import Code, Collected, Finding, MigrationError
 from hyper2kvmd.files import existing_parent
+from hyper2kvmd.guest.linux.fixers.network.place import kernel_order
+from hyper2kvmd.guest.options import Nic
 from hyper2kvmd.guest.session import check_host
 from hyper2kvmd.hypervisor.connection import connect, is_remote, virt_type
 from hyper2kvmd.hypervisor.disks import check_access
@@ -54,7 +56,7 @@ class Plan:
 
     disks: in the order in which the VM had them. boot_disk: the id of the one that it boots from, as far as is known
     before the disks are looked into. target: whether disks are written, were this no dry run. hardware: what the VM
-    was; cards: its network cards in the order of their slots, with the MACs they will have, as far as that is known.
+    was; cards: its network cards as the domain has them, with the MACs they will have, as far as that is known.
     domain: what it will be, as far as can be said now. imported: an earlier attempt published the disks, and the domain
     that it made runs on them.
     """
@@ -133,6 +135,9 @@ def make_plan(
     with problems:
         _check_cards(job, was)
     domain = _domain(job, manifest, was, disks, format, uuid)
+    seats = _seats(was.cards)
+    domain = replace(domain, nics=tuple(domain.nics[number] for number in seats))
+    cards = tuple(was.cards[number] for number in seats)
     published, imported = set(published), False
     if convert:
         _check_outputs(disks, directory, published, problems)
@@ -170,9 +175,9 @@ def make_plan(
         accel=acceleration,
         domain=domain,
         # Where we define the domain, we know the address that a card without one will get.
-        cards=tuple(replace(card, mac=nic.mac) for card, nic in zip(was.cards, domain.nics, strict=True))
+        cards=tuple(replace(card, mac=nic.mac) for card, nic in zip(cards, domain.nics, strict=True))
         if defines
-        else was.cards,
+        else cards,
         imported=imported,
     )
     if not convert:
@@ -270,6 +275,17 @@ def _check_cards(job: Job, was: Hardware) -> None:
             "Correct `networks` in the plan of the VM (vm.networks), or the nics in the manifest.",
             field="vm.networks",
         )
+
+
+def _seats(cards: Sequence[Card]) -> list[int]:
+    """The numbers of the cards, from 0, in the order in which the domain has them.
+
+    It is that in which the old kernel found them, as far as that is known: the new one finds the domain's in their
+    order, and a guest that calls them eth0, eth1... has nothing else to go by.
+    """
+    nics = [Nic(card.mac, card.pci_slot, card.model) for card in cards]
+    found = kernel_order(nics) or nics
+    return sorted(range(len(nics)), key=lambda number: found.index(nics[number]))
 
 
 def _domain(

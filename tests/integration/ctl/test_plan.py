@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
 from hyper2kvmd.exits import EXIT_CONFIG
 from hyper2kvmd.queue.names import REPORT
@@ -66,6 +67,41 @@ def test_a_spreadsheet_decides_what_each_vm_becomes_and_when(
     )
     (tmp_path / "again.csv").write_text(out)
     assert "0 new, 0 changed, 4 unchanged" in ctl("plan", "import", tmp_path / "again.csv").stdout
+
+
+# VMware's fifth adapter is beside the first one, so that a kernel that counts its cards finds it second.
+SLOTS = (160, 192, 224, 256, 1184)
+CARD = (
+    "<Item><ResourceType>10</ResourceType><ResourceSubType>VmxNet3</ResourceSubType><Address>{}</Address>"
+    '<Config key="slotInfo.pciSlotNumber" value="{}"/></Item>'
+)
+
+
+def test_cards_are_in_the_order_in_which_the_guest_found_them_each_with_its_own_network(
+    scratch: Settings, make_export: MakeExport, tmp_path: Path
+) -> None:
+    macs = [f"00:50:56:aa:bb:{number:02}" for number in range(5)]
+    export = make_export("fw01", nics=[{"mac": mac, "network": "DMZ"} for mac in macs])
+    cards = "".join(CARD.format(mac, slot) for mac, slot in zip(macs, SLOTS, strict=True))
+    envelope = "<Envelope><VirtualSystem><VirtualHardwareSection>{}</VirtualHardwareSection></VirtualSystem></Envelope>"
+    (export / "fw01.ovf").write_text(envelope.format(cards))
+    scratch.plan_dir.mkdir()
+    (scratch.plan_dir / "fw01.yaml").write_text("networks: [null, null, null, null, lan5]\n")
+    (tmp_path / "lan5.xml").write_text(
+        "<network><name>lan5</name><forward mode='bridge'/><bridge name='br5'/></network>"
+    )
+    with session(tmp_path) as uri:
+        subprocess.run(["virsh", "-q", "-c", uri, "net-create", tmp_path / "lan5.xml"], check=True, capture_output=True)
+        libvirt = {"uri": uri, "import": True, "default_network": "user"}
+        settings = Settings.model_validate({**json.loads(scratch.model_dump_json(by_alias=True)), "libvirt": libvirt})
+        done = run_job(export, settings)
+        assert 0 == done.returncode, done.stderr
+        xml = subprocess.run(["virsh", "-c", uri, "dumpxml", "fw01"], capture_output=True, text=True, check=True).stdout
+    found = ElementTree.fromstring(xml).findall("devices/interface")
+    assert [macs[number] for number in (0, 4, 1, 2, 3)] == [
+        mac.get("address") for one in found if (mac := one.find("mac")) is not None
+    ]
+    assert ["user", "network", "user", "user", "user"] == [one.get("type") for one in found]
 
 
 def test_a_bad_spreadsheet_changes_no_plan(ctl: Ctl, scratch: Settings, tmp_path: Path) -> None:

@@ -78,8 +78,8 @@ class _Edited(View):
 def plan(view: View, nics: Sequence[Nic], cards: str = "virtio", wanted: Sequence[Wanted] = ()) -> FixPlan:
     """Bind the names that the guest does not pin itself, and translate what goes by the place or the driver of a card.
 
-    nics: the domain's, in the order of VMware's adapters. cards: their model there. wanted: what the manifest
-    configures; the files that hold it now are left to `addresses`.
+    nics: the domain's, in its order. cards: their model there. wanted: what the manifest configures; the files that
+    hold it now are left to `addresses`.
     """
     if view.inspection.os_type != "linux":
         return FixPlan()

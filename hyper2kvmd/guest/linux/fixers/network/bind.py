@@ -219,7 +219,8 @@ def _kernel_order(
             "network_kernel_order",
             f"the guest has several network cards, and nothing in it but their order says which of them is "
             f"{', '.join(names)}",
-            "See after the first boot that each network reaches the right card; the order is that of the manifest.",
+            "See after the first boot that each network reaches the right card. The order is that of VMware's slots if "
+            "the .ovf has them, and else that of the manifest.",
         )
     ]
 
