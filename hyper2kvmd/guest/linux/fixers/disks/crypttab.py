@@ -1,4 +1,4 @@
-"""/etc/crypttab: encrypted devices by UUID instead of by a device name that changes with the controller."""
+"""/etc/crypttab: encrypted devices, keys and headers by UUID, not by a device name that changes with the controller."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 from hyper2kvmd.errors import Finding
 from hyper2kvmd.guest.change import Edit, Named
-from hyper2kvmd.guest.linux.devices import BY_CONTENT, Became
+from hyper2kvmd.guest.linux.devices import BY_CONTENT, Became, as_path, changes_with_hardware
 from hyper2kvmd.guest.linux.fixers import FixPlan, View
 from hyper2kvmd.text import printable
 
 PATH = "/etc/crypttab"
 _LINE = re.compile(r"[ \t]*(?P<name>[^\s#]\S*)[ \t]+(?P<spec>\S+)(?:[ \t]+(?P<key>\S+))?(?:[ \t]+(?P<options>\S+))?")
+
+# What a key lies on (/dev/sdb1, /dev/sdb1:/key, /key:/dev/sdb1), or a header (header=/dev/sdb1).
+_BESIDES = re.compile(r"(?<![^\s:=,])/dev/(?:disk/by-path/[^\s,]+?(?=:/|[\s,]|$)|[^\s,:]+)")
 
 
 def plan(view: View) -> FixPlan:
@@ -25,9 +28,9 @@ def plan(view: View) -> FixPlan:
     warnings = tuple(
         Finding(
             "crypttab_unresolved",
-            f"{PATH} line {name.line} opens {printable(name.before)} as {printable(name.use)}: {name.proof}",
-            "The line got the option nofail, so that the guest starts without it. Write the UUID of the container "
-            "there, export the disk that is missing too, or delete the line.",
+            f"{PATH} line {name.line} needs {printable(name.before)} for {printable(name.use)}: {name.proof}",
+            "The line got the option nofail, so that the guest starts without it. Write a UUID there, export the disk "
+            "that is missing too, or delete the line.",
         )
         for name in new.unresolved
     )
@@ -61,15 +64,24 @@ def rewrite(text: str, becomes: Callable[[str, bool], Became]) -> Rewritten:
             continue
         options = set((found["options"] or "").split(","))
         fresh = found["key"] in ("/dev/urandom", "/dev/random") or bool(options & {"swap", "plain", "tmp"})
-        became = becomes(found["spec"], fresh)
-        after = became.name or found["spec"]
-        name = Named(PATH, number, found["name"], found["spec"], after, became.place, became.why)
-        named.append(name)
-        if became.name is not None:
-            lines[number - 1] = old[: found.start("spec")] + became.name + old[found.end("spec") :]
-        elif not options & {"nofail", "noauto"}:
-            unresolved.append(name)
-            end = old.rstrip()
+        besides = _BESIDES.finditer(old, found.end("spec"), found.end())
+        specs = [(other.start(), other[0]) for other in besides if changes_with_hardware(other[0])]
+        new, at = "", 0
+        missing = []
+        for start, spec in [(found.start("spec"), found["spec"]), *specs]:
+            became = becomes(spec, fresh and not at)
+            after = became.name or spec
+            if at:
+                after = as_path(after)
+            named.append(Named(PATH, number, found["name"], spec, after, became.place, became.why))
+            if became.name is None:
+                missing.append(named[-1])
+            new, at = f"{new}{old[at:start]}{after}", start + len(spec)
+        new += old[at:]
+        if missing and not options & {"nofail", "noauto"}:
+            unresolved += missing
+            end = new.rstrip()
             key = "" if found["key"] else " none"
-            lines[number - 1] = f"{end},nofail" if found["options"] else f"{end}{key} nofail"
+            new = f"{end},nofail" if found["options"] else f"{end}{key} nofail"
+        lines[number - 1] = new
     return Rewritten("\n".join(lines), tuple(named), tuple(unresolved))

@@ -140,6 +140,29 @@ def test_crypttab_uses_the_partition_for_what_is_encrypted_afresh_at_every_boot(
     assert [(5, "gone")] == [(name.line, name.use) for name in new.unresolved]
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("data UUID=abc /dev/sdb1:/data.key luks,keyscript=/lib/cryptsetup/scripts/passdev", "/dev/disk/by-uuid/data"),
+        ("data UUID=abc /data.key:/dev/sdb1 luks", "/dev/disk/by-uuid/data"),
+        ("data UUID=abc none luks,header=/dev/sdb1", "/dev/disk/by-uuid/data"),
+        ("data UUID=abc /root/dev/sdb1 luks", "/dev/sdb1"),
+        ("data UUID=abc /dev/mapper/key none", "/dev/sdb1"),
+    ],
+)
+def test_crypttab_finds_keys_and_headers_on_other_devices(line: str, expected: str) -> None:
+    new = crypttab.rewrite(line, lambda spec, fresh: Became(None, KNOWN.get(spec, spec), ""))
+    assert (line.replace("/dev/sdb1", expected), ()) == (new.text, new.unresolved)
+
+
+def test_crypttab_whose_key_is_on_a_disk_that_is_missing_does_not_stop_the_boot() -> None:
+    by_path = "/dev/disk/by-path/pci-0000:02:01.0-scsi-0:0:1:0-part1"
+    text = f"data /dev/sdb1 {by_path}:/key luks\n"
+    new = crypttab.rewrite(text, lambda spec, fresh: Became(None, KNOWN.get(spec), "no disk"))
+    assert f"data UUID=data {by_path}:/key luks,nofail\n" == new.text
+    assert [by_path] == [name.before for name in new.unresolved]
+
+
 def test_resume_device_is_replaced_where_it_is_assigned() -> None:
     text = "# RESUME=/dev/sda3\nRESUME=/dev/sda3\nMODULES=list\n"
     assert resume.rewrite(text, KNOWN.get) == "# RESUME=/dev/sda3\nRESUME=UUID=swap\nMODULES=list\n"
