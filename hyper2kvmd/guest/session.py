@@ -302,10 +302,13 @@ def _launch_failed(
 
 
 def _work_failed(error: RuntimeError, console: _Console) -> MigrationError:
+    hint = "Run fsck in the guest on VMware, check that its file systems have free space, and export it again."
+    if "Operation not permitted" in str(error):  # root may do everything else
+        hint = "If `lsattr` shows an i for the file, run `chattr -i` on it in the guest on VMware, and export it again."
     return MigrationError(
         Code.FIX_FAILED,
         f"libguestfs could not work on the guest: {_last_line(error)}",
-        "Run fsck in the guest on VMware, check that its file systems have free space, and export it again.",
+        hint,
         tail=tail(str(error)) or console.tail(),
     )
 

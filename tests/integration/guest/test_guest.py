@@ -67,10 +67,20 @@ def test_disks_without_a_system_are_unknown_and_say_what_is_on_them(tmp_path: Pa
     empty = raw(tmp_path / "empty.raw", 4 << 20)
     data = raw(tmp_path / "data.raw", 16 << 20, "mkfs.ext4", "-q")
     disks = [(empty, "raw"), (data, "raw")]
-    with open_guest(disks, accel=accelerator, memory_mb=MEMORY_MB, tools=Tools()) as session:
+    with (
+        pytest.raises(MigrationError) as caught,
+        open_guest(disks, accel=accelerator, memory_mb=MEMORY_MB, tools=Tools()) as session,
+    ):
         error = refused(session)
+        # And while there is an appliance: a file that not even root may change.
+        session.g.mount("/dev/sdb", "/")
+        session.g.write("/fstab", "")
+        session.g.set_e2attrs("/fstab", "i")
+        session.g.write("/fstab", "/dev/vda1 / ext4\n")
     assert error.code is Code.OS_UNKNOWN
     assert "/dev/sda unknown, /dev/sdb ext4" in error.message
+    assert "/fstab" in caught.value.message
+    assert "chattr -i" in caught.value.hint
 
 
 def test_encrypted_disk_is_said_to_be_encrypted_and_nobody_is_asked(tmp_path: Path, shop: Workshop) -> None:
