@@ -32,6 +32,7 @@ from hyper2kvmd.guest.linux.fixers.network import (
     leases,
     match,
     netplan,
+    scripts,
     udev,
     wicked,
 )
@@ -295,6 +296,10 @@ def _others(view: View) -> Iterator[Interface]:
         yield from dhcpcd.interfaces(text, path)
     for path, text in _files(view, *wicked.PATHS):
         yield from wicked.interfaces(text, path)
+    for path, text in _files(view, scripts.NETCTL):
+        yield from scripts.netctl(text, path)
+    for path, text in _files(view, *scripts.OTHERS):
+        yield from scripts.others(text, path)
     for path, text in _files(view, *cmdline.PATHS, *cmdline.DRACUT):
         yield from cmdline.interfaces(text, path)
     for path, text in _files(view, *cmdline.INITRAMFS_TOOLS):

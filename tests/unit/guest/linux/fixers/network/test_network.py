@@ -798,6 +798,7 @@ PATHS = [
     *("/etc/NetworkManager/system-connections/a", "/etc/sysconfig/network-scripts/ifcfg-a", "/var/lib/dhcp/a.leases"),
     *("/etc/sysconfig/network/ifcfg-a", "/etc/default/grub", "/etc/dracut.conf", "/boot/grub2/grubenv"),
     *("/etc/dhcpcd.conf", "/etc/wicked/ifconfig/a.xml", "/etc/initramfs-tools/conf.d/a"),
+    *("/etc/netctl/a", "/etc/conf.d/net"),
 ]
 
 

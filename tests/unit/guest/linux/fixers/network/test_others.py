@@ -1,4 +1,4 @@
-"""Cards that kernel command lines, dracut, initramfs-tools, dhcpcd and wicked speak of."""
+"""Cards that kernel command lines, dracut, initramfs-tools, dhcpcd, wicked and other systems' scripts speak of."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ STATIC = "ip=10.0.0.2::10.0.0.1:255.255.255.0:db01:ens192:none"
         {"/etc/initramfs-tools/conf.d/dropbear": 'IP="10.0.0.2::10.0.0.1:255.255.255.0::ens192:off"\n'},
         {"/etc/dhcpcd.conf": "hostname\ninterface ens192\nstatic ip_address=10.0.0.2/24\n"},
         {"/etc/wicked/ifconfig/lan.xml": "<interface><name>ens192</name><ipv4:static/></interface>\n"},
+        {"/etc/netctl/lan": "Interface=ens192\nConnection=ethernet\nIP=static\nAddress=('10.0.0.2/24')\n"},
+        {"/etc/netctl/v5": "Interface=lan5\nConnection=vlan\nBindsToInterfaces=(ens192)\nVLANID=5\nIP=dhcp\n"},
+        {"/etc/conf.d/net": '# config_eth9="dhcp"\nconfig_ens192="10.0.0.2/24"\nroutes_ens192="via 10.0.0.1"\n'},
+        {"/etc/conf.d/net": 'slaves_bond0="ens192"\nconfig_bond0="dhcp"\n'},
+        {"/etc/rc.d/rc.inet1.conf": 'IFNAME[0]="ens192"\nIPADDR[0]="10.0.0.2"\n'},
     ],
 )
 def test_a_card_that_is_named_there_alone_keeps_its_name(files: dict[str, str]) -> None:
@@ -55,6 +60,7 @@ def test_the_card_that_the_initramfs_names_may_have_a_profile_by_its_address() -
         {DRACUT: 'kernel_cmdline="ip=eth0:dhcp"\n'},
         {DRACUT: f'kernel_cmdline="ifname=boot0:{C} ip=boot0:dhcp"\n'},
         {"/etc/dhcpcd.conf": "interface eth0\nstatic ip_address=192.0.2.2/24\n"},
+        {"/etc/conf.d/net": 'config_eth0="dhcp"\n'},
         {"/etc/NetworkManager/system-connections/a": "[connection]\ntype=ethernet\n[match]\ninterface-name=!ens256;\n"},
     ],
 )
