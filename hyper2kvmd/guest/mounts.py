@@ -27,6 +27,7 @@ _TOO_NEW = re.compile(
     r".*(?:unknown filesystem type|(?:unknown|unsupported) (?:optional|incompat|compat_ro|(?:read-only )?compatible"
     r"|incompatible) ?features?).*"
 )
+_INCOMPLETE = re.compile(r"BTRFS.* devid \d+ uuid \S+ is missing")
 _TWINS = (
     "If one is a copy of the other, leave that disk out of the manifest and attach it to the new VM later; or give "
     "the copy identifiers of its own on VMware (`tune2fs -U random`, `xfs_admin -U generate`, `vgimportclone`, "
@@ -204,12 +205,16 @@ def mount_one(
                 )
             )
             return
-        if why := too_new(g, mountable):
+        log = kernel_log(g, mountable)
+        if why := too_new(log):
             raise appliance_too_old(mountable, type, why) from None
+        hint = "Start the guest on VMware, run fsck on that file system, shut down properly, and export again."
+        if _INCOMPLETE.search(log):
+            said, hint = "a device of it is missing", "Export the VM with all disks that this file system is on."
         raise MigrationError(
             Code.GUEST_DIRTY,
             f"the file system of {printable(point)} on {printable(mountable)} cannot be used: {said}",
-            "Start the guest on VMware, run fsck on that file system, shut down properly, and export again.",
+            hint,
         ) from None
     else:
         mounted[point] = mountable
@@ -236,8 +241,8 @@ def _can_be_mounted(g: Any, device: str, type: str, mounted: Mapping[str, str]) 
     return True
 
 
-def too_new(g: Any, mountable: str) -> str:
-    """What of a file system is newer than the appliance, in the words of its kernel or of mount; "" if nothing is.
+def kernel_log(g: Any, mountable: str) -> str:
+    """What the appliance's kernel and mount say when a file system is mounted; "" if it can be.
 
     All that is mounted is unmounted: where somebody asks, nothing can be done with the guest.
     """
@@ -246,11 +251,16 @@ def too_new(g: Any, mountable: str) -> str:
     try:
         g.mount(mountable, "/")
     except RuntimeError as error:
-        said = _TOO_NEW.search(g.dmesg().rpartition(last)[2]) or _TOO_NEW.search(str(error))
-        return printable(said[0].strip(), 400) if said else ""
+        return f"{g.dmesg().rpartition(last)[2]}\n{error}"
     finally:
         g.umount_all()
     return ""
+
+
+def too_new(log: str) -> str:
+    """What of a file system is newer than the appliance, in the words of `kernel_log`; "" if nothing is."""
+    said = _TOO_NEW.search(log)
+    return printable(said[0].strip(), 400) if said else ""
 
 
 def appliance_too_old(mountable: str, type: str, why: str) -> MigrationError:

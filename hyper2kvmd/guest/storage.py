@@ -10,7 +10,15 @@ from typing import Any
 from hyper2kvmd.errors import Code, Finding, MigrationError
 from hyper2kvmd.guest import systems
 from hyper2kvmd.guest.linux.devices import Device, work_out
-from hyper2kvmd.guest.mounts import ENCRYPTED, JOURNALED, appliance_too_old, device_of, is_subvolume, too_new
+from hyper2kvmd.guest.mounts import (
+    ENCRYPTED,
+    JOURNALED,
+    appliance_too_old,
+    device_of,
+    is_subvolume,
+    kernel_log,
+    too_new,
+)
 from hyper2kvmd.guest.session import read_text
 from hyper2kvmd.guest.windows import refuse
 from hyper2kvmd.text import printable
@@ -291,7 +299,7 @@ def _roots(g: Any, devices: Sequence[Device]) -> _Roots:
     finally:
         # libguestfs passes over what it cannot mount, and gives up if that is a btrfs.
         for device in devices if not others else ():
-            if device.type in JOURNALED and (why := too_new(g, device.name)):
+            if device.type in JOURNALED and (why := too_new(kernel_log(g, device.name))):
                 raise appliance_too_old(device.name, device.type, why)
     return _Roots((), (), tuple(others))
 

@@ -242,6 +242,20 @@ def test_a_damaged_file_system_is_sent_to_fsck_and_not_called_new(tmp_path: Path
     assert "fsck" in error.hint
 
 
+def test_a_btrfs_that_lacks_a_disk_is_not_sent_to_fsck(tmp_path: Path, shop: Workshop) -> None:
+    tree = tree_of(tmp_path / "tree")
+    uuid = "0f2c1f5e-7b1d-4c39-9a53-0c1f7f5b6a11"
+    (tree / "etc/fstab").write_text(f"/dev/sda / ext4 defaults 0 0\nUUID={uuid} /var btrfs defaults 0 0\n")
+    (tree / "var").mkdir()
+    root = raw(tmp_path / "root.raw", 32 << 20, "mkfs.ext4", "-q", "-d", str(tree))
+    other = raw(tmp_path / "other.raw", 200 << 20)
+    data = raw(tmp_path / "data.raw", 200 << 20, "mkfs.btrfs", "-q", "-U", uuid, "-d", "raid0", str(other))
+    error = refused(shop.put_in(root, "raw", (data, "raw")))
+    assert error.code is Code.GUEST_DIRTY
+    assert "/var on /dev/sdb cannot be used: a device of it is missing" in error.message
+    assert "all disks" in error.hint
+
+
 def test_guest_whose_boot_menu_names_no_kernel_is_refused_with_the_remedy(tmp_path: Path, shop: Workshop) -> None:
     tree = tree_of(tmp_path / "tree")
     disk = raw(tmp_path / "rocky.raw", 32 << 20, "mkfs.ext4", "-q", "-d", str(tree))
