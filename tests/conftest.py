@@ -8,12 +8,13 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+import structlog
 
 from hyper2kvmd import accel
 from hyper2kvmd.queue import estimate
@@ -40,6 +41,13 @@ hypothesis.settings.load_profile("by no clock")
 
 MakeExport = Callable[..., Path]
 Ctl = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def unconfigured_log() -> Iterator[None]:
+    """A command that ran in this process must not decide what the next test's log says."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
