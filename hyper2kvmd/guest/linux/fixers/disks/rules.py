@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from hyper2kvmd.domain.model import DiskBus
 from hyper2kvmd.errors import Finding
@@ -53,29 +54,29 @@ def plan(view: View, bus: DiskBus) -> FixPlan:
             seen.add(text)
             if found and not re.match(rf"(?:/dev/)?{new}", found["name"].split()[0] if found["name"].split() else ""):
                 warnings.append(_warning(path, found["name"], new))
-    # What GRUB's package on Debian asked when it was installed, and what YaST wrote.
+    return FixPlan(warnings=(*warnings, *_install_devices(view, new)))
+
+
+def _install_devices(view: View, new: str) -> Iterator[Finding]:
+    """Where updates of GRUB go: what its package on Debian asked when it was installed, and what YaST wrote."""
     package, question = ("grub-efi-amd64", "grub-efi") if view.inspection.firmware == "uefi" else ("grub-pc", "grub-pc")
-    install = re.compile(rf"(?m)^Name: {question}/install_devices\n(?:[^\n]+\n){{0,9}}?Value: (?P<name>/dev/[^\s,]+)")
-    remedies = (
+    answer = re.compile(rf"(?m)^Name: {question}/install_devices\n(?:[^\n]+\n){{0,9}}?Value: (?P<name>/dev/[^\s,]+)")
+    for path, pattern, remedy in (
         (
             "/var/cache/debconf/config.dat",
-            install,
+            answer,
             f"Run `dpkg-reconfigure {package}` in the guest, and choose the disk",
         ),
         ("/etc/default/grub_installdevice", re.compile(r"(?m)^(?P<name>/dev/\S+)"), "Write the new disk there"),
-    )
-    for path, pattern, remedy in remedies:
+    ):
         found = pattern.search(view.read(path) or "")
         if found and changes_with_hardware(found["name"]) and not found["name"].startswith(f"/dev/{new}"):
-            warnings.append(
-                Finding(
-                    "grub_install_device",
-                    f"{path}: updates of GRUB in the guest install it to {printable(found['name'])}, a name that the "
-                    "old hardware gave: they will fail, and the guest starts without them",
-                    f"{remedy}, before the next update.",
-                )
+            yield Finding(
+                "grub_install_device",
+                f"{path}: updates of GRUB in the guest install it to {printable(found['name'])}, a name that the old "
+                "hardware gave: they will fail, and the guest starts without them",
+                f"{remedy}, before the next update.",
             )
-    return FixPlan(warnings=tuple(warnings))
 
 
 def _warning(where: str, wanted: str, new: str) -> Finding:
