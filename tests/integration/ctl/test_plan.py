@@ -102,6 +102,11 @@ def test_cards_are_in_the_order_in_which_the_guest_found_them_each_with_its_own_
         mac.get("address") for one in found if (mac := one.find("mac")) is not None
     ]
     assert ["user", "network", "user", "user", "user"] == [one.get("type") for one in found]
+    # And a kernel finds them in that order: it goes along the buses.
+    at = [address for one in found for address in one.findall("address")]
+    places = [tuple(int(address.get(key, "0"), 16) for key in ("bus", "slot")) for address in at]
+    assert 5 == len(places)
+    assert sorted(places) == places
 
 
 def test_a_bad_spreadsheet_changes_no_plan(ctl: Ctl, scratch: Settings, tmp_path: Path) -> None:
