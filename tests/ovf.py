@@ -16,6 +16,8 @@ from tests import ROOT
 OVFTOOL = ROOT / "tests/data/ovf/ovftool.ovf"
 DISKS = ("db01-disk1.vmdk", "db01-disk2.vmdk", "db01-disk3.vmdk")
 NVRAM = "db01-file1.nvram"
+# The least that is a descriptor, around the items of its hardware.
+ENVELOPE = "<Envelope><VirtualSystem><VirtualHardwareSection>{}</VirtualHardwareSection></VirtualSystem></Envelope>"
 # How tools spell a line of the .mf: ovftool and govc, and VirtualBox.
 SPELLING = {"sha256": "SHA256({})= {}", "sha512": "SHA512({})= {}", "sha1": "SHA1 ({}) = {}"}
 

@@ -27,8 +27,8 @@ class FixOptions:
     """Which fixes are wanted; all that a guest needs to boot, unless the manifest says otherwise.
 
     backup_dir: where in the guest the originals of edited files are kept, "" for nowhere. nics: what the domain
-    has, in its order. virtio_win: the drivers for Windows, None if there are none. rdp: whether Windows
-    is to let in Remote Desktop.
+    has, in its order. virtio_win: the drivers for Windows, None if there are none. rdp: whether Windows is to let in
+    Remote Desktop.
     """
 
     fstab: Literal["stabilize-all", "bypath-only", "noop"] = "stabilize-all"  # /etc/fstab and /etc/crypttab

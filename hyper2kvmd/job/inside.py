@@ -16,11 +16,11 @@ from hyper2kvmd.guest.fix import fix
 from hyper2kvmd.guest.inspect import Inspection, inspect
 from hyper2kvmd.guest.keys import passphrase
 from hyper2kvmd.guest.linux.kernels import bus_of
-from hyper2kvmd.guest.options import FixOptions, Nic
+from hyper2kvmd.guest.options import FixOptions
 from hyper2kvmd.guest.session import open_guest
 from hyper2kvmd.image import qemu_img
 from hyper2kvmd.job.context import Job
-from hyper2kvmd.job.plan import Plan, appliance_mb
+from hyper2kvmd.job.plan import Plan, appliance_mb, nics_of
 from hyper2kvmd.job.results import Fixed, Inspected
 from hyper2kvmd.job.steps import Steps
 from hyper2kvmd.report.model import ChangeRecord
@@ -128,7 +128,7 @@ def fix_options(job: Job, plan: Plan) -> FixOptions:
         serial_console=job.settings.fix.serial_console,
         remove_vmware_tools=wanted.remove_vmware_tools,
         backup_dir=f"/root/.hyper2kvmd-backup/{job.id}" if wanted.backup else "",
-        nics=tuple(Nic(card.mac, card.pci_slot, card.model) for card in plan.cards),
+        nics=nics_of(plan.cards),
         virtio_win=job.settings.fix.virtio_win,
         rdp=wanted.enable_rdp,
         configuration=plan.manifest.configuration,

@@ -277,13 +277,18 @@ def _check_cards(job: Job, was: Hardware) -> None:
         )
 
 
+def nics_of(cards: Sequence[Card]) -> tuple[Nic, ...]:
+    """The cards as FIX knows them, in the same order."""
+    return tuple(Nic(card.mac, card.pci_slot, card.model) for card in cards)
+
+
 def _seats(cards: Sequence[Card]) -> list[int]:
     """The numbers of the cards, from 0, in the order in which the domain has them.
 
     It is that in which the old kernel found them, as far as that is known: the new one finds the domain's in their
     order, and a guest that calls them eth0, eth1... has nothing else to go by.
     """
-    nics = [Nic(card.mac, card.pci_slot, card.model) for card in cards]
+    nics = nics_of(cards)
     found = kernel_order(nics) or nics
     return sorted(range(len(nics)), key=lambda number: found.index(nics[number]))
 

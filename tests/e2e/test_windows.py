@@ -27,6 +27,7 @@ from tests.e2e.test_import import attribute, virsh
 from tests.e2e.test_systemd import CONFIG, EXPORTS, IMAGES, SETTINGS, hand_over, report
 from tests.guests.ntfs import pour
 from tests.matrix import MIGRATION_SECONDS
+from tests.ovf import ENVELOPE
 from tests.windows import CARDS, FAMILIES, guest
 
 pytestmark = pytest.mark.timeout(1800)
@@ -35,7 +36,6 @@ VIRTIO_WIN = "/usr/share/virtio-win"
 MACS = tuple(mac.hex(":") for _, mac, _ in CARDS)
 ADDRESSES = (("192.0.2.10", "192.0.2.11"), ("198.51.100.7",))
 # With the cards' slots: before Windows 10, only they tell which card had which addresses.
-OVF = "<Envelope><VirtualSystem><VirtualHardwareSection>{}</VirtualHardwareSection></VirtualSystem></Envelope>"
 CARD = (
     "<Item><ResourceType>10</ResourceType><Address>{mac}</Address>"
     '<Config key="slotInfo.pciSlotNumber" value="{slot}"/></Item>'
@@ -105,7 +105,7 @@ def migrated(
     directory.mkdir()
     (disk,) = pour(guest(tree, case.family, static=True, vmware=True, storahci_off=True), directory)
     cards = [CARD.format(mac=mac, slot=160 + 32 * number) for number, mac in enumerate(MACS)]
-    (directory / f"{name}.ovf").write_text(OVF.format("".join([*cards, TPM if case.uefi else ""])))
+    (directory / f"{name}.ovf").write_text(ENVELOPE.format("".join([*cards, TPM if case.uefi else ""])))
     firmware = {"firmware": "uefi", "secure_boot": True} if case.uefi else {"firmware": "bios"}
     write_manifest(
         directory,

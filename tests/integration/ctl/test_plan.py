@@ -14,6 +14,7 @@ from hyper2kvmd.queue.names import REPORT
 from hyper2kvmd.settings.model import Settings
 from tests.conftest import Ctl, MakeExport, report_of, run_job
 from tests.libvirtd import session
+from tests.ovf import ENVELOPE
 
 CSV = """vm;wave;name;networks;cpus;memory_mb;mac;notes;hold;not_before
 web01;1;shop;user;3;768;new;the shop;;
@@ -83,8 +84,7 @@ def test_cards_are_in_the_order_in_which_the_guest_found_them_each_with_its_own_
     macs = [f"00:50:56:aa:bb:{number:02}" for number in range(5)]
     export = make_export("fw01", nics=[{"mac": mac, "network": "DMZ"} for mac in macs])
     cards = "".join(CARD.format(mac, slot) for mac, slot in zip(macs, SLOTS, strict=True))
-    envelope = "<Envelope><VirtualSystem><VirtualHardwareSection>{}</VirtualHardwareSection></VirtualSystem></Envelope>"
-    (export / "fw01.ovf").write_text(envelope.format(cards))
+    (export / "fw01.ovf").write_text(ENVELOPE.format(cards))
     scratch.plan_dir.mkdir()
     (scratch.plan_dir / "fw01.yaml").write_text("networks: [null, null, null, null, lan5]\n")
     (tmp_path / "lan5.xml").write_text(
